@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make serve` and `make test`.
+# They need Python 3.11 or newer with venv, and a package index.
+
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 3000
+MODEL  ?= models/mnist
+IMAGES ?= digits
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check setup setup-serve lock clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+serve: setup-serve ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST=
+	@. .venv-serve/bin/activate && lookalike demo "$(IMAGES)" --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
+
+test: setup ## run every test that this machine has the means for
+	.venv/bin/python -m pytest
+
+check: setup ## lint, types, import rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+setup-serve: .venv-serve/.done ## make .venv-serve: the serving set, without torch
+setup: .venv/.done ## make .venv: training, serving and test tools
+
+.venv-serve/.done: requirements/serve-cpu.txt pyproject.toml
+.venv/.done: requirements/dev.txt pyproject.toml
+
+# One recipe for both: an environment is a folder plus a lock; the project itself comes without
+# dependencies, because the lock holds them all. The mark is written last, so a broken set-up is redone.
+.venv-serve/.done .venv/.done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(@D)/bin/uv pip install --quiet --python $(@D) --require-hashes -r $<
+	$(@D)/bin/uv pip install --quiet --python $(@D) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: setup-serve ## compile requirements/*.txt anew from pyproject.toml (hashes, no index address)
+	for set in "serve-cpu --extra cpu" "serve-gpu --extra gpu" "train --extra cpu --extra train" \
+	    "dev --extra cpu --extra train --extra dev"; do \
+	  name=$${set%% *}; .venv-serve/bin/uv pip compile pyproject.toml $${set#* } --group build \
+	    --python-version 3.11 --generate-hashes --no-header --quiet --upgrade -o requirements/$$name.txt || exit 2; \
+	done
+
+clean: ## remove both environments and what serving made
+	rm -rf .venv .venv-serve .lookalike

@@ -1,0 +1,242 @@
+"""The front door: the `lookalike` command. A verb imports its room only when it runs."""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from service.errors import InvalidModel, InvalidRequest, LookalikeError
+
+cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+
+Source = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="Folder, .zip, mnist/train, mnist/test[:8000], digits, cifar10/train.")
+]
+DataRoot = Annotated[Path, typer.Option(help="Where named sets lie, in torchvision's layout.")]
+Model = Annotated[Path, typer.Option(help="Folder of the encoder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@cli.command()
+def pretrain(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a .toml file.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
+    minutes: Annotated[float | None, typer.Option(help="Time for the steps, in place of the recipe's epochs.")] = None,
+    device: Device = "auto",
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Train an encoder on your own pictures, without labels, and export it."""
+    _need_torch()
+    from training.pretrain import pretrain as run
+    from training.recipe import read_recipe
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise InvalidRequest(f"--device: expected auto, cpu or cuda, got {device}")
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
+    run(source, read_recipe(recipe), out, minutes, device, data_root)
+
+
+@cli.command("import")
+def import_backbone(
+    backbone: Annotated[str, typer.Argument(help="A torchvision classification backbone, such as resnet18.")],
+    weights: Annotated[str, typer.Option(help="DEFAULT for torchvision's own, or a state file of yours.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
+) -> None:
+    """Export a torchvision backbone that others have trained, as it is."""
+    _need_torch()
+    from training.importing import import_backbone as run
+
+    run(backbone, weights, out)
+
+
+@cli.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of the encoder.")],
+    bank: Annotated[str, typer.Option(help="SOURCE with labels: the pictures that vote.")],
+    queries: Annotated[str, typer.Option(help="SOURCE with labels: the pictures to name.")],
+    data_root: DataRoot = Path("data"),
+    as_json: Json = False,
+) -> None:
+    """Report the k-NN accuracy of an encoder as it is served, beside raw pixels and a random encoder."""
+    _need_torch()
+    from training.evaluate import evaluate as run
+
+    report = run(model, bank, queries, data_root)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(f"{report['bank']['pictures']} pictures vote on {report['queries']['pictures']}; accuracy of 5-NN:")
+    for name, figures in {report["model"]: report, **report["baselines"]}.items():
+        print(f"  {name:16} {figures.get('knn', figures)['k5']:.4f}")
+
+
+@cli.command()
+def embed(
+    source: Source,
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write, or to go on with.")],
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Embed a whole source into Parquet; run it again to go on after an interruption."""
+    from service.batch import embed_source
+    from service.settings import Settings
+    from service.sources import open_source
+
+    tally = embed_source(open_source(source, data_root), model, out, Settings())
+    print(f"{out}: {tally.done} pictures read now, {tally.known} earlier; {tally.bad} could not be read", file=sys.stderr)
+    raise typer.Exit(1 if tally.bad else 0)
+
+
+@cli.command()
+def index(
+    source: Source,
+    store: Annotated[Path, typer.Option(help="Folder of the store; made when it is not there.")],
+    model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Add a source's pictures to a store. Those already there with the same bytes are passed over."""
+    from service.batch import index_source
+    from service.gallery import open_gallery
+    from service.sources import open_source
+
+    pictures = open_source(source, data_root)
+    gallery = open_gallery(_settings(model=model, store=store))
+    try:
+        tally = index_source(pictures, gallery)
+        notice = gallery.notice()
+    finally:
+        gallery.close()
+    print(f"{store}: {tally.done} pictures added, {tally.known} there already, {tally.bad} could not be read", file=sys.stderr)
+    if notice:
+        print(f"note: {notice}", file=sys.stderr)
+    raise typer.Exit(1 if tally.bad else 0)
+
+
+@cli.command()
+def search(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    store: Annotated[Path, typer.Option(help="Folder of the store.")],
+    k: Annotated[int, typer.Option("-k", help="Hits to show.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Find the pictures of a store that are most like a picture."""
+    from dataclasses import asdict
+
+    from service.gallery import open_gallery
+
+    try:
+        data = image.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
+    gallery = open_gallery(_settings(store=store), read_only=True)
+    hits = gallery.find_by_picture(data, k)
+    gallery.close()
+    if as_json:
+        print(json.dumps({"hits": [asdict(hit) for hit in hits]}))
+        return
+    for hit in hits:
+        print(f"{hit.score:.4f}  {hit.id}  {json.dumps(hit.metadata, ensure_ascii=False)}")
+
+
+@cli.command()
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store; made when it is not there.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
+) -> None:
+    """Serve search over HTTP, with a page, until Ctrl-C."""
+    settings = _settings(model=model, store=store, host=host, port=port)
+    _check_serving(settings)
+    bentoml = Path(sys.executable).with_name("bentoml")
+    environment = {f"LOOKALIKE_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()}
+    print(f"Lookalike on http://{settings.host}:{settings.port}  (Ctrl-C stops it)", flush=True)
+    command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
+    os.execve(bentoml, command, {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **environment})
+
+
+@cli.command()
+def info(
+    model: Annotated[Path, typer.Argument(help="Folder of the encoder.")],
+    as_json: Json = False,
+) -> None:
+    """Show an encoder's card, after checking its files against it."""
+    from service.card import read_card
+    from service.encoder import Encoder
+
+    card = read_card(model)
+    encoder = Encoder(card)
+    facts = {
+        "name": card.name,
+        "fingerprint": card.fingerprint,
+        "dimension": encoder.dimension,
+        "side": card.preprocessing.side,
+        **{key: value for key, value in card.facts.items() if key not in ("name", "fingerprint", "dimension")},
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        print(f"{key:14} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _settings(**flags: Any) -> Any:
+    """Settings from the environment, with the flags that were given set over them."""
+    from pydantic import ValidationError
+
+    from service.settings import Settings
+
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(f"LOOKALIKE_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+
+
+def _check_serving(settings: Any) -> None:
+    """Say here, in one sentence, what would otherwise be a traceback in the server's log."""
+    from service.card import read_card
+    from service.encoder import Encoder
+    from service.gallery import find_model
+    from service.store.embedded import EmbeddedStore
+
+    encoder = Encoder(read_card(find_model(settings)), settings.device)
+    EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise InvalidRequest(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another with --port"
+            ) from error
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise InvalidModel("this needs the training environment: run `make setup`, then .venv/bin/lookalike")
+
+
+def main() -> None:
+    """Run the command; an error of ours is one sentence and exit code 2."""
+    try:
+        cli()
+    except LookalikeError as error:
+        print(f"lookalike: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lookalike: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Whole sources at a time: source → embeddings.parquet, resumable; source → store."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from service.card import read_card
+from service.encoder import Encoder
+from service.errors import InvalidOutput, LookalikeError
+from service.gallery import Gallery, check_id
+from service.images import decode, to_pixels
+from service.settings import Settings
+from service.sources import Source
+
+_CHUNK = 64
+_PART_ROWS = 8192
+_META = b"lookalike"
+_FAILURES = "_failures.parquet"
+
+T = TypeVar("T")
+
+
+class Tally(NamedTuple):
+    """What a job came to: pictures done, pictures that were there already, pictures that could not be read."""
+
+    done: int
+    known: int
+    bad: int
+
+
+def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> Tally:
+    """Embed a source into a folder of Parquet parts that reads as one table: id, label, embedding.
+
+    Parts are written whole or not at all. A job that was interrupted goes on after its last part when it
+    is run again; pictures that cannot be read end up in _failures.parquet (id, error).
+
+    Args:
+        source: the pictures.
+        model: the encoder's folder.
+        out: the folder to make or to go on with.
+        settings: device and picture limits.
+
+    Raises:
+        InvalidModel: no such encoder.
+        InvalidOutput: `out` holds something else, or embeddings of another source or encoder.
+    """
+    encoder = Encoder(read_card(model), settings.device)
+    ids = hashlib.sha256("\0".join(source.ids).encode(errors="surrogateescape")).hexdigest()
+    identity = {"source": source.name, "ids": ids, "fingerprint": encoder.card.fingerprint}
+    parts = _finished_parts(out, identity)
+    known = sum(part["read"] for part in parts)
+    bad = sum(len(part["failures"]) for part in parts)
+    schema = pa.schema(
+        [("id", pa.string()), ("label", pa.string()), ("embedding", pa.list_(pa.float32(), encoder.dimension))]
+    )
+    preprocessing = encoder.card.preprocessing
+
+    def read(position: int) -> Any:
+        return to_pixels(decode(source.entry(position).data, preprocessing.side, settings.limits), preprocessing)
+
+    with _progress("embedding", len(source), known) as bar:
+        for start in range(known, len(source), _PART_ROWS):
+            positions = range(start, min(start + _PART_ROWS, len(source)))
+            kept: list[int] = []
+            failures: list[tuple[str, str]] = []
+            columns: list[pa.Array] = []
+            for chunk in _read_ahead(positions, read):
+                good = [(position, pixels) for position, pixels in chunk if not isinstance(pixels, LookalikeError)]
+                failures += [(source.ids[p], str(e)) for p, e in chunk if isinstance(e, LookalikeError)]
+                if good:
+                    embeddings = encoder.encode([pixels for _, pixels in good])
+                    columns.append(pa.FixedSizeListArray.from_arrays(embeddings.ravel(), encoder.dimension))
+                    kept += [position for position, _ in good]
+                bar.update(len(chunk))
+            part = {"read": len(positions), "failures": failures}
+            bad += len(failures)
+            table = pa.table(
+                {
+                    "id": pa.array([source.ids[position] for position in kept], pa.string()),
+                    "label": pa.array([source.labels[p] if source.labels else None for p in kept], pa.string()),
+                    "embedding": pa.chunked_array(columns, schema.field("embedding").type),
+                },
+                schema=schema.with_metadata({_META: json.dumps(identity | part).encode()}),
+            )
+            _write_parquet(table, out / f"part-{start // _PART_ROWS:05d}.parquet")
+            parts.append(part)
+    failed = [failure for part in parts for failure in part["failures"]]
+    _write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / _FAILURES)
+    return Tally(len(source) - known, known, bad)
+
+
+def index_source(source: Source, gallery: Gallery) -> Tally:
+    """Add a source's pictures to a store; those that are there with the same bytes are passed over.
+
+    The label, where the source has one, becomes the item's metadata. Every chunk is one commit, so an
+    interrupted job goes on where it stopped when it is run again.
+    """
+    known, bad = 0, 0
+
+    def read(position: int) -> Any:
+        entry = source.entry(position)
+        item = gallery.store.get(check_id(entry.id))
+        if item is not None and item.digest == hashlib.sha256(entry.data).hexdigest():
+            return None
+        metadata = {} if entry.label is None else {"label": entry.label}
+        return entry.id, gallery.read(entry.data), metadata, f"{source.name}/{entry.id}"
+
+    with _progress("indexing", len(source), 0) as bar:
+        for chunk in _read_ahead(range(len(source)), read):
+            for position, result in chunk:
+                if isinstance(result, LookalikeError):
+                    bad += 1
+                    bar.write(f"skipped {source.ids[position]}: {result}")
+                elif result is None:
+                    known += 1
+            fresh = [result for _, result in chunk if isinstance(result, tuple)]
+            if fresh:
+                gallery.add_read(fresh)
+            bar.update(len(chunk))
+    return Tally(len(source) - known - bad, known, bad)
+
+
+def _read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, T | LookalikeError]]]:
+    """Yield chunks of (position, what was read or why not); the next chunk is read while this one is used."""
+
+    def attempt(position: int) -> tuple[int, T | LookalikeError]:
+        try:
+            return position, read(position)
+        except LookalikeError as error:
+            return position, error
+
+    chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ahead = pool.map(attempt, chunks[0]) if chunks else iter(())
+        for following in [*chunks[1:], None]:
+            current, ahead = ahead, pool.map(attempt, following or ())
+            yield list(current)
+
+
+def _progress(what: str, total: int, done: int) -> "tqdm[Any]":
+    return tqdm(total=total, initial=done, desc=what, unit=" pictures", mininterval=0.5)
+
+
+def _finished_parts(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the parts in `out` say of themselves, in order, up to the first that is missing."""
+    if out.exists() and not out.is_dir():
+        raise InvalidOutput(f"{out}: is a file; --out names a folder of Parquet parts")
+    strangers = [path.name for path in out.glob("*") if not path.name.endswith((".parquet", ".parquet.tmp"))]
+    if strangers:
+        raise InvalidOutput(f"{out}: is not empty and not ours (it has {strangers[0]}); choose another --out")
+    parts: list[dict[str, Any]] = []
+    while (path := out / f"part-{len(parts):05d}.parquet").exists():
+        try:
+            part = json.loads((pq.read_schema(path).metadata or {})[_META])
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            raise InvalidOutput(f"{path}: not a part that we wrote; choose another --out") from error
+        if {key: part.get(key) for key in identity} != identity:
+            raise InvalidOutput(f"{path}: holds embeddings of another source or encoder; choose another --out")
+        parts.append(part)
+    return parts
+
+
+def _write_parquet(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InvalidOutput(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,137 @@
+"""Pixels → unit embeddings, through onnxruntime."""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from service import FloatArray, PixelArray
+from service.card import Card
+from service.errors import InvalidModel
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+_OUTPUTS = ("embedding", "image_embeds")
+
+
+class Encoder:
+    """An ONNX image encoder in one embedding space.
+
+    The graph decides: a uint8 input gets pixels as they are, a float32 input gets them rescaled and
+    normalised as the card's preprocessing says. Output: `embedding`, else `image_embeds`, else the only
+    2-D one.
+
+    Attributes:
+        card: the facts, the fingerprint among them.
+        dimension: D.
+        provider: the onnxruntime provider that really runs it.
+    """
+
+    def __init__(self, card: Card, device: str = "auto", threads: int = 0) -> None:
+        """Open the session and warm it up with one batch.
+
+        Args:
+            card: the verified model folder.
+            device: "cpu", "cuda", or "auto" for CUDA where onnxruntime can use it, else CPU.
+            threads: intra-op threads; 0 takes one per core.
+
+        Raises:
+            InvalidModel: a graph outside the contract, or "cuda" where CUDA cannot be used.
+        """
+        self.card = card
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        wanted = device
+        if device == "auto":
+            wanted = "cuda" if _PROVIDERS["cuda"] in ort.get_available_providers() else "cpu"
+        if wanted == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        try:
+            # From bytes: they are the ones that were verified, and a graph that points to data in other
+            # files does not load at all.
+            self._session = ort.InferenceSession(card.model, options, providers=[_PROVIDERS[wanted]])
+        except Exception as error:  # onnxruntime raises a class of its own for every status
+            raise InvalidModel(f"{card.folder}: onnxruntime cannot load it: {_first_line(error)}") from error
+        self.provider = self._session.get_providers()[0]
+        if device == "cuda" and self.provider != _PROVIDERS["cuda"]:  # onnxruntime falls back silently
+            raise InvalidModel(f"device cuda was asked for, but onnxruntime runs on {self.provider}")
+        self._input, self._type = self._image_input()
+        self._output = self._embedding_output()
+        side = card.preprocessing.side
+        self.dimension = 0  # until the graph has run: its own shape may be symbolic
+        warm = self.encode(np.zeros((1, side, side, 3), np.uint8))
+        self.dimension = warm.shape[1]
+        if card.facts.get("dimension", self.dimension) != self.dimension:
+            raise InvalidModel(
+                f"{card.folder}: the graph gives {self.dimension} dimensions, "
+                f"card.json says {card.facts['dimension']}"
+            )
+
+    def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
+        """Embed a batch of pixels.
+
+        Args:
+            pixels: N arrays (S, S, 3) uint8, or one (N, S, S, 3).
+
+        Returns:
+            (N, D) float32, rows of L2 norm 1.
+
+        Raises:
+            InvalidModel: the graph failed, or gave something that is no embedding.
+        """
+        batch = np.ascontiguousarray(np.stack(list(pixels)).transpose(0, 3, 1, 2))
+        try:
+            (raw,) = self._session.run([self._output], {self._input: self._prepare(batch)})
+        except Exception as error:
+            raise InvalidModel(f"{self.card.name}: inference failed: {_first_line(error)}") from error
+        embeddings = np.asarray(raw, np.float32)
+        if embeddings.ndim != 2 or len(embeddings) != len(batch):
+            raise InvalidModel(f"{self.card.name}: output {self._output} has shape {embeddings.shape}, not (N, D)")
+        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        if not np.isfinite(norms).all() or not norms.all():
+            raise InvalidModel(f"{self.card.name}: an embedding is zero or not finite")
+        return np.ascontiguousarray(embeddings / norms)
+
+    def _prepare(self, batch: PixelArray) -> PixelArray | FloatArray:
+        if self._type == np.uint8:
+            return batch
+        preprocessing = self.card.preprocessing
+        values = batch.astype(np.float32)
+        if preprocessing.rescale is not None:
+            values *= np.float32(preprocessing.rescale)
+        if preprocessing.mean is not None and preprocessing.std is not None:
+            values -= np.asarray(preprocessing.mean, np.float32).reshape(1, 3, 1, 1)
+            values /= np.asarray(preprocessing.std, np.float32).reshape(1, 3, 1, 1)
+        return values
+
+    def _image_input(self) -> tuple[str, type[np.uint8] | type[np.float32]]:
+        images = [node for node in self._session.get_inputs() if len(node.shape) == 4]
+        if len(images) != 1 or len(self._session.get_inputs()) != 1 or images[0].type not in _TYPES:
+            have = ", ".join(f"{node.name} {node.type} {node.shape}" for node in self._session.get_inputs())
+            raise InvalidModel(
+                f"{self.card.folder}: expected one image input (N, 3, S, S) of uint8 or float32; it has {have}"
+            )
+        node, side = images[0], self.card.preprocessing.side
+        if any(isinstance(have, int) and have != want for have, want in zip(node.shape[1:], (3, side, side), strict=True)):
+            raise InvalidModel(f"{self.card.folder}: input {node.name} is {node.shape}, preprocessing gives 3x{side}x{side}")
+        return node.name, _TYPES[node.type]
+
+    def _embedding_output(self) -> str:
+        outputs = {node.name: node.shape for node in self._session.get_outputs()}
+        for name in _OUTPUTS:
+            if name in outputs:
+                return name
+        flat = [name for name, shape in outputs.items() if len(shape) == 2]
+        if len(flat) != 1:
+            raise InvalidModel(
+                f"{self.card.folder}: expected an output named embedding or image_embeds, or a single 2-D one; "
+                f"it has {', '.join(outputs)}"
+            )
+        return flat[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

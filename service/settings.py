@@ -1,0 +1,45 @@
+"""One frozen Settings, read once from LOOKALIKE_* variables; command-line flags are set over it."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.images import Limits
+
+
+class Settings(BaseSettings):
+    """What a service can be told. Every field is an environment variable: LOOKALIKE_MODEL, LOOKALIKE_STORE …
+
+    Attributes:
+        model: the encoder's folder; None takes the one the store was built with, else models/mnist.
+        store: the store's folder; made when it is not there.
+        device: "auto", "cpu" or "cuda".
+        host, port: where the service listens.
+        keep_originals: whether the store keeps the pictures' own bytes.
+        max_image_bytes, max_pixels, max_side, max_aspect: what a picture may be (images.Limits).
+        max_images: pictures a request.
+        max_request_bytes: body of a request.
+        max_k: neighbours a search.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LOOKALIKE_", frozen=True, extra="ignore")
+
+    model: Path | None = None
+    store: Path = Path(".lookalike/store")
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda)$")
+    host: str = "127.0.0.1"
+    port: int = Field(default=3000, ge=1, le=65535)
+    keep_originals: bool = True
+    max_image_bytes: int = Field(default=10_000_000, ge=1)
+    max_pixels: int = Field(default=25_000_000, ge=1)
+    max_side: int = Field(default=10_000, ge=1)
+    max_aspect: int = Field(default=100, ge=1)
+    max_images: int = Field(default=32, ge=1)
+    max_request_bytes: int = Field(default=64_000_000, ge=1)
+    max_k: int = Field(default=1000, ge=1)
+
+    @property
+    def limits(self) -> Limits:
+        """What a picture may be."""
+        return Limits(self.max_image_bytes, self.max_pixels, self.max_side, self.max_aspect)

@@ -1,0 +1,117 @@
+"""SOURCE → pixel canvas: every picture decoded once, by the service's own function, and kept for all epochs."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+from torchvision import datasets
+from tqdm import tqdm
+
+from service import PixelArray
+from service.card import Preprocessing
+from service.errors import InvalidSource, LookalikeError
+from service.images import Limits, decode, to_pixels, tones
+from service.sources import Source, from_arrays, open_source, slice_source
+
+_MOST_BAD = 0.05
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Decoded pictures, ready for batches.
+
+    Attributes:
+        pixels: (N, C, S, S) uint8.
+        tones: the pictures' tone histogram (images.tones).
+    """
+
+    pixels: Tensor
+    tones: list[float]
+
+
+def open_training_source(name: str, data_root: Path) -> Source:
+    """Open a SOURCE for training: as in serving, plus cifar10/train and cifar10/test, and downloads.
+
+    Raises:
+        InvalidSource: as open_source, or the download failed.
+    """
+    set_name, bracket, slicing = name.partition("[")
+    known = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}.get(set_name.split("/")[0])
+    if known is None or set_name.split("/")[1:] not in (["train"], ["test"]):
+        return open_source(name, data_root)
+    train = set_name.endswith("/train")
+    try:
+        data = known(str(data_root), train=train)
+    except RuntimeError:  # torchvision's word for: not there
+        try:
+            data = known(str(data_root), train=train, download=True)
+        except Exception as error:
+            raise InvalidSource(
+                f"{set_name} is not under {data_root} and cannot be downloaded: {error}; "
+                f"name the folder that has it, in torchvision's layout, with --data-root"
+            ) from error
+    if set_name.startswith("mnist"):
+        return open_source(name, data_root)
+    labels = [data.classes[label] for label in data.targets]
+    source = from_arrays(name, np.asarray(data.data), labels, set_name)
+    return slice_source(source, bracket + slicing)
+
+
+def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -> Canvas:
+    """Decode a source once.
+
+    Args:
+        source: the pictures.
+        preprocessing: gives S.
+        channels: 1 keeps luminance only, 3 keeps RGB.
+
+    Raises:
+        InvalidSource: more than 5 % of the pictures are bad.
+
+    Cost: N · C · S · S bytes of memory, said before the start.
+    """
+    side = preprocessing.side
+    pixels = torch.empty((len(source), channels, side, side), dtype=torch.uint8)
+    limits = Limits()
+
+    def read(position: int) -> PixelArray | LookalikeError:
+        try:
+            return to_pixels(decode(source.entry(position).data, side, limits), preprocessing)
+        except LookalikeError as error:
+            return error
+
+    tqdm.write(f"{source.name}: {len(source)} pictures, {pixels.nbytes / 2**20:.0f} MiB decoded")
+    kept, bad = 0, 0
+    histogram = np.zeros(16)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read_all = pool.map(read, range(len(source)))
+        for position, result in enumerate(tqdm(read_all, "decoding", len(source), unit=" pictures", leave=False)):
+            if isinstance(result, LookalikeError):
+                bad += 1
+                tqdm.write(f"skipped {source.ids[position]}: {result}")
+                continue
+            histogram += tones(result) if kept < 1000 or kept % 50 == 0 else 0
+            picture = torch.from_numpy(np.array(result)).permute(2, 0, 1)
+            pixels[kept] = to_luminance(picture) if channels == 1 else picture
+            kept += 1
+    if bad > _MOST_BAD * len(source):
+        raise InvalidSource(f"{source.name}: {bad} of {len(source)} pictures are bad; mend or remove them")
+    return Canvas(pixels[:kept], [round(share, 4) for share in histogram / histogram.sum()])
+
+
+def to_luminance(picture: Tensor) -> Tensor:
+    """Return (1, S, S) uint8 luminance of a (3, S, S) uint8 picture; grey stays exactly what it was."""
+    r, g, b = picture.int()
+    return ((299 * r + 587 * g + 114 * b + 500) // 1000).to(torch.uint8)[None]
+
+
+def batches(count: int, size: int, generator: Generator) -> Iterator[Tensor]:
+    """Yield positions (size,) int64 without end: a new random order each epoch, the short last batch left out."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order[: count - count % size].split(size)

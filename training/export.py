@@ -1,0 +1,184 @@
+"""Checkpoint → models/NAME: ONNX with its preprocessing and card, checked against torch on real pictures."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, Card, Preprocessing, fingerprint
+from service.encoder import Encoder as OnnxEncoder
+from service.errors import InvalidModel, LookalikeError
+from service.images import Limits, decode, to_pixels
+from service.sources import Source
+from training.augment import luminance
+
+_CHECKED_PICTURES = 256
+_LEAST_COSINE = 0.9999
+
+
+class Encoder(nn.Module):
+    """What is exported: uint8 pixels (N, 3, S, S) → unit embeddings (N, D) float32, normalised inside the graph."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, mean: Tensor, std: Tensor, channels: int) -> None:
+        """Wrap a backbone; mean and std are (C,) for pixels in 0..1, channels 1 has the graph take luminance."""
+        super().__init__()
+        self.backbone = backbone
+        self.channels = channels
+        self.register_buffer("mean", mean.reshape(1, -1, 1, 1).clone())
+        self.register_buffer("std", std.reshape(1, -1, 1, 1).clone())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        values = pixels.float() / 255  # (N, 3, S, S)
+        if self.channels == 1:
+            values = luminance(values)  # (N, 1, S, S)
+        return F.normalize(self.backbone((values - self.mean) / self.std), dim=1)
+
+
+def square_preprocessing(side: int) -> Preprocessing:
+    """The preprocessing of an encoder trained here: shortest edge to S, then the central square."""
+    return Preprocessing.from_config(_square_config(side), "training")
+
+
+def _square_config(side: int) -> dict[str, Any]:
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": False,
+        "do_normalize": False,
+    }
+
+
+def export(
+    encoder: Encoder, source: Source | None, side: int, facts: dict[str, Any], out: Path, config: dict[str, Any] | None = None
+) -> None:
+    """Write a model folder, whole or not at all.
+
+    Args:
+        encoder: trained.
+        source: real pictures to check the export with; None checks with random pixels.
+        side: S.
+        facts: for the card: method, data and whatever else is known of the run.
+        out: the folder; an earlier model there is replaced.
+        config: preprocessor_config.json, if not shortest edge and central square of S.
+
+    Raises:
+        InvalidModel: onnxruntime's embeddings are not torch's (cosine below 0.9999 at batch 1 or 64).
+    """
+    encoder = encoder.cpu().eval()
+    config = config or _square_config(side)
+    preprocessing = Preprocessing.from_config(config, "export")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        folder = Path(temporary)
+        _write_onnx(encoder, side, folder / MODEL_FILE)
+        model = (folder / MODEL_FILE).read_bytes()
+        card = Card(folder, out.name, fingerprint(model, preprocessing), model, preprocessing, {})
+        pixels = _real_pixels(source, preprocessing) if source else _random_pixels(side)
+        quality = {"pictures": len(pixels)} | {
+            f"least_cosine_to_torch_batch_{size}": compare(encoder, card, pixels, size) for size in (1, 64)
+        }
+        with torch.inference_mode():
+            dimension = encoder(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
+        _write(folder / PREPROCESSOR_FILE, json.dumps(config, indent=2) + "\n")
+        content = {
+            "name": out.name,
+            "dimension": dimension,
+            "fingerprint": card.fingerprint,
+            "sha256": {
+                file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (MODEL_FILE, PREPROCESSOR_FILE)
+            },
+            "quality": {MODEL_FILE: quality},
+            **facts,
+        }
+        _write(folder / CARD_FILE, json.dumps(content, indent=2) + "\n")
+        _write(folder / "README.md", _readme(content))
+        _publish(folder, out)
+
+
+def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: int) -> float:
+    """Return the least cosine between torch's embeddings and onnxruntime's of the same pixels.
+
+    Raises:
+        InvalidModel: it is below 0.9999.
+    """
+    served = OnnxEncoder(card, device="cpu")
+    least = 1.0
+    for start in range(0, len(pixels), batch):
+        chunk = pixels[start : start + batch]  # (N, S, S, 3)
+        with torch.inference_mode():
+            expected = encoder(torch.from_numpy(chunk).permute(0, 3, 1, 2)).numpy()
+        least = min(least, float((expected * served.encode(chunk)).sum(1).min()))
+    if least < _LEAST_COSINE:
+        raise InvalidModel(f"the export differs from torch: cosine {least:.6f} at batch {batch}, expected ≥ {_LEAST_COSINE}")
+    return round(least, 7)
+
+
+def _write_onnx(encoder: Encoder, side: int, path: Path) -> None:
+    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    torch.onnx.export(
+        encoder,
+        (example,),
+        str(path),
+        input_names=["pixels"],
+        output_names=["embedding"],
+        dynamic_shapes={"pixels": {0: torch.export.Dim("N")}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def _real_pixels(source: Source, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
+    """Pixels of up to 256 pictures spread over the source; bad ones are passed over, as in training."""
+    pixels = []
+    for position in range(0, len(source), max(1, len(source) // _CHECKED_PICTURES)):
+        try:
+            pixels.append(to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing))
+        except LookalikeError:
+            continue
+    return np.stack(pixels[:_CHECKED_PICTURES])
+
+
+def _random_pixels(side: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(0, 256, (128, side, side, 3), dtype=np.uint8)
+
+
+def _readme(content: dict[str, Any]) -> str:
+    data = content.get("data", {})
+    return (
+        f"# {content['name']}\n\n"
+        f"An image encoder: pictures to {content['dimension']} numbers of length 1.\n\n"
+        f"- method: {content.get('method')}\n"
+        f"- data: {data.get('source')} ({data.get('pictures', 'unknown number of')} pictures)\n"
+        f"- fingerprint: {content['fingerprint']}\n"
+        f"- export: {content['quality'][MODEL_FILE]}\n"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Put the finished folder in place by renaming; an earlier model is moved aside first and then removed."""
+    os.chmod(folder, 0o755)
+    aside = folder.with_name(folder.name + "-old")
+    if out.exists():
+        out.rename(aside)
+    shutil.copytree(folder, new := folder.with_name(folder.name + "-new"))
+    new.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
