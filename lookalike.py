@@ -90,7 +90,9 @@ def embed(
     from service.sources import open_source
 
     tally = embed_source(open_source(source, data_root), model, out, Settings())
-    print(f"{out}: {tally.done} pictures read now, {tally.known} earlier; {tally.bad} could not be read", file=sys.stderr)
+    print(
+        f"{out}: {tally.done} pictures read now, {tally.known} earlier; {tally.bad} could not be read", file=sys.stderr
+    )
     raise typer.Exit(1 if tally.bad else 0)
 
 
@@ -113,7 +115,10 @@ def index(
         notice = gallery.notice()
     finally:
         gallery.close()
-    print(f"{store}: {tally.done} pictures added, {tally.known} there already, {tally.bad} could not be read", file=sys.stderr)
+    print(
+        f"{store}: {tally.done} pictures added, {tally.known} there already, {tally.bad} could not be read",
+        file=sys.stderr,
+    )
     if notice:
         print(f"note: {notice}", file=sys.stderr)
     raise typer.Exit(1 if tally.bad else 0)
@@ -156,7 +161,9 @@ def serve(
     settings = _settings(model=model, store=store, host=host, port=port)
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
-    environment = {f"LOOKALIKE_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()}
+    environment = {
+        f"LOOKALIKE_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()
+    }
     print(f"Lookalike on http://{settings.host}:{settings.port}  (Ctrl-C stops it)", flush=True)
     command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
     os.execve(bentoml, command, {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **environment})

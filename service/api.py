@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,11 @@ _DEFAULT_K = 10
 _PICTURE_BODY = {
     "image/*": {"schema": {"type": "string", "format": "binary"}},
     "multipart/form-data": {
-        "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}, "required": ["file"]}
+        "schema": {
+            "type": "object",
+            "properties": {"file": {"type": "string", "format": "binary"}},
+            "required": ["file"],
+        }
     },
 }
 
@@ -176,7 +180,9 @@ def create_app() -> FastAPI:
         # The bytes came from a client: the type is ours, and a browser must not guess another.
         return Response(data, media_type=_media_type(data), headers={"X-Content-Type-Options": "nosniff"})
 
-    @app.put("/images/{id:path}", openapi_extra=_body(_PICTURE_BODY), responses={201: {"description": "The id is new."}})
+    @app.put(
+        "/images/{id:path}", openapi_extra=_body(_PICTURE_BODY), responses={201: {"description": "The id is new."}}
+    )
     async def put_image(
         request: Request, response: Response, id: str, metadata: Annotated[str | None, Query()] = None
     ) -> dict[str, Any]:
@@ -222,7 +228,7 @@ def _content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def _stream(request: Request, limit: int) -> AsyncIterator[bytes]:
+async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """Yield the body, refused as soon as it is over the limit, before it is kept."""
     declared = request.headers.get("content-length", "")
     received = 0
@@ -238,9 +244,14 @@ async def _stream(request: Request, limit: int) -> AsyncIterator[bytes]:
 async def _read_raw(request: Request) -> bytes:
     kind = _content_type(request)
     # curl --data-binary declares a form unless it is told otherwise; the bytes decide.
-    if kind and not kind.startswith("image/") and kind not in (
-        "application/octet-stream",
-        "application/x-www-form-urlencoded",
+    if (
+        kind
+        and not kind.startswith("image/")
+        and kind
+        not in (
+            "application/octet-stream",
+            "application/x-www-form-urlencoded",
+        )
     ):
         raise UnsupportedFormat(
             "expected a picture: a body of image/*, multipart/form-data with the field file, or application/json"
@@ -276,9 +287,12 @@ async def _read_multipart(request: Request) -> tuple[list[bytes], dict[str, str]
         raise InvalidRequest(f"not a multipart form that can be read: {error.message}") from error
     except (KeyError, UnicodeError, ValueError) as error:
         raise InvalidRequest("not a multipart form that can be read") from error
-    async with form:
-        images = [await value.read() for name, value in form.multi_items() if name == "file" and isinstance(value, UploadFile)]
-        fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+    try:
+        parts = form.multi_items()
+        images = [await value.read() for name, value in parts if name == "file" and isinstance(value, UploadFile)]
+        fields = {name: value for name, value in parts if isinstance(value, str)}
+    finally:
+        await form.close()
     if not images:
         raise InvalidRequest("expected a picture in the form field file")
     return images, fields

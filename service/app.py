@@ -17,9 +17,9 @@ async def own_every_path(scope: Scope, receive: Receive, send: Send) -> None:
     """Hand every path to our app.
 
     BentoML offers a Starlette app only the paths it knows and answers the others with pages of its
-    own; a plain callable is offered them all.
+    own; a plain callable is offered them all. Without BentoML's router in the scope, ours names the routes.
     """
-    await app(scope, receive, send)
+    await app({key: value for key, value in scope.items() if key != "router"}, receive, send)
 
 
 # One worker: the gallery's index lives in its memory, and its store has one writer.
@@ -47,7 +47,7 @@ class Lookalike:
         self.gallery.probe()
         return True
 
-    @bentoml.on_shutdown
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """Let go of the store."""
         self.gallery.close()

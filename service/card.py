@@ -130,9 +130,7 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise InvalidModel(f"{folder}: no such model folder; expected a folder with {MODEL_FILE}")
     model = _read(folder / MODEL_FILE)
-    preprocessing = Preprocessing.from_config(
-        _read_json(folder / PREPROCESSOR_FILE), str(folder / PREPROCESSOR_FILE)
-    )
+    preprocessing = Preprocessing.from_config(_read_json(folder / PREPROCESSOR_FILE), str(folder / PREPROCESSOR_FILE))
     own = fingerprint(model, preprocessing)
     facts: dict[str, Any] = {}
     if (folder / CARD_FILE).exists():
@@ -144,9 +142,7 @@ def read_card(folder: Path) -> Card:
                     f"{folder / file}: damaged: sha256 is {actual[:12]}…, {CARD_FILE} says {str(expected)[:12]}…"
                 )
         if facts.get("fingerprint", own) != own:
-            raise InvalidModel(
-                f"{folder}: fingerprint is {own[:12]}…, {CARD_FILE} says {facts['fingerprint'][:12]}…"
-            )
+            raise InvalidModel(f"{folder}: fingerprint is {own[:12]}…, {CARD_FILE} says {facts['fingerprint'][:12]}…")
     name = str(facts.get("name") or folder.resolve().name)
     return Card(folder.resolve(), name, own, model, preprocessing, facts)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -66,8 +67,7 @@ class Encoder:
         self.dimension = warm.shape[1]
         if card.facts.get("dimension", self.dimension) != self.dimension:
             raise InvalidModel(
-                f"{card.folder}: the graph gives {self.dimension} dimensions, "
-                f"card.json says {card.facts['dimension']}"
+                f"{card.folder}: the graph gives {self.dimension} dimensions, card.json says {card.facts['dimension']}"
             )
 
     def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
@@ -107,7 +107,7 @@ class Encoder:
             values /= np.asarray(preprocessing.std, np.float32).reshape(1, 3, 1, 1)
         return values
 
-    def _image_input(self) -> tuple[str, type[np.uint8] | type[np.float32]]:
+    def _image_input(self) -> tuple[str, type[Any]]:
         images = [node for node in self._session.get_inputs() if len(node.shape) == 4]
         if len(images) != 1 or len(self._session.get_inputs()) != 1 or images[0].type not in _TYPES:
             have = ", ".join(f"{node.name} {node.type} {node.shape}" for node in self._session.get_inputs())
@@ -115,8 +115,12 @@ class Encoder:
                 f"{self.card.folder}: expected one image input (N, 3, S, S) of uint8 or float32; it has {have}"
             )
         node, side = images[0], self.card.preprocessing.side
-        if any(isinstance(have, int) and have != want for have, want in zip(node.shape[1:], (3, side, side), strict=True)):
-            raise InvalidModel(f"{self.card.folder}: input {node.name} is {node.shape}, preprocessing gives 3x{side}x{side}")
+        if any(
+            isinstance(have, int) and have != want for have, want in zip(node.shape[1:], (3, side, side), strict=True)
+        ):
+            raise InvalidModel(
+                f"{self.card.folder}: input {node.name} is {node.shape}, preprocessing gives 3x{side}x{side}"
+            )
         return node.name, _TYPES[node.type]
 
     def _embedding_output(self) -> str:
@@ -130,7 +134,7 @@ class Encoder:
                 f"{self.card.folder}: expected an output named embedding or image_embeds, or a single 2-D one; "
                 f"it has {', '.join(outputs)}"
             )
-        return flat[0]
+        return str(flat[0])
 
 
 def _first_line(error: Exception) -> str:

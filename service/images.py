@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from service import PixelArray
 from service.card import Preprocessing
@@ -55,13 +55,13 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(*picture.size, limits)
             least = _DRAFT_MARGIN * max(side, THUMBNAIL_SIDE)
-            picture.draft(None, (least, least))  # type: ignore[arg-type]  # None: any mode; JPEG only
+            picture.draft(None, (least, least))  # None: any mode; for a JPEG alone
             picture.load()
             return _to_rgb(_upright(picture))
     except TooLarge:
         raise
     except Exception as error:  # a decoder meeting damaged bytes may raise nearly anything
-        if isinstance(error, Image.UnidentifiedImageError) and not _begins_like_a_picture(data):
+        if isinstance(error, UnidentifiedImageError) and not _begins_like_a_picture(data):
             raise UnsupportedFormat(
                 f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"
             ) from error
@@ -156,7 +156,7 @@ def _begins_like_a_picture(data: bytes) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "its header cannot be read"
     # Pillow's own words name no path and no client bytes; an exception of another kind is only named.
     return str(error) if isinstance(error, OSError) and str(error) else type(error).__name__

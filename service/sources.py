@@ -151,7 +151,7 @@ def _walk(root: Path) -> Iterator[str]:
         seen.add(real)
         for file in files:
             if _is_picture(file):
-                yield os.path.relpath(os.path.join(folder, file), root).replace(os.sep, "/")
+                yield (Path(folder) / file).relative_to(root).as_posix()
 
 
 def _zip(name: str, path: Path) -> Source:
@@ -199,10 +199,13 @@ def _mnist(name: str, part: str, data_root: Path) -> Source:
 def _read_idx(path: Path, shape: tuple[int, ...]) -> PixelArray:
     if not path.is_file():
         raise InvalidSource(
-            f"MNIST is not there: expected {path} (uncompressed, as torchvision keeps it); name its folder with --data-root"
+            f"MNIST is not there: expected {path} (uncompressed, as torchvision keeps it); "
+            "name the folder above with --data-root"
         )
     header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
     data = path.read_bytes()
     if not data.startswith(header) or len(data) != len(header) + int(np.prod(shape)):
-        raise InvalidSource(f"{path}: not the IDX file of MNIST: expected {'x'.join(map(str, shape))} bytes after its header")
+        raise InvalidSource(
+            f"{path}: not the IDX file of MNIST: expected {'x'.join(map(str, shape))} bytes after its header"
+        )
     return np.frombuffer(data, np.uint8, offset=len(header)).reshape(shape)

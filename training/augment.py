@@ -104,7 +104,9 @@ def _stroke(views: Tensor, probability: float, generator: Generator) -> Tensor:
     amount = _uniform(views, -1, 1, generator, 1, 1, 1)
     amount = torch.where(_chance(views, probability, generator), amount, 0.0)
     # A thin stroke vanishes when eroded fully: at most half of the way.
-    return torch.where(amount > 0, views.lerp(thicker, amount.clamp(min=0)), views.lerp(thinner, -amount.clamp(max=0) / 2))
+    return torch.where(
+        amount > 0, views.lerp(thicker, amount.clamp(min=0)), views.lerp(thinner, -amount.clamp(max=0) / 2)
+    )
 
 
 def _jitter(views: Tensor, recipe: Augmentation, generator: Generator) -> Tensor:

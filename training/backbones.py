@@ -60,12 +60,12 @@ def _small_cnn(channels: int) -> nn.Module:
 
 
 def _resnet18(channels: int, side: int) -> nn.Module:
-    network = torchvision.models.resnet18(weights=None)
+    network: nn.Module = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
     network.fc = nn.Identity()
+    stem = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
     if side < 64:  # 3×3 stride 1 and no pooling, or a 32-pixel picture is down to 8 before the first block
-        network.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        stem = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
         network.maxpool = nn.Identity()
-    elif channels != 3:
-        network.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    network.conv1 = stem
     return network

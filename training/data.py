@@ -107,11 +107,12 @@ def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -
 def to_luminance(picture: Tensor) -> Tensor:
     """Return (1, S, S) uint8 luminance of a (3, S, S) uint8 picture; grey stays exactly what it was."""
     r, g, b = picture.int()
-    return ((299 * r + 587 * g + 114 * b + 500) // 1000).to(torch.uint8)[None]
+    grey: Tensor = (299 * r + 587 * g + 114 * b + 500) // 1000
+    return grey.to(torch.uint8)[None]
 
 
 def batches(count: int, size: int, generator: Generator) -> Iterator[Tensor]:
     """Yield positions (size,) int64 without end: a new random order each epoch, the short last batch left out."""
     while True:
         order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % size].split(size)
+        yield from torch.split(order[: count - count % size], size)

@@ -77,7 +77,9 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
         return to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read_all = tqdm(pool.map(read, range(len(source))), f"reading {source.name}", len(source), unit=" pictures", leave=False)
+        read_all = tqdm(
+            pool.map(read, range(len(source))), f"reading {source.name}", len(source), unit=" pictures", leave=False
+        )
         return np.stack(list(read_all))
 
 
@@ -142,5 +144,7 @@ def randomised(card: Card) -> bytes:
 
 def _labels(source: Source) -> "np.ndarray[Any, Any]":
     if source.labels is None:
-        raise InvalidSource(f"{source.name}: has no labels; k-NN accuracy needs every picture in a folder named for its class")
+        raise InvalidSource(
+            f"{source.name}: has no labels; k-NN accuracy needs every picture in a folder named for its class"
+        )
     return np.asarray(source.labels)

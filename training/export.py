@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -63,7 +61,12 @@ def _square_config(side: int) -> dict[str, Any]:
 
 
 def export(
-    encoder: Encoder, source: Source | None, side: int, facts: dict[str, Any], out: Path, config: dict[str, Any] | None = None
+    encoder: Encoder,
+    source: Source | None,
+    side: int,
+    facts: dict[str, Any],
+    out: Path,
+    config: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all.
 
@@ -83,7 +86,8 @@ def export(
     preprocessing = Preprocessing.from_config(config, "export")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary) / out.name
+        folder.mkdir()
         _write_onnx(encoder, side, folder / MODEL_FILE)
         model = (folder / MODEL_FILE).read_bytes()
         card = Card(folder, out.name, fingerprint(model, preprocessing), model, preprocessing, {})
@@ -93,20 +97,23 @@ def export(
         }
         with torch.inference_mode():
             dimension = encoder(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
-        _write(folder / PREPROCESSOR_FILE, json.dumps(config, indent=2) + "\n")
+        (folder / PREPROCESSOR_FILE).write_text(json.dumps(config, indent=2) + "\n")
         content = {
             "name": out.name,
             "dimension": dimension,
             "fingerprint": card.fingerprint,
             "sha256": {
-                file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in (MODEL_FILE, PREPROCESSOR_FILE)
+                file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
+                for file in (MODEL_FILE, PREPROCESSOR_FILE)
             },
             "quality": {MODEL_FILE: quality},
             **facts,
         }
-        _write(folder / CARD_FILE, json.dumps(content, indent=2) + "\n")
-        _write(folder / "README.md", _readme(content))
-        _publish(folder, out)
+        (folder / CARD_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / "README.md").write_text(_readme(content))
+        if out.exists():  # an earlier model stays whole beside the new one until that has its place
+            out.rename(Path(temporary) / "earlier")
+        folder.rename(out)
 
 
 def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: int) -> float:
@@ -123,7 +130,9 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
             expected = encoder(torch.from_numpy(chunk).permute(0, 3, 1, 2)).numpy()
         least = min(least, float((expected * served.encode(chunk)).sum(1).min()))
     if least < _LEAST_COSINE:
-        raise InvalidModel(f"the export differs from torch: cosine {least:.6f} at batch {batch}, expected ≥ {_LEAST_COSINE}")
+        raise InvalidModel(
+            f"the export differs from torch: cosine {least:.6f} at batch {batch}, expected ≥ {_LEAST_COSINE}"
+        )
     return round(least, 7)
 
 
@@ -171,14 +180,3 @@ def _readme(content: dict[str, Any]) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
-
-
-def _publish(folder: Path, out: Path) -> None:
-    """Put the finished folder in place by renaming; an earlier model is moved aside first and then removed."""
-    os.chmod(folder, 0o755)
-    aside = folder.with_name(folder.name + "-old")
-    if out.exists():
-        out.rename(aside)
-    shutil.copytree(folder, new := folder.with_name(folder.name + "-new"))
-    new.rename(out)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -29,9 +29,7 @@ class Run:
     loss: float
 
 
-def pretrain(
-    source_name: str, recipe: Recipe, out: Path, minutes: float | None, device: str, data_root: Path
-) -> None:
+def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None, device: str, data_root: Path) -> None:
     """Pretrain an encoder on a source and export it to the folder `out`.
 
     Args:
@@ -75,9 +73,7 @@ def pretrain(
     print(f"wrote {out}")
 
 
-def train(
-    method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, minutes: float | None
-) -> Run:
+def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, minutes: float | None) -> Run:
     """Run the loop.
 
     Args:
@@ -92,8 +88,7 @@ def train(
     """
     assert isinstance(method, nn.Module)
     on = pixels.device
-    channels_last = torch.channels_last
-    method.to(on, memory_format=channels_last).train()
+    method.to(on).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(
         method.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
@@ -108,6 +103,8 @@ def train(
 
     bfloat16 = bfloat16_pays(method, make_views(next(order)))
     total = recipe.epochs * (len(pixels) // recipe.batch_size)
+    if minutes is not None:
+        total = max(total, _TIMED_STEPS)  # until the first steps have been timed
     start, loss_value = time.perf_counter(), math.nan
     with tqdm(total=total, desc="pretraining", unit=" steps", mininterval=0.5) as bar:
         step = 0
@@ -175,7 +172,7 @@ def choose_device(name: str) -> torch.device:
 def bfloat16_pays(method: Method, views: Tensor) -> bool:
     """Time three forward and backward passes in either precision; bfloat16 wins only where it is faster."""
     if views.device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     seconds = []
     for enabled in (False, True):
         for attempt in range(4):

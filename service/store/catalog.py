@@ -64,9 +64,9 @@ class Catalog:
     def _prepare(self, meta: dict[str, str]) -> None:
         database = self._database
         empty = not self._one("SELECT count(*) FROM sqlite_schema")
-        if empty:
-            database.execute("PRAGMA page_size = 16384")
-        database.execute("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON")
+        # One by one: apsw stops a script at its first row until that row is read, and these give rows.
+        for pragma in ("page_size = 16384", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            database.execute(f"PRAGMA {pragma}").fetchall()
         if empty:
             with database:
                 database.execute(_TABLES)
@@ -74,7 +74,9 @@ class Catalog:
 
     def add(self, items: Sequence[NewItem]) -> list[tuple[int, bool]]:
         """Add or replace items in one transaction; return each one's key and whether its id was new."""
-        return self._within_transaction(lambda: [self._put(item) for item in items])
+        with self._database:
+            added = [self._put(item) for item in items]
+        return added
 
     def _put(self, item: NewItem) -> tuple[int, bool]:
         self._sequence += 1
@@ -100,7 +102,8 @@ class Catalog:
         """Remove an item; return its key, or None when there was none."""
         key = self.key(id)
         if key is not None:
-            self._within_transaction(lambda: self._database.execute("DELETE FROM items WHERE key = ?", (key,)))
+            with self._database:
+                self._database.execute("DELETE FROM items WHERE key = ?", (key,))
         return key
 
     def key(self, id: str) -> int | None:
@@ -121,15 +124,17 @@ class Catalog:
         """Return up to `limit` items with keys above `after`, in key order."""
         return self._items("WHERE key > ? ORDER BY key LIMIT ?", after, limit)
 
-    def picture(self, id: str, column: str) -> bytes | None:
-        """Return an item's `thumbnail` or `original`, or None."""
-        assert column in ("thumbnail", "original")
-        found: bytes | None = self._one(f"SELECT {column} FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id)
-        return found
+    def thumbnail(self, id: str) -> bytes | None:
+        """Return an item's thumbnail, or None."""
+        return self._blob("SELECT thumbnail FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id)
+
+    def original(self, id: str) -> bytes | None:
+        """Return an item's own bytes, or None where they were not kept."""
+        return self._blob("SELECT original FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id)
 
     def vector(self, id: str) -> FloatArray | None:
         """Return an item's embedding, or None."""
-        blob = self._one("SELECT vector FROM vectors WHERE key = (SELECT key FROM items WHERE id = ?)", id)
+        blob = self._blob("SELECT vector FROM vectors WHERE key = (SELECT key FROM items WHERE id = ?)", id)
         return None if blob is None else np.frombuffer(blob, "<f4").astype(np.float32)
 
     def vectors(self, chunk: int = 8192) -> Iterator[tuple[list[int], FloatArray]]:
@@ -156,16 +161,17 @@ class Catalog:
         self._database.close()
 
     def _items(self, where: str, *values: Any) -> list[tuple[int, Item]]:
-        rows = self._database.execute(f"SELECT key, id, metadata, source, digest FROM items {where}", values)
+        query = "SELECT key, id, metadata, source, digest FROM items " + where  # noqa: S608  # ours alone
+        rows = self._database.execute(query, values)
         return [(key, Item(id, json.loads(metadata), source, digest)) for key, id, metadata, source, digest in rows]
+
+    def _blob(self, query: str, id: str) -> bytes | None:
+        blob = self._one(query, id)
+        return None if blob is None else bytes(blob)
 
     def _one(self, query: str, *values: Any) -> Any:
         row = next(iter(self._database.execute(query, values)), None)
         return None if row is None else row[0]
-
-    def _within_transaction(self, work: Any) -> Any:
-        with self._database:
-            return work()
 
 
 def _dump(metadata: dict[str, Any]) -> str:

@@ -113,12 +113,12 @@ class EmbeddedStore:
     def thumbnail(self, id: str) -> bytes | None:
         """See Store.thumbnail."""
         with self._exclusive:
-            return self._catalog.picture(id, "thumbnail")
+            return self._catalog.thumbnail(id)
 
     def original(self, id: str) -> bytes | None:
         """See Store.original."""
         with self._exclusive:
-            return self._catalog.picture(id, "original")
+            return self._catalog.original(id)
 
     def scan(self, limit: int, after: int = 0) -> tuple[list[Item], int | None]:
         """See Store.scan."""
@@ -171,8 +171,9 @@ def _lock(folder: Path) -> int:
     except OSError as error:
         holder = os.read(guard, 32).decode(errors="replace").strip()
         os.close(guard)
-        raise InvalidStore(f"{folder}: in use by process {holder}; add pictures to a served store with PUT /images/ID") from error
+        raise InvalidStore(
+            f"{folder}: in use by process {holder}; add pictures to a served store with PUT /images/ID"
+        ) from error
     os.ftruncate(guard, 0)
     os.write(guard, str(os.getpid()).encode())
     return guard
-

@@ -30,7 +30,7 @@ class FaissIndex:
     def remove(self, keys: Sequence[int]) -> None:
         """Remove keys; those that are not there are passed over. Cost: one pass over the index."""
         if keys:
-            self._index.remove_ids(np.asarray(keys, np.int64))
+            self._index.remove_ids(faiss.IDSelectorBatch(np.asarray(keys, np.int64)))
 
     def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
         """Return the k stored vectors most like each query, best first, equal scores by key.
