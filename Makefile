@@ -8,13 +8,17 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check setup setup-serve lock clean
+.PHONY: help serve test check container setup setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
+# The store's folder is named for its pictures and its encoder: another encoder never meets an old store.
 serve: setup-serve ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST=
-	@. .venv-serve/bin/activate && lookalike demo "$(IMAGES)" --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)"
+	@key=$$( (cat "$(MODEL)/model.onnx" "$(MODEL)/preprocessor_config.json"; realpath "$(IMAGES)") | cksum); \
+	store=".lookalike/$$(basename "$(IMAGES)")-$${key%% *}"; \
+	.venv-serve/bin/lookalike index "$(IMAGES)" --model "$(MODEL)" --store "$$store" || [ $$? = 1 ] || exit 2; \
+	exec .venv-serve/bin/lookalike serve --model "$(MODEL)" --store "$$store" --host "$(HOST)" --port "$(PORT)"
 
 test: setup ## run every test that this machine has the means for
 	.venv/bin/python -m pytest
@@ -24,6 +28,9 @@ check: setup ## lint, types, import rules
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+container: ## build the image and check it, with podman or docker
+	tests/deploy/container.sh
 
 setup-serve: .venv-serve/.done ## make .venv-serve: the serving set, without torch
 setup: .venv/.done ## make .venv: training, serving and test tools

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from service.errors import InvalidModel, InvalidRequest, LookalikeError
+from service.errors import InvalidRequest, LookalikeError
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
@@ -227,10 +227,12 @@ def _check_serving(settings: Any) -> None:
 
 
 def _need_torch() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise InvalidModel("this needs the training environment: run `make setup`, then .venv/bin/lookalike")
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise InvalidRequest(
+            "this needs the training environment: run `make setup`, then .venv/bin/lookalike"
+        ) from error
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -118,7 +119,7 @@ def index_source(source: Source, gallery: Gallery) -> Tally:
             for position, result in chunk:
                 if isinstance(result, LookalikeError):
                     bad += 1
-                    bar.write(f"skipped {source.ids[position]}: {result}")
+                    bar.write(f"skipped {source.ids[position]}: {result}", file=sys.stderr)
                 elif result is None:
                     known += 1
             fresh = [result for _, result in chunk if isinstance(result, tuple)]

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from service import FloatArray, PixelArray
 from service.card import Card
-from service.errors import InvalidModel
+from service.errors import InvalidModel, NoEmbedding
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
@@ -27,6 +27,7 @@ class Encoder:
         card: the facts, the fingerprint among them.
         dimension: D.
         provider: the onnxruntime provider that really runs it.
+        canary: pixels (S, S, 3) that it can embed, for a look at whether it still does.
     """
 
     def __init__(self, card: Card, device: str = "auto", threads: int = 0) -> None:
@@ -62,9 +63,11 @@ class Encoder:
         self._input, self._type = self._image_input()
         self._output = self._embedding_output()
         side = card.preprocessing.side
-        self.dimension = 0  # until the graph has run: its own shape may be symbolic
-        warm = self.encode(np.zeros((1, side, side, 3), np.uint8))
-        self.dimension = warm.shape[1]
+        self.canary = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        try:  # the graph's own shape may be symbolic
+            self.dimension = self.encode([self.canary]).shape[1]
+        except NoEmbedding as error:
+            raise InvalidModel(f"{card.folder}: {error}") from error
         if card.facts.get("dimension", self.dimension) != self.dimension:
             raise InvalidModel(
                 f"{card.folder}: the graph gives {self.dimension} dimensions, card.json says {card.facts['dimension']}"
@@ -80,7 +83,8 @@ class Encoder:
             (N, D) float32, rows of L2 norm 1.
 
         Raises:
-            InvalidModel: the graph failed, or gave something that is no embedding.
+            InvalidModel: the graph failed, or its output is not (N, D).
+            NoEmbedding: a row of its output is zero or not finite.
         """
         batch = np.ascontiguousarray(np.stack(list(pixels)).transpose(0, 3, 1, 2))
         try:
@@ -92,7 +96,7 @@ class Encoder:
             raise InvalidModel(f"{self.card.name}: output {self._output} has shape {embeddings.shape}, not (N, D)")
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
-            raise InvalidModel(f"{self.card.name}: an embedding is zero or not finite")
+            raise NoEmbedding(f"the encoder {self.card.name} gives this picture no embedding: zero or not finite")
         return np.ascontiguousarray(embeddings / norms)
 
     def _prepare(self, batch: PixelArray) -> PixelArray | FloatArray:

@@ -1,7 +1,7 @@
 """What can go wrong, as a map of the data flow; each class is an arrow or what stands at its end.
 
     source ─read─▶ bytes ─decode─▶ picture ─resize─▶ pixels ─encode─▶ embedding ─search─▶ hits
-      InvalidSource  │                │                 InvalidModel     │          InvalidQuery
+      InvalidSource  │                │                  NoEmbedding     │          InvalidQuery
                      ├ EmptyPicture   ├ UndecodablePicture               │          ItemNotFound
                      ├ TooLarge       └ TooLarge (pixels, sides)         ▼
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
@@ -50,6 +50,13 @@ class UndecodablePicture(LookalikeError):
 
     status = 422
     code = "undecodable_picture"
+
+
+class NoEmbedding(LookalikeError):
+    """The encoder gives these pixels no direction: its output is zero or not finite."""
+
+    status = 422
+    code = "no_embedding"
 
 
 class InvalidQuery(InvalidRequest):

@@ -157,9 +157,8 @@ class Gallery:
         return self._notice[1]
 
     def probe(self) -> None:
-        """Take blank pixels all the way to the index and back; raises where that cannot be done."""
-        side = self.card.preprocessing.side
-        self.store.search(self._batcher.encode([np.zeros((side, side, 3), np.uint8)]), 1)
+        """Take the canary all the way to the index and back; raises where that cannot be done."""
+        self.store.search(self._batcher.encode([self.encoder.canary]), 1)
 
     def close(self) -> None:
         """Finish what waits and let go of the store."""
@@ -190,8 +189,13 @@ def open_gallery(settings: Settings, read_only: bool = False) -> Gallery:
 
 
 def find_model(settings: Settings) -> Path:
-    """Return the encoder's folder: the one that is named, else the store's own, else models/mnist."""
-    return settings.model or recorded_model(settings.store) or Path("models/mnist")
+    """Return the encoder's folder: the one that is named, else the store's own, else models/mnist.
+
+    A store that came from another machine names a folder that is not here; whether the encoder we take
+    instead is the right one, its fingerprint decides.
+    """
+    recorded = recorded_model(settings.store)
+    return settings.model or (recorded if recorded and recorded.is_dir() else Path("models/mnist"))
 
 
 def check_id(id: str) -> str:

@@ -102,7 +102,8 @@ def thumbnail(picture: Image.Image) -> bytes:
     small = picture.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=85, method=2)
+    # Glyphs of a few pixels would drown in the losses of a lossy file.
+    small.save(buffer, "WEBP", quality=85, method=2, lossless=max(small.size) <= 64)
     return buffer.getvalue()
 
 

@@ -29,7 +29,9 @@ def augment(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Ten
 
     Cost: one grid_sample, plus a pass over the batch for each change that is on.
     """
-    views = F.grid_sample(pictures, _grid(pictures, recipe, generator), padding_mode="zeros", align_corners=False)
+    # A crop at the picture's edge samples up to half a pixel beyond the last pixel's centre: zeros would darken it.
+    beyond = "border" if recipe.crop_area < 1 else "zeros"
+    views = F.grid_sample(pictures, _grid(pictures, recipe, generator), padding_mode=beyond, align_corners=False)
     if recipe.stroke:
         views = _stroke(views, recipe.stroke, generator)
     if recipe.jitter:
@@ -73,8 +75,8 @@ def _grid(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Tenso
     x, y = 2 * symmetric(r.shift), 2 * symmetric(r.shift)
     if r.crop_area < 1:  # area and aspect as in random-resized-crop; the crop stays inside the picture
         area = _uniform(pictures, r.crop_area, 1, generator)
-        aspect = torch.exp(symmetric(math.log(4 / 3)))
-        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+        aspect = torch.exp(symmetric(1) * (-area.log()).clamp(max=math.log(4 / 3)))  # neither side above 1
+        width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
         x, y = x + (1 - width) * symmetric(1), y + (1 - height) * symmetric(1)
         across, down = across * width, down * height
     if r.flip:
@@ -124,7 +126,7 @@ def _jitter(views: Tensor, recipe: Augmentation, generator: Generator) -> Tensor
 def _erase(views: Tensor, probability: float, generator: Generator) -> Tensor:
     """Blank one square a view, its side 1/6 to 1/3 of the picture's."""
     side = views.shape[-1]
-    ruler = torch.arange(side, device=views.device)
+    ruler = torch.arange(side, device=views.device) + 0.5  # pixel centres, or the first row would never go
     size = _uniform(views, side / 6, side / 3, generator, 1)
     left, top = (_uniform(views, 0, 1, generator, 1) * (side - size) for _ in range(2))
     columns = (ruler >= left) & (ruler < left + size)  # (N, S)

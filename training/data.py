@@ -1,6 +1,7 @@
 """SOURCE → pixel canvas: every picture decoded once, by the service's own function, and kept for all epochs."""
 
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def open_training_source(name: str, data_root: Path) -> Source:
             data = known(str(data_root), train=train, download=True)
         except Exception as error:
             raise InvalidSource(
-                f"{set_name} is not under {data_root} and cannot be downloaded: {error}; "
+                f"{set_name} is not under {data_root} and cannot be downloaded: {' '.join(str(error).split())}; "
                 f"name the folder that has it, in torchvision's layout, with --data-root"
             ) from error
     if set_name.startswith("mnist"):
@@ -85,7 +86,7 @@ def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -
         except LookalikeError as error:
             return error
 
-    tqdm.write(f"{source.name}: {len(source)} pictures, {pixels.nbytes / 2**20:.0f} MiB decoded")
+    tqdm.write(f"{source.name}: {len(source)} pictures, {pixels.nbytes / 2**20:.0f} MiB decoded", file=sys.stderr)
     kept, bad = 0, 0
     histogram = np.zeros(16)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -93,7 +94,7 @@ def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -
         for position, result in enumerate(tqdm(read_all, "decoding", len(source), unit=" pictures", leave=False)):
             if isinstance(result, LookalikeError):
                 bad += 1
-                tqdm.write(f"skipped {source.ids[position]}: {result}")
+                tqdm.write(f"skipped {source.ids[position]}: {result}", file=sys.stderr)
                 continue
             histogram += tones(result) if kept < 1000 or kept % 50 == 0 else 0
             picture = torch.from_numpy(np.array(result)).permute(2, 0, 1)

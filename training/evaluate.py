@@ -15,7 +15,7 @@ from tqdm import tqdm
 from service import FloatArray, IntArray, PixelArray
 from service.card import Card, Preprocessing, read_card
 from service.encoder import Encoder
-from service.errors import InvalidSource
+from service.errors import InvalidSource, LookalikeError
 from service.images import Limits, decode, to_pixels
 from service.sources import Source
 from service.store.faiss_index import FaissIndex
@@ -74,7 +74,10 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
     """
 
     def read(position: int) -> PixelArray:
-        return to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing)
+        try:
+            return to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing)
+        except LookalikeError as error:
+            raise type(error)(f"{source.name}: {source.ids[position]}: {error}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read_all = tqdm(

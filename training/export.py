@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, Card, Preprocessing, fingerprint
-from service.encoder import Encoder as OnnxEncoder
 from service.errors import InvalidModel, LookalikeError
 from service.images import Limits, decode, to_pixels
 from service.sources import Source
@@ -122,6 +121,9 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
     Raises:
         InvalidModel: it is below 0.9999.
     """
+    # Here, not above: a machine that only trains has no onnxruntime.
+    from service.encoder import Encoder as OnnxEncoder
+
     served = OnnxEncoder(card, device="cpu")
     least = 1.0
     for start in range(0, len(pixels), batch):

@@ -46,6 +46,10 @@ def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None,
     on = choose_device(device)
     if out.exists() and not (out / "card.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise InvalidOutput(f"{out}: is there and is not a model folder; choose another --out")
+    try:  # now, not after hours of training
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOutput(f"{out}: the folder it is to lie in cannot be made: {error.strerror}") from error
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root)
     canvas = decode_canvas(source, square_preprocessing(recipe.side), recipe.channels)
@@ -58,6 +62,7 @@ def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None,
     mean, std = _statistics(pixels)
     if float(std.max()) == 0:
         raise InvalidSource(f"{source_name}: all pictures are one flat colour; there is nothing to learn")
+    std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
     backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side)
     method = build_method(recipe, backbone.module, backbone.dimension)
     run = train(method, pixels, mean, std, recipe, minutes)
@@ -186,6 +191,13 @@ def bfloat16_pays(method: Method, views: Tensor) -> bool:
 
 
 def _statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of uint8 pixels, scaled to 0..1, over at most 10,000 pictures."""
-    sample = pixels[:: max(1, len(pixels) // 10_000)].float().cpu() / 255
-    return sample.mean((0, 2, 3)), sample.std((0, 2, 3))
+    """Mean and standard deviation (C,) of uint8 pixels, scaled to 0..1, from the exact histogram of each channel."""
+    counts = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
+    for start in range(0, len(pixels), 1000):
+        channels = pixels[start : start + 1000].unbind(1)
+        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).cpu()
+    shares = counts / counts.sum(1, keepdim=True)  # (C, 256)
+    tones = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ tones
+    std = (shares * (tones - mean[:, None]).square()).sum(1).sqrt()
+    return mean.float(), std.float()

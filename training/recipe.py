@@ -11,6 +11,7 @@ from service.errors import InvalidRequest
 SHIPPED = Path(__file__).parent / "recipes"
 
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Width = Annotated[int, Field(ge=1)]
 
 
 class Augmentation(BaseModel):
@@ -61,7 +62,7 @@ class Recipe(BaseModel):
         seed: of weights, order and augmentation.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     method: Literal["simclr"]
@@ -74,7 +75,7 @@ class Recipe(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)]
     warmup: Annotated[int, Field(ge=0)]
     temperature: Annotated[float, Field(gt=0)]
-    projection: tuple[int, int]
+    projection: tuple[_Width, _Width]
     seed: int = 0
     augmentation: Augmentation
 
@@ -91,6 +92,8 @@ def read_recipe(name: str) -> Recipe:
         raise InvalidRequest(f"{name}: no such recipe; expected a .toml file or one of: {shipped}")
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text())
+        if "name" in content:
+            raise InvalidRequest(f"{path}: name: the file's own name is the recipe's; leave the key out")
         return Recipe(name=path.stem, **content)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: not TOML: {error}") from error

@@ -1,0 +1,53 @@
+// The answer to a query: the picture that was asked about, and its lookalikes.
+
+import { keepPixels, makeTile } from "./tile.js";
+import { countPictures } from "./words.js";
+
+const section = document.querySelector("#answer");
+const picture = document.querySelector("#query-picture");
+const title = document.querySelector("#answer-title");
+const status = document.querySelector("#status");
+const failure = document.querySelector("#error");
+const list = document.querySelector("#hits");
+
+keepPixels(picture);
+picture.addEventListener("load", () => picture.classList.remove("broken"));
+picture.addEventListener("error", () => picture.classList.add("broken"));
+
+/** Show what is being asked: the query's name and the address of its picture. */
+export function showQuery(name, address) {
+  section.hidden = false;
+  section.setAttribute("aria-busy", "true");
+  title.textContent = `Most like ${name}`;
+  picture.src = address;
+  status.textContent = "Searching …";
+  failure.textContent = "";
+}
+
+/** Show the hits, best first. */
+export function showHits(hits, onClick) {
+  section.setAttribute("aria-busy", "false");
+  list.replaceChildren(...hits.map((hit) => makeTile(hit, onClick)));
+  status.textContent = hits.length
+    ? `${countPictures(hits.length)}, the most alike first`
+    : "There is no other picture in the gallery to compare it with.";
+}
+
+/** Show in place of hits why there are none. */
+export function showFailure(name, error) {
+  section.setAttribute("aria-busy", "false");
+  list.replaceChildren();
+  title.textContent = `Cannot search by ${name}`;
+  status.textContent = "";
+  failure.textContent = error.message;
+}
+
+/** Hide the answer. */
+export function hideAnswer() {
+  section.hidden = true;
+}
+
+/** Put the focus on the answer, where the button that was clicked has gone. */
+export function focusAnswer() {
+  title.focus({ preventScroll: true });
+}

@@ -1,0 +1,34 @@
+// Three ways to hand over a picture: choose a file, drop one anywhere, paste one.
+
+const input = document.querySelector("#file");
+const failure = document.querySelector("#file-error");
+
+/** Call onPicture(file) for every file handed over. */
+export function watchForPictures(onPicture) {
+  input.addEventListener("change", () => {
+    take(input.files, "");
+    input.value = ""; // so that the same file can be chosen again
+  });
+
+  window.addEventListener("dragover", (event) => {
+    event.preventDefault(); // else the browser would open the file in place of the page
+    document.body.classList.toggle("dropping", event.dataTransfer.types.includes("Files"));
+  });
+  window.addEventListener("dragleave", (event) => {
+    if (event.relatedTarget === null) document.body.classList.remove("dropping"); // null: it has left the window
+  });
+  window.addEventListener("drop", (event) => {
+    event.preventDefault();
+    document.body.classList.remove("dropping");
+    take(event.dataTransfer.files, "That was not a file. Save the picture first, then drop its file here.");
+  });
+
+  window.addEventListener("paste", (event) => {
+    take(event.clipboardData.files, "The clipboard holds no picture. Copy one first, then paste it here.");
+  });
+
+  function take(files, otherwise) {
+    failure.textContent = files.length ? "" : otherwise;
+    if (files.length) onPicture(files[0]);
+  }
+}

@@ -1,0 +1,56 @@
+// A picture of the gallery as a button.
+
+import { thumbnailOf } from "./api.js";
+import { describe, formatScore } from "./words.js";
+
+const SMALL = 64; // px; a picture up to this size is enlarged with its pixels kept square
+
+/**
+ * A list item with one button that shows an item, or a hit where it has a score.
+ *
+ * @param item {id, metadata} or {id, metadata, score}; its texts come from users and are put in as text only.
+ * @param onClick called with the item.
+ */
+export function makeTile(item, onClick) {
+  const button = make("button", "tile");
+  button.type = "button";
+  button.title = item.id;
+  button.addEventListener("click", () => onClick(item));
+
+  const frame = make("span", "frame");
+  const picture = document.createElement("img");
+  picture.alt = "";
+  picture.loading = "lazy";
+  picture.draggable = false;
+  keepPixels(picture);
+  picture.src = thumbnailOf(item.id);
+  frame.append(picture);
+  button.append(frame);
+
+  if (item.score !== undefined) {
+    const bar = make("span", "bar");
+    bar.style.setProperty("--share", Math.max(0, item.score));
+    button.append(make("span", "score", formatScore(item.score)), bar);
+  }
+  button.append(make("span", "id", item.id));
+  const words = describe(item.metadata);
+  if (words) button.append(make("span", "metadata", words));
+
+  const entry = document.createElement("li");
+  entry.append(button);
+  return entry;
+}
+
+/** Enlarge a picture without blur where it is small. */
+export function keepPixels(picture) {
+  picture.addEventListener("load", () => {
+    picture.classList.toggle("pixelated", Math.max(picture.naturalWidth, picture.naturalHeight) <= SMALL);
+  });
+}
+
+function make(tag, className, text = "") {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.textContent = text;
+  return element;
+}

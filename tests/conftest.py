@@ -1,0 +1,80 @@
+"""What the tests stand on: the shipped encoder, real pictures, and a plain word about what is missing here."""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.card import read_card
+from service.encoder import Encoder
+from service.gallery import Gallery
+from service.settings import Settings
+from service.store.embedded import EmbeddedStore
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "models" / "mnist"
+
+
+def missing(what: str) -> None:
+    """Skip for want of something, or fail where everything was promised to be there."""
+    if os.environ.get("LOOKALIKE_TEST_ALL") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """End by naming what was skipped and how to get it."""
+    reasons: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "skipped"
+        reasons[reason] = reasons.get(reason, 0) + 1
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"not run here: {count} tests: {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with real MNIST and photographs."""
+    folder = os.environ.get("LOOKALIKE_TEST_DATA", "")
+    if not folder or not (Path(folder) / "MNIST" / "raw").is_dir():
+        missing("no MNIST: set LOOKALIKE_TEST_DATA to a folder with MNIST/raw as torchvision keeps it, and photos/")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Encoder:
+    """The shipped encoder, on CPU."""
+    return Encoder(read_card(MODEL), device="cpu")
+
+
+@pytest.fixture
+def store(tmp_path: Path, encoder: Encoder) -> Iterator[EmbeddedStore]:
+    """An empty store."""
+    opened = EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def gallery(tmp_path: Path, encoder: Encoder) -> Iterator[Gallery]:
+    """An empty gallery."""
+    opened = Gallery(encoder, EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension), Settings())
+    yield opened
+    opened.close()
+
+
+def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    """Return a picture as a file's bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def scene(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
+    """A smooth coloured picture, unlike at every corner."""
+    corners = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,155 @@
+"""README runs: its commands are executed and answer what it says; every verb and route stands in it."""
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from lookalike import cli
+from service.api import create_app
+from tests.conftest import MODEL, ROOT
+
+README = (ROOT / "README.md").read_text()
+LOOKALIKE = Path(sys.executable).with_name("lookalike")
+
+
+class Block(NamedTuple):
+    """A fenced block: what it is (sh, json, text) and for whom (no-test, mnist), and its lines."""
+
+    kind: str
+    mark: str
+    text: str
+
+
+BLOCKS = [Block(*match) for match in re.findall(r"^```(\w+)[ ]?([\w-]*)\n(.*?)^```$", README, re.M | re.S)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """What `make serve` runs, on another port: the digits gallery, indexed and served by the real commands."""
+    store = tmp_path_factory.mktemp("readme") / "store"
+    subprocess.run([LOOKALIKE, "index", "digits", "--model", MODEL, "--store", store], check=True, capture_output=True)
+    chosen = free_port()
+    command = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(chosen)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{chosen}/readyz", timeout=5)
+            break
+        except (urllib.error.URLError, ConnectionError):
+            assert time.monotonic() < deadline, "the service did not get ready in 60 s"
+            assert server.poll() is None, "the service ended"
+            time.sleep(0.1)
+    yield chosen
+    server.terminate()
+    assert server.wait(25) == 0
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", chosen)) != 0, "the port is still open"
+
+
+def matches(expected: Any, actual: Any) -> bool:
+    """Compare JSON; numbers to a thousandth, and … stands for anything in a text."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        return set(expected) == set(actual) and all(matches(expected[key], actual[key]) for key in expected)
+    if isinstance(expected, list) and isinstance(actual, list):
+        return len(expected) == len(actual) and all(map(matches, expected, actual))
+    if isinstance(expected, str) and isinstance(actual, str):
+        return re.fullmatch(".*".join(map(re.escape, expected.split("…"))), actual, re.S) is not None
+    if isinstance(expected, float):
+        return isinstance(actual, float) and abs(expected - actual) < 1e-3
+    return bool(expected == actual)
+
+
+def test_the_commands_answer_what_the_readme_says(port: int, tmp_path: Path) -> None:
+    ran = 0
+    for block, answer in zip(BLOCKS, [*BLOCKS[1:], Block("", "", "")], strict=True):
+        if block.kind != "sh" or block.mark:
+            continue
+        command = block.text.replace("127.0.0.1:3000", f"127.0.0.1:{port}")
+        done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        ran += 1
+        if answer.kind == "json":
+            assert matches(json.loads(answer.text), json.loads(done.stdout)), f"{block.text}\nanswered\n{done.stdout}"
+        elif answer.kind == "text":
+            assert matches(answer.text, done.stdout), f"{block.text}\nanswered\n{done.stdout}"
+    assert ran >= 9
+
+
+def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
+    """The evaluate commands print the table that the README shows, and it is at least what was promised."""
+    (block,) = [block for block in BLOCKS if block.mark == "mnist"]
+    figures = []
+    for line in block.text.splitlines():
+        command = [LOOKALIKE, *shlex.split(line)[1:], "--data-root", data_root, "--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        report = json.loads(done.stdout)
+        row = [report["knn"]["k5"], *(report["baselines"][name]["k5"] for name in ("raw_pixels", "random_encoder"))]
+        figures.append(row)
+        shown = " | ".join(f"{figure:.4f}" for figure in row)
+        assert f"| {shown} |" in README, f"{line}\nprinted {shown}"
+    assert figures[0][0] >= 0.980
+    assert figures[0][1] == 0.9660
+    assert figures[1][0] >= 0.984
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    names = {command.name or command.callback.__name__ for command in cli.registered_commands if command.callback}
+    assert names == {"pretrain", "import", "evaluate", "embed", "index", "search", "serve", "info"}
+    for name in names:
+        assert re.search(rf"`lookalike {name} ", README), name
+
+
+def test_every_route_is_in_the_readme() -> None:
+    paths = create_app().openapi()["paths"]
+    routes = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    routes |= {"GET /livez", "GET /readyz", "GET /metrics", "GET /docs", "GET /openapi.json"}
+    assert len(routes) >= 13
+    for route in routes:
+        assert re.search(rf"`{re.escape(route)}[`?]", README), route
+
+
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    tree = README.split("## How it is laid out")[1]
+    for folder in ("service", "service/store", "training"):
+        for path in (ROOT / folder).glob("*.py"):
+            if path.name != "__init__.py":
+                assert path.name in tree, path
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for document in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document}: {target}"
+
+
+def test_nothing_of_this_machine_is_committed() -> None:
+    """No host of a package index and no absolute path in what git tracks."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if not tracked:
+        pytest.skip("not a git checkout")
+    forbidden = [str(ROOT), "/simp" + "le/"]
+    for name in filter(None, tracked.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".onnx", ".png") or not path.is_file():
+            continue
+        text = path.read_text(errors="replace")
+        for word in forbidden:
+            assert word not in text, f"{name} has {word}"

@@ -1,0 +1,255 @@
+"""The store against a model of it: a dict and plain NumPy."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from service import FloatArray
+from service.card import Card, Preprocessing
+from service.errors import InvalidQuery, InvalidStore, StoreMismatch
+from service.store import NewItem
+from service.store.catalog import FILE, Catalog
+from service.store.embedded import EmbeddedStore, recorded_model
+from service.store.faiss_index import FaissIndex
+
+D = 8
+
+
+def card(name: str = "encoder") -> Card:
+    config = {"size": {"width": 8, "height": 8}, "do_normalize": False}
+    return Card(Path(f"/models/{name}"), name, name * 4, b"", Preprocessing.from_config(config, name), {})
+
+
+def unit(*shape: int, seed: int = 0) -> FloatArray:
+    vectors = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32)
+
+
+def item(id: str, embedding: FloatArray, **metadata: Any) -> NewItem:
+    return NewItem(id, metadata, None, "digest of " + id, embedding, b"thumbnail of " + id.encode(), None)
+
+
+def test_index_equals_plain_numpy() -> None:
+    vectors, queries = unit(300, D), unit(20, D, seed=1)
+    index = FaissIndex(D)
+    index.add(range(1000, 1300), vectors)
+    scores, keys = index.search(queries, 7)
+    expected = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :7]
+    assert np.array_equal(keys, expected + 1000)
+    assert np.allclose(scores, np.take_along_axis(queries @ vectors.T, expected, 1), atol=1e-6)
+
+
+def test_equal_scores_come_in_the_order_of_keys() -> None:
+    index = FaissIndex(D)
+    same = np.repeat(unit(1, D), 5, axis=0)
+    index.add([50, 10, 40, 20, 30], same)
+    assert index.search(same[:1], 5)[1].tolist() == [[10, 20, 30, 40, 50]]
+    assert index.search(same[:1], 5)[0].max() <= 1
+
+
+def test_fewer_columns_when_fewer_are_stored() -> None:
+    index = FaissIndex(D)
+    assert index.search(unit(2, D), 3)[1].shape == (2, 0)
+    index.add([1], unit(1, D))
+    assert index.search(unit(2, D), 3)[1].tolist() == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "says"),
+    [
+        (unit(1, D + 1), 1, "expected vectors of 8 numbers"),
+        (unit(D), 1, "shape"),
+        (unit(1, D) * 2, 1, "not of length 1"),
+        (np.full((1, D), np.nan, np.float32), 1, "not finite"),
+        (np.full((1, D), np.inf, np.float32), 1, "not finite"),
+        (unit(1, D), 0, "k must be 1 or more"),
+        (unit(1, D), -1, "k must be 1 or more"),
+    ],
+)
+def test_queries_that_cannot_be(queries: FloatArray, k: int, says: str) -> None:
+    index = FaissIndex(D)
+    index.add([1], unit(1, D))
+    with pytest.raises(InvalidQuery, match=says):
+        index.search(queries, k)
+
+
+def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(tmp_path: Path) -> None:
+    vectors = unit(4, D)
+    store = EmbeddedStore(tmp_path, card(), D)
+    assert store.add([item(f"p{n}", vector, n=n) for n, vector in enumerate(vectors)]) == [True] * 4
+    assert store.remove("p1")
+    assert not store.remove("p1")
+    assert store.add([item("p2", vectors[1], n="new")]) == [False]
+    for _ in range(2):
+        assert store.count() == 3
+        assert store.get("p1") is None
+        assert store.search(vectors[1:2], 10)[0][0].id == "p2"
+        assert store.search(vectors[1:2], 10)[0][0].metadata == {"n": "new"}
+        assert store.thumbnail("p3") == b"thumbnail of p3"
+        assert store.original("p3") is None
+        embedding = store.embedding("p0")
+        assert embedding is not None
+        assert np.array_equal(embedding, vectors[0])
+        store.close()
+        store = EmbeddedStore(tmp_path, card(), D)
+    store.close()
+
+
+def test_an_id_given_twice_in_one_call_keeps_its_last(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    first, second = unit(2, D)
+    assert store.add([item("a", first), item("a", second)]) == [True, True]
+    assert store.count() == 1
+    assert store.search(second[None], 1)[0][0].score > 0.999
+    store.close()
+
+
+@pytest.fixture
+def store_folder(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "store"
+
+
+def test_scan_pages_through_everything_once(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    store.add([item(f"p{n}", vector) for n, vector in enumerate(unit(7, D))])
+    store.remove("p3")
+    seen, cursor = [], 0
+    while True:
+        items, following = store.scan(2, cursor)
+        seen += [found.id for found in items]
+        if following is None:
+            break
+        cursor = following
+    assert seen == ["p0", "p1", "p2", "p4", "p5", "p6"]
+    store.close()
+
+
+def test_a_store_of_another_encoder_is_refused_with_both_names(store_folder: Path) -> None:
+    EmbeddedStore(store_folder, card("first"), D).close()
+    with pytest.raises(StoreMismatch, match=r"built by the encoder first \(firstfirstfi…\), not by second"):
+        EmbeddedStore(store_folder, card("second"), D)
+    assert recorded_model(store_folder) == Path("/models/first")
+    EmbeddedStore(store_folder, card("first"), D).close()  # the refused one let go of the lock
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    store.add([item("a", unit(D))])
+    with pytest.raises(InvalidStore, match=r"in use by process \d+"):
+        EmbeddedStore(store_folder, card(), D)
+    reader = EmbeddedStore(store_folder, card(), D, read_only=True)
+    assert reader.count() == 1
+    with pytest.raises(apsw.ReadOnlyError):
+        reader.remove("a")
+    reader.close()
+    store.close()
+
+
+def test_a_reader_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InvalidStore, match="no store there; make one with `lookalike index"):
+        EmbeddedStore(tmp_path / "nowhere", card(), D, read_only=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"picture")
+    with pytest.raises(InvalidStore, match=r"is not a store and not empty \(it has holiday.jpg\)"):
+        EmbeddedStore(tmp_path, card(), D)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(InvalidStore, match="not a catalog that can be used"):
+        EmbeddedStore(tmp_path, card(), D)
+
+
+def test_a_damaged_vector_is_named(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    store.add([item("a", unit(D))])
+    store.close()
+    database = apsw.Connection(str(store_folder / FILE))
+    ((key, vector, checksum),) = database.execute("SELECT key, vector, checksum FROM vectors").fetchall()
+    assert zlib.crc32(vector) == checksum
+    database.execute("UPDATE vectors SET vector = ?", (b"\1" + vector[1:],)).fetchall()
+    database.close()
+    with pytest.raises(InvalidStore, match=f"the vector of key {key} is damaged"):
+        EmbeddedStore(store_folder, card(), D)
+
+
+def test_every_commit_is_on_disk(store_folder: Path) -> None:
+    store_folder.mkdir(parents=True)
+    catalog = Catalog(store_folder, {"fingerprint": "f", "dimension": "8"})
+    pragma = {
+        name: catalog._one(f"PRAGMA {name}") for name in ("synchronous", "journal_mode", "foreign_keys", "page_size")
+    }
+    assert pragma == {"synchronous": 2, "journal_mode": "wal", "foreign_keys": 1, "page_size": 16384}
+    catalog.close()
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random changes and searches, compared with a dict after every step; reopening changes nothing."""
+
+    ids = st.sampled_from([f"id{n}" for n in range(6)])
+    seeds = st.integers(0, 30)
+
+    @initialize()
+    def open(self) -> None:
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = EmbeddedStore(Path(self.folder.name), card(), D)
+        self.model: dict[str, FloatArray] = {}
+        self.keys: list[str] = []
+
+    @rule(ids=st.lists(ids, max_size=4, min_size=1), seed=seeds)
+    def add(self, ids: list[str], seed: int) -> None:
+        vectors = unit(len(ids), D, seed=seed)
+        new = self.store.add([item(id, vector) for id, vector in zip(ids, vectors, strict=True)])
+        assert new == [id not in self.model for id in ids]
+        for id, vector in zip(ids, vectors, strict=True):
+            if id not in self.model:
+                self.keys.append(id)
+            self.model[id] = vector
+
+    @rule(id=ids)
+    def remove(self, id: str) -> None:
+        assert self.store.remove(id) == (id in self.model)
+        if self.model.pop(id, None) is not None:
+            self.keys.remove(id)
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = EmbeddedStore(Path(self.folder.name), card(), D)
+
+    @rule(seed=seeds, k=st.integers(1, 8))
+    def search(self, seed: int, k: int) -> None:
+        query = unit(1, D, seed=seed)
+        ranked = sorted(self.keys, key=lambda id: -float(query[0] @ self.model[id]))
+        hits = self.store.search(query, k)[0]
+        assert len(hits) == min(k, len(self.model))
+        for hit, id in zip(hits, ranked, strict=False):
+            assert hit.id == id or abs(hit.score - float(query[0] @ self.model[id])) < 1e-6
+
+    @invariant()
+    def agrees(self) -> None:
+        if hasattr(self, "store"):
+            assert self.store.count() == len(self.model)
+            assert [found.id for found in self.store.scan(100)[0]] == self.keys
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.folder.cleanup()
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
