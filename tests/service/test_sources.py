@@ -95,7 +95,7 @@ def test_sources_that_are_not_there(name: str, says: str, tmp_path: Path) -> Non
 
 
 def test_sources_without_a_picture(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSource, match="holds no picture; looked for .jpg"):
+    with pytest.raises(InvalidSource, match=r"holds no picture; looked for \.jpg"):
         open_source(str(tmp_path))
     (tmp_path / "no.zip").write_bytes(b"no zip")
     with pytest.raises(InvalidSource, match="not a zip file"):

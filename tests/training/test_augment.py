@@ -174,7 +174,8 @@ def test_shear_slants_rows_and_leaves_columns() -> None:
 def test_shift_moves_by_a_share_of_the_side() -> None:
     found = geometry(shift=0.2)
     torch.testing.assert_close(found.matrix, IDENTITY.expand(200, 2, 2), atol=1e-4, rtol=0)
-    assert 0.18 < float(found.shift.abs().max()) <= 0.2001
+    for furthest in found.shift.abs().amax(0).tolist():  # across, down
+        assert 0.18 < furthest <= 0.2001
     assert abs(float(np.corrcoef(found.shift[:, 0], found.shift[:, 1])[0, 1])) < 0.25
 
 
@@ -242,8 +243,8 @@ def test_jitter_changes_contrast_of_grey_and_saturation_of_colour() -> None:
     views = augment(colour, Augmentation(jitter=1, jitter_strength=0.2), seeded())
     red = views[:, 0] - views[:, 1]
     saturation = (red / luminance(views)[:, 0]).mean((1, 2)) * float(luminance(colour)[0].mean()) / 0.2
-    assert float(saturation.min()) < 0.85
-    assert float(saturation.max()) > 1.15
+    assert float(saturation.min()) < 0.75  # contrast alone, which colour shares, gives 0.8 to 1.2
+    assert float(saturation.max()) > 1.25
 
 
 def test_grey_leaves_three_equal_channels_of_luminance() -> None:

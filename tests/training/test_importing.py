@@ -1,0 +1,67 @@
+"""A torchvision backbone, exported as it is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch.nn import functional
+
+from service.card import read_card
+from service.encoder import Encoder
+from service.errors import InvalidRequest, LookalikeError
+from service.images import Limits, decode, to_pixels
+from tests.conftest import encoded, scene
+from training.importing import import_backbone
+
+
+def test_a_state_file_becomes_an_encoder_that_equals_torch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.mobilenet_v3_small(weights=None).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    import_backbone("mobilenet_v3_small", str(tmp_path / "weights.pth"), tmp_path / "imported")
+
+    encoder = Encoder(read_card(tmp_path / "imported"), device="cpu")
+    assert encoder.dimension == 1024
+    assert encoder.card.facts["method"] == "imported"
+    assert encoder.card.tones is None  # nobody knows what it was trained on: no word about what suits it
+
+    picture = scene(400, 300)
+    pixels = to_pixels(decode(encoded(picture), 224, Limits()), encoder.card.preprocessing)
+    tensor = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    network.classifier[-1] = torch.nn.Identity()
+    with torch.inference_mode():
+        expected = functional.normalize(network((tensor - mean[:, None, None]) / std[:, None, None]), dim=1).numpy()
+    assert float((encoder.encode([pixels]) * expected).sum()) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "says"),
+    [
+        ("nonsense", "DEFAULT", "no such classification backbone; try resnet18"),
+        ("resnet18", "nowhere.pth", "no such file; --weights is DEFAULT or a file"),
+        ("resnet18", "text.pth", "not a state dict that torch can read safely"),
+        ("resnet18", "other.pth", "does not fit the backbone"),
+        ("resnet18", "tensor.pth", "does not fit the backbone"),
+    ],
+)
+def test_what_is_refused(
+    backbone: str, weights: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.pth").write_text("no weights")
+    torch.save({"conv1.weight": torch.zeros(1)}, "other.pth")
+    torch.save(torch.zeros(3), "tensor.pth")
+    with pytest.raises(InvalidRequest, match=says):
+        import_backbone(backbone, weights, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(LookalikeError, match=r"cannot download its weights here: .* name it with --weights FILE"):
+        import_backbone("resnet18", "DEFAULT", tmp_path / "imported")
