@@ -16,16 +16,18 @@ from tests.conftest import MODEL, ROOT, encoded, scene
 LOOKALIKE = Path(sys.executable).with_name("lookalike")
 
 
-def run(*arguments: str | Path, cwd: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(
+    *arguments: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     clean = {key: value for key, value in os.environ.items() if not key.startswith("LOOKALIKE_")}
     return subprocess.run(
-        [LOOKALIKE, *arguments], cwd=cwd, env=clean | environment, capture_output=True, text=True, check=False
+        [LOOKALIKE, *arguments], cwd=cwd, env=clean | (environment or {}), capture_output=True, text=True, check=False
     )
 
 
 def refused(*arguments: str | Path, **environment: str) -> str:
     """Run a command that must end with exit code 2 and one sentence; return the sentence."""
-    done = run(*arguments, **environment)
+    done = run(*arguments, environment=environment)
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("lookalike: ")

@@ -46,7 +46,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     store = tmp_path_factory.mktemp("readme") / "store"
     subprocess.run([LOOKALIKE, "index", "digits", "--model", MODEL, "--store", store], check=True, capture_output=True)
     chosen = free_port()
-    command = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(chosen)]
+    command: list[str | Path] = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(chosen)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while True:
@@ -97,7 +97,7 @@ def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
     (block,) = [block for block in BLOCKS if block.mark == "mnist"]
     figures = []
     for line in block.text.splitlines():
-        command = [LOOKALIKE, *shlex.split(line)[1:], "--data-root", data_root, "--json"]
+        command: list[str | Path] = [LOOKALIKE, *shlex.split(line)[1:], "--data-root", data_root, "--json"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         report = json.loads(done.stdout)
         row = [report["knn"]["k5"], *(report["baselines"][name]["k5"] for name in ("raw_pixels", "random_encoder"))]

@@ -31,7 +31,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         patch.setenv("BENTOML_DO_NOT_TRACK", "True")
         from service.app import Lookalike
 
-        with TestClient(Lookalike.to_asgi(), raise_server_exceptions=False) as opened:
+        app = Lookalike.to_asgi()  # type: ignore[attr-defined]  # bentoml.service made it a Service
+        with TestClient(app, raise_server_exceptions=False) as opened:
             digits = open_source("digits[:20]")
             for position in range(len(digits)):
                 entry = digits.entry(position)

@@ -38,7 +38,7 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
     port, store = free_port(), tmp_path / "new" / "store"
     log = tmp_path / "log"
     with log.open("w") as output:
-        command = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(port)]
+        command: list[str | Path] = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(port)]
         server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     deadline = time.monotonic() + 60
     while get(f"http://127.0.0.1:{port}/readyz")[0] != 200:

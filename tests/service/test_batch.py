@@ -79,7 +79,17 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
 def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, data_root: Path) -> None:
     out = tmp_path / "out.parquet"
     lookalike = Path(sys.executable).with_name("lookalike")
-    command = [lookalike, "embed", "mnist/train[:20000]", "--model", MODEL, "--out", out, "--data-root", data_root]
+    command: list[str | Path] = [
+        lookalike,
+        "embed",
+        "mnist/train[:20000]",
+        "--model",
+        MODEL,
+        "--out",
+        out,
+        "--data-root",
+        data_root,
+    ]
     job = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (out / "part-00000.parquet").exists():
         assert job.poll() is None

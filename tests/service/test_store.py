@@ -176,7 +176,8 @@ def test_a_damaged_vector_is_named(store_folder: Path) -> None:
     store.add([item("a", unit(D))])
     store.close()
     database = apsw.Connection(str(store_folder / FILE))
-    ((key, vector, checksum),) = database.execute("SELECT key, vector, checksum FROM vectors").fetchall()
+    rows: list[Any] = database.execute("SELECT key, vector, checksum FROM vectors").fetchall()
+    ((key, vector, checksum),) = rows
     assert zlib.crc32(vector) == checksum
     database.execute("UPDATE vectors SET vector = ?", (b"\1" + vector[1:],)).fetchall()
     database.close()
