@@ -101,6 +101,8 @@ def nearest(bank: FloatArray, queries: FloatArray, k: int) -> IntArray:
 
 def nearest_pixels(bank: PixelArray, queries: PixelArray, k: int) -> IntArray:
     """Return the positions (N, k) in the bank of each query's nearest by Euclidean distance on 0..255."""
+    if all((pixels == pixels[..., :1]).all() for pixels in (bank, queries)):
+        bank, queries = bank[..., :1], queries[..., :1]  # grey: one channel orders distances as three equal ones do
     index = faiss.IndexFlatL2(int(np.prod(bank.shape[1:])))
     index.add(bank.reshape(len(bank), -1).astype(np.float32))
     found: IntArray = index.search(queries.reshape(len(queries), -1).astype(np.float32), k)[1]
