@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, Card, Preprocessing, fingerprint
-from service.errors import InvalidModel, LookalikeError
+from service.errors import InvalidModel, InvalidOutput, LookalikeError
 from service.images import Limits, decode, to_pixels
 from service.sources import Source
 from training.augment import luminance
@@ -79,11 +79,12 @@ def export(
 
     Raises:
         InvalidModel: onnxruntime's embeddings are not torch's (cosine below 0.9999 at batch 1 or 64).
+        InvalidOutput: as check_out.
     """
     encoder = encoder.cpu().eval()
     config = config or _square_config(side)
     preprocessing = Preprocessing.from_config(config, "export")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_out(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
@@ -113,6 +114,20 @@ def export(
         if out.exists():  # an earlier model stays whole beside the new one until that has its place
             out.rename(Path(temporary) / "earlier")
         folder.rename(out)
+
+
+def check_out(out: Path) -> None:
+    """Make sure that a model may be written to `out`, and make the folder that it is to lie in.
+
+    Raises:
+        InvalidOutput: a file, or a folder of something else, is there; or its parent cannot be made.
+    """
+    if out.exists() and not (out / CARD_FILE).exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise InvalidOutput(f"{out}: is there and is not a model folder; choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOutput(f"{out}: the folder it is to lie in cannot be made: {error.strerror}") from error
 
 
 def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: int) -> float:

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from service.errors import InvalidModel, InvalidRequest
-from training.export import Encoder, export
+from training.export import Encoder, check_out, export
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,13 +25,15 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
     Raises:
         InvalidRequest: no such backbone, no such file, weights that do not fit or cannot be downloaded.
         InvalidModel: the export differs from torch.
+        InvalidOutput: something else is at `out`.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise InvalidRequest(
             f"{name}: torchvision has no such classification backbone; try resnet18, resnet50 or convnext_tiny"
         )
-    side, resize = 224, 256
+    check_out(out)
+    side, resize, resample = 224, 256, 2
     mean, std = _IMAGENET_MEAN, _IMAGENET_STD
     source: Any = weights
     if weights == "DEFAULT":
@@ -46,6 +48,7 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
         recipe = default.transforms()
         side, resize = recipe.crop_size[0], recipe.resize_size[0]
         mean, std = tuple(recipe.mean), tuple(recipe.std)
+        resample = {"bilinear": 2, "bicubic": 3}[recipe.interpolation.value]
         source = f"torchvision {default}"
     else:
         network = torchvision.models.get_model(name, weights=None)
@@ -54,7 +57,7 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
     config = {
         "do_resize": True,
         "size": {"shortest_edge": resize},
-        "resample": 2,
+        "resample": resample,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": False,

@@ -9,11 +9,11 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from service.errors import InvalidOutput, InvalidRequest, InvalidSource
+from service.errors import InvalidRequest, InvalidSource
 from training.augment import augment
 from training.backbones import build_backbone
 from training.data import batches, decode_canvas, open_training_source
-from training.export import Encoder, export, square_preprocessing
+from training.export import Encoder, check_out, export, square_preprocessing
 from training.methods import Method, build_method
 from training.recipe import Recipe
 
@@ -44,12 +44,7 @@ def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None,
         InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
     """
     on = choose_device(device)
-    if out.exists() and not (out / "card.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise InvalidOutput(f"{out}: is there and is not a model folder; choose another --out")
-    try:  # now, not after hours of training
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidOutput(f"{out}: the folder it is to lie in cannot be made: {error.strerror}") from error
+    check_out(out)  # now, not after hours of training
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root)
     canvas = decode_canvas(source, square_preprocessing(recipe.side), recipe.channels)
@@ -115,7 +110,7 @@ def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Rec
         step = 0
         while step < total:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * schedule(step, total, recipe.warmup)
+                group["lr"] = recipe.learning_rate * schedule(step, total, min(recipe.warmup, total // 10))
             views = make_views(next(order))
             with torch.autocast(on.type, torch.bfloat16, enabled=bfloat16):
                 loss, embeddings = method.step(views)

@@ -56,7 +56,7 @@ class Recipe(BaseModel):
         channels: 1 trains on luminance alone, 3 on RGB.
         epochs: passes over the pictures, unless a time is given at the command line.
         batch_size: N pictures a step.
-        learning_rate: AdamW's peak, after `warmup` steps and before the cosine down to 0.
+        learning_rate: AdamW's peak, after `warmup` steps (a tenth of a short run) and before the cosine down to 0.
         projection: hidden and output width of the projection head.
         temperature: τ of NT-Xent.
         seed: of weights, order and augmentation.

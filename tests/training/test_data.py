@@ -68,7 +68,7 @@ def test_a_bad_picture_is_passed_over_and_named(
     (tmp_path / "07.png").write_bytes((tmp_path / "07.png").read_bytes()[:100])  # cut short
     canvas = decode_canvas(open_source(str(tmp_path)), square_preprocessing(8), 3)  # 1 of 20: 5 %, not over
     assert torch.equal(canvas.pixels, torch.cat([good.pixels[:7], good.pixels[8:]]))
-    assert "skipped 07.png: the picture is damaged" in capsys.readouterr().out
+    assert "skipped 07.png: the picture is damaged" in capsys.readouterr().err
 
 
 def test_too_many_bad_pictures_end_it(tmp_path: Path, paint: Paint) -> None:

@@ -91,9 +91,13 @@ def test_nearest_is_the_order_of_all_cosines() -> None:
     np.testing.assert_array_equal(nearest(bank, queries, 5), expected)
 
 
-def test_nearest_pixels_is_the_order_of_all_distances() -> None:
+@pytest.mark.parametrize("grey", [(), ("bank",), ("queries",), ("bank", "queries")])
+def test_nearest_pixels_is_the_order_of_all_distances(grey: tuple[str, ...]) -> None:
     random = np.random.default_rng(0)
     bank, queries = (random.integers(0, 256, (count, 6, 6, 3), dtype=np.uint8) for count in (300, 40))
+    for name, pixels in (("bank", bank), ("queries", queries)):
+        if name in grey:
+            pixels[...] = pixels[..., :1]
     difference = queries.reshape(40, 1, -1).astype(np.int64) - bank.reshape(1, 300, -1)
     expected = np.argsort((difference**2).sum(2), axis=1, kind="stable")[:, :5]
     np.testing.assert_array_equal(nearest_pixels(bank, queries, 5), expected)

@@ -13,7 +13,7 @@ from torch import nn
 
 from service.card import Card, read_card
 from service.encoder import Encoder as ServedEncoder
-from service.errors import InvalidModel
+from service.errors import InvalidModel, InvalidOutput
 from service.images import Limits, decode, to_pixels
 from service.sources import open_source
 from training.backbones import build_backbone
@@ -171,6 +171,16 @@ def test_an_encoder_is_exported_as_numpy_computes_it_in_place_of_an_earlier_one(
     expected = values.reshape(3, -1) @ weight.T + bias
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(ServedEncoder(second, "cpu").encode(pixels), expected, atol=1e-5)
+
+
+def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "notes").write_text("years of work")
+    for name in ("thesis", "notes"):
+        with pytest.raises(InvalidOutput, match=f"{name}: is there and is not a model folder"):
+            export(toy(), None, SIDE, {}, tmp_path / name)
+    assert tree(tmp_path) == {"thesis/chapter.txt": b"years of work", "notes": b"years of work"}
 
 
 def test_a_failure_leaves_the_earlier_model_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from service.card import read_card
 from service.encoder import Encoder
-from service.errors import InvalidRequest, LookalikeError
+from service.errors import InvalidOutput, InvalidRequest, LookalikeError
 from service.images import Limits, decode, to_pixels
 from tests.conftest import encoded, scene
 from training.importing import import_backbone
@@ -57,6 +57,14 @@ def test_what_is_refused(
     with pytest.raises(InvalidRequest, match=says):
         import_backbone(backbone, weights, tmp_path / "imported")
     assert not (tmp_path / "imported").exists()
+
+
+def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(InvalidOutput, match="thesis: is there and is not a model folder"):  # before any weights
+        import_backbone("resnet18", str(tmp_path / "nowhere.pth"), tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
 def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
