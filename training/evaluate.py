@@ -15,7 +15,7 @@ from tqdm import tqdm
 from service import FloatArray, IntArray, PixelArray
 from service.card import Card, Preprocessing, read_card
 from service.encoder import Encoder
-from service.errors import InvalidSource, LookalikeError
+from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.images import Limits, decode, to_pixels
 from service.sources import Source
 from service.store.faiss_index import FaissIndex
@@ -126,6 +126,8 @@ def randomised(card: Card) -> bytes:
     random = np.random.default_rng(0)
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
 
+    drawn = False
+
     def put(name: str, value: "np.ndarray[Any, Any]") -> None:
         values[name].CopyFrom(numpy_helper.from_array(value.astype(numpy_helper.to_array(values[name]).dtype), name))
 
@@ -140,10 +142,13 @@ def randomised(card: Card) -> bytes:
                     outputs_first = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
                     fan_in = np.prod(shape[1:]) if outputs_first else shape[-2]
                     put(name, random.normal(0, np.sqrt(2 / fan_in), shape))
+                    drawn = True
         elif node.op_type in ("BatchNormalization", "LayerNormalization"):
             for name, constant in zip(stored[1:], (1, 0, 0, 1), strict=False):
                 if name:
                     put(name, np.full(tuple(values[name].dims), constant))
+    if not drawn:
+        raise InvalidModel(f"{card.folder}: no weight to draw anew in its graph; is it quantised?")
     return bytes(graph.SerializeToString())
 
 

@@ -171,12 +171,12 @@ def _write_onnx(encoder: Encoder, side: int, path: Path) -> None:
 def _real_pixels(source: Source, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
     """Pixels of up to 256 pictures spread over the source; bad ones are passed over, as in training."""
     pixels = []
-    for position in range(0, len(source), max(1, len(source) // _CHECKED_PICTURES)):
+    for position in np.linspace(0, len(source) - 1, min(len(source), _CHECKED_PICTURES)).astype(int).tolist():
         try:
             pixels.append(to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing))
         except LookalikeError:
             continue
-    return np.stack(pixels[:_CHECKED_PICTURES])
+    return np.stack(pixels)
 
 
 def _random_pixels(side: int) -> np.ndarray[Any, Any]:

@@ -22,11 +22,12 @@ _TIMED_STEPS = 50
 
 @dataclass(frozen=True)
 class Run:
-    """What a pretraining run came to: steps done, seconds they took, and the last loss."""
+    """What a pretraining run came to: steps done, seconds they took, the last loss, and the precision it ran in."""
 
     steps: int
     seconds: float
     loss: float
+    precision: str
 
 
 def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None, device: str, data_root: Path) -> None:
@@ -67,7 +68,13 @@ def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None,
         "method": recipe.method,
         "recipe": recipe.model_dump(),
         "data": {"source": source_name, "pictures": len(pixels), "tones": canvas.tones},
-        "run": {"steps": run.steps, "seconds": round(run.seconds), "loss": round(run.loss, 4), "device": on.type},
+        "run": {
+            "steps": run.steps,
+            "seconds": round(run.seconds),
+            "loss": round(run.loss, 4),
+            "device": on.type,
+            "precision": run.precision,
+        },
     }
     export(encoder, source, recipe.side, facts, out)
     print(f"wrote {out}")
@@ -109,8 +116,10 @@ def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Rec
     with tqdm(total=total, desc="pretraining", unit=" steps", mininterval=0.5) as bar:
         step = 0
         while step < total:
+            # While the steps are being timed nobody knows the total: the rate stays up after its warm-up.
+            horizon = total if minutes is None or step >= _TIMED_STEPS else 10**9
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * schedule(step, total, min(recipe.warmup, total // 10))
+                group["lr"] = recipe.learning_rate * schedule(step, horizon, min(recipe.warmup, horizon // 10))
             views = make_views(next(order))
             with torch.autocast(on.type, torch.bfloat16, enabled=bfloat16):
                 loss, embeddings = method.step(views)
@@ -128,7 +137,7 @@ def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Rec
                 pace = step * recipe.batch_size / (time.perf_counter() - start)
                 bar.set_postfix_str(f"loss {loss_value:.4f}, {pace:.0f} pictures/s", refresh=False)
             bar.update()
-    return Run(step, time.perf_counter() - start, loss_value)
+    return Run(step, time.perf_counter() - start, loss_value, "bfloat16" if bfloat16 else "float32")
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
