@@ -86,10 +86,9 @@ def embed(
 ) -> None:
     """Embed a whole source into Parquet; run it again to go on after an interruption."""
     from service.batch import embed_source
-    from service.settings import Settings
     from service.sources import open_source
 
-    tally = embed_source(open_source(source, data_root), model, out, Settings())
+    tally = embed_source(open_source(source, data_root), model, out, _settings())
     print(
         f"{out}: {tally.done} pictures read now, {tally.known} earlier; {tally.bad} could not be read", file=sys.stderr
     )
@@ -239,12 +238,9 @@ def main() -> None:
     """Run the command; an error of ours is one sentence and exit code 2."""
     try:
         cli()
-    except LookalikeError as error:
+    except (LookalikeError, OSError) as error:
         print(f"lookalike: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("lookalike: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

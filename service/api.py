@@ -1,9 +1,5 @@
-"""HTTP routes: parsing, limits, problem+json. The work itself is the gallery's."""
+"""HTTP routes and problem+json. What comes in is read by bodies, the work itself is the gallery's."""
 
-import base64
-import binascii
-import json
-from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +10,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.errors import InvalidRequest, ItemNotFound, LookalikeError, TooLarge, UnsupportedFormat
+from service.bodies import (
+    base64_pictures,
+    content_type,
+    from_base64,
+    parse_metadata,
+    read_json,
+    read_one_picture,
+    read_pictures,
+)
+from service.errors import InvalidRequest, ItemNotFound, LookalikeError
 from service.gallery import Gallery, check_id
 from service.store import Item
 
@@ -91,13 +94,10 @@ def create_app() -> FastAPI:
     async def embed(request: Request) -> dict[str, Any]:
         """Embed pictures: one as the body, or `file` fields, or JSON with base64 strings or data URIs."""
         gallery = _gallery(request)
-        kind = _content_type(request)
-        if kind == "application/json":
-            images = _pictures_of(await _read_json(request), gallery.settings.max_images)
-        elif kind == "multipart/form-data":
-            images, _ = await _read_multipart(request)
+        if content_type(request) == "application/json":
+            images = base64_pictures(await read_json(request, gallery.settings), gallery.settings.max_images)
         else:
-            images = [await _read_raw(request)]
+            images, _ = await read_pictures(request, gallery.settings)
         embeddings = await run_in_threadpool(gallery.embed, images)
         return {
             "model": gallery.card.name,
@@ -123,16 +123,16 @@ def create_app() -> FastAPI:
     async def search(request: Request, k: Annotated[int, Query()] = _DEFAULT_K) -> dict[str, Any]:
         """Find the k items most like a picture, a vector or an item; the item itself is left out."""
         gallery = _gallery(request)
-        if _content_type(request) != "application/json":
-            image = await _read_one_picture(request)
+        if content_type(request) != "application/json":
+            image, _ = await read_one_picture(request, gallery.settings)
             return {"hits": [asdict(hit) for hit in await run_in_threadpool(gallery.find_by_picture, image, k)]}
-        content = await _read_json(request)
+        content = await read_json(request, gallery.settings)
         k = content.pop("k", k)
         if isinstance(k, bool) or not isinstance(k, int):
             raise InvalidRequest(f"k: expected a whole number, got {type(k).__name__}")
         match content:
             case {"image": str(text), **rest} if not rest:
-                hits = await run_in_threadpool(gallery.find_by_picture, _from_base64(text, "image"), k)
+                hits = await run_in_threadpool(gallery.find_by_picture, from_base64(text, "image"), k)
             case {"id": str(id), **rest} if not rest:
                 hits = await run_in_threadpool(gallery.find_by_id, check_id(id), k)
             case {"vector": list(vector), **rest} if not rest and all(
@@ -189,13 +189,8 @@ def create_app() -> FastAPI:
         """Add a picture under an id of yours, or replace it; `metadata` is a JSON object."""
         gallery = _gallery(request)
         id = check_id(id)
-        fields: dict[str, str] = {}
-        if _content_type(request) == "multipart/form-data":
-            images, fields = await _read_multipart(request)
-            image = _only(images)
-        else:
-            image = await _read_raw(request)
-        facts = _parse_metadata(fields.get("metadata", metadata))
+        image, fields = await read_one_picture(request, gallery.settings)
+        facts = parse_metadata(fields.get("metadata", metadata))
         response.status_code = 201 if await run_in_threadpool(gallery.add, id, image, facts) else 200
         return {"id": id, "metadata": facts}
 
@@ -219,130 +214,6 @@ def _gallery(request: Request) -> Gallery:
 
 def _show(item: Item) -> dict[str, Any]:
     return {"id": item.id, "metadata": item.metadata}
-
-
-# Bodies ------------------------------------------------------------------------------------------
-
-
-def _content_type(request: Request) -> str:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """Yield the body, refused as soon as it is over the limit, before it is kept."""
-    declared = request.headers.get("content-length", "")
-    received = 0
-    if declared.isdecimal() and int(declared) > limit:
-        raise TooLarge(f"the body has {declared} bytes; the limit is {limit}")
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > limit:
-            raise TooLarge(f"the body is larger than the limit of {limit} bytes")
-        yield chunk
-
-
-async def _read_raw(request: Request) -> bytes:
-    kind = _content_type(request)
-    # curl --data-binary declares a form unless it is told otherwise; the bytes decide.
-    if (
-        kind
-        and not kind.startswith("image/")
-        and kind
-        not in (
-            "application/octet-stream",
-            "application/x-www-form-urlencoded",
-        )
-    ):
-        raise UnsupportedFormat(
-            "expected a picture: a body of image/*, multipart/form-data with the field file, or application/json"
-        )
-    limit = _gallery(request).settings.max_image_bytes
-    return b"".join([chunk async for chunk in _stream(request, limit)])
-
-
-async def _read_one_picture(request: Request) -> bytes:
-    if _content_type(request) == "multipart/form-data":
-        images, _ = await _read_multipart(request)
-        return _only(images)
-    return await _read_raw(request)
-
-
-def _only(images: list[bytes]) -> bytes:
-    if len(images) != 1:
-        raise InvalidRequest(f"expected one picture, got {len(images)}")
-    return images[0]
-
-
-async def _read_multipart(request: Request) -> tuple[list[bytes], dict[str, str]]:
-    """Return the pictures of the `file` fields and the text fields. A text in a file field is no picture."""
-    settings = _gallery(request).settings
-    parser = MultiPartParser(
-        request.headers, _stream(request, settings.max_request_bytes), max_files=settings.max_images, max_fields=8
-    )
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        if "Too many files" in error.message:
-            raise TooLarge(f"expected at most {settings.max_images} pictures") from error
-        raise InvalidRequest(f"not a multipart form that can be read: {error.message}") from error
-    except (KeyError, UnicodeError, ValueError) as error:
-        raise InvalidRequest("not a multipart form that can be read") from error
-    try:
-        parts = form.multi_items()
-        images = [await value.read() for name, value in parts if name == "file" and isinstance(value, UploadFile)]
-        fields = {name: value for name, value in parts if isinstance(value, str)}
-    finally:
-        await form.close()
-    if not images:
-        raise InvalidRequest("expected a picture in the form field file")
-    return images, fields
-
-
-async def _read_json(request: Request) -> dict[str, Any]:
-    limit = _gallery(request).settings.max_request_bytes
-    content = _parse_json(b"".join([chunk async for chunk in _stream(request, limit)]), "the body")
-    if not isinstance(content, dict):
-        raise InvalidRequest(f"the body: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _parse_json(text: bytes | str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{what}: not JSON") from error
-
-
-def _parse_metadata(text: str | None) -> dict[str, Any]:
-    metadata = _parse_json(text or "{}", "metadata")
-    if not isinstance(metadata, dict):
-        raise InvalidRequest(f"metadata: expected a JSON object, got {type(metadata).__name__}")
-    try:  # what could not be written back out is not taken in: NaN, infinity, half of a character, too deep
-        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("metadata: expected finite numbers and whole characters") from error
-    return metadata
-
-
-def _pictures_of(content: dict[str, Any], most: int) -> list[bytes]:
-    images = content.get("images")
-    if not isinstance(images, list) or not images or not all(isinstance(text, str) for text in images):
-        raise InvalidRequest('expected {"images": [base64 or data URI, …]} with at least one')
-    if len(images) > most:
-        raise TooLarge(f"expected at most {most} pictures, got {len(images)}")
-    return [_from_base64(text, f"images[{number}]") for number, text in enumerate(images)]
-
-
-def _from_base64(text: str, what: str) -> bytes:
-    """Decode base64, with or without data:…;base64, before it."""
-    if text.startswith("data:"):
-        head, _, text = text.partition(",")
-        if not head.endswith(";base64"):
-            raise InvalidRequest(f"{what}: expected a data URI of the form data:image/…;base64,…")
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(f"{what}: expected base64 or a data URI") from error
 
 
 def _media_type(data: bytes) -> str:

@@ -160,7 +160,7 @@ def suits(card: Card, gallery_tones: list[float] | None) -> str | None:
         return None
     data = card.facts["data"].get("source", "other pictures")
     return (
-        f"The encoder {card.name} was trained on {data}, which look unlike these pictures: expect poor "
+        f"The encoder {card.name} was trained on {data}, and these pictures look unlike those: expect poor "
         "matches. Train on your own with `lookalike pretrain`, or take a network trained on "
         "photographs with `lookalike import resnet18 --weights DEFAULT --out models/photos`."
     )

@@ -85,8 +85,9 @@ class InvalidModel(LookalikeError):
 
 
 class InvalidStore(LookalikeError):
-    """A store folder that is damaged, in use by another process or not a store."""
+    """A store folder that is damaged, cannot be written, is in use by another process or is not a store."""
 
+    status = 503
     code = "invalid_store"
 
 

@@ -20,6 +20,8 @@ from service.images import Limits, decode, to_pixels, tones
 from service.sources import Source, from_arrays, open_source, slice_source
 
 _MOST_BAD = 0.05
+_CHUNK = 64
+_TONED = 4  # pictures of each chunk that the tone histogram looks at
 
 
 @dataclass(frozen=True)
@@ -86,30 +88,40 @@ def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -
         except LookalikeError as error:
             return error
 
+    def read_chunk(start: int) -> list[PixelArray | LookalikeError]:
+        return [read(position) for position in range(start, min(start + _CHUNK, len(source)))]
+
     tqdm.write(f"{source.name}: {len(source)} pictures, {pixels.nbytes / 2**20:.0f} MiB decoded", file=sys.stderr)
     kept, bad = 0, 0
     histogram = np.zeros(16)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read_all = pool.map(read, range(len(source)))
-        for position, result in enumerate(tqdm(read_all, "decoding", len(source), unit=" pictures", leave=False)):
-            if isinstance(result, LookalikeError):
-                bad += 1
-                tqdm.write(f"skipped {source.ids[position]}: {result}", file=sys.stderr)
-                continue
-            histogram += tones(result) if kept < 1000 or kept % 50 == 0 else 0
-            picture = torch.from_numpy(np.array(result)).permute(2, 0, 1)
-            pixels[kept] = to_luminance(picture) if channels == 1 else picture
-            kept += 1
+    # Threads hand over chunks: for pictures of a few pixels, passing each by itself costs more than decoding it.
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(source), desc="decoding", unit=" pictures", leave=False) as bar,
+    ):
+        for chunk in pool.map(read_chunk, range(0, len(source), _CHUNK)):
+            for offset, result in enumerate(chunk):
+                if isinstance(result, LookalikeError):
+                    bad += 1
+                    bar.write(f"skipped {source.ids[bar.n + offset]}: {result}", file=sys.stderr)
+            good = [result for result in chunk if not isinstance(result, LookalikeError)]
+            if good:
+                stacked = np.stack(good)  # (n, S, S, 3)
+                histogram += tones(stacked[:_TONED])
+                pictures = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+                pixels[kept : kept + len(good)] = to_luminance(pictures) if channels == 1 else pictures
+                kept += len(good)
+            bar.update(len(chunk))
     if bad > _MOST_BAD * len(source):
         raise InvalidSource(f"{source.name}: {bad} of {len(source)} pictures are bad; mend or remove them")
     return Canvas(pixels[:kept], [round(share, 4) for share in histogram / histogram.sum()])
 
 
-def to_luminance(picture: Tensor) -> Tensor:
-    """Return (1, S, S) uint8 luminance of a (3, S, S) uint8 picture; grey stays exactly what it was."""
-    r, g, b = picture.int()
+def to_luminance(pictures: Tensor) -> Tensor:
+    """Return (..., 1, S, S) uint8 luminance of (..., 3, S, S) uint8; grey stays exactly what it was."""
+    r, g, b = pictures.int().unbind(-3)
     grey: Tensor = (299 * r + 587 * g + 114 * b + 500) // 1000
-    return grey.to(torch.uint8)[None]
+    return grey.to(torch.uint8).unsqueeze(-3)
 
 
 def batches(count: int, size: int, generator: Generator) -> Iterator[Tensor]:

@@ -88,7 +88,8 @@ def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Rec
         pixels: (N, C, S, S) uint8, on the device to train on.
         mean, std: (C,) of the pixels, 0..1.
         recipe: the run.
-        minutes: None for the recipe's epochs; else the first 50 steps are timed and the total fixed by it.
+        minutes: None for the recipe's epochs; else the first 50 steps, or those of the first tenth of the
+            time, are timed and the total is fixed by it.
 
     Raises:
         InvalidRequest: the loss stopped being a number, or the embeddings collapsed.
@@ -110,14 +111,13 @@ def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Rec
 
     bfloat16 = bfloat16_pays(method, make_views(next(order)))
     total = recipe.epochs * (len(pixels) // recipe.batch_size)
-    if minutes is not None:
-        total = max(total, _TIMED_STEPS)  # until the first steps have been timed
+    timing = minutes is not None
     start, loss_value = time.perf_counter(), math.nan
     with tqdm(total=total, desc="pretraining", unit=" steps", mininterval=0.5) as bar:
         step = 0
-        while step < total:
+        while step < total or timing:
             # While the steps are being timed nobody knows the total: the rate stays up after its warm-up.
-            horizon = total if minutes is None or step >= _TIMED_STEPS else 10**9
+            horizon = 10**9 if timing else total
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * schedule(step, horizon, min(recipe.warmup, horizon // 10))
             views = make_views(next(order))
@@ -127,14 +127,15 @@ def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Rec
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
-            if minutes is not None and step == _TIMED_STEPS:
-                total = max(step, round(minutes * 60 / (time.perf_counter() - start) * step))
-                bar.total = total
+            spent = time.perf_counter() - start
+            if minutes is not None and timing and (step == _TIMED_STEPS or spent > minutes * 6):
+                timing = False
+                bar.total = total = max(step, round(minutes * 60 / spent * step))
             if step % 20 == 0 or step == total:
                 loss_value = float(loss.detach())
                 spread = per_dimension_std(embeddings)
                 check_health(loss_value, spread, embeddings.shape[1], step)
-                pace = step * recipe.batch_size / (time.perf_counter() - start)
+                pace = step * recipe.batch_size / spent
                 bar.set_postfix_str(f"loss {loss_value:.4f}, {pace:.0f} pictures/s", refresh=False)
             bar.update()
     return Run(step, time.perf_counter() - start, loss_value, "bfloat16" if bfloat16 else "float32")

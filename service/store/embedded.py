@@ -3,9 +3,11 @@
 import fcntl
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import apsw
 import numpy as np
 
 from service import FloatArray
@@ -72,7 +74,8 @@ class EmbeddedStore:
         """See Store.add. The index follows the catalog's commit."""
         latest = {item.id: item for item in items}  # an id given twice keeps its last picture
         with self._exclusive:
-            added = self._catalog.add(list(latest.values()))
+            with _writing():
+                added = self._catalog.add(list(latest.values()))
             self._index.remove([key for key, new in added if not new])
             keys = [key for key, _ in added]
             self._index.add(keys, np.stack([item.embedding for item in latest.values()]))
@@ -82,7 +85,8 @@ class EmbeddedStore:
     def remove(self, id: str) -> bool:
         """See Store.remove."""
         with self._exclusive:
-            key = self._catalog.remove(id)
+            with _writing():
+                key = self._catalog.remove(id)
             if key is not None:
                 self._index.remove([key])
         return key is not None
@@ -141,6 +145,15 @@ class EmbeddedStore:
         if self._guard is not None:
             os.close(self._guard)
             self._guard = None
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turn SQLite's errors into ours: a full disk, or a store opened for reading only."""
+    try:
+        yield
+    except apsw.Error as error:
+        raise InvalidStore(f"the store cannot be written: {error}") from error
 
 
 def recorded_model(folder: Path) -> Path | None:
