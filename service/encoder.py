@@ -30,20 +30,19 @@ class Encoder:
         canary: pixels (S, S, 3) that it can embed, for a look at whether it still does.
     """
 
-    def __init__(self, card: Card, device: str = "auto", threads: int = 0) -> None:
+    def __init__(self, card: Card, device: str = "auto") -> None:
         """Open the session and warm it up with one batch.
 
         Args:
             card: the verified model folder.
             device: "cpu", "cuda", or "auto" for CUDA where onnxruntime can use it, else CPU.
-            threads: intra-op threads; 0 takes one per core.
 
         Raises:
             InvalidModel: a graph outside the contract, or "cuda" where CUDA cannot be used.
         """
         self.card = card
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = _cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         wanted = device
@@ -139,6 +138,11 @@ class Encoder:
                 f"it has {', '.join(outputs)}"
             )
         return str(flat[0])
+
+
+def _cores() -> int:
+    """The cores that this process may use, where the system tells; else all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_line(error: Exception) -> str:

@@ -164,7 +164,8 @@ def _zip(name: str, path: Path) -> Source:
     )
     if not members:
         raise InvalidSource(f"{name}: holds no picture; looked for {' '.join(SUFFIXES)} at any depth")
-    return Source(name, members, lambda position: archive.read(members[position]), _first_levels(members))
+    labels = _first_levels(_without_shared_top(members))
+    return Source(name, members, lambda position: archive.read(members[position]), labels)
 
 
 def _is_picture(path: str) -> bool:
@@ -173,11 +174,16 @@ def _is_picture(path: str) -> bool:
 
 
 def _first_levels(paths: list[str]) -> list[str] | None:
-    """The first folder level as label, when every picture is in one; a single shared top folder is passed over."""
+    """The first folder level as label, when every picture is in one."""
     split = [path.split("/") for path in paths]
-    while all(len(parts) > 2 for parts in split) and len({parts[0] for parts in split}) == 1:
-        split = [parts[1:] for parts in split]
     return [parts[0] for parts in split] if all(len(parts) > 1 for parts in split) else None
+
+
+def _without_shared_top(paths: list[str]) -> list[str]:
+    """Leave out a top folder that all paths share and have a folder under: who zips a folder zips its name too."""
+    split = [path.split("/") for path in paths]
+    shared = len({parts[0] for parts in split}) == 1 and all(len(parts) > 2 for parts in split)
+    return ["/".join(parts[1:]) for parts in split] if shared else paths
 
 
 def _digits(name: str) -> Source:

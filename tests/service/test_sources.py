@@ -33,6 +33,10 @@ def test_a_folder_with_labels(tmp_path: Path) -> None:
     assert source.entry(2) == ("dog/3.webp", PICTURE, "dog")
 
 
+def test_the_first_level_is_the_label_even_when_there_is_one(tmp_path: Path) -> None:
+    assert open_source(str(write(tmp_path, "all/cat/1.png", "all/dog/2.png"))).labels == ["all", "all"]
+
+
 def test_no_labels_when_a_picture_lies_outside_the_folders(tmp_path: Path) -> None:
     assert open_source(str(write(tmp_path, "cat/1.png", "2.png"))).labels is None
 
