@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,7 +18,7 @@ Source = Annotated[
 ]
 DataRoot = Annotated[Path, typer.Option(help="Where named sets lie, in torchvision's layout.")]
 Model = Annotated[Path, typer.Option(help="Folder of the encoder.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -36,8 +36,6 @@ def pretrain(
     from training.pretrain import pretrain as run
     from training.recipe import read_recipe
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise InvalidRequest(f"--device: expected auto, cpu or cuda, got {device}")
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
     run(source, read_recipe(recipe), out, minutes, device, data_root)
@@ -73,8 +71,8 @@ def evaluate(
         print(json.dumps(report))
         return
     print(f"{report['bank']['pictures']} pictures vote on {report['queries']['pictures']}; accuracy of 5-NN:")
-    for name, figures in {report["model"]: report, **report["baselines"]}.items():
-        print(f"  {name:16} {figures.get('knn', figures)['k5']:.4f}")
+    for name, figures in {report["model"]: report["knn"], **report["baselines"]}.items():
+        print(f"  {name:16} {figures['k5']:.4f}")
 
 
 @cli.command()

@@ -21,7 +21,7 @@ from service.bodies import (
     read_one_picture,
     read_pictures,
 )
-from service.errors import InvalidRequest, ItemNotFound, LookalikeError
+from service.errors import InvalidRequest, LookalikeError
 from service.gallery import Gallery, check_id
 from service.store import Item
 
@@ -164,19 +164,12 @@ def create_app() -> FastAPI:
     @app.get("/images/{id:path}/thumbnail", response_class=Response)
     async def image_thumbnail(request: Request, id: str) -> Response:
         """A small WebP of an item."""
-        data = await run_in_threadpool(_gallery(request).store.thumbnail, check_id(id))
-        if data is None:
-            raise ItemNotFound("no item has this id")
-        return Response(data, media_type="image/webp")
+        return Response(await run_in_threadpool(_gallery(request).thumbnail, check_id(id)), media_type="image/webp")
 
     @app.get("/images/{id:path}/content", response_class=Response)
     async def image_content(request: Request, id: str) -> Response:
         """The picture's own bytes, where the store keeps them."""
-        gallery = _gallery(request)
-        data = await run_in_threadpool(gallery.store.original, check_id(id))
-        if data is None:
-            await run_in_threadpool(gallery.get, check_id(id))
-            raise ItemNotFound("the store does not keep this item's own bytes (keep_originals is off)")
+        data = await run_in_threadpool(_gallery(request).original, check_id(id))
         # The bytes came from a client: the type is ours, and a browser must not guess another.
         return Response(data, media_type=_media_type(data), headers={"X-Content-Type-Options": "nosniff"})
 

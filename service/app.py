@@ -23,7 +23,7 @@ async def own_every_path(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 # One worker: the gallery's index lives in its memory, and its store has one writer.
-@bentoml.service(name="lookalike", workers=1, traffic={"timeout": 60})
+@bentoml.service(name="lookalike", workers=1)
 @bentoml.asgi_app(own_every_path, path="/")
 class Lookalike:
     """One gallery, opened when the worker starts and closed when it stops."""

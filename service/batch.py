@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from service.card import read_card
 from service.encoder import Encoder
-from service.errors import InvalidOutput, LookalikeError
+from service.errors import InvalidOutput, LookalikeError, NoEmbedding
 from service.gallery import Gallery, check_id
-from service.images import decode, to_pixels
+from service.images import decode_pixels
 from service.settings import Settings
 from service.sources import Source
 
@@ -58,44 +58,46 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
     identity = {"source": source.name, "ids": ids, "fingerprint": encoder.card.fingerprint}
     parts = _finished_parts(out, identity)
     known = sum(part["read"] for part in parts)
-    bad = sum(len(part["failures"]) for part in parts)
     schema = pa.schema(
         [("id", pa.string()), ("label", pa.string()), ("embedding", pa.list_(pa.float32(), encoder.dimension))]
     )
     preprocessing = encoder.card.preprocessing
 
     def read(position: int) -> Any:
-        return to_pixels(decode(source.entry(position).data, preprocessing.side, settings.limits), preprocessing)
+        return decode_pixels(source.entry(position).data, preprocessing, settings.limits)
+
+    def embed_part(positions: range, bar: "tqdm[Any]") -> tuple[pa.Table, dict[str, Any]]:
+        kept: list[int] = []
+        columns: list[pa.Array] = []
+        failures: list[tuple[str, str]] = []
+
+        def embed(good: list[tuple[int, Any]]) -> None:
+            embeddings = encoder.encode([pixels for _, pixels in good])
+            columns.append(pa.FixedSizeListArray.from_arrays(embeddings.ravel(), encoder.dimension))
+            kept.extend(position for position, _ in good)
+
+        for chunk in _read_ahead(positions, read):
+            failures += [(source.ids[position], str(error)) for position, error in _use(chunk, embed)]
+            bar.update(len(chunk))
+        part = {"read": len(positions), "failures": failures}
+        table = pa.table(
+            {
+                "id": pa.array([source.ids[position] for position in kept], pa.string()),
+                "label": pa.array([source.labels[p] if source.labels else None for p in kept], pa.string()),
+                "embedding": pa.chunked_array(columns, schema.field("embedding").type),
+            },
+            schema=schema.with_metadata({_META: json.dumps(identity | part).encode()}),
+        )
+        return table, part
 
     with _progress("embedding", len(source), known) as bar:
         for start in range(known, len(source), _PART_ROWS):
-            positions = range(start, min(start + _PART_ROWS, len(source)))
-            kept: list[int] = []
-            failures: list[tuple[str, str]] = []
-            columns: list[pa.Array] = []
-            for chunk in _read_ahead(positions, read):
-                good = [(position, pixels) for position, pixels in chunk if not isinstance(pixels, LookalikeError)]
-                failures += [(source.ids[p], str(e)) for p, e in chunk if isinstance(e, LookalikeError)]
-                if good:
-                    embeddings = encoder.encode([pixels for _, pixels in good])
-                    columns.append(pa.FixedSizeListArray.from_arrays(embeddings.ravel(), encoder.dimension))
-                    kept += [position for position, _ in good]
-                bar.update(len(chunk))
-            part = {"read": len(positions), "failures": failures}
-            bad += len(failures)
-            table = pa.table(
-                {
-                    "id": pa.array([source.ids[position] for position in kept], pa.string()),
-                    "label": pa.array([source.labels[p] if source.labels else None for p in kept], pa.string()),
-                    "embedding": pa.chunked_array(columns, schema.field("embedding").type),
-                },
-                schema=schema.with_metadata({_META: json.dumps(identity | part).encode()}),
-            )
+            table, part = embed_part(range(start, min(start + _PART_ROWS, len(source))), bar)
             _write_parquet(table, out / f"part-{start // _PART_ROWS:05d}.parquet")
             parts.append(part)
     failed = [failure for part in parts for failure in part["failures"]]
     _write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / _FAILURES)
-    return Tally(len(source) - known, known, bad)
+    return Tally(len(source) - known, known, len(failed))
 
 
 def index_source(source: Source, gallery: Gallery) -> Tally:
@@ -108,23 +110,23 @@ def index_source(source: Source, gallery: Gallery) -> Tally:
 
     def read(position: int) -> Any:
         entry = source.entry(position)
-        item = gallery.store.get(check_id(entry.id))
+        id = check_id(entry.id)
+        item = gallery.store.get(id)
         if item is not None and item.digest == hashlib.sha256(entry.data).hexdigest():
             return None
         metadata = {} if entry.label is None else {"label": entry.label}
-        return entry.id, gallery.read(entry.data), metadata, f"{source.name}/{entry.id}"
+        return id, gallery.read(entry.data), metadata, f"{source.name}/{entry.id}"
+
+    def add(good: list[tuple[int, Any]]) -> None:
+        gallery.add_read([picture for _, picture in good])
 
     with _progress("indexing", len(source), 0) as bar:
         for chunk in _read_ahead(range(len(source)), read):
-            for position, result in chunk:
-                if isinstance(result, LookalikeError):
-                    bad += 1
-                    bar.write(f"skipped {source.ids[position]}: {result}", file=sys.stderr)
-                elif result is None:
-                    known += 1
-            fresh = [result for _, result in chunk if isinstance(result, tuple)]
-            if fresh:
-                gallery.add_read(fresh)
+            fresh = [(position, result) for position, result in chunk if result is not None]
+            known += len(chunk) - len(fresh)
+            for position, error in _use(fresh, add):
+                bad += 1
+                bar.write(f"skipped {source.ids[position]}: {error}", file=sys.stderr)
             bar.update(len(chunk))
     return Tally(len(source) - known - bad, known, bad)
 
@@ -144,6 +146,26 @@ def _read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tup
         for following in [*chunks[1:], None]:
             current, ahead = ahead, pool.map(attempt, following or ())
             yield list(current)
+
+
+def _use(
+    chunk: list[tuple[int, Any]], work: Callable[[list[tuple[int, Any]]], None]
+) -> list[tuple[int, LookalikeError]]:
+    """Do the work on what could be read, all together; return (position, why not) of the others.
+
+    A picture that the encoder gives no embedding is one of the others: it is found by going one by one.
+    """
+    failed = [(position, result) for position, result in chunk if isinstance(result, LookalikeError)]
+    good = [(position, result) for position, result in chunk if not isinstance(result, LookalikeError)]
+    if good:
+        try:
+            work(good)
+        except NoEmbedding as error:
+            if len(good) == 1:
+                failed.append((good[0][0], error))
+            else:
+                failed += [failure for one in good for failure in _use([one], work)]
+    return failed
 
 
 def _progress(what: str, total: int, done: int) -> "tqdm[Any]":

@@ -151,7 +151,7 @@ def suits(card: Card, gallery_tones: list[float] | None) -> str | None:
     """Say in one sentence that these pictures are unlike those the encoder was trained on, or None.
 
     The tone histograms are compared by total variation, which is 0 for the same tones and 1 for
-    disjoint ones. Measured: MNIST against scikit-learn's digits 0.27, against photographs 0.9.
+    disjoint ones. Measured against MNIST: scikit-learn's digits 0.34, photographs 0.80, CIFAR-10 0.82.
     """
     trained = card.tones
     if not trained or not gallery_tones:

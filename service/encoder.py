@@ -48,7 +48,7 @@ class Encoder:
         wanted = device
         if device == "auto":
             wanted = "cuda" if _PROVIDERS["cuda"] in ort.get_available_providers() else "cpu"
-        if wanted == "cuda" and hasattr(ort, "preload_dlls"):
+        if wanted == "cuda":
             ort.preload_dlls()
         try:
             # From bytes: they are the ones that were verified, and a graph that points to data in other
@@ -85,7 +85,7 @@ class Encoder:
             InvalidModel: the graph failed, or its output is not (N, D).
             NoEmbedding: a row of its output is zero or not finite.
         """
-        batch = np.ascontiguousarray(np.stack(list(pixels)).transpose(0, 3, 1, 2))
+        batch = np.ascontiguousarray(np.asarray(pixels).transpose(0, 3, 1, 2))
         try:
             (raw,) = self._session.run([self._output], {self._input: self._prepare(batch)})
         except Exception as error:
@@ -96,7 +96,7 @@ class Encoder:
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
             raise NoEmbedding(f"the encoder {self.card.name} gives this picture no embedding: zero or not finite")
-        return np.ascontiguousarray(embeddings / norms)
+        return np.asarray(embeddings / norms, np.float32)
 
     def _prepare(self, batch: PixelArray) -> PixelArray | FloatArray:
         if self._type == np.uint8:

@@ -6,6 +6,7 @@
                      ├ TooLarge       └ TooLarge (pixels, sides)         ▼
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
+Around them: InvalidRequest (what a request or a flag says), InvalidModel (models/NAME), InvalidOutput (--out).
 `status` is what HTTP answers, `code` the word a program reads. At the command line every one of them
 is one sentence on stderr and exit code 2.
 """

@@ -16,7 +16,7 @@ from service.batcher import Batcher
 from service.card import Card, read_card, suits
 from service.encoder import Encoder
 from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError
-from service.images import decode, thumbnail, to_pixels, tones
+from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
 from service.store.embedded import EmbeddedStore, recorded_model
@@ -76,21 +76,24 @@ class Gallery:
     def read_pixels(self, data: bytes) -> PixelArray:
         """Decode image bytes to pixels (S, S, 3) alone. Raises as `read`."""
         with self._decoding:
-            picture = decode(data, self.card.preprocessing.side, self.settings.limits)
-            return to_pixels(picture, self.card.preprocessing)
+            return decode_pixels(data, self.card.preprocessing, self.settings.limits)
 
-    def add(self, id: str, data: bytes, metadata: dict[str, Any], source: str | None = None) -> bool:
-        """Add or replace one picture; True where the id was new. Raises as `read`, InvalidRequest for the id."""
-        return self.add_read([(check_id(id), self.read(data), metadata, source)])[0]
+    def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
+        """Add or replace one picture under an id as check_id gives it; True where it was new. Raises as `read`."""
+        return self.add_read([(id, self.read(data), metadata, None)])[0]
 
     def add_read(self, pictures: Sequence[tuple[str, ReadPicture, dict[str, Any], str | None]]) -> list[bool]:
-        """Embed and store pictures that were read, all in one commit: (id, picture, metadata, source) each."""
+        """Embed and store pictures that were read, all in one commit: (id, picture, metadata, source) each.
+
+        Raises:
+            NoEmbedding: for one of them; none is stored.
+        """
         embeddings = self._batcher.encode([picture.pixels for _, picture, _, _ in pictures])
         keep = self.settings.keep_originals
         return self.store.add(
             [
                 NewItem(
-                    id=check_id(id),
+                    id=id,
                     metadata=metadata,
                     source=source,
                     digest=hashlib.sha256(picture.data).hexdigest(),
@@ -108,6 +111,21 @@ class Gallery:
         if item is None:
             raise _no_item()
         return item
+
+    def thumbnail(self, id: str) -> bytes:
+        """Return an item's thumbnail, a WebP file. Raises ItemNotFound."""
+        data = self.store.thumbnail(id)
+        if data is None:
+            raise _no_item()
+        return data
+
+    def original(self, id: str) -> bytes:
+        """Return the picture's own bytes. Raises ItemNotFound, also where they are not kept."""
+        data = self.store.original(id)
+        if data is None:
+            self.get(id)
+            raise ItemNotFound("the store does not keep this item's own bytes (keep_originals is off)")
+        return data
 
     def remove(self, id: str) -> None:
         """Remove an item. Raises ItemNotFound."""

@@ -97,6 +97,11 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
     return np.asarray(picture.resize((side, side), Image.Resampling(preprocessing.resample), box=box))
 
 
+def decode_pixels(data: bytes, preprocessing: Preprocessing, limits: Limits) -> PixelArray:
+    """Return the pixels (S, S, 3) of image bytes. Raises as `decode` and `to_pixels`."""
+    return to_pixels(decode(data, preprocessing.side, limits), preprocessing)
+
+
 def thumbnail(picture: Image.Image) -> bytes:
     """Return the picture as a WebP file whose long side is at most THUMBNAIL_SIDE."""
     small = picture.copy()

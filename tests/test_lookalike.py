@@ -121,7 +121,8 @@ def test_a_port_that_is_taken(store: Path) -> None:
 
 
 def test_usage_errors_end_with_2() -> None:
-    for arguments in (("serve", "--port", "0"), ("embed",), ("nonsense",)):
+    tpu = ("pretrain", "digits", "--recipe", "mnist-simclr", "--out", "models/x", "--device", "tpu")
+    for arguments in (("serve", "--port", "0"), ("embed",), ("nonsense",), tpu):
         done = run(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr

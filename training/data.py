@@ -16,7 +16,7 @@ from tqdm import tqdm
 from service import PixelArray
 from service.card import Preprocessing
 from service.errors import InvalidSource, LookalikeError
-from service.images import Limits, decode, to_pixels, tones
+from service.images import Limits, decode_pixels, tones
 from service.sources import Source, from_arrays, open_source, slice_source
 
 _MOST_BAD = 0.05
@@ -84,7 +84,7 @@ def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -
 
     def read(position: int) -> PixelArray | LookalikeError:
         try:
-            return to_pixels(decode(source.entry(position).data, side, limits), preprocessing)
+            return decode_pixels(source.entry(position).data, preprocessing, limits)
         except LookalikeError as error:
             return error
 

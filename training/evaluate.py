@@ -16,7 +16,7 @@ from service import FloatArray, IntArray, PixelArray
 from service.card import Card, Preprocessing, read_card
 from service.encoder import Encoder
 from service.errors import InvalidModel, InvalidSource, LookalikeError
-from service.images import Limits, decode, to_pixels
+from service.images import Limits, decode_pixels
 from service.sources import Source
 from service.store.faiss_index import FaissIndex
 from training.data import open_training_source
@@ -75,7 +75,7 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
 
     def read(position: int) -> PixelArray:
         try:
-            return to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing)
+            return decode_pixels(source.entry(position).data, preprocessing, Limits())
         except LookalikeError as error:
             raise type(error)(f"{source.name}: {source.ids[position]}: {error}") from error
 
@@ -125,7 +125,6 @@ def randomised(card: Card) -> bytes:
     graph = onnx.load_from_string(card.model)
     random = np.random.default_rng(0)
     values = {tensor.name: tensor for tensor in graph.graph.initializer}
-
     drawn = False
 
     def put(name: str, value: "np.ndarray[Any, Any]") -> None:

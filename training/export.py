@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, Card, Preprocessing, fingerprint
 from service.errors import InvalidModel, InvalidOutput, LookalikeError
-from service.images import Limits, decode, to_pixels
+from service.images import Limits, decode_pixels
 from service.sources import Source
 from training.augment import luminance
 
@@ -42,48 +42,38 @@ class Encoder(nn.Module):
         return F.normalize(self.backbone((values - self.mean) / self.std), dim=1)
 
 
-def square_preprocessing(side: int) -> Preprocessing:
-    """The preprocessing of an encoder trained here: shortest edge to S, then the central square."""
-    return Preprocessing.from_config(_square_config(side), "training")
-
-
-def _square_config(side: int) -> dict[str, Any]:
-    return {
+def square_preprocessing(side: int, shortest_edge: int | None = None, resample: int = 3) -> Preprocessing:
+    """The preprocessing of our exports: the shortest edge to S, or to what is named, then the central S × S."""
+    config = {
         "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
+        "size": {"shortest_edge": shortest_edge or side},
+        "resample": resample,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": False,
         "do_normalize": False,
     }
+    return Preprocessing.from_config(config, "export")
 
 
 def export(
-    encoder: Encoder,
-    source: Source | None,
-    side: int,
-    facts: dict[str, Any],
-    out: Path,
-    config: dict[str, Any] | None = None,
+    encoder: Encoder, source: Source | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
 ) -> None:
     """Write a model folder, whole or not at all.
 
     Args:
         encoder: trained.
         source: real pictures to check the export with; None checks with random pixels.
-        side: S.
+        preprocessing: goes beside the graph.
         facts: for the card: method, data and whatever else is known of the run.
         out: the folder; an earlier model there is replaced.
-        config: preprocessor_config.json, if not shortest edge and central square of S.
 
     Raises:
         InvalidModel: onnxruntime's embeddings are not torch's (cosine below 0.9999 at batch 1 or 64).
         InvalidOutput: as check_out.
     """
     encoder = encoder.cpu().eval()
-    config = config or _square_config(side)
-    preprocessing = Preprocessing.from_config(config, "export")
+    side = preprocessing.side
     check_out(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / out.name
@@ -97,7 +87,7 @@ def export(
         }
         with torch.inference_mode():
             dimension = encoder(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
-        (folder / PREPROCESSOR_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / PREPROCESSOR_FILE).write_text(json.dumps(json.loads(preprocessing.canonical), indent=2) + "\n")
         content = {
             "name": out.name,
             "dimension": dimension,
@@ -173,7 +163,7 @@ def _real_pixels(source: Source, preprocessing: Preprocessing) -> np.ndarray[Any
     pixels = []
     for position in np.linspace(0, len(source) - 1, min(len(source), _CHECKED_PICTURES)).astype(int).tolist():
         try:
-            pixels.append(to_pixels(decode(source.entry(position).data, preprocessing.side, Limits()), preprocessing))
+            pixels.append(decode_pixels(source.entry(position).data, preprocessing, Limits()))
         except LookalikeError:
             continue
     return np.stack(pixels)
@@ -193,7 +183,3 @@ def _readme(content: dict[str, Any]) -> str:
         f"- fingerprint: {content['fingerprint']}\n"
         f"- export: {content['quality'][MODEL_FILE]}\n"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)

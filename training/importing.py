@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from service.errors import InvalidModel, InvalidRequest
-from training.export import Encoder, check_out, export
+from training.export import Encoder, check_out, export, square_preprocessing
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,18 +54,9 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
         network = torchvision.models.get_model(name, weights=None)
         _load(network, Path(weights))
     _behead(network, name)
-    config = {
-        "do_resize": True,
-        "size": {"shortest_edge": resize},
-        "resample": resample,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": False,
-        "do_normalize": False,
-    }
     encoder = Encoder(network, torch.tensor(mean), torch.tensor(std), 3)
     facts = {"method": "imported", "backbone": name, "data": {"source": f"whatever {source} was trained on"}}
-    export(encoder, None, side, facts, out, config)
+    export(encoder, None, square_preprocessing(side, resize, resample), facts, out)
     print(f"wrote {out}")
 
 

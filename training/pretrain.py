@@ -48,7 +48,8 @@ def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None,
     check_out(out)  # now, not after hours of training
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root)
-    canvas = decode_canvas(source, square_preprocessing(recipe.side), recipe.channels)
+    preprocessing = square_preprocessing(recipe.side)
+    canvas = decode_canvas(source, preprocessing, recipe.channels)
     pixels = canvas.pixels.to(on)
     if len(pixels) < recipe.batch_size:
         raise InvalidSource(
@@ -76,7 +77,7 @@ def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None,
             "precision": run.precision,
         },
     }
-    export(encoder, source, recipe.side, facts, out)
+    export(encoder, source, preprocessing, facts, out)
     print(f"wrote {out}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, encoded, scene
+from tests.conftest import ROOT, encoded, missing, scene
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     ).stdout
     if not listed:
-        pytest.skip("not a git checkout")
+        missing("not a git checkout: clone the project to test what git tracks")
     copy = tmp_path_factory.mktemp("fresh") / "a checkout"
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():

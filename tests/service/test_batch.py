@@ -1,5 +1,6 @@
 """Whole sources: into Parquet, and into a store."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from onnx import TensorProto
+from PIL import Image
 
 from service.batch import Tally, embed_source, index_source
 from service.encoder import Encoder
 from service.errors import InvalidOutput
-from service.gallery import Gallery
+from service.gallery import Gallery, open_gallery
 from service.settings import Settings
 from service.sources import open_source
-from tests.conftest import MODEL, encoded, scene
+from tests.conftest import MODEL, encoded, missing, scene
+from tests.service.test_encoder import SIDE, flat_graph
 
 
 def test_embeddings_read_as_one_table(tmp_path: Path, encoder: Encoder) -> None:
@@ -50,6 +54,34 @@ def test_bad_pictures_are_listed_and_the_others_are_embedded(tmp_path: Path) -> 
     failures = pandas.read_parquet(out / "_failures.parquet")
     assert failures["id"].tolist() == ["2.png", "3.png"]
     assert "not a picture" in failures["error"][0]
+
+
+@pytest.fixture
+def blind_model(tmp_path: Path) -> Path:
+    """An encoder that gives a black picture no embedding: its output is its input."""
+    folder = tmp_path / "blind"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(flat_graph(TensorProto.UINT8, "pixels", ("embedding",)))
+    config = {"size": {"width": SIDE, "height": SIDE}, "do_rescale": False, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_picture_without_an_embedding_is_a_bad_one_and_not_the_end(tmp_path: Path, blind_model: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(encoded(scene(seed=n)))
+    (folder / "1.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    source = open_source(str(folder))
+    out = tmp_path / "out.parquet"
+    assert embed_source(source, blind_model, out, Settings()) == Tally(3, 0, 1)
+    assert pandas.read_parquet(out)["id"].tolist() == ["0.png", "2.png"]
+    assert pandas.read_parquet(out / "_failures.parquet")["id"].tolist() == ["1.png"]
+    gallery = open_gallery(Settings(model=blind_model, store=tmp_path / "store"))
+    assert index_source(source, gallery) == Tally(2, 0, 1)
+    assert [item.id for item in gallery.store.scan(10)[0]] == ["0.png", "2.png"]
+    gallery.close()
 
 
 def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
@@ -134,7 +166,7 @@ def test_every_digit_finds_itself(gallery: Gallery) -> None:
 def test_photographs_in_a_digits_encoder_are_remarked_upon(gallery: Gallery, data_root: Path) -> None:
     photos = data_root / "photos"
     if not photos.is_dir():
-        pytest.skip("no photographs: LOOKALIKE_TEST_DATA has no folder photos")
+        missing("no photographs: LOOKALIKE_TEST_DATA has no folder photos")
     index_source(open_source(str(photos)), gallery)
     notice = gallery.notice()
     assert notice is not None

@@ -172,7 +172,13 @@ def test_a_random_resnet(tmp_path: Path) -> None:
     with torch.no_grad():  # running statistics as after training, not the identity that they start as
         for _ in range(5):
             backbone(torch.randn(16, 3, 8, 8))
-    export(Encoder(backbone, torch.full((3,), 0.3), torch.full((3,), 0.3), 3), None, 8, {}, tmp_path / "resnet")
+    export(
+        Encoder(backbone, torch.full((3,), 0.3), torch.full((3,), 0.3), 3),
+        None,
+        square_preprocessing(8),
+        {},
+        tmp_path / "resnet",
+    )
     checked_random_encoder(read_card(tmp_path / "resnet"), backbone)
 
 

@@ -131,7 +131,13 @@ def test_compare_finds_one_picture_that_differs_in_any_batch(tmp_path: Path) -> 
         def forward(self, values: torch.Tensor) -> torch.Tensor:
             return values.clamp(max=self.limit).flatten(1)[:, :16] + 0.1
 
-    export(Encoder(Clipped(0.5), torch.zeros(3), torch.ones(3), 3), None, SIDE, {}, tmp_path / "clipped")
+    export(
+        Encoder(Clipped(0.5), torch.zeros(3), torch.ones(3), 3),
+        None,
+        square_preprocessing(SIDE),
+        {},
+        tmp_path / "clipped",
+    )
     card = read_card(tmp_path / "clipped")
     twin = Encoder(Clipped(1.0), torch.zeros(3), torch.ones(3), 3).eval()
     dark = random_pixels(65) // 2
@@ -145,12 +151,12 @@ def test_compare_finds_one_picture_that_differs_in_any_batch(tmp_path: Path) -> 
 
 def test_an_encoder_is_exported_as_numpy_computes_it_in_place_of_an_earlier_one(tmp_path: Path) -> None:
     out = tmp_path / "models" / "toy"
-    export(toy(0), None, SIDE, {"method": "first"}, out)
+    export(toy(0), None, square_preprocessing(SIDE), {"method": "first"}, out)
     (out / "stray.txt").write_text("not the new model's")
     first = read_card(out)
     encoder = toy(1)
     encoder.train()  # export is to switch it
-    export(encoder, open_source("digits[:20]"), SIDE, {"method": "second"}, out)
+    export(encoder, open_source("digits[:20]"), square_preprocessing(SIDE), {"method": "second"}, out)
     second = read_card(out)
     assert (first.facts["method"], second.facts["method"]) == ("first", "second")
     assert first.fingerprint != second.fingerprint
@@ -179,7 +185,7 @@ def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("years of work")
     for name in ("thesis", "notes"):
         with pytest.raises(InvalidOutput, match=f"{name}: is there and is not a model folder"):
-            export(toy(), None, SIDE, {}, tmp_path / name)
+            export(toy(), None, square_preprocessing(SIDE), {}, tmp_path / name)
     assert tree(tmp_path) == {"thesis/chapter.txt": b"years of work", "notes": b"years of work"}
 
 
@@ -193,8 +199,8 @@ def test_a_failure_leaves_the_earlier_model_and_nothing_else(tiny_model: Path, t
     with torch.no_grad():
         broken.mean.fill_(math.nan)
     with pytest.raises(InvalidModel, match="not finite"):
-        export(broken, None, SIDE, {}, out)
+        export(broken, None, square_preprocessing(SIDE), {}, out)
     with pytest.raises(InvalidModel, match="not finite"):
-        export(broken, None, SIDE, {}, tmp_path / "new")
+        export(broken, None, square_preprocessing(SIDE), {}, tmp_path / "new")
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]

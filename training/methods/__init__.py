@@ -30,6 +30,6 @@ class Method(Protocol):
 
 def build_method(recipe: Recipe, backbone: nn.Module, dimension: int) -> "Method":
     """Build the recipe's method around a backbone whose output has `dimension` columns."""
-    from training.methods.simclr import SimCLR
+    from training.methods.simclr import SimCLR  # here: every method imports Step from this package
 
     return {"simclr": SimCLR}[recipe.method](recipe, backbone, dimension)
