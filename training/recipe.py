@@ -26,8 +26,12 @@ class Augmentation(BaseModel):
         shift: largest shift, as a share of the side.
         elastic: largest local displacement, as a share of the side.
         stroke: probability of thicker or thinner strokes (bright on dark).
-        jitter: probability of a change of brightness, contrast and saturation by up to jitter_strength.
+        jitter: probability of a change of brightness, contrast and saturation by up to jitter_strength, and of hue.
+        hue: largest turn of the hue in a jittered view, as a share of the circle.
         grey: probability of losing all colour.
+        blur: probability of a Gaussian blur of up to blur_radius.
+        blur_radius: largest standard deviation of the blur, as a share of the side.
+        solarise: probability of inverting all values above a half.
         erase: probability of a blank square of up to a third of the side.
     """
 
@@ -43,7 +47,11 @@ class Augmentation(BaseModel):
     stroke: _Share = 0.0
     jitter: _Share = 0.0
     jitter_strength: _Share = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     grey: _Share = 0.0
+    blur: _Share = 0.0
+    blur_radius: Annotated[float, Field(gt=0, le=0.25)] = 0.05
+    solarise: _Share = 0.0
     erase: _Share = 0.0
 
 
