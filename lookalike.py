@@ -27,18 +27,26 @@ def pretrain(
     source: Source,
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a .toml file.")],
     out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as often as you like.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Time for the steps, in place of the recipe's epochs.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Weights to begin with: DEFAULT for torchvision's, or a state file.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 3,
     device: Device = "auto",
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Train an encoder on your own pictures, without labels, and export it."""
+    """Train an encoder on your own pictures and export it. The run's checkpoint and log lie in OUT.run."""
     _need_torch()
     from training.pretrain import pretrain as run
     from training.recipe import read_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
-    run(source, read_recipe(recipe), out, minutes, device, data_root)
+    run(source, read_recipe(recipe, change or ()), out, minutes, device, data_root, init, resume, checkpoint_minutes)
 
 
 @cli.command("import")
@@ -70,9 +78,10 @@ def evaluate(
     if as_json:
         print(json.dumps(report))
         return
-    print(f"{report['bank']['pictures']} pictures vote on {report['queries']['pictures']}; accuracy of 5-NN:")
+    print(f"{report['bank']['pictures']} pictures vote on {report['queries']['pictures']}; accuracy:")
+    print(f"  {'':16} 5-NN    weighted 20-NN")
     for name, figures in {report["model"]: report["knn"], **report["baselines"]}.items():
-        print(f"  {name:16} {figures['k5']:.4f}")
+        print(f"  {name:16} {figures['k5']:.4f}  {figures['weighted_k20']:.4f}")
 
 
 @cli.command()

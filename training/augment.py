@@ -1,11 +1,16 @@
-"""Two views of every picture in a batch, each with its own random numbers, on the device the batch is on.
+"""Random views of every picture in a batch, each row with its own numbers, on the device the batch is on.
 
-torchvision's tensor transforms draw one set of numbers for a whole batch; here every number below is a
-tensor with one entry a sample. All geometry (crop, flip, affine, elastic) is one sampling grid, so a
-picture is interpolated once.
+    pictures ─geometry─ stroke ─ colour ─ blur ─ solarise ─ erase─▶ views
+
+torchvision's tensor transforms draw one set of numbers for a whole batch; here a number is a tensor with one entry
+a row. What is linear is done as a matrix product: all geometry (crop, flip, affine, elastic) is one sampling grid, so
+a picture is interpolated once; all colour (brightness, contrast, saturation, hue, grey) is one affine map; a blur is
+one matrix from each side.
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Generator, Tensor
@@ -14,33 +19,44 @@ from torch.nn import functional as F
 from training.recipe import Augmentation
 
 _LUMA = (0.299, 0.587, 0.114)
+_YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # rows I and Q sum to 0: grey has no colour
 
 
 def augment(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Tensor:
     """Return one random view of each picture.
 
     Args:
-        pictures: (N, C, S, S) float32 in 0..1, C 1 or 3.
+        pictures: (N, C, S, S) float32 in 0..1, C 1 or 3; of one channel, hue and grey leave it as it is.
         recipe: which changes and how strong.
-        generator: on the pictures' device; the only source of randomness.
+        generator: on the pictures' device; the only source of randomness. The same state gives the same views, and
+            a change switched on leaves the numbers of the others as they are.
 
     Returns:
-        (N, C, S, S) float32 in 0..1.
+        (N, C, S, S) float32 in 0..1, new memory.
 
-    Cost: one grid_sample, plus a pass over the batch for each change that is on.
+    Cost: one grid_sample and one pass for colour, plus passes over the rows that a chance hits. Call it outside
+        autocast: bfloat16 is too coarse for positions.
     """
-    # A crop at the picture's edge samples up to half a pixel beyond the last pixel's centre: zeros would darken it.
-    beyond = "border" if recipe.crop_area < 1 else "zeros"
-    views = F.grid_sample(pictures, _grid(pictures, recipe, generator), padding_mode=beyond, align_corners=False)
-    if recipe.stroke:
-        views = _stroke(views, recipe.stroke, generator)
-    if recipe.jitter:
-        views = _jitter(views, recipe, generator)
-    if recipe.grey:
-        grey = luminance(views).expand_as(views)
-        views = torch.where(_chance(views, recipe.grey, generator), grey, views)
-    if recipe.erase:
-        views = _erase(views, recipe.erase, generator)
+    r = recipe
+    channels, side = pictures.shape[1], pictures.shape[-1]
+    n = _draw(pictures, r, generator)
+    if r.crop_area < 1 or r.flip or r.rotation or r.scale or r.shear or r.shift or r.elastic:
+        # A crop at the picture's edge samples up to half a pixel beyond the last pixel's centre: zeros darken it.
+        beyond = "border" if r.crop_area < 1 else "zeros"
+        views = F.grid_sample(pictures, _grid(side, r, n), padding_mode=beyond, align_corners=False)
+    else:
+        views = pictures.clone()
+    if r.stroke:
+        views = _where(n["stroke"] < r.stroke, views, _stroke, n["amount"])
+    if r.jitter or (r.grey and channels == 3):
+        views = _colour(views, r, n)
+    if r.blur:
+        kernels = gaussian_kernels(n["sigma"], math.ceil(2 * _largest_sigma(r, side)))
+        views = _where(n["blur"] < r.blur, views, _blur, kernels)
+    if r.solarise:
+        views = _where(n["solarise"] < r.solarise, views, _solarise)
+    if r.erase:
+        views = _erase(views, n["hole"] * (n["erase"] < r.erase), n["left"], n["top"])
     return views
 
 
@@ -52,84 +68,175 @@ def luminance(pictures: Tensor) -> Tensor:
     return (pictures * weights).sum(1, keepdim=True)
 
 
-def _uniform(like: Tensor, low: float, high: float, generator: Generator, *shape: int) -> Tensor:
-    """(N, *shape) numbers, each sample its own."""
-    random = torch.rand(len(like), *shape, generator=generator, device=like.device)
-    return low + (high - low) * random
+def colour_matrix(saturation: Tensor, turn: Tensor) -> Tensor:
+    """Return the matrix that scales saturation and turns hue, in the plane of I and Q at constant Y.
+
+    Args:
+        saturation: (N,) factor; 0 is grey.
+        turn: (N,) share of the circle.
+
+    Returns:
+        (N, 3, 3), to be multiplied by columns (r, g, b). Exactly the identity for saturation 1 and turn 0.
+
+    Source: Foley et al., Computer Graphics, section 13.3 (YIQ).
+    """
+    plane = _colour_plane(saturation.device)  # (3, 9)
+    angle = 2 * math.pi * turn
+    return torch.addmm(plane[0], (saturation * torch.stack([angle.cos(), angle.sin()])).T, plane[1:]).view(-1, 3, 3)
 
 
-def _chance(like: Tensor, probability: float, generator: Generator) -> Tensor:
-    return _uniform(like, 0, 1, generator, 1, 1, 1) < probability
+def gaussian_kernels(sigma: Tensor, radius: int) -> Tensor:
+    """Return (N, 2 · radius + 1) samples of a Gaussian at whole pixels, each row of sum 1; sigma (N,) > 0 in pixels."""
+    taps = torch.arange(-radius, radius + 1, device=sigma.device)
+    return torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1)
 
 
-def _grid(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Tensor:
-    """(N, S, S, 2) sampling positions in −1..1: where each pixel of the view lies in its picture."""
+def _draw(pictures: Tensor, recipe: Augmentation, generator: Generator) -> dict[str, Tensor]:
+    """All numbers by name, in one draw whatever is on: (N,) each, and bumps (N, 2, 16)."""
+    names, low, high = _ranges(recipe, pictures.shape[-1], pictures.device)
+    random = torch.rand(len(names) + 32, len(pictures), generator=generator, device=pictures.device)
+    bumps = (2 * random[-32:] - 1) * 2 * recipe.elastic  # the grid's unit is half a side
+    return {"bumps": bumps.T.view(-1, 2, 16), **dict(zip(names, low.lerp(high, random[:-32]), strict=True))}
+
+
+@lru_cache
+def _ranges(recipe: Augmentation, side: int, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+    """Names of the numbers, and the (count, 1) bounds between which each is uniform."""
     r = recipe
+    factor = (1 - r.jitter_strength, 1 + r.jitter_strength)
+    ranges = {
+        "angle": (-math.radians(r.rotation), math.radians(r.rotation)),
+        "shear": (-r.shear, r.shear),
+        "across": (1 - r.scale, 1 + r.scale),
+        "down": (1 - r.scale, 1 + r.scale),
+        "x": (-2 * r.shift, 2 * r.shift),
+        "y": (-2 * r.shift, 2 * r.shift),
+        "area": (r.crop_area, 1),
+        "aspect": (-1, 1),
+        "crop_x": (-1, 1),
+        "crop_y": (-1, 1),
+        "amount": (-1, 1),
+        "brightness": factor,
+        "contrast": factor,
+        "saturation": factor,
+        "turn": (-r.hue, r.hue),
+        "sigma": (0.1, _largest_sigma(r, side)),
+        "hole": (side / 6, side / 3),
+        "left": (0, 1),
+        "top": (0, 1),
+        # A change happens where its number falls below its probability.
+        **dict.fromkeys(("flip", "stroke", "jitter", "grey", "blur", "solarise", "erase"), (0, 1)),
+    }
+    bounds = torch.tensor(list(ranges.values()), dtype=torch.float32, device=device)
+    return list(ranges), bounds[:, :1], bounds[:, 1:]
 
-    def symmetric(limit: float) -> Tensor:
-        return _uniform(pictures, -limit, limit, generator)
 
-    angle = symmetric(math.radians(r.rotation))
-    shear = symmetric(r.shear)
-    across, down = 1 + symmetric(r.scale), 1 + symmetric(r.scale)
-    x, y = 2 * symmetric(r.shift), 2 * symmetric(r.shift)
-    if r.crop_area < 1:  # area and aspect as in random-resized-crop; the crop stays inside the picture
-        area = _uniform(pictures, r.crop_area, 1, generator)
-        aspect = torch.exp(symmetric(1) * (-area.log()).clamp(max=math.log(4 / 3)))  # neither side above 1
+def _largest_sigma(recipe: Augmentation, side: int) -> float:
+    return max(0.1, recipe.blur_radius * side)
+
+
+def _where(hit: Tensor, views: Tensor, change: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
+    """Change the rows that are hit (N,), given their numbers (N, …); `views` may be written to."""
+    if views.device.type == "cpu":
+        rows = hit.nonzero()[:, 0]
+        return views.index_copy_(0, rows, change(views[rows], *(number[rows] for number in numbers)))
+    # On a GPU it costs less to change all than to wait until it knows which.
+    return torch.where(hit.view(-1, 1, 1, 1), change(views, *numbers), views)
+
+
+def _grid(side: int, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor:
+    """(N, S, S, 2) sampling positions in −1..1: where each pixel of the view lies in its picture."""
+    across, down, x, y = n["across"], n["down"], n["x"], n["y"]
+    if recipe.crop_area < 1:  # area and aspect as in random-resized-crop; the crop stays inside the picture
+        area = n["area"]
+        aspect = torch.exp(n["aspect"] * (-area.log()).clamp(max=math.log(4 / 3)))  # neither side above 1
         width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
-        x, y = x + (1 - width) * symmetric(1), y + (1 - height) * symmetric(1)
+        x, y = x + (1 - width) * n["crop_x"], y + (1 - height) * n["crop_y"]
         across, down = across * width, down * height
-    if r.flip:
-        across = torch.where(_uniform(pictures, 0, 1, generator) < r.flip, -across, across)
-    cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack(
-        [
-            torch.stack([across * cos, -down * sin + shear * across * cos, x], 1),
-            torch.stack([across * sin, down * cos + shear * across * sin, y], 1),
-        ],
-        1,
-    )  # (N, 2, 3)
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    if r.elastic:
-        side = pictures.shape[-1]
-        # 4×4 random displacements, smoothly interpolated: neighbouring strokes move together.
-        coarse = _uniform(pictures, -2 * r.elastic, 2 * r.elastic, generator, 2, 4, 4)
-        smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=True)
-        grid = grid + smooth.permute(0, 2, 3, 1)
-    return grid
+    if recipe.flip:
+        across = torch.where(n["flip"] < recipe.flip, -across, across)
+    cos, sin, shear = n["angle"].cos(), n["angle"].sin(), n["shear"]
+    rows = [
+        [across * cos, -down * sin + shear * across * cos, x],
+        [across * sin, down * cos + shear * across * sin, y],
+    ]
+    weights = torch.stack([torch.stack(row, 1) for row in rows], 1)  # (N, 2, 3)
+    if recipe.elastic:
+        weights = torch.cat([weights, n["bumps"]], 2)  # (N, 2, 19)
+    shapes = _shapes(side, weights.device)[: weights.shape[2]]
+    # One plane for x, one for y: grid_sample is quicker to read them apart, and affine_grid slower to write them.
+    return (weights.flatten(0, 1) @ shapes).view(-1, 2, side, side).permute(0, 2, 3, 1)
 
 
-def _stroke(views: Tensor, probability: float, generator: Generator) -> Tensor:
-    """Blend each view with its dilation (thicker) or erosion (thinner), by its own amount."""
-    thicker = F.max_pool2d(views, 3, 1, 1)
-    thinner = -F.max_pool2d(-views, 3, 1, 1)
-    amount = _uniform(views, -1, 1, generator, 1, 1, 1)
-    amount = torch.where(_chance(views, probability, generator), amount, 0.0)
+def _stroke(views: Tensor, amount: Tensor) -> Tensor:
+    """Blend each view with its dilation (thicker, amount (N,) 0..1) or its erosion (thinner, −1..0)."""
+    amount = amount.view(-1, 1, 1, 1)
+    sign = torch.where(amount < 0, -1.0, 1.0)  # erosion is the dilation of the negative
+    padded = F.pad(views * sign, (1, 1, 1, 1), mode="replicate")
+    wide = torch.maximum(padded[..., :-2], padded[..., 1:-1]).maximum(padded[..., 2:])
+    full = torch.maximum(wide[..., :-2, :], wide[..., 1:-1, :]).maximum(wide[..., 2:, :]) * sign
     # A thin stroke vanishes when eroded fully: at most half of the way.
-    return torch.where(
-        amount > 0, views.lerp(thicker, amount.clamp(min=0)), views.lerp(thinner, -amount.clamp(max=0) / 2)
-    )
+    return views.lerp(full, torch.where(amount < 0, -amount / 2, amount))
 
 
-def _jitter(views: Tensor, recipe: Augmentation, generator: Generator) -> Tensor:
-    """Brightness, contrast, and saturation where there is colour, in this order."""
-    low, high = 1 - recipe.jitter_strength, 1 + recipe.jitter_strength
-    changed = views * _uniform(views, low, high, generator, 1, 1, 1)
-    mean = luminance(changed).mean((1, 2, 3), keepdim=True)
-    changed = mean + (changed - mean) * _uniform(views, low, high, generator, 1, 1, 1)
+def _colour(views: Tensor, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor:
+    """Brightness, contrast about the mean luminance, saturation and hue where jittered; then grey."""
+    jittered = n["jitter"] < recipe.jitter
+    brightness, contrast = (torch.where(jittered, n[name], 1.0) for name in ("brightness", "contrast"))
+    matrix = (brightness * contrast)[:, None, None]  # (N, 1, 1)
     if views.shape[1] == 3:
-        grey = luminance(changed)
-        changed = grey + (changed - grey) * _uniform(views, low, high, generator, 1, 1, 1)
-    return torch.where(_chance(views, recipe.jitter, generator), changed.clamp(0, 1), views)
+        saturation = torch.where(jittered, n["saturation"], 1.0).masked_fill_(n["grey"] < recipe.grey, 0)
+        matrix = matrix * colour_matrix(saturation, n["turn"] * jittered)  # (N, 3, 3)
+    mean = luminance(views.mean((2, 3), keepdim=True)).squeeze(3)  # (N, 1, 1)
+    offset = mean * (brightness * (1 - contrast))[:, None, None]
+    return torch.baddbmm(offset, matrix, views.flatten(2)).clamp_(0, 1).view_as(views)
 
 
-def _erase(views: Tensor, probability: float, generator: Generator) -> Tensor:
-    """Blank one square a view, its side 1/6 to 1/3 of the picture's."""
+def _blur(views: Tensor, kernels: Tensor) -> Tensor:
+    """Blur each view with its own kernel (N, taps) along both axes; the picture is reflected at its borders."""
+    side = views.shape[-1]
+    reflections = _reflections(side, kernels.shape[1] // 2, views.device)
+    matrix = (kernels @ reflections).view(-1, 1, side, side)  # (N, 1, S, S)
+    return (matrix @ views @ matrix.mT).clamp_(0, 1)
+
+
+def _solarise(views: Tensor) -> Tensor:
+    return torch.minimum(views, 1 - views)  # 1 − v is the smaller from a half upwards
+
+
+def _erase(views: Tensor, size: Tensor, left: Tensor, top: Tensor) -> Tensor:
+    """Blank one square a view in place, of side `size` (N,) in pixels; left and top (N,) 0..1 of the room there is."""
     side = views.shape[-1]
     ruler = torch.arange(side, device=views.device) + 0.5  # pixel centres, or the first row would never go
-    size = _uniform(views, side / 6, side / 3, generator, 1)
-    left, top = (_uniform(views, 0, 1, generator, 1) * (side - size) for _ in range(2))
-    columns = (ruler >= left) & (ruler < left + size)  # (N, S)
-    rows = (ruler >= top) & (ruler < top + size)
-    blank = (rows[:, :, None] & columns[:, None, :])[:, None] & _chance(views, probability, generator)
-    return views.masked_fill(blank, 0.0)
+    start = torch.stack([left, top], 1)[:, :, None] * (side - size)[:, None, None]  # (N, 2, 1)
+    within = (ruler >= start) & (ruler < start + size[:, None, None])  # (N, 2, S)
+    return views.masked_fill_(within[:, :1, None, :] & within[:, 1:, :, None], 0)
+
+
+@lru_cache
+def _shapes(side: int, device: torch.device) -> Tensor:
+    """(19, S · S) planes whose weighted sum is a sampling grid: x, y, 1, and the bumps of a 4×4 bicubic spline."""
+    ruler = (2 * torch.arange(side) + 1) / side - 1  # pixel centres in −1..1
+    y, x = torch.meshgrid(ruler, ruler, indexing="ij")
+    # Neighbouring strokes move together: between the 16 corners displacements are interpolated smoothly.
+    bumps = F.interpolate(torch.eye(16).view(16, 1, 4, 4), size=(side, side), mode="bicubic", align_corners=True)
+    return torch.cat([torch.stack([x, y, torch.ones_like(x)]), bumps[:, 0]]).flatten(1).to(device)
+
+
+@lru_cache
+def _colour_plane(device: torch.device) -> Tensor:
+    """(3, 9): matrices that keep luminance alone, keep colour alone, and turn colour by a quarter of the circle."""
+    to_yiq = torch.tensor(_YIQ, dtype=torch.float64)
+    grey = torch.tensor(_LUMA, dtype=torch.float64).expand(3, 3)
+    quarter = torch.tensor([[0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64)
+    turned = torch.linalg.inv(to_yiq) @ quarter @ to_yiq
+    return torch.stack([grey, torch.eye(3) - grey, turned]).flatten(1).float().to(device)
+
+
+@lru_cache
+def _reflections(side: int, radius: int, device: torch.device) -> Tensor:
+    """(taps, S · S): 1 where a tap of the kernel at pixel i falls on pixel j of a row, mirrored at its ends."""
+    ruler = torch.arange(side)
+    place = (ruler + torch.arange(-radius, radius + 1)[:, None]).abs()  # (taps, S)
+    place = side - 1 - (side - 1 - place).abs()
+    return (place[:, :, None] == ruler).flatten(1).float().to(device)

@@ -1,9 +1,15 @@
 """Backbones f: normalised pixels (N, C, S, S) → (N, D); the projection head stands apart from them."""
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+
+from service.errors import InvalidModel, InvalidRequest
+
+_OWN = ("small-cnn", "mid-cnn")
 
 
 class Backbone(NamedTuple):
@@ -13,59 +19,211 @@ class Backbone(NamedTuple):
     dimension: int
 
 
-def build_backbone(name: str, channels: int, side: int) -> Backbone:
-    """Build an untrained backbone.
+def build_backbone(name: str, channels: int, side: int, init: str | None = None) -> Backbone:
+    """Build a backbone.
 
     Args:
-        name: "small-cnn" or "resnet18".
+        name: small-cnn, mid-cnn, or a classification backbone of torchvision.models, whose last layer is taken off.
         channels: C, 1 for grey or 3 for RGB.
-        side: S in pixels; below 64 ResNet gets the small-image stem.
+        side: S in pixels; below 64 a ResNet gets the small-image stem.
+        init: where its weights come from: DEFAULT for torchvision's own (ImageNet), or a file with a state dict,
+            with or without the last layer; None leaves them random.
+
+    Raises:
+        InvalidRequest: no such backbone, or one that cannot take such pictures; weights that are not there or
+            do not fit.
     """
-    if name == "small-cnn":
-        return Backbone(_small_cnn(channels), 256)
-    return Backbone(_resnet18(channels, side), 512)
+    if name in _OWN:
+        if init == "DEFAULT":
+            raise InvalidRequest(f"{name}: torchvision has no weights of it; --init DEFAULT is for its own backbones")
+        module = {"small-cnn": _small_cnn, "mid-cnn": _mid_cnn}[name](channels)
+        if init:
+            load_weights(module, read_weights(name, init), init)
+    else:
+        module = build_network(name, side)
+        if side < 64 and isinstance(module, torchvision.models.ResNet):
+            _small_stem(module)
+        if init:
+            load_weights(module, read_weights(name, init), init)
+        behead(module, name)
+        if channels == 1:
+            _take_grey(module)
+    try:
+        with torch.inference_mode():
+            dimension = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InvalidRequest(f"{name} cannot take pictures of {side}x{side}: {' '.join(str(error).split())}") from error
+    return Backbone(module.train(), dimension)
 
 
-def projection_head(dimension: int, hidden: int, output: int) -> nn.Module:
-    """g: D → hidden → output, as in SimCLR: one hidden layer with ReLU, batch norm on both layers."""
-    return nn.Sequential(
-        nn.Linear(dimension, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
+def build_network(name: str, side: int) -> nn.Module:
+    """Build a torchvision classification network with random weights, its last layer still on.
+
+    Raises:
+        InvalidRequest: torchvision has none of this name, or not for such a side.
+    """
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise InvalidRequest(
+            f"{name}: no such backbone; expected {', '.join(_OWN)} or a classification backbone of torchvision "
+            "such as resnet18, resnet50 or convnext_tiny"
+        )
+    options: dict[str, Any] = {"weights": None}
+    if name.startswith("vit_"):
+        options["image_size"] = side
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    try:
+        network: nn.Module = torchvision.models.get_model(name, **options)
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise InvalidRequest(f"{name} cannot take pictures of {side}x{side}: {' '.join(str(error).split())}") from error
+    return network
+
+
+def read_weights(name: str, origin: str) -> dict[str, Tensor]:
+    """Read a state dict: torchvision's own for a backbone ("DEFAULT", downloaded once), or a file's.
+
+    Raises:
+        InvalidRequest: no network, no such file, or a file of another kind.
+    """
+    if origin == "DEFAULT":
+        try:
+            state: Any = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True)
+        except Exception as error:  # urllib, ssl and sockets each raise their own
+            raise InvalidRequest(
+                f"{name}: torchvision cannot download its weights here: {error}; "
+                "fetch the file where there is a network and name it instead of DEFAULT"
+            ) from error
+        return dict(state)
+    try:
+        state = torch.load(origin, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"{origin}: no such file; expected DEFAULT or a file with a state dict") from error
+    except Exception as error:  # torch raises nearly anything on a file of another kind
+        raise InvalidRequest(
+            f"{origin}: not a state dict that torch can read safely: {type(error).__name__}"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InvalidRequest(f"{origin}: not a state dict: expected tensors by name")
+    return state
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Load a state dict; it may lack the last layer, which is taken off anyway.
+
+    Raises:
+        InvalidRequest: weights are missing, too many or of another shape.
+    """
+    head = _last_linear(network)
+    try:
+        found = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
+        hint = (
+            "; below 64 pixels a ResNet has a stem of its own: use a side of 64 or more"
+            if "conv1.weight" in lines
+            else ""
+        )
+        raise InvalidRequest(f"{origin}: does not fit the backbone: {lines[:300]}{hint}") from error
+    missing = [key for key in found.missing_keys if not (head and key.startswith(f"{head}."))]
+    if missing or found.unexpected_keys:
+        wrong = f"it lacks {missing[0]}" if missing else f"it has {found.unexpected_keys[0]}, the backbone does not"
+        raise InvalidRequest(f"{origin}: does not fit the backbone: {wrong}")
+
+
+def behead(network: nn.Module, name: str) -> None:
+    """Replace the last linear layer by nothing: its input is the embedding.
+
+    Raises:
+        InvalidModel: there is none.
+    """
+    head = _last_linear(network)
+    if head is None:
+        raise InvalidModel(f"{name}: has no linear layer at its end to take off")
+    parent, _, leaf = head.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, nn.Identity())
+
+
+def mlp(*widths: int, norm: bool = True, last_norm: bool = True) -> nn.Module:
+    """Linear layers of these widths, ReLU between them.
+
+    Args:
+        norm: batch norm after each layer.
+        last_norm: after the last one as well, there without scale and shift.
+    """
+    layers: list[nn.Module] = []
+    for number, (inputs, outputs) in enumerate(pairwise(widths), start=2):
+        last = number == len(widths)
+        normed = norm and (last_norm or not last)
+        layers.append(nn.Linear(inputs, outputs, bias=not normed))
+        if normed:
+            layers.append(nn.BatchNorm1d(outputs, affine=not last))
+        if not last:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def _last_linear(network: nn.Module) -> str | None:
+    linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear and not isinstance(network, nn.Sequential) else None
+
+
+def _block(inputs: int, outputs: int, kernel: int, stride: int = 1, pool: int = 1) -> list[nn.Module]:
+    return [
+        nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False),
+        # Pooling before batch norm and ReLU leaves them a quarter of the work.
+        *([nn.MaxPool2d(pool)] if pool > 1 else []),
+        nn.BatchNorm2d(outputs),
         nn.ReLU(),
-        nn.Linear(hidden, output, bias=False),
-        nn.BatchNorm1d(output, affine=False),
-    )
+    ]
 
 
 def _small_cnn(channels: int) -> nn.Module:
-    """Five convolutions for pictures of about 28 to 40 pixels; some 7 M multiply-adds at 28×28."""
-
-    def block(inputs: int, outputs: int, kernel: int, stride: int = 1, pool: int = 1) -> list[nn.Module]:
-        return [
-            nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-            # Pooling before batch norm and ReLU leaves them a quarter of the work.
-            *([nn.MaxPool2d(pool)] if pool > 1 else []),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-        ]
-
+    """Four convolutions for pictures of about 28 to 40 pixels; some 7 M multiply-adds at 28×28."""
     return nn.Sequential(
-        *block(channels, 32, 5, stride=2),
-        *block(32, 64, 3, pool=2),
-        *block(64, 128, 3),
-        *block(128, 256, 3, stride=2),
+        *_block(channels, 32, 5, stride=2),
+        *_block(32, 64, 3, pool=2),
+        *_block(64, 128, 3),
+        *_block(128, 256, 3, stride=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
 
 
-def _resnet18(channels: int, side: int) -> nn.Module:
-    network: nn.Module = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
-    network.fc = nn.Identity()
-    stem = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
-    if side < 64:  # 3×3 stride 1 and no pooling, or a 32-pixel picture is down to 8 before the first block
-        stem = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
-        network.maxpool = nn.Identity()
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*_block(width, width, 3), *_block(width, width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = x + self.layers(x)
+        return added
+
+
+def _mid_cnn(channels: int) -> nn.Module:
+    """Seven convolutions, two residual blocks; some 75 M multiply-adds at 32×32, made for two CPU cores and an hour."""
+    return nn.Sequential(
+        *_block(channels, 64, 4, stride=2),
+        *_block(64, 128, 3, pool=2),
+        _Residual(128),
+        *_block(128, 256, 3, pool=2),
+        _Residual(256),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def _small_stem(network: nn.Module) -> None:
+    """3×3 stride 1 and no pooling, or a 32-pixel picture is down to 8 before a ResNet's first block."""
+    stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    network.conv1 = stem
-    return network
+    network.conv1, network.maxpool = stem, nn.Identity()
+
+
+def _take_grey(network: nn.Module) -> None:
+    """Give the first convolution one channel; its weights are the sum over RGB, as grey in all three would see."""
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True))
+    first.in_channels = 1

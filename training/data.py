@@ -1,40 +1,35 @@
-"""SOURCE → pixel canvas: every picture decoded once, by the service's own function, and kept for all epochs."""
+"""SOURCE → pixel canvas → batches: a picture is decoded by the service's own function when a batch first touches it."""
 
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torchvision import datasets
 from tqdm import tqdm
 
-from service import PixelArray
+from service import IntArray, PixelArray
 from service.card import Preprocessing
 from service.errors import InvalidSource, LookalikeError
-from service.images import Limits, decode_pixels, tones
+from service.images import Limits, decode_pixels
 from service.sources import Source, from_arrays, open_source, slice_source
 
+Residence = Literal["memory", "disk", "nowhere"]
+
 _MOST_BAD = 0.05
+_JUDGED = 1000  # pictures looked at before a share of bad ones says anything
 _CHUNK = 64
-_TONED = 4  # pictures of each chunk that the tone histogram looks at
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """Decoded pictures, ready for batches.
-
-    Attributes:
-        pixels: (N, C, S, S) uint8.
-        tones: the pictures' tone histogram (images.tones).
-    """
-
-    pixels: Tensor
-    tones: list[float]
+_AT_ONCE = 64 * _CHUNK  # pictures decoded before they are put away
+_SMALL = 256 * 2**20  # a canvas of so many bytes is decoded again in no time: not worth a file
+_DISK_LEFT = 2**30  # bytes that stay free for checkpoints
+_UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
 def open_training_source(name: str, data_root: Path) -> Source:
@@ -65,67 +60,269 @@ def open_training_source(name: str, data_root: Path) -> Source:
     return slice_source(source, bracket + slicing)
 
 
-def decode_canvas(source: Source, preprocessing: Preprocessing, channels: int) -> Canvas:
-    """Decode a source once.
+def names_checksum(source: Source) -> int:
+    """Return a checksum of the source's ids, to know it again by."""
+    checksum = 0
+    for name in source.ids:
+        checksum = zlib.crc32(name.encode("utf-8", "surrogateescape"), checksum)
+    return checksum
 
-    Args:
+
+class Canvas:
+    """The source's pixels, (count, C, S, S) uint8: each picture decoded once, when it is first taken.
+
+    Attributes:
         source: the pictures.
-        preprocessing: gives S.
-        channels: 1 keeps luminance only, 3 keeps RGB.
+        residence: "memory"; "disk", a file of the run's folder; or "nowhere": decoded at every take.
+        on_device: whether the pixels are kept on the device as well.
+        bad: why pictures cannot be used, by position.
+        device: where taken pixels are.
 
-    Raises:
-        InvalidSource: more than 5 % of the pictures are bad.
-
-    Cost: N · C · S · S bytes of memory, said before the start.
+    Cost: count · C · S · S bytes where they reside, 1 byte of memory a picture beside that.
     """
-    side = preprocessing.side
-    pixels = torch.empty((len(source), channels, side, side), dtype=torch.uint8)
-    limits = Limits()
 
-    def read(position: int) -> PixelArray | LookalikeError:
+    def __init__(
+        self, source: Source, preprocessing: Preprocessing, channels: int, folder: Path, device: torch.device
+    ) -> None:
+        """Choose where the pixels reside, by their size, and say so in one line.
+
+        Args:
+            source: the pictures.
+            preprocessing: gives S.
+            channels: 1 keeps luminance only, 3 keeps RGB.
+            folder: of the run; a canvas on disk is its canvas.bin.
+            device: where batches are wanted.
+        """
+        self.source = source
+        self.bad: dict[int, str] = {}
+        self.device = device
+        self._preprocessing, self._channels = preprocessing, channels
+        self._limits = Limits()
+        self._state = np.zeros(len(source), np.uint8)
+        shape = (len(source), channels, preprocessing.side, preprocessing.side)
+        self._path = folder / "canvas.bin"
+        self.residence, self._pixels = _allocate(shape, self._path)
+        size = int(np.prod(shape))
+        self._resident: Tensor | None = None
+        if self._pixels is not None and device.type == "cuda" and size < 0.4 * torch.cuda.mem_get_info(device)[0]:
+            self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
+            self._uploaded = np.zeros(len(source), bool)
+        self.on_device = self._resident is not None
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        where = {"memory": "in memory", "disk": f"in {self._path}", "nowhere": "kept nowhere: decoded at each epoch"}
+        print(
+            f"{source.name}: {len(source)} pictures, {size / 2**20:.0f} MiB decoded, {where[self.residence]}"
+            f"{' and on the GPU' if self.on_device else ''}",
+            file=sys.stderr,
+        )
+
+    def take(self, positions: IntArray) -> tuple[Tensor, IntArray]:
+        """Return the pixels (n, C, S, S) of the good pictures among these, on the device, and their positions.
+
+        Raises:
+            InvalidSource: more than 5 % of the pictures are bad.
+        """
+        if self._pixels is None:
+            known = positions[self._state[positions] != _BAD]
+            pixels, good = self._decode(known)
+            return torch.from_numpy(pixels).to(self.device), known[good]
+        unknown = positions[self._state[positions] == _UNKNOWN]
+        if len(unknown):
+            self._fill(self._whole_blocks(unknown))
+        good_positions = positions[self._state[positions] == _GOOD]
+        if self._resident is None:
+            return torch.from_numpy(self._pixels[good_positions]).to(self.device), good_positions
+        new = good_positions[~self._uploaded[good_positions]]
+        if len(new):
+            self._resident[torch.from_numpy(new).to(self.device)] = torch.from_numpy(self._pixels[new]).to(self.device)
+            self._uploaded[new] = True
+        return self._resident[torch.from_numpy(good_positions).to(self.device)], good_positions
+
+    def untouched(self) -> int:
+        """Return how many pictures have not been decoded yet and will be kept once they are."""
+        return 0 if self._pixels is None else int((self._state == _UNKNOWN).sum())
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs; after it the pixels that it speaks of are on the disk."""
+        state = self._state.copy()
+        if isinstance(self._pixels, np.memmap):
+            self._pixels.flush()
+        else:
+            state[state == _GOOD] = _UNKNOWN
+        return {"state": torch.from_numpy(state), "bad": dict(self.bad), "residence": self.residence}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with what an earlier run has decoded."""
+        self.bad = dict(state["bad"])
+        self._state = state["state"].numpy().copy()
+        if self.residence != "disk" or state["residence"] != "disk":
+            self._state[self._state == _GOOD] = _UNKNOWN
+
+    def list_bad(self, path: Path) -> None:
+        """Write ids and reasons of the bad pictures, a line each; nothing where there are none."""
+        if self.bad:
+            lines = [f"{self.source.ids[position]}\t{reason}\n" for position, reason in sorted(self.bad.items())]
+            path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+
+    def close(self) -> None:
+        """Give memory and threads back; a canvas on disk stays for a resumed run."""
+        self._pool.shutdown()
+        self._pixels = self._resident = None
+
+    def remove(self) -> None:
+        """Close it and remove its file."""
+        self.close()
+        self._path.unlink(missing_ok=True)
+
+    def _whole_blocks(self, positions: IntArray) -> IntArray:
+        """All unknown pictures of the blocks that these lie in: where reading one means reading its block."""
+        if self.source.blocks is None:
+            return np.unique(positions)
+        starts = np.asarray(self.source.blocks)
+        touched = np.unique(np.searchsorted(starts, positions, side="right") - 1)
+        ends = np.append(starts[1:], len(self.source))
+        every = np.concatenate([np.arange(starts[block], ends[block]) for block in touched])
+        unknown: IntArray = every[self._state[every] == _UNKNOWN]
+        return unknown
+
+    def _fill(self, positions: IntArray) -> None:
+        assert self._pixels is not None
+        bar = tqdm(total=len(positions), desc="decoding", unit=" pictures", leave=False, delay=3)
+        with bar:
+            for start in range(0, len(positions), _AT_ONCE):
+                part = positions[start : start + _AT_ONCE]
+                pixels, good = self._decode(part)
+                self._pixels[part[good]] = pixels
+                self._state[part[good]] = _GOOD  # after its pixels: a checkpoint may look between the two
+                bar.update(len(part))
+
+    def _decode(self, positions: IntArray) -> tuple[PixelArray, "np.ndarray[Any, np.dtype[np.bool_]]"]:
+        """Decode pictures; returns the pixels of the good ones and which those are, and notes the bad ones."""
+        # Threads hand over chunks: for pictures of a few pixels, passing each by itself costs more than decoding it.
+        chunks = [positions[start : start + _CHUNK].tolist() for start in range(0, len(positions), _CHUNK)]
+        results = [result for chunk in self._pool.map(self._read_chunk, chunks) for result in chunk]
+        good = np.array([not isinstance(result, LookalikeError) for result in results], bool)
+        for position, result in zip(positions.tolist(), results, strict=True):
+            if isinstance(result, LookalikeError):
+                self.bad[position] = str(result)
+                self._state[position] = _BAD
+        if self._pixels is None:
+            self._state[positions[good]] = _GOOD
+        self._check_share()
+        side = self._preprocessing.side
+        pixels = [result for result in results if not isinstance(result, LookalikeError)]
+        return np.stack(pixels) if pixels else np.empty((0, self._channels, side, side), np.uint8), good
+
+    def _read_chunk(self, positions: list[int]) -> list[PixelArray | LookalikeError]:
+        return [self._read(position) for position in positions]
+
+    def _read(self, position: int) -> PixelArray | LookalikeError:
         try:
-            return decode_pixels(source.entry(position).data, preprocessing, limits)
+            pixels = decode_pixels(self.source.entry(position).data, self._preprocessing, self._limits)  # (S, S, 3)
         except LookalikeError as error:
             return error
+        return to_luminance(pixels)[None] if self._channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    def read_chunk(start: int) -> list[PixelArray | LookalikeError]:
-        return [read(position) for position in range(start, min(start + _CHUNK, len(source)))]
-
-    tqdm.write(f"{source.name}: {len(source)} pictures, {pixels.nbytes / 2**20:.0f} MiB decoded", file=sys.stderr)
-    kept, bad = 0, 0
-    histogram = np.zeros(16)
-    # Threads hand over chunks: for pictures of a few pixels, passing each by itself costs more than decoding it.
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(source), desc="decoding", unit=" pictures", leave=False) as bar,
-    ):
-        for chunk in pool.map(read_chunk, range(0, len(source), _CHUNK)):
-            for offset, result in enumerate(chunk):
-                if isinstance(result, LookalikeError):
-                    bad += 1
-                    bar.write(f"skipped {source.ids[bar.n + offset]}: {result}", file=sys.stderr)
-            good = [result for result in chunk if not isinstance(result, LookalikeError)]
-            if good:
-                stacked = np.stack(good)  # (n, S, S, 3)
-                histogram += tones(stacked[:_TONED])
-                pictures = torch.from_numpy(stacked).permute(0, 3, 1, 2)
-                pixels[kept : kept + len(good)] = to_luminance(pictures) if channels == 1 else pictures
-                kept += len(good)
-            bar.update(len(chunk))
-    if bad > _MOST_BAD * len(source):
-        raise InvalidSource(f"{source.name}: {bad} of {len(source)} pictures are bad; mend or remove them")
-    return Canvas(pixels[:kept], [round(share, 4) for share in histogram / histogram.sum()])
+    def _check_share(self) -> None:
+        if not self.bad:
+            return
+        touched = int((self._state != _UNKNOWN).sum())
+        if len(self.bad) > _MOST_BAD * max(touched, min(len(self.source), _JUDGED)):
+            position, reason = next(iter(self.bad.items()))
+            raise InvalidSource(
+                f"{self.source.name}: {len(self.bad)} of {touched} pictures are bad, more than {_MOST_BAD:.0%}; mend "
+                f"or remove them. The first: {self.source.ids[position]}: {reason}"
+            )
 
 
-def to_luminance(pictures: Tensor) -> Tensor:
-    """Return (..., 1, S, S) uint8 luminance of (..., 3, S, S) uint8; grey stays exactly what it was."""
-    r, g, b = pictures.int().unbind(-3)
-    grey: Tensor = (299 * r + 587 * g + 114 * b + 500) // 1000
-    return grey.to(torch.uint8).unsqueeze(-3)
+def to_luminance(pixels: PixelArray) -> PixelArray:
+    """Return (..., S, S) uint8 luminance of (..., S, S, 3) uint8; grey stays exactly what it was."""
+    r, g, b = (pixels[..., channel].astype(np.uint32) for channel in range(3))
+    return ((299 * r + 587 * g + 114 * b + 500) // 1000).astype(np.uint8)
 
 
-def batches(count: int, size: int, generator: Generator) -> Iterator[Tensor]:
-    """Yield positions (size,) int64 without end: a new random order each epoch, the short last batch left out."""
+class Cursor(NamedTuple):
+    """A place in the order of the pictures: what an epoch has given out already."""
+
+    epoch: int = 0
+    offset: int = 0
+
+
+class Loaded(NamedTuple):
+    """A batch: pixels (N, C, S, S) uint8 on the device, positions (N,), and the place in the order after it."""
+
+    pixels: Tensor
+    positions: IntArray
+    cursor: Cursor
+
+
+def batches(canvas: Canvas, among: IntArray, size: int, seed: int, cursor: Cursor) -> Generator[Loaded]:
+    """Yield batches without end: a new random order each epoch, the short last batch left out.
+
+    Bad pictures are passed over, so each batch is whole; the order depends on seed and epoch alone.
+
+    Args:
+        canvas: gives the pixels.
+        among: positions to train on.
+        size: N.
+        seed: of the order.
+        cursor: where to go on.
+
+    Raises:
+        InvalidSource: more than 5 % of the pictures are bad, or an epoch has not pictures enough for one batch.
+    """
+    epoch, offset = cursor
     while True:
-        order = torch.randperm(count, generator=generator)
-        yield from torch.split(order[: count - count % size], size)
+        order = among[np.random.default_rng((seed, epoch)).permutation(len(among))]
+        while (loaded := _whole_batch(canvas, order, offset, size)) is not None:
+            pixels, positions, offset = loaded
+            yield Loaded(pixels, positions, Cursor(epoch, offset))
+        if offset == 0:
+            usable = len(among) - len(canvas.bad)
+            raise InvalidSource(f"{canvas.source.name}: {usable} pictures can be used, a batch needs {size}")
+        epoch, offset = epoch + 1, 0
+
+
+def _whole_batch(canvas: Canvas, order: IntArray, offset: int, size: int) -> tuple[Tensor, IntArray, int] | None:
+    pixels: list[Tensor] = []
+    positions: list[IntArray] = []
+    needed = size
+    while needed:
+        part = order[offset : offset + needed]
+        if len(part) < needed:
+            return None
+        offset += needed
+        taken, good = canvas.take(part)
+        pixels.append(taken)
+        positions.append(good)
+        needed -= len(good)
+    return torch.cat(pixels), np.concatenate(positions), offset
+
+
+def ahead(items: Iterator[Loaded]) -> Generator[Loaded]:
+    """Yield the items, the next one being made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items)
+        while True:
+            item = upcoming.result()
+            upcoming = pool.submit(next, items)
+            yield item
+
+
+def _allocate(shape: tuple[int, ...], path: Path) -> tuple[Residence, PixelArray | None]:
+    size = int(np.prod(shape))
+    if size <= _SMALL:
+        return "memory", np.empty(shape, np.uint8)
+    have = path.stat().st_size if path.exists() else 0
+    if size - have < shutil.disk_usage(path.parent).free - _DISK_LEFT:
+        try:
+            with path.open("ab") as file:
+                file.truncate(size)
+                # Now, not by a bus error when a page finds no room; a few file systems cannot and need not.
+                os.posix_fallocate(file.fileno(), 0, size)
+            return "disk", np.memmap(path, np.uint8, "r+", shape=shape)
+        except OSError:
+            path.unlink(missing_ok=True)
+    if size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4:
+        return "memory", np.empty(shape, np.uint8)
+    return "nowhere", None

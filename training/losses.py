@@ -1,31 +1,228 @@
-"""Contrastive losses: pure functions on tensors, computed in float32."""
+"""Contrastive losses: pure functions on tensors, computed in float32, each with its paper's symbols."""
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Mining = Literal["hard", "semi-hard"]
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """Return the normalised temperature-scaled cross entropy over the 2N views of N pictures.
 
-    Each view's positive is the other view of its picture; the 2N − 2 views of other pictures are its
-    negatives. Identical embeddings everywhere give ln(2N − 1).
+def nt_xent(z: Tensor, temperature: float) -> Tensor:
+    """Return the normalised temperature-scaled cross entropy over the V·N views of N pictures.
+
+    Each view's positives are the other views of its picture; the views of other pictures are its negatives.
+    With two views this is SimCLR's loss; with more, each positive has a cross entropy of its own and they are
+    averaged. Identical embeddings everywhere give ln(V·N − 1).
 
     Args:
-        z1, z2: (N, P) projections, row n of both from picture n; any scale, any float dtype. N >= 2.
+        z: (V, N, P) projections, [v, n] of view v of picture n; any scale, any float dtype. V, N >= 2.
         temperature: τ > 0.
 
     Returns:
-        Scalar float32, the mean over the 2N views.
+        Scalar float32, the mean over all views.
 
-    Cost: a (2N, 2N) float32 matrix.
+    Cost: a (VN, VN) float32 matrix.
     Source: Chen et al., arXiv:2002.05709, equation 1.
     """
-    count = len(z1)
-    # Autocast would take the product and the softmax back to bfloat16.
-    with torch.autocast(z1.device.type, enabled=False):
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2N, P)
-        similarity = z @ z.T / temperature  # (2N, 2N)
-        similarity.fill_diagonal_(-torch.inf)  # a view is not its own negative
-        positive = (torch.arange(2 * count, device=z.device) + count) % (2 * count)  # n ↔ n + N
-        return F.cross_entropy(similarity, positive)
+    views, count = z.shape[:2]
+    return supcon(z.flatten(0, 1), torch.arange(count, device=z.device).repeat(views), temperature)
+
+
+def supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return the supervised contrastive loss, the form with the sum outside of the logarithm.
+
+    Each row's positives are the other rows of its label. A row without any has no loss and is left out of the
+    mean; where no row has one the loss is 0.
+
+    Args:
+        z: (M, P) projections; any scale, any float dtype.
+        labels: (M,) integers.
+        temperature: τ > 0.
+
+    Returns:
+        Scalar float32.
+
+    Cost: an (M, M) float32 matrix.
+    Source: Khosla et al., arXiv:2004.11362, equation 2 (L_out).
+    """
+    with _float32(z):
+        z = F.normalize(z.float(), dim=1)  # (M, P)
+        similarity = z @ z.T / temperature  # (M, M)
+        similarity.fill_diagonal_(-torch.inf)  # nothing is its own negative
+        positive = _positives(labels)
+        log_share = similarity.log_softmax(1).masked_fill(~positive, 0)  # the diagonal's −inf goes here, too
+        counts = positive.sum(1)  # (M,)
+        anchors = counts > 0
+        return -(log_share.sum(1) / counts.clamp(min=1)).sum() / anchors.sum().clamp(min=1)
+
+
+def info_nce(
+    queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float, allowed: Tensor | None = None
+) -> Tensor:
+    """Return InfoNCE: each query told from explicit negatives by its one positive.
+
+    Args:
+        queries, positives: (N, P), row n of one belongs to row n of the other; any scale.
+        negatives: (M, P), shared by all queries.
+        temperature: τ > 0.
+        allowed: (N, M) bool, which negatives count for which query; None: all.
+
+    Returns:
+        Scalar float32; identical embeddings everywhere give ln(1 + M).
+
+    Cost: an (N, 1 + M) float32 matrix.
+    Source: van den Oord et al., arXiv:1807.03748, equation 4; He et al., arXiv:1911.05722, equation 1.
+    """
+    with _float32(queries):
+        q, k, n = (F.normalize(rows.float(), dim=1) for rows in (queries, positives, negatives))
+        others = q @ n.T  # (N, M)
+        if allowed is not None:
+            others = others.masked_fill(~allowed, -torch.inf)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), others], 1) / temperature  # (N, 1 + M)
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """Return D(p, z) = −cos(p, z), the mean over rows; no gradient flows into z.
+
+    Args:
+        p: (N, P) predictions.
+        z: (N, P) targets.
+
+    Source: Chen and He, arXiv:2011.10566, equation 1. BYOL's loss (Grill et al., arXiv:2006.07733, equation 2)
+    is 2 + 2·D.
+    """
+    with _float32(p):
+        return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
+
+
+def barlow_twins(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    """Return the distance of the views' cross-correlation matrix C from the identity.
+
+    Args:
+        z_a, z_b: (N, P), N >= 2; normalised here over the batch, column by column.
+        lambd: λ, the weight of what is off the diagonal.
+
+    Returns:
+        Scalar float32: Σ (1 − C_ii)² + λ Σ C_ij². Identical columns of one scale give P·(P − 1)·λ.
+
+    Cost: O(N · P²).
+    Source: Zbontar et al., arXiv:2103.03230, equations 1 and 2.
+    """
+    with _float32(z_a):
+        a, b = (_standardise(z.float()) for z in (z_a, z_b))
+        c = a.T @ b / len(a)  # (P, P)
+        on, squares = c.diagonal(), c.square()
+        return (1 - on).square().sum() + lambd * (squares.sum() - on.square().sum())
+
+
+def vicreg(z_a: Tensor, z_b: Tensor, lambd: float, mu: float, nu: float) -> Tensor:
+    """Return λ · invariance + μ · variance + ν · covariance.
+
+    Args:
+        z_a, z_b: (N, P), N >= 2, not normalised.
+        lambd, mu, nu: weights of the mean squared distance of the views, of the hinge that keeps each column's
+            standard deviation above 1, and of the squared covariances off the diagonal.
+
+    Returns:
+        Scalar float32.
+
+    Cost: O(N · P²).
+    Source: Bardes et al., arXiv:2105.04906, equations 1 to 6; the variance of both views is averaged, their
+    covariance added, as in the authors' code.
+    """
+    with _float32(z_a):
+        a, b = z_a.float(), z_b.float()
+        invariance = F.mse_loss(a, b)
+        variance, covariance = a.new_zeros(()), a.new_zeros(())
+        for z in (a, b):
+            variance = variance + F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2
+            centred = z - z.mean(0)
+            c = centred.T @ centred / (len(z) - 1)  # (P, P)
+            covariance = covariance + (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+        return lambd * invariance + mu * variance + nu * covariance
+
+
+def triplet(z: Tensor, labels: Tensor, margin: float, mining: Mining) -> Tensor:
+    """Return the triplet loss max(0, d(a, p) − d(a, n) + margin) over triplets mined in the batch.
+
+    d is the Euclidean distance of normalised rows. Hard: one triplet an anchor, its farthest positive and its
+    nearest negative. Semi-hard: for each pair (a, p) the nearest negative that is farther than p, or where there
+    is none, the farthest negative.
+
+    Args:
+        z: (M, P); any scale.
+        labels: (M,) integers.
+        margin: > 0.
+        mining: "hard" or "semi-hard".
+
+    Returns:
+        Scalar float32, the mean over the triplets; 0 where there is none.
+
+    Cost: an (M, M) matrix, sorted for semi-hard.
+    Source: Schroff et al., arXiv:1503.03832, equations 1 and 2 and section 3.2; Hermans et al.,
+    arXiv:1703.07737, equation 5.
+    """
+    with _float32(z):
+        distance = _distances(z)  # (M, M)
+        positive, negative = _positives(labels), labels[:, None] != labels
+        if mining == "hard":
+            farthest = distance.masked_fill(~positive, -torch.inf).amax(1)  # (M,)
+            nearest = distance.masked_fill(~negative, torch.inf).amin(1)  # (M,)
+            some = positive.any(1) & negative.any(1)
+            return F.relu(farthest - nearest + margin)[some].sum() / some.sum().clamp(min=1)
+        with torch.no_grad():  # which negative it is needs no gradient
+            ordered, order = distance.masked_fill(~negative, torch.inf).sort(1)  # (M, M)
+            farther = torch.searchsorted(ordered, distance, right=True)  # (M, M): place of the first above d(a, p)
+            last = (negative.sum(1, keepdim=True) - 1).clamp(min=0)
+            chosen = order.gather(1, torch.minimum(farther, last))  # (M, M)
+        some = positive & negative.any(1, keepdim=True)
+        return F.relu(distance - distance.gather(1, chosen) + margin)[some].sum() / some.sum().clamp(min=1)
+
+
+def margin_contrast(z: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """Return the contrastive loss of pairs: ½ d² where labels agree, ½ max(0, margin − d)² where they differ.
+
+    The mean over the pairs of equal labels plus the mean over the others: in a batch of many classes unlike
+    pairs outnumber like ones by far.
+
+    Args:
+        z: (M, P); normalised here, so d is in 0..2.
+        labels: (M,) integers.
+        margin: m > 0.
+
+    Returns:
+        Scalar float32. A kind of pair that is not there adds 0.
+
+    Cost: an (M, M) matrix.
+    Source: Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006, equation 4.
+    """
+    with _float32(z):
+        distance = _distances(z)
+        positive, negative = _positives(labels), labels[:, None] != labels
+        pull = distance.square()[positive].sum() / positive.sum().clamp(min=1)
+        push = F.relu(margin - distance).square()[negative].sum() / negative.sum().clamp(min=1)
+        return (pull + push) / 2
+
+
+def _float32(like: Tensor) -> torch.autocast:
+    """Autocast would take products and softmax back to bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _positives(labels: Tensor) -> Tensor:
+    """(M, M) bool: equal labels, the diagonal left out."""
+    return (labels[:, None] == labels).fill_diagonal_(False)
+
+
+def _standardise(z: Tensor) -> Tensor:
+    """Columns of mean 0 and standard deviation 1 over the batch; a constant column becomes 0."""
+    return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
+
+
+def _distances(z: Tensor) -> Tensor:
+    """(M, M) Euclidean distances of normalised rows; the floor keeps the gradient at 0 finite."""
+    z = F.normalize(z.float(), dim=1)
+    return (2 - 2 * z @ z.T).clamp(min=1e-8).sqrt()

@@ -1,23 +1,43 @@
 """The pretraining loop, in the open: pictures → views → loss → step, and out comes models/NAME."""
 
 import math
+import signal
+import sys
+import threading
 import time
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
+from service import IntArray
 from service.errors import InvalidRequest, InvalidSource
+from service.images import tones
+from service.sources import Source
 from training.augment import augment
 from training.backbones import build_backbone
-from training.data import batches, decode_canvas, open_training_source
+from training.checkpoint import read_checkpoint, run_folder, write_checkpoint
+from training.data import Canvas, Cursor, ahead, batches, names_checksum, open_training_source
 from training.export import Encoder, check_out, export, square_preprocessing
-from training.methods import Method, build_method
+from training.knn import headline_accuracy
+from training.log import Log
+from training.methods import METHODS, Batch, Method, build_method
 from training.recipe import Recipe
 
 _TIMED_STEPS = 50
+_WATCHED = 20  # steps between two looks at loss and spread
+_SAMPLED = 2048  # pictures whose statistics stand for all
+_HELD_OUT, _BANK = 1000, 4000  # pictures that online k-NN asks about, and that vote
+_LEAST_HELD_FROM = 400  # of fewer pictures a twentieth says nothing
+_KNN_TIMES = 5  # in a run
 
 
 @dataclass(frozen=True)
@@ -30,116 +50,321 @@ class Run:
     precision: str
 
 
-def pretrain(source_name: str, recipe: Recipe, out: Path, minutes: float | None, device: str, data_root: Path) -> None:
-    """Pretrain an encoder on a source and export it to the folder `out`.
+@dataclass(frozen=True)
+class Material:
+    """What is trained on.
+
+    Attributes:
+        canvas: the pixels.
+        labels: (count,) int64, or None.
+        trained, held_out: positions; the held-out ones are asked about in online k-NN, none without labels.
+        mean, std: (C,) of the pixels, 0..1.
+        tones: the pictures' tone histogram (images.tones).
+    """
+
+    canvas: Canvas
+    labels: IntArray | None
+    trained: IntArray
+    held_out: IntArray
+    mean: Tensor
+    std: Tensor
+    tones: list[float]
+
+
+def pretrain(
+    source_name: str,
+    recipe: Recipe,
+    out: Path,
+    minutes: float | None,
+    device: str,
+    data_root: Path,
+    init: str | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = 3.0,
+) -> None:
+    """Pretrain an encoder on a source and export it to the folder `out`; checkpoint and log lie in OUT.run.
 
     Args:
-        source_name: SOURCE, labels unused.
+        source_name: SOURCE; labels serve the methods that need them and online k-NN.
         recipe: the run.
         out: a new or an earlier model folder; written whole or not at all.
         minutes: time for the steps, in place of the recipe's epochs.
         device: "auto", "cpu" or "cuda".
         data_root: where named sets lie.
+        init: where the backbone's weights come from; see build_backbone.
+        resume: go on from the run's checkpoint, if there is one.
+        checkpoint_minutes: between two checkpoints.
 
     Raises:
         InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     on = choose_device(device)
     check_out(out)  # now, not after hours of training
+    folder = run_folder(out)
+    identity = {"source": source_name, "recipe": recipe.facts(), "init": init, "minutes": minutes}
+    earlier = read_checkpoint(folder)
+    if earlier and resume:
+        check_same(earlier["identity"], identity, folder)
+    elif earlier and 0 < earlier["step"] != earlier["total"]:
+        raise InvalidRequest(
+            f"{folder} holds a run that stopped at step {earlier['step']}: go on with --resume, or remove the folder"
+        )
+    elif resume:
+        print(f"{folder}: no checkpoint there; starting from the beginning", file=sys.stderr)
+    earlier = earlier if resume else None
+
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root)
-    preprocessing = square_preprocessing(recipe.side)
-    canvas = decode_canvas(source, preprocessing, recipe.channels)
-    pixels = canvas.pixels.to(on)
-    if len(pixels) < recipe.batch_size:
+    if METHODS[recipe.method].needs_labels and (source.labels is None or len(np.unique(source.labels.codes)) < 2):
         raise InvalidSource(
-            f"{source_name}: {len(pixels)} pictures make no batch of {recipe.batch_size}; "
-            "add pictures or lower batch_size in the recipe"
+            f"{source_name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
+            "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
         )
-    mean, std = _statistics(pixels)
-    if float(std.max()) == 0:
-        raise InvalidSource(f"{source_name}: all pictures are one flat colour; there is nothing to learn")
-    std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
-    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side)
-    method = build_method(recipe, backbone.module, backbone.dimension)
-    run = train(method, pixels, mean, std, recipe, minutes)
+    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, init)
+    method = build_method(recipe, backbone, len(source))
+    folder.mkdir(exist_ok=True)
+    material = prepare(source, recipe, folder, on, earlier)
+    try:
+        run = train(method, material, recipe, minutes, folder, identity, earlier, checkpoint_minutes * 60)
+    finally:
+        material.canvas.list_bad(folder / "bad-pictures.txt")
+        material.canvas.close()
     print(f"{run.steps} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
-    encoder = Encoder(method.backbone, mean, std, recipe.channels)
+    if material.canvas.bad:
+        print(f"{len(material.canvas.bad)} bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}")
+    encoder = Encoder(method.backbone, material.mean, material.std, recipe.channels)
     facts = {
         "method": recipe.method,
-        "recipe": recipe.model_dump(),
-        "data": {"source": source_name, "pictures": len(pixels), "tones": canvas.tones},
+        "recipe": recipe.facts(),
+        "data": {
+            "source": source_name,
+            "pictures": len(source) - len(material.canvas.bad),
+            "held_out": len(material.held_out),
+            "tones": material.tones,
+        },
         "run": {
             "steps": run.steps,
             "seconds": round(run.seconds),
             "loss": round(run.loss, 4),
             "device": on.type,
             "precision": run.precision,
+            **({"init": init} if init else {}),
         },
     }
-    export(encoder, source, preprocessing, facts, out)
-    print(f"wrote {out}")
+    export(encoder, source, square_preprocessing(recipe.side), facts, out)
+    material.canvas.remove()
+    print(f"wrote {out}; checkpoint and log are in {folder}")
 
 
-def train(method: Method, pixels: Tensor, mean: Tensor, std: Tensor, recipe: Recipe, minutes: float | None) -> Run:
+def prepare(
+    source: Source, recipe: Recipe, folder: Path, on: torch.device, earlier: dict[str, Any] | None = None
+) -> Material:
+    """Decode a sample, learn its statistics, and set pictures apart for online k-NN.
+
+    Raises:
+        InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
+    """
+    checksum = names_checksum(source)
+    if earlier and earlier["source_checksum"] != checksum:
+        raise InvalidSource(
+            f"{source.name}: its pictures are not those that the run began with ({earlier['pictures']} then, "
+            f"{len(source)} now); --resume needs the same"
+        )
+    labels = source.labels.codes.astype(np.int64) if source.labels is not None else None
+    everything = np.arange(len(source))
+    held_out = everything[:0]
+    if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
+        held_out = _spread(everything, min(_HELD_OUT, len(source) // 20))
+        print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
+    trained: IntArray = np.setdiff1d(everything, held_out)
+    if len(trained) < recipe.batch_size:
+        raise InvalidSource(
+            f"{source.name}: {len(trained)} pictures to train on make no batch of {recipe.batch_size}; "
+            f"add pictures or lower batch_size, as in --set batch_size={max(2, len(trained) // 8)}"
+        )
+    canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
+    if earlier:
+        canvas.load_state(earlier["canvas"])
+    sample = canvas.take(_spread(everything, min(_SAMPLED, len(source))))[0].cpu()  # (n, C, S, S)
+    if not len(sample):
+        raise InvalidSource(f"{source.name}: no picture of it can be decoded")
+    mean, std = statistics(sample)
+    if float(std.max()) == 0:
+        raise InvalidSource(f"{source.name}: all pictures are one flat colour; there is nothing to learn")
+    if bool((sample == sample[:1]).all()):
+        raise InvalidSource(f"{source.name}: all pictures are identical; there is nothing to learn")
+    std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
+    shares = tones(sample.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    return Material(canvas, labels, trained, held_out, mean, std, shares)
+
+
+def train(
+    method: Method,
+    material: Material,
+    recipe: Recipe,
+    minutes: float | None,
+    folder: Path,
+    identity: dict[str, Any],
+    earlier: dict[str, Any] | None = None,
+    checkpoint_s: float = 180.0,
+) -> Run:
     """Run the loop.
 
     Args:
         method: its parameters are changed in place.
-        pixels: (N, C, S, S) uint8, on the device to train on.
-        mean, std: (C,) of the pixels, 0..1.
+        material: what is trained on.
         recipe: the run.
         minutes: None for the recipe's epochs; else the first 50 steps, or those of the first tenth of the
             time, are timed and the total is fixed by it.
+        folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
+        identity: what a resumed run must have in common with this one.
+        earlier: the checkpoint to go on from.
+        checkpoint_s: seconds between two checkpoints.
 
     Raises:
         InvalidRequest: the loss stopped being a number, or the embeddings collapsed.
+        InvalidOutput: a checkpoint cannot be written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came, and a checkpoint has been written.
     """
-    assert isinstance(method, nn.Module)
-    on = pixels.device
+    canvas, on = material.canvas, material.canvas.device
     method.to(on).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(
-        method.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    order = batches(len(pixels), recipe.batch_size, Generator().manual_seed(recipe.seed))
+    weights = [weight for weight in method.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     randomness = Generator(on).manual_seed(recipe.seed)
-    shift, scale = mean.to(on).view(1, -1, 1, 1), std.to(on).view(1, -1, 1, 1)
+    mean, std = material.mean.to(on).view(-1, 1, 1), material.std.to(on).view(-1, 1, 1)
+    labels = None if material.labels is None else torch.from_numpy(material.labels)
 
-    def make_views(positions: Tensor) -> Tensor:
-        batch = pixels[positions.to(on)].float() / 255  # (N, C, S, S)
-        views = [augment(batch, recipe.augmentation, randomness) for _ in range(2)]
-        return torch.stack([(view - shift) / scale for view in views])  # (2, N, C, S, S)
+    def make_views(pixels: Tensor) -> Tensor:
+        pictures = pixels.float() / 255  # (N, C, S, S)
+        views = torch.stack([augment(pictures, recipe.augmentation, randomness) for _ in range(recipe.views)])
+        return views.sub_(mean).div_(std)  # (V, N, C, S, S)
 
-    bfloat16 = bfloat16_pays(method, make_views(next(order)))
-    total = recipe.epochs * (len(pixels) // recipe.batch_size)
-    timing = minutes is not None
-    start, loss_value = time.perf_counter(), math.nan
-    with tqdm(total=total, desc="pretraining", unit=" steps", mininterval=0.5) as bar:
-        step = 0
-        while step < total or timing:
+    step, seconds, waited, cursor, loss, precision = 0, 0.0, 0.0, Cursor(), math.nan, "float32"
+    total: int | None = None
+    if earlier:
+        step, seconds, waited, total = (earlier[key] for key in ("step", "seconds", "waited", "total"))
+        cursor, loss, precision = Cursor(*earlier["cursor"]), earlier["loss"], earlier["precision"]
+        method.load_state_dict(earlier["method"])
+        optimizer.load_state_dict(earlier["optimizer"])
+        set_random_states(earlier["random"], randomness)
+    else:
+        precision = choose_precision(recipe, method.backbone, on)
+        if minutes is None:
+            total = max(1, recipe.epochs * (len(material.trained) // recipe.batch_size) // recipe.accumulate)
+
+    def save() -> None:
+        content = {
+            "identity": identity,
+            "step": step,
+            "total": total,
+            "seconds": seconds,
+            "waited": waited,
+            "cursor": list(cursor),
+            "loss": loss,
+            "precision": precision,
+            "method": method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "random": random_states(randomness),
+            "canvas": canvas.state(),
+            "source_checksum": names_checksum(canvas.source),
+            "pictures": len(canvas.source),
+            "statistics": {"mean": material.mean, "std": material.std, "tones": material.tones},
+        }
+        write_checkpoint(folder, content)
+        canvas.list_bad(folder / "bad-pictures.txt")
+
+    log = Log(folder, step)
+    loader = ahead(batches(canvas, material.trained, recipe.batch_size, recipe.seed, cursor))
+    bar = tqdm(total=total, initial=step, desc="pretraining", unit=" steps", mininterval=0.5)
+    begun, seconds_before, saved = time.perf_counter(), seconds, time.perf_counter()
+    with StopSignal() as stop, bar, closing(loader), closing(log):
+        while total is None or step < total:
             # While the steps are being timed nobody knows the total: the rate stays up after its warm-up.
-            horizon = 10**9 if timing else total
+            horizon = total or 10**9
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * schedule(step, horizon, min(recipe.warmup, horizon // 10))
-            views = make_views(next(order))
-            with torch.autocast(on.type, torch.bfloat16, enabled=bfloat16):
-                loss, embeddings = method.step(views)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for _ in range(recipe.accumulate):
+                waiting = time.perf_counter()
+                pixels, positions, cursor = next(loader)
+                waited += time.perf_counter() - waiting
+                chosen = torch.from_numpy(positions).long()  # (N,)
+                named = None if labels is None else labels[chosen].to(on)
+                batch = Batch(make_views(pixels), chosen.to(on), named)
+                with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                    result = method.step(batch)
+                (result.loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            optimizer.zero_grad()
             step += 1
-            spent = time.perf_counter() - start
-            if minutes is not None and timing and (step == _TIMED_STEPS or spent > minutes * 6):
-                timing = False
-                bar.total = total = max(step, round(minutes * 60 / spent * step))
-            if step % 20 == 0 or step == total:
-                loss_value = float(loss.detach())
-                spread = per_dimension_std(embeddings)
-                check_health(loss_value, spread, embeddings.shape[1], step)
-                pace = step * recipe.batch_size / spent
-                bar.set_postfix_str(f"loss {loss_value:.4f}, {pace:.0f} pictures/s", refresh=False)
+            method.update(step / horizon)
+            seconds = seconds_before + time.perf_counter() - begun
+
+            if minutes is not None and total is None and (step == _TIMED_STEPS or seconds > minutes * 6):
+                bar.total = total = fixed_total(step, seconds, waited, minutes * 60, step * len(positions), canvas)
+            # Looked at once: a signal that comes further down waits for the next step, or it would go unsaved.
+            last, stopping = step == total, bool(stop.asked)
+            saving = last or stopping or time.perf_counter() - saved > checkpoint_s
+            if step % _WATCHED == 0 or saving:
+                loss, spread = float(result.loss.detach()), per_dimension_std(result.embeddings)
+                check_health(loss, spread, result.embeddings.shape[1], step)
+                pace = (step * recipe.batch_size * recipe.accumulate) / seconds
+                diagnostics = {name: float(value) for name, value in result.diagnostics.items()}
+                rate = optimizer.param_groups[0]["lr"]
+                log.write(
+                    step, seconds=seconds, loss=loss, std=spread, learning_rate=rate, pictures_per_s=pace, **diagnostics
+                )
+                bar.set_postfix_str(f"loss {loss:.4f}, {pace:.0f} pictures/s", refresh=False)
+            if total and len(material.held_out) and step * _KNN_TIMES // total > (step - 1) * _KNN_TIMES // total:
+                accuracy = online_knn(method.backbone, material, precision)
+                log.write(step, knn=accuracy)
+                bar.write(f"step {step}: k-NN of held-out pictures {accuracy:.4f}", file=sys.stderr)
             bar.update()
-    return Run(step, time.perf_counter() - start, loss_value, "bfloat16" if bfloat16 else "float32")
+            if saving:
+                save()
+                saved = time.perf_counter()
+            if stopping and not last:
+                bar.write(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
+                stop.end()
+    return Run(step, seconds, loss, precision)
+
+
+def fixed_total(step: int, seconds: float, waited: float, time_s: float, touched: int, canvas: Canvas) -> int:
+    """Return how many steps fit a time, after the first `step` of them took `seconds`.
+
+    Waiting for pictures that are decoded once is not counted as pace: what is left of it is taken off the time.
+    """
+    left = canvas.untouched()
+    if canvas.residence == "nowhere":
+        waited = 0.0
+    decoding = waited / max(1, touched) * left
+    pace = (seconds - waited) / step
+    return step + max(0, int((time_s - seconds - decoding) / pace))
+
+
+@torch.no_grad()
+def online_knn(backbone: nn.Module, material: Material, precision: str) -> float:
+    """Return the headline k-NN accuracy of the held-out pictures, up to 4,000 trained ones voting."""
+    assert material.labels is not None
+    on, mean, std = material.canvas.device, material.mean.view(-1, 1, 1), material.std.view(-1, 1, 1)
+    backbone.eval()
+
+    def embed(positions: IntArray) -> tuple[Any, IntArray]:
+        embeddings, kept = [], []
+        for start in range(0, len(positions), 500):
+            pixels, good = material.canvas.take(positions[start : start + 500])
+            if not len(good):
+                continue
+            with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                found = backbone((pixels.float() / 255 - mean.to(on)) / std.to(on))
+            embeddings.append(F.normalize(found.float(), dim=1).cpu())
+            kept.append(good)
+        return torch.cat(embeddings).numpy(), np.concatenate(kept)
+
+    bank, bank_positions = embed(_spread(material.trained, min(_BANK, len(material.trained))))
+    queries, query_positions = embed(material.held_out)
+    backbone.train()
+    return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -151,7 +376,7 @@ def schedule(step: int, total: int, warmup: int) -> float:
 
 def per_dimension_std(embeddings: Tensor) -> float:
     """Return the mean standard deviation per dimension of the normalised embeddings; healthy is near 1/√D."""
-    return float(nn.functional.normalize(embeddings.float(), dim=1).std(0).mean())
+    return float(F.normalize(embeddings.float(), dim=1).std(0).mean())
 
 
 def check_health(loss: float, spread: float, dimension: int, step: int) -> None:
@@ -169,6 +394,28 @@ def check_health(loss: float, spread: float, dimension: int, step: int) -> None:
         )
 
 
+def check_same(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Make sure that a run is gone on with as it was begun.
+
+    Raises:
+        InvalidRequest: the first thing that differs.
+    """
+
+    def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in content.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    then, today = flat(earlier), flat(now)
+    for key in [key for key in (*then, *today) if key != "recipe.name"]:
+        if then.get(key) != today.get(key):
+            raise InvalidRequest(
+                f"{folder}: the run was begun with {key.removeprefix('recipe.')} {then.get(key)}, "
+                f"now it is {today.get(key)}; --resume goes on with the same, another run wants another --out"
+            )
+
+
 def choose_device(name: str) -> torch.device:
     """Turn auto, cpu or cuda into a device.
 
@@ -180,30 +427,78 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def bfloat16_pays(method: Method, views: Tensor) -> bool:
-    """Time three forward and backward passes in either precision; bfloat16 wins only where it is faster."""
-    if views.device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> str:
+    """Return the recipe's precision; for auto on a CPU, time a copy of the backbone in either."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if on.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    tried = deepcopy(backbone)
+    pictures = torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side, generator=Generator())
     seconds = []
-    for enabled in (False, True):
-        for attempt in range(4):
-            if attempt == 1:
-                start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                loss = method.step(views).loss
-            loss.backward()  # type: ignore[no-untyped-call]
-        seconds.append(time.perf_counter() - start)
-    return seconds[1] < 0.9 * seconds[0]
+    with torch.random.fork_rng(devices=[]):  # dropout draws numbers
+        for enabled in (False, True):
+            for attempt in range(4):
+                if attempt == 1:
+                    start = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    embeddings = tried(pictures)
+                embeddings.float().square().mean().backward()
+            seconds.append(time.perf_counter() - start)
+    return "bfloat16" if seconds[1] < 0.9 * seconds[0] else "float32"
 
 
-def _statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of uint8 pixels, scaled to 0..1, from the exact histogram of each channel."""
-    counts = torch.zeros(pixels.shape[1], 256, dtype=torch.float64)
-    for start in range(0, len(pixels), 1000):
-        channels = pixels[start : start + 1000].unbind(1)
-        counts += torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).cpu()
+def random_states(views: Generator) -> dict[str, Tensor]:
+    """Return the states of all random numbers that a run draws."""
+    states = {"views": views.get_state(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if views.device.type == "cuda" else {})
+
+
+def set_random_states(states: dict[str, Tensor], views: Generator) -> None:
+    """Go on drawing where random_states was called."""
+    views.set_state(states["views"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of uint8 pixels (N, C, S, S), scaled to 0..1, from each channel's histogram."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
     shares = counts / counts.sum(1, keepdim=True)  # (C, 256)
-    tones = torch.arange(256, dtype=torch.float64) / 255
-    mean = shares @ tones
-    std = (shares * (tones - mean[:, None]).square()).sum(1).sqrt()
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
     return mean.float(), std.float()
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a wish, `asked`, so that the step in hand is finished; the second one interrupts."""
+
+    asked: int = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Do what the signal asked for."""
+        if self.asked == signal.SIGTERM:
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = number
+
+
+def _spread(positions: IntArray, count: int) -> IntArray:
+    """`count` of the positions, evenly spread."""
+    return positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]

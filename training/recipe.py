@@ -1,23 +1,63 @@
 """A recipe: what a pretraining run needs to know, as a TOML file, validated and frozen."""
 
+import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from service.errors import InvalidRequest
 
 SHIPPED = Path(__file__).parent / "recipes"
 
+MethodName = Literal[
+    "simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "supcon", "clusters", "triplet", "margin", "infonce"
+]
+
+PRESETS: dict[str, dict[str, float]] = {
+    # SimCLR's, with BYOL's solarisation.
+    "photos": {
+        "crop_area": 0.2,
+        "flip": 0.5,
+        "jitter": 0.8,
+        "jitter_strength": 0.4,
+        "hue": 0.1,
+        "grey": 0.2,
+        "blur": 0.5,
+        "solarise": 0.1,
+    },
+    # A blur leaves nothing of 32 pixels.
+    "small-photos": {"crop_area": 0.2, "flip": 0.5, "jitter": 0.8, "jitter_strength": 0.4, "hue": 0.1, "grey": 0.2},
+    # Bright strokes on dark: no flip and no colour, small warps instead.
+    "glyphs": {
+        "rotation": 15,
+        "scale": 0.3,
+        "shear": 0.3,
+        "shift": 0.08,
+        "elastic": 0.06,
+        "stroke": 0.5,
+        "erase": 0.3,
+    },
+}
+
 _Share = Annotated[float, Field(ge=0, le=1)]
-_Width = Annotated[int, Field(ge=1)]
+_Momentum = Annotated[float, Field(ge=0, lt=1)]
+_Positive = Annotated[float, Field(gt=0)]
+_Weight = Annotated[float, Field(ge=0)]
+_Count = Annotated[int, Field(ge=1)]
 
 
-class Augmentation(BaseModel):
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Augmentation(_Section):
     """Strengths of the random changes that make a view; everything left at 0 is off. See augment.py.
 
     Attributes:
+        preset: where to start from, a name in PRESETS; keys beside it win.
         crop_area: smallest share of the picture's area that a crop keeps; 1 keeps all of it.
         flip: probability of a left-right flip.
         rotation: largest angle, in degrees.
@@ -35,8 +75,7 @@ class Augmentation(BaseModel):
         erase: probability of a blank square of up to a third of the side.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+    preset: Literal["photos", "small-photos", "glyphs"] | None = None
     crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
     flip: _Share = 0.0
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -54,58 +93,208 @@ class Augmentation(BaseModel):
     solarise: _Share = 0.0
     erase: _Share = 0.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, content: Any) -> Any:
+        preset = content.get("preset") if isinstance(content, dict) else None
+        return {**PRESETS.get(preset, {}), **content} if isinstance(preset, str) else content
 
-class Recipe(BaseModel):
+
+class SimCLR(_Section):
+    """temperature: τ of NT-Xent."""
+
+    temperature: _Positive = 0.2
+
+
+class MoCo(_Section):
+    """temperature: τ. momentum: m of the key encoder. queue: K keys. splits: groups with batch norms of their own."""
+
+    temperature: _Positive = 0.2
+    momentum: _Momentum = 0.99
+    queue: _Count = 4096
+    splits: _Count = 8
+
+
+class BYOL(_Section):
+    """momentum: τ_base, where the target's momentum starts its way to 1. predictor: hidden width of q."""
+
+    momentum: _Momentum = 0.99
+    predictor: _Count = 256
+
+
+class SimSiam(_Section):
+    """predictor: hidden width of h, a bottleneck."""
+
+    predictor: _Count = 64
+
+
+class Barlow(_Section):
+    """lambd: λ, the weight of the redundancy term."""
+
+    lambd: _Positive = 0.0051
+
+
+class VICReg(_Section):
+    """lambd, mu, nu: λ, μ, ν, the weights of invariance, variance and covariance."""
+
+    lambd: _Weight = 25.0
+    mu: _Weight = 25.0
+    nu: _Weight = 1.0
+
+
+class SupCon(_Section):
+    """temperature: τ. Needs labels."""
+
+    temperature: _Positive = 0.1
+
+
+class Clusters(_Section):
+    """clusters: k of k-means. every: E epochs between two clusterings; SimCLR until the first. temperature: τ."""
+
+    clusters: Annotated[int, Field(ge=2)] = 100
+    every: _Count = 1
+    temperature: _Positive = 0.2
+
+
+class Triplet(_Section):
+    """margin: between the distances of normalised embeddings, 0..2. mining: see losses.triplet. Needs labels."""
+
+    margin: _Positive = 0.2
+    mining: Literal["hard", "semi-hard"] = "semi-hard"
+
+
+class Margin(_Section):
+    """margin: m, the distance of normalised embeddings, 0..2, beyond which unlike pairs rest. Needs labels."""
+
+    margin: _Positive = 1.0
+
+
+class InfoNCE(_Section):
+    """temperature: τ. Negatives are the batch's pictures of other labels. Needs labels."""
+
+    temperature: _Positive = 0.1
+
+
+class Recipe(_Section):
     """One pretraining run.
 
     Attributes:
         name: the recipe's name, from its file.
+        method: the paper; its settings are the table of the same name, and those of other methods rest.
+        backbone: small-cnn, mid-cnn, or a classification backbone of torchvision.models by name.
         side: S in pixels.
         channels: 1 trains on luminance alone, 3 on RGB.
         epochs: passes over the pictures, unless a time is given at the command line.
-        batch_size: N pictures a step.
+        batch_size: N pictures that are compared with one another.
+        views: V of each picture.
+        accumulate: batches whose gradients make one step.
         learning_rate: AdamW's peak, after `warmup` steps (a tenth of a short run) and before the cosine down to 0.
         projection: hidden and output width of the projection head.
-        temperature: τ of NT-Xent.
+        precision: auto takes bfloat16 where it is measured to be faster.
         seed: of weights, order and augmentation.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     name: str
-    method: Literal["simclr"]
-    backbone: Literal["small-cnn", "resnet18"]
+    method: MethodName
+    backbone: str
     side: Annotated[int, Field(ge=8, le=512)]
     channels: Literal[1, 3]
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: _Count
     batch_size: Annotated[int, Field(ge=2)]
-    learning_rate: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    views: Annotated[int, Field(ge=2, le=16)] = 2
+    accumulate: _Count = 1
+    learning_rate: _Positive
+    weight_decay: _Weight
     warmup: Annotated[int, Field(ge=0)]
-    temperature: Annotated[float, Field(gt=0)]
-    projection: tuple[_Width, _Width]
-    seed: int = 0
+    projection: tuple[_Count, _Count]
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     augmentation: Augmentation
+    simclr: SimCLR = SimCLR()
+    moco: MoCo = MoCo()
+    byol: BYOL = BYOL()
+    simsiam: SimSiam = SimSiam()
+    barlow: Barlow = Barlow()
+    vicreg: VICReg = VICReg()
+    supcon: SupCon = SupCon()
+    clusters: Clusters = Clusters()
+    triplet: Triplet = Triplet()
+    margin: Margin = Margin()
+    infonce: InfoNCE = InfoNCE()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the run depends on: all but the tables of other methods."""
+        resting = set(MethodName.__args__) - {self.method}  # type: ignore[attr-defined]
+        return self.model_dump(mode="json", exclude=resting)
 
 
-def read_recipe(name: str) -> Recipe:
+def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe by name, or a TOML file by path.
+
+    Args:
+        name: of the recipe, or a path that ends in .toml.
+        changes: "key=value" each, a value as in TOML or a bare word; "table.key=value" reaches into a table.
 
     Raises:
         InvalidRequest: no such recipe, TOML that does not parse, an unknown key or a value out of range.
     """
     path = Path(name) if name.endswith(".toml") else SHIPPED / f"{name}.toml"
     if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
-        raise InvalidRequest(f"{name}: no such recipe; expected a .toml file or one of: {shipped}")
+        shipped = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+        raise InvalidRequest(f"{name}: no such recipe; expected a .toml file or one of: {', '.join(shipped)}")
     try:
         content: dict[str, Any] = tomllib.loads(path.read_text())
-        if "name" in content:
-            raise InvalidRequest(f"{path}: name: the file's own name is the recipe's; leave the key out")
-        return Recipe(name=path.stem, **content)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: not TOML: {error}") from error
+    if "name" in content:
+        raise InvalidRequest(f"{path}: name: the file's own name is the recipe's; leave the key out")
+    for change in changes:
+        _change(content, change)
+    try:
+        return Recipe.model_validate({"name": path.stem, **content})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise InvalidRequest(f"{path}: {where}: unknown key{_nearest(where)}") from error
         raise InvalidRequest(f"{path}: {where}: {first['msg']}") from error
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    key = key.strip()
+    if not equals or key not in _keys():
+        problem = "expected key=value" if not equals else f"unknown key{_nearest(key)}"
+        raise InvalidRequest(f"--set {change}: {problem}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # --set method=byol, without the quotes that a shell would take away
+    *table, leaf = key.split(".")
+    inner = content.setdefault(table[0], {}) if table else content
+    if not isinstance(inner, dict):
+        raise InvalidRequest(f"--set {change}: {table[0]} is a table, and the recipe has {inner!r} there")
+    inner[leaf] = value
+
+
+def _keys() -> list[str]:
+    keys = []
+    for name, field in Recipe.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += [f"{name}.{leaf}" for leaf in kind.model_fields]
+        elif name != "name":
+            keys.append(name)
+    return keys
+
+
+def _nearest(key: str) -> str:
+    """Words that name the key most like one that is not there, in its own table or another."""
+    keys = _keys()
+    near = difflib.get_close_matches(key, keys, 1) or [
+        known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    if not near:
+        leaves = {known.rpartition(".")[2]: known for known in keys}
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, 1)]
+    return f"; did you mean {near[0]}?" if near else f"; the keys are {', '.join(keys)}"

@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,8 @@ import pytest
 from PIL import Image
 
 from service.errors import InvalidSource, UndecodablePicture
-from service.sources import from_arrays, open_source, slice_source
+from service.sources import Source, from_arrays, open_source, slice_source
+from service.sources.compact import Names
 from tests.conftest import encoded, scene
 
 PICTURE = encoded(scene())
@@ -23,42 +23,6 @@ def write(root: Path, *paths: str) -> Path:
     return root
 
 
-def test_a_folder_with_labels(tmp_path: Path) -> None:
-    write(tmp_path, "cat/2.png", "cat/deep/er/1.JPEG", "dog/3.webp")
-    (tmp_path / "dog" / "notes.txt").write_text("no picture")
-    (tmp_path / "dog" / ".hidden.png").write_bytes(PICTURE)
-    source = open_source(str(tmp_path))
-    assert list(source.ids) == ["cat/2.png", "cat/deep/er/1.JPEG", "dog/3.webp"]
-    assert source.labels == ["cat", "cat", "dog"]
-    assert source.entry(2) == ("dog/3.webp", PICTURE, "dog")
-
-
-def test_the_first_level_is_the_label_even_when_there_is_one(tmp_path: Path) -> None:
-    assert open_source(str(write(tmp_path, "all/cat/1.png", "all/dog/2.png"))).labels == ["all", "all"]
-
-
-def test_no_labels_when_a_picture_lies_outside_the_folders(tmp_path: Path) -> None:
-    assert open_source(str(write(tmp_path, "cat/1.png", "2.png"))).labels is None
-
-
-def test_links_are_followed_and_circles_are_not(tmp_path: Path) -> None:
-    write(tmp_path / "elsewhere", "1.png")
-    write(tmp_path / "pictures", "0.png")
-    (tmp_path / "pictures" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "pictures" / "circle").symlink_to(tmp_path / "pictures")
-    assert list(open_source(str(tmp_path / "pictures")).ids) == ["0.png", "linked/1.png"]
-
-
-def test_a_zip_reads_like_its_folder(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for name in ("top/b/2.png", "top/a/1.png", "top/readme.txt"):
-            archive.writestr(name, PICTURE)
-    source = open_source(str(tmp_path / "set.zip"))
-    assert list(source.ids) == ["top/a/1.png", "top/b/2.png"]
-    assert source.labels == ["a", "b"]
-    assert source.entry(0).data == PICTURE
-
-
 def test_a_picture_that_cannot_be_read_is_its_own_error(tmp_path: Path) -> None:
     source = open_source(str(write(tmp_path, "1.png", "2.png")))
     (tmp_path / "1.png").unlink()
@@ -67,24 +31,10 @@ def test_a_picture_that_cannot_be_read_is_its_own_error(tmp_path: Path) -> None:
     assert source.entry(1).data == PICTURE
 
 
-def test_a_damaged_member_of_a_zip_is_its_own_error(tmp_path: Path) -> None:
-    path = tmp_path / "set.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("1.png", PICTURE)
-        archive.writestr("2.png", PICTURE)
-    data = bytearray(path.read_bytes())
-    data[100] ^= 255
-    path.write_bytes(data)
-    source = open_source(str(path))
-    with pytest.raises(UndecodablePicture, match="cannot be read"):
-        source.entry(0)
-    assert source.entry(1).data == PICTURE
-
-
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nowhere", "no such source; expected a folder of pictures, a .zip of one"),
+        ("nowhere", "no such source; expected a folder of pictures, a .zip of one, .tar or .parquet files"),
         ("mnist/valid", "no such source"),
         ("digits[3]", "cannot read the slice"),
         ("digits[a:b]", "cannot read the slice"),
@@ -98,16 +48,33 @@ def test_sources_that_are_not_there(name: str, says: str, tmp_path: Path) -> Non
         open_source(name, tmp_path)
 
 
-def test_sources_without_a_picture(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSource, match=r"holds no picture; looked for \.jpg"):
-        open_source(str(tmp_path))
-    (tmp_path / "no.zip").write_bytes(b"no zip")
-    with pytest.raises(InvalidSource, match="not a zip file"):
-        open_source(str(tmp_path / "no.zip"))
-    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
-        pass
-    with pytest.raises(InvalidSource, match="holds no picture"):
-        open_source(str(tmp_path / "empty.zip"))
+def test_a_slice_of_a_path(tmp_path: Path) -> None:
+    write(tmp_path / "photos", *(f"{label}/{n}.png" for label in "ab" for n in range(5)))
+    whole = open_source(str(tmp_path / "photos"))
+    part = open_source(f"{tmp_path}/photos[40%:7]")
+    assert part.name == f"{tmp_path}/photos[40%:7]"
+    assert [part.entry(n) for n in range(3)] == [whole.entry(n) for n in (4, 5, 6)]
+    with pytest.raises(InvalidSource, match=r"photos\[3\]: cannot read the slice \[3\]"):
+        open_source(f"{tmp_path}/photos[3]")
+    with pytest.raises(InvalidSource, match=r"no photos\[:3\]: no such source"):
+        open_source(f"{tmp_path}/no photos[:3]")
+
+
+def test_a_path_that_looks_like_a_slice_is_a_path(tmp_path: Path) -> None:
+    write(tmp_path / "photos", "1.png", "2.png")
+    write(tmp_path / "photos[:1]", "3.png", "4.png")
+    assert list(open_source(f"{tmp_path}/photos[:1]").ids) == ["3.png", "4.png"]
+    assert list(open_source(f"{tmp_path}/photos[:1][1:]").ids) == ["4.png"]
+
+
+def test_what_is_there_and_no_source_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "one.png")
+    with pytest.raises(
+        InvalidSource, match=r"one\.png: not a kind of file that we read; expected a folder of pictures"
+    ):
+        open_source(str(tmp_path / "one.png"))
+    with pytest.raises(InvalidSource, match="cannot be read: File name too long"):
+        open_source(str(tmp_path / ("n" * 300)))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +98,20 @@ def test_slices(text: str, expected: range) -> None:
         value = expected[position]
         assert (id, label) == (f"n/{value:05d}", str(value))
         assert np.asarray(Image.open(io.BytesIO(data)))[0, 0] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("[:4]", [0, 3]), ("[1:9]", [0, 2, 5]), ("[3:6]", [0]), ("[4:5]", [0]), ("[9:]", [0])]
+)
+def test_a_slice_keeps_the_blocks_right(text: str, expected: list[int]) -> None:
+    whole = Source("ten", Names("abcdefghij"), lambda position: bytes([position]), None, blocks=[0, 3, 6, 9])
+    assert slice_source(whole, text).blocks == expected
+
+
+def test_slices_of_slices(tmp_path: Path) -> None:
+    whole = open_source("digits")
+    part = slice_source(slice_source(whole, "[100:200]"), "[10:20]")
+    assert [part.entry(n) for n in range(10)] == [whole.entry(n) for n in range(110, 120)]
 
 
 def test_digits_are_scikit_learns() -> None:

@@ -23,7 +23,6 @@ batch_size = 64
 learning_rate = 2e-3
 weight_decay = 1e-4
 warmup = 4
-temperature = 0.2
 projection = [32, 16]
 seed = 0
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Generator, Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as torchvision
 
-from training.augment import augment, luminance
+from training.augment import augment, colour_matrix, gaussian_kernels, luminance
 from training.recipe import Augmentation
 
 SIDE = 32
@@ -27,10 +29,15 @@ EACH: dict[str, dict[str, Any]] = {  # every change alone, at full chance
     "elastic": {"elastic": 0.1},
     "stroke": {"stroke": 1},
     "jitter": {"jitter": 1},
+    "hue": {"jitter": 1, "jitter_strength": 0, "hue": 0.5},
     "grey": {"grey": 1},
+    "blur": {"blur": 1, "blur_radius": 0.25},
+    "solarise": {"solarise": 1},
     "erase": {"erase": 1},
 }
-ALL = Augmentation(**{key: value for change in EACH.values() for key, value in change.items()} | {"grey": 0.5})
+HALVES = {"jitter_strength": 0.4, "grey": 0.5, "blur": 0.5, "solarise": 0.5}
+ALL = Augmentation(**{key: value for change in EACH.values() for key, value in change.items()} | HALVES)
+YES_OR_NO = ("flip", "grey", "solarise")  # what has a chance, but no strength
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -53,7 +60,7 @@ class Geometry(NamedTuple):
     residual: Tensor  # (N,)
 
 
-def sampled(count: int, **changes: float) -> tuple[Tensor, Tensor, Tensor]:
+def sampled(count: int, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Where each pixel of a view comes from (N, S·S, 2), where it lies (S·S, 2), and whether both are inside."""
     ruler = (torch.arange(SIDE) + 0.5) / SIDE  # pixel centres, 0..1
     down, across = torch.meshgrid(ruler, ruler, indexing="ij")
@@ -78,12 +85,18 @@ def geometry(count: int = 200, **changes: float) -> Geometry:
 
 
 IDENTITY = torch.eye(2, dtype=torch.float64)
+IDENTITY3 = torch.eye(3, dtype=torch.float64)
+YIQ = torch.tensor(
+    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64
+)  # rows Y, I, Q from r, g, b
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_with_everything_off_a_view_is_its_picture(channels: int) -> None:
     pictures = noise(4, channels)
-    torch.testing.assert_close(augment(pictures, Augmentation(), seeded()), pictures, atol=1e-5, rtol=0)
+    view = augment(pictures, Augmentation(), seeded())
+    assert torch.equal(view, pictures)
+    assert view.data_ptr() != pictures.data_ptr()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -120,18 +133,40 @@ def test_each_change_alone_changes_every_picture(change: str) -> None:
 
 @pytest.mark.parametrize("change", EACH)
 def test_rows_of_identical_pictures_get_numbers_of_their_own(change: str) -> None:
-    settings = EACH[change] | ({change: 0.5} if change in ("flip", "grey") else {})
+    settings = EACH[change] | ({change: 0.5} if change in YES_OR_NO else {})
     views = augment(copies(16), Augmentation(**settings), seeded())
     kinds = {view.numpy().tobytes() for view in views}
-    assert len(kinds) == (2 if change in ("flip", "grey") else 16)
+    assert len(kinds) == (2 if change in YES_OR_NO else 16)
 
 
-@pytest.mark.parametrize("change", ["flip", "grey", "jitter", "erase", "stroke"])
-def test_a_chance_is_met_in_that_share_of_the_rows(change: str) -> None:
-    pictures = copies(600)
-    views = augment(pictures, Augmentation(**{change: 0.3}), seeded())
-    share = (views - pictures).abs().amax((1, 2, 3)).gt(1e-3).float().mean()
-    assert float(share) == pytest.approx(0.3, abs=0.06)  # over three standard deviations
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("change", ["flip", "stroke", "jitter", "hue", "grey", "blur", "solarise", "erase"])
+def test_a_chance_is_met_in_that_share_of_the_rows_and_leaves_the_others(change: str, channels: int) -> None:
+    chance = "jitter" if change == "hue" else change
+    pictures = noise(1, channels).repeat(600, 1, 1, 1)
+    views = augment(pictures, Augmentation(**EACH[change] | {chance: 0.3}), seeded())
+    moved = (views - pictures).abs().amax((1, 2, 3))
+    share = moved.gt(1e-5 if change == "flip" else 0).float().mean()  # a grid rounds even where it changes nothing
+    colourless = channels == 1 and change in ("hue", "grey")
+    assert float(share) == pytest.approx(0 if colourless else 0.3, abs=0.056)  # three standard deviations
+
+
+def test_a_chance_that_hits_no_row_changes_nothing() -> None:
+    pictures = noise(1)
+    rare: dict[str, Any] = dict.fromkeys(("stroke", "jitter", "grey", "blur", "solarise", "erase"), 1e-12)
+    assert torch.equal(augment(pictures, Augmentation(**rare), seeded()), pictures)
+
+
+def test_a_change_switched_on_leaves_the_numbers_of_the_others() -> None:
+    pictures = noise(50)
+    others: dict[str, Any] = {"crop_area": 0.3, "elastic": 0.05, "jitter": 0.5}
+    plain = augment(pictures, Augmentation(**others), seeded())
+    views = augment(pictures, Augmentation(**others, solarise=0.5), seeded())
+    same, inverted = (
+        (views - expected).abs().amax((1, 2, 3)).eq(0) for expected in (plain, torchvision.solarize(plain, 0.5))
+    )
+    assert bool((same ^ inverted).all())
+    assert 10 < int(inverted.sum()) < 40
 
 
 def test_a_certain_flip_mirrors_left_and_right() -> None:
@@ -225,6 +260,18 @@ def test_stroke_thickens_some_and_thins_others() -> None:
     assert float(ink.min()) >= 81.999  # half of the way to 64
 
 
+def test_stroke_blends_with_the_extremes_of_three_by_three() -> None:
+    pictures = noise(50)
+    views = augment(pictures, Augmentation(stroke=1), seeded())
+    for picture, view in zip(pictures, views, strict=True):
+        ways = (F.max_pool2d(picture, 3, 1, 1) - picture, -F.max_pool2d(-picture, 3, 1, 1) - picture)
+        residuals = []
+        for way, most in zip(ways, (1, 0.5), strict=True):
+            amount = (((view - picture) * way).sum() / way.square().sum()).clamp(0, most)
+            residuals.append(float((picture + amount * way - view).abs().max()))
+        assert min(residuals) < 1e-5
+
+
 def test_jitter_keeps_brightness_within_its_strength() -> None:
     flat = torch.full((300, 3, SIDE, SIDE), 0.5)  # no contrast and no colour to change
     tones = augment(flat, Augmentation(jitter=1, jitter_strength=0.4), seeded())
@@ -247,12 +294,129 @@ def test_jitter_changes_contrast_of_grey_and_saturation_of_colour() -> None:
     assert float(saturation.max()) > 1.25
 
 
+def test_jitter_is_brightness_then_contrast_then_saturation_and_hue() -> None:
+    """Each view's four numbers are read off the affine colour map that a fit finds between picture and view."""
+    pictures = 0.4 + 0.2 * noise(300).double()  # nothing clips
+    views = augment(pictures.float(), Augmentation(jitter=1, jitter_strength=0.2, hue=0.1), seeded()).double()
+    before, after = (batch.flatten(2).transpose(1, 2) for batch in (pictures, views))  # (N, S·S, 3)
+    fit = torch.linalg.lstsq(torch.cat([before, torch.ones_like(before[:, :, :1])], 2), after).solution  # (N, 4, 3)
+    matrix, offset = fit[:, :3].transpose(1, 2), fit[:, 3]  # (N, 3, 3), (N, 3)
+    torch.testing.assert_close(before @ matrix.transpose(1, 2) + offset[:, None], after, atol=1e-5, rtol=0)
+    tone = matrix.sum(2)  # what becomes of grey: the same in each channel
+    torch.testing.assert_close(tone, tone[:, :1].expand(300, 3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(offset, offset[:, :1].expand(300, 3), atol=1e-4, rtol=0)
+    mean = luminance(pictures).mean((1, 2, 3))
+    brightness = tone[:, 0] + offset[:, 0] / mean  # of the mean, which contrast keeps
+    contrast = tone[:, 0] / brightness
+    colour = YIQ @ (matrix / tone[:, :1, None]) @ YIQ.inverse()  # luminance stays; I and Q turn and scale
+    torch.testing.assert_close(colour[:, 0], IDENTITY3[0].expand(300, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(colour[:, 1, 1], colour[:, 2, 2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(colour[:, 1, 2], -colour[:, 2, 1], atol=1e-3, rtol=0)
+    saturation, turn = colour[:, 1:, 1].norm(dim=1), torch.atan2(colour[:, 2, 1], colour[:, 1, 1]) / (2 * math.pi)
+    for number, low, high in [
+        (brightness, 0.8, 1.2),
+        (contrast, 0.8, 1.2),
+        (saturation, 0.8, 1.2),
+        (turn, -0.1, 0.1),
+    ]:
+        reach = (high - low) / 20
+        assert low - 1e-3 <= float(number.min()) < low + reach
+        assert high - reach < float(number.max()) <= high + 1e-3
+    numbers = torch.stack([brightness, contrast, saturation, turn])
+    assert float((torch.corrcoef(numbers) - torch.eye(4)).abs().max()) < 0.2
+
+
+def test_colour_matrix_is_a_slow_loop_over_pixels() -> None:
+    generator = np.random.default_rng(0)
+    saturation, turn = generator.uniform(0, 2, 20), generator.uniform(-0.5, 0.5, 20)
+    pictures = generator.uniform(0, 1, (20, 7, 3))
+    expected = np.empty_like(pictures)
+    for row, position in np.ndindex(20, 7):
+        y, i, q = YIQ.numpy() @ pictures[row, position]
+        colour = complex(i, q) * saturation[row] * np.exp(2j * np.pi * turn[row])
+        expected[row, position] = np.linalg.solve(YIQ.numpy(), [y, colour.real, colour.imag])
+    matrix = colour_matrix(torch.from_numpy(saturation).float(), torch.from_numpy(turn).float())
+    assert np.abs(np.einsum("nij,npj->npi", matrix.numpy(), pictures) - expected).max() < 1e-5
+
+
+def test_colour_matrix_at_its_corners() -> None:
+    ones, luma = torch.ones(1), torch.tensor([0.299, 0.587, 0.114])
+    assert torch.equal(colour_matrix(ones, 0 * ones)[0], torch.eye(3))
+    torch.testing.assert_close(colour_matrix(0 * ones, ones / 3)[0], luma.expand(3, 3))
+    torch.testing.assert_close(colour_matrix(ones, ones / 2)[0], 2 * luma.expand(3, 3) - torch.eye(3))  # opposite
+    torch.testing.assert_close(luma @ colour_matrix(2 * ones, ones / 5)[0], luma)  # luminance stays
+
+
+def test_hue_keeps_luminance_and_leaves_grey_pictures() -> None:
+    pale = 0.4 + 0.2 * noise(50)
+    views = augment(pale, Augmentation(**EACH["hue"]), seeded())
+    torch.testing.assert_close(luminance(views), luminance(pale), atol=1e-5, rtol=0)
+    grey = noise(50, 1).expand(50, 3, SIDE, SIDE)
+    torch.testing.assert_close(augment(grey, Augmentation(**EACH["hue"]), seeded()), grey, atol=1e-5, rtol=0)
+
+
+def test_pictures_of_one_channel_have_no_hue() -> None:
+    pictures = noise(20, 1)
+    jitter, hue = (augment(pictures, Augmentation(jitter=1, hue=hue), seeded()) for hue in (0, 0.5))
+    assert torch.equal(jitter, hue)
+
+
+def test_gaussian_kernels_are_a_slow_loop_over_taps() -> None:
+    sigmas = [0.1, 0.5, 1.7, 6.0]
+    found = gaussian_kernels(torch.tensor(sigmas), 4)
+    for sigma, kernel in zip(sigmas, found.tolist(), strict=True):
+        weights = [math.exp(-(tap**2) / (2 * sigma**2)) for tap in range(-4, 5)]
+        assert kernel == pytest.approx([weight / sum(weights) for weight in weights], abs=1e-6)
+
+
+@pytest.mark.parametrize("blur_radius", [0.02, 0.05, 0.25])
+def test_blur_is_torchvisions_at_a_sigma_of_each_rows_own(blur_radius: float) -> None:
+    pictures = noise(200)
+    pictures[:, 0] = 0
+    pictures[:, 0, 16, 16] = 1  # red becomes the kernel, which tells its sigma
+    views = augment(pictures, Augmentation(blur=1, blur_radius=blur_radius), seeded())
+    row = views[:, 0, 16].double()  # (N, S)
+    sigmas = (0.5 / (row[:, 16] / row[:, 17]).log()).sqrt()
+    largest = blur_radius * SIDE
+    assert float(sigmas.min()) == pytest.approx(0.1, abs=0.02 * largest)
+    assert float(sigmas.max()) == pytest.approx(largest, rel=0.02)
+    taps = 2 * math.ceil(2 * largest) + 1
+    for picture, view, sigma in zip(pictures, views, sigmas.tolist(), strict=True):
+        expected = torchvision.gaussian_blur(picture, [taps, taps], [sigma, sigma])
+        torch.testing.assert_close(view, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_blur_keeps_a_flat_picture_up_to_its_borders(channels: int) -> None:
+    flat = torch.full((50, channels, SIDE, SIDE), 0.7)
+    torch.testing.assert_close(augment(flat, Augmentation(**EACH["blur"]), seeded()), flat, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_solarise_is_torchvisions_at_a_half(channels: int) -> None:
+    pictures = noise(20, channels)
+    pictures[0, 0, 0, :2] = torch.tensor([0.5, 1])
+    views = augment(pictures, Augmentation(solarise=1), seeded())
+    assert torch.equal(views, torchvision.solarize(pictures, 0.5))
+    assert torch.equal(augment(views, Augmentation(solarise=1), seeded()), views)  # twice changes no more
+
+
+def test_the_square_is_blanked_last_and_has_sharp_edges() -> None:
+    flat = torch.full((50, 3, SIDE, SIDE), 0.25)
+    views = augment(flat, Augmentation(**EACH["blur"], solarise=1, erase=1), seeded())
+    blank = views == 0
+    assert bool(blank.any(3).any(2).all())
+    torch.testing.assert_close(views, flat.masked_fill(blank, 0), atol=1e-5, rtol=0)
+
+
 def test_grey_leaves_three_equal_channels_of_luminance() -> None:
     pictures = noise(4)
     views = augment(pictures, Augmentation(grey=1), seeded())
     assert torch.equal(views[:, 0], views[:, 1])
     assert torch.equal(views[:, 0], views[:, 2])
     torch.testing.assert_close(views[:, :1], luminance(pictures), atol=1e-5, rtol=0)
+    one = noise(4, 1)
+    assert torch.equal(augment(one, Augmentation(grey=1), seeded()), one)
 
 
 def test_erase_blanks_one_square_of_a_sixth_to_a_third() -> None:

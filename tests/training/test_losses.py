@@ -1,155 +1,783 @@
-"""nt_xent against the paper's equation in plain NumPy, a peer library, closed forms, and two known wrong forms."""
+"""Every loss against its paper's equation in plain NumPy loops, closed forms, peer libraries, and known wrong forms."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity
+from lightly.loss import NTXentLoss as LightlyNTXentLoss
+from lightly.loss import VICRegLoss as LightlyVICRegLoss
 from numpy.typing import NDArray
-from pytorch_metric_learning.losses import NTXentLoss
+from pytorch_metric_learning.losses import ContrastiveLoss, NTXentLoss, SupConLoss, TripletMarginLoss, VICRegLoss
+from pytorch_metric_learning.miners import BatchHardMiner, TripletMarginMiner
+from pytorch_metric_learning.reducers import DoNothingReducer, MeanReducer
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.losses import nt_xent
+from training.losses import (
+    Mining,
+    barlow_twins,
+    info_nce,
+    margin_contrast,
+    negative_cosine,
+    nt_xent,
+    supcon,
+    triplet,
+    vicreg,
+)
 
-SIZES = [(2, 3, 1.0), (3, 5, 0.5), (16, 8, 0.2), (33, 128, 0.07)]  # N, P, τ
+Array = NDArray[Any]
 
-
-def pair(count: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    z1 = torch.randn(count, width, generator=generator)
-    return z1, z1 + 0.5 * torch.randn(count, width, generator=generator)
-
-
-def equation_1(z1: NDArray[Any], z2: NDArray[Any], temperature: float) -> float:
-    """Chen et al., arXiv:2002.05709, equation 1 and algorithm 1, as printed: views 2k−1 and 2k are of picture k."""
-    z = np.empty((2 * len(z1), z1.shape[1]))
-    z[0::2], z[1::2] = z1, z2
-
-    def sim(i: int, j: int) -> float:
-        return float(z[i] @ z[j] / (np.linalg.norm(z[i]) * np.linalg.norm(z[j])))
-
-    def ell(i: int, j: int) -> float:
-        others = sum(math.exp(sim(i, k) / temperature) for k in range(len(z)) if k != i)
-        return -math.log(math.exp(sim(i, j) / temperature) / others)
-
-    return sum(ell(k, k + 1) + ell(k + 1, k) for k in range(0, len(z), 2)) / len(z)
+SIZES = [(2, 3), (3, 5), (16, 8), (20, 33)]  # N, P
 
 
-@pytest.mark.parametrize(("count", "width", "temperature"), SIZES)
-def test_is_equation_1(count: int, width: int, temperature: float) -> None:
-    z1, z2 = pair(count, width)
-    expected = equation_1(z1.double().numpy(), z2.double().numpy(), temperature)
-    assert float(nt_xent(z1, z2, temperature)) == pytest.approx(expected, rel=1e-5)
+# The papers, one loop a sum.
 
 
-@pytest.mark.parametrize(("count", "width", "temperature"), SIZES)
-def test_agrees_with_pytorch_metric_learning(count: int, width: int, temperature: float) -> None:
-    z1, z2 = pair(count, width, seed=1)
-    labels = torch.arange(count).repeat(2)
-    peer = NTXentLoss(temperature=temperature)(torch.cat([z1, z2]), labels)
-    assert float(nt_xent(z1, z2, temperature)) == pytest.approx(float(peer), rel=1e-5)
+def cosine(u: Array, v: Array) -> float:
+    return float(u @ v / (np.linalg.norm(u) * np.linalg.norm(v)))
 
 
-@pytest.mark.parametrize("count", [2, 7, 64])
-@pytest.mark.parametrize("temperature", [0.05, 1.0])
-def test_identical_embeddings_cost_the_log_of_the_other_views(count: int, temperature: float) -> None:
-    z = torch.ones(count, 5)
-    assert float(nt_xent(z, z, temperature)) == pytest.approx(math.log(2 * count - 1), rel=1e-5)
+def distance(u: Array, v: Array) -> float:
+    return float(np.linalg.norm(u / np.linalg.norm(u) - v / np.linalg.norm(v)))
 
 
-def test_perfect_embeddings_cost_what_is_left_of_the_softmax() -> None:
-    count, temperature = 6, 0.5
-    z = torch.eye(count)  # the positive at cosine 1, the 2N − 2 negatives at cosine 0
-    expected = math.log(1 + (2 * count - 2) * math.exp(-1 / temperature))
-    assert float(nt_xent(z, z, temperature)) == pytest.approx(expected, rel=1e-5)
+def nt_xent_form(z: Array, temperature: float) -> float:
+    """Chen et al., arXiv:2002.05709, equation 1, ℓ(i, j) averaged over all positive pairs (i, j)."""
+    views, count = z.shape[:2]
+    places = [(v, n) for n in range(count) for v in range(views)]
+
+    def ell(i: tuple[int, int], j: tuple[int, int]) -> float:
+        others = sum(math.exp(cosine(z[i], z[k]) / temperature) for k in places if k != i)
+        return -math.log(math.exp(cosine(z[i], z[j]) / temperature) / others)
+
+    return float(np.mean([ell(i, j) for i in places for j in places if i != j and i[1] == j[1]]))
 
 
-def test_gradient_is_that_of_equation_1() -> None:
-    z1, z2 = pair(3, 4)
-    z1.requires_grad_()
-    z2.requires_grad_()
-    nt_xent(z1, z2, 0.5).backward()  # type: ignore[no-untyped-call]
-    both = np.stack([z1.detach().double().numpy(), z2.detach().double().numpy()])
-
-    def loss_at(both: NDArray[Any]) -> float:
-        return equation_1(both[0], both[1], 0.5)
-
-    expected = np.zeros_like(both)
-    for position in np.ndindex(both.shape):
-        step = np.zeros_like(both)
-        step[position] = 1e-5
-        expected[position] = (loss_at(both + step) - loss_at(both - step)) / 2e-5
-    assert z1.grad is not None
-    assert z2.grad is not None
-    assert np.abs(expected).max() > 0.01
-    np.testing.assert_allclose(np.stack([z1.grad.numpy(), z2.grad.numpy()]), expected, atol=2e-6)
+def supcon_form(z: Array, labels: list[int], temperature: float) -> float:
+    """Khosla et al., arXiv:2004.11362, equation 2, the mean over the anchors i with |P(i)| > 0 instead of the sum."""
+    losses = []
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i]
+        positives = [p for p in others if labels[p] == labels[i]]
+        below = sum(math.exp(cosine(z[i], z[a]) / temperature) for a in others)
+        if positives:
+            above = [math.exp(cosine(z[i], z[p]) / temperature) for p in positives]
+            losses.append(-sum(math.log(one / below) for one in above) / len(positives))
+    return float(np.mean(losses)) if losses else 0.0
 
 
-def test_order_of_the_pictures_does_not_matter_and_pairing_does() -> None:
-    z1, z2 = pair(9, 6)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
-    expected = float(nt_xent(z1, z2, 0.3))
-    assert float(nt_xent(z1[order], z2[order], 0.3)) == pytest.approx(expected, rel=1e-5)
-    assert float(nt_xent(z2, z1, 0.3)) == pytest.approx(expected, rel=1e-5)
-    assert float(nt_xent(z1, z2.roll(1, 0), 0.3)) > expected + 0.1
+def info_nce_form(q: Array, k: Array, negatives: Array, temperature: float, allowed: Array | None = None) -> float:
+    """He et al., arXiv:1911.05722, equation 1."""
+    losses = []
+    for n in range(len(q)):
+        above = below = math.exp(cosine(q[n], k[n]) / temperature)
+        for m in range(len(negatives)):
+            if allowed is None or allowed[n, m]:
+                below += math.exp(cosine(q[n], negatives[m]) / temperature)
+        losses.append(-math.log(above / below))
+    return float(np.mean(losses))
+
+
+def negative_cosine_form(p: Array, z: Array) -> float:
+    """Chen and He, arXiv:2011.10566, equation 1."""
+    return float(np.mean([-cosine(p[n], z[n]) for n in range(len(p))]))
+
+
+def barlow_twins_form(z_a: Array, z_b: Array, lambd: float) -> float:
+    """Zbontar et al., arXiv:2103.03230, equations 1 and 2; no ε in the paper, 1e-5 of the variance in its code."""
+    loss = 0.0
+    for i in range(z_a.shape[1]):
+        for j in range(z_a.shape[1]):
+            a, b = z_a[:, i] - z_a[:, i].mean(), z_b[:, j] - z_b[:, j].mean()
+            c = float((a * b).sum() / (math.sqrt((a * a).sum()) * math.sqrt((b * b).sum())))
+            loss += (1 - c) ** 2 if i == j else lambd * c**2
+    return loss
+
+
+def vicreg_form(z_a: Array, z_b: Array, lambd: float, mu: float, nu: float) -> float:
+    """Bardes et al., arXiv:2105.04906, equations 1 to 6, with the halves and means of the authors' code."""
+    count, width = z_a.shape
+    invariance = sum(float((z_a[n] - z_b[n]) @ (z_a[n] - z_b[n])) for n in range(count)) / (count * width)
+    variance = covariance = 0.0
+    for z in (z_a, z_b):
+        for i in range(width):
+            of_i = z[:, i] - z[:, i].mean()
+            variance += max(0.0, 1 - math.sqrt((of_i @ of_i) / (count - 1) + 1e-4)) / width / 2
+            for j in range(width):
+                of_j = z[:, j] - z[:, j].mean()
+                if i != j:
+                    covariance += float((of_i @ of_j) / (count - 1)) ** 2 / width
+    return lambd * invariance + mu * variance + nu * covariance
+
+
+def triplet_form(z: Array, labels: list[int], margin: float, mining: Mining) -> float:
+    """Hermans et al., arXiv:1703.07737, equation 5, or Schroff et al., arXiv:1503.03832, section 3.2."""
+    losses = []
+    for a in range(len(z)):
+        positives = [distance(z[a], z[p]) for p in range(len(z)) if p != a and labels[p] == labels[a]]
+        negatives = [distance(z[a], z[n]) for n in range(len(z)) if labels[n] != labels[a]]
+        if not positives or not negatives:
+            continue
+        if mining == "hard":
+            losses.append(max(0.0, max(positives) - min(negatives) + margin))
+        else:
+            for positive in positives:
+                chosen = min((n for n in negatives if n > positive), default=max(negatives))
+                losses.append(max(0.0, positive - chosen + margin))
+    return float(np.mean(losses)) if losses else 0.0
+
+
+def margin_contrast_form(z: Array, labels: list[int], margin: float) -> float:
+    """Hadsell et al., 2006, equation 4, like and unlike pairs averaged by themselves."""
+    like, unlike = [], []
+    for i in range(len(z)):
+        for j in range(i):
+            d = distance(z[i], z[j])
+            if labels[i] == labels[j]:
+                like.append(d**2 / 2)
+            else:
+                unlike.append(max(0.0, margin - d) ** 2 / 2)
+    return (float(np.mean(like)) if like else 0.0) + (float(np.mean(unlike)) if unlike else 0.0)
+
+
+# Each loss and its paper as functions of one array, so that what holds for all is said once.
+
+
+class Case(NamedTuple):
+    """A loss on one array z of `shape`, its paper's form on the same, and whether the length of a row matters to it."""
+
+    ours: Callable[[Tensor], Tensor]
+    paper: Callable[[Array], float]
+    shape: tuple[int, ...]
+    scale_free: bool = True
+
+
+def labels_of(count: int) -> list[int]:
+    """Three labels in turn, the last row alone with its own."""
+    return [n % 3 for n in range(count - 1)] + [7]
+
+
+def allowed_of(queries: int, negatives: int) -> Tensor:
+    """About half of the negatives; the first query has none, the last one all."""
+    allowed = torch.rand(queries, negatives, generator=torch.Generator().manual_seed(1)) < 0.5
+    allowed[0], allowed[-1] = False, True
+    return allowed
+
+
+def case(name: str, count: int, width: int) -> Case:
+    rows = (2 * count, width)
+    labels, numbers = labels_of(2 * count), torch.tensor(labels_of(2 * count))
+    allowed = allowed_of(count, 2 * count)
+    target = spread((count, width), seed=9)
+    cases = {
+        "nt_xent of 2 views": lambda: Case(
+            lambda z: nt_xent(z, 0.5), lambda z: nt_xent_form(z, 0.5), (2, count, width)
+        ),
+        "nt_xent of 4 views": lambda: Case(
+            lambda z: nt_xent(z, 0.2), lambda z: nt_xent_form(z, 0.2), (4, count, width)
+        ),
+        "supcon": lambda: Case(lambda z: supcon(z, numbers, 0.1), lambda z: supcon_form(z, labels, 0.1), rows),
+        "info_nce": lambda: Case(
+            lambda z: info_nce(z[0], z[1], z[2:].flatten(0, 1), 0.2),
+            lambda z: info_nce_form(z[0], z[1], z[2:].reshape(-1, width), 0.2),
+            (4, count, width),
+        ),
+        "info_nce of some negatives": lambda: Case(
+            lambda z: info_nce(z[0], z[1], z[2:].flatten(0, 1), 0.2, allowed),
+            lambda z: info_nce_form(z[0], z[1], z[2:].reshape(-1, width), 0.2, allowed.numpy()),
+            (4, count, width),
+        ),
+        "negative_cosine": lambda: Case(
+            lambda p: negative_cosine(p, target),
+            lambda p: negative_cosine_form(p, target.double().numpy()),
+            (count, width),
+        ),
+        "barlow_twins": lambda: Case(
+            lambda z: barlow_twins(z[0], z[1], 0.05),
+            lambda z: barlow_twins_form(z[0], z[1], 0.05),
+            (2, count, width),
+            scale_free=False,
+        ),
+        "vicreg": lambda: Case(
+            lambda z: vicreg(z[0], z[1], 25.0, 15.0, 1.5),
+            lambda z: vicreg_form(z[0], z[1], 25.0, 15.0, 1.5),
+            (2, count, width),
+            scale_free=False,
+        ),
+        "triplet, hard": lambda: Case(
+            lambda z: triplet(z, numbers, 0.2, "hard"), lambda z: triplet_form(z, labels, 0.2, "hard"), rows
+        ),
+        "triplet, semi-hard": lambda: Case(
+            lambda z: triplet(z, numbers, 0.2, "semi-hard"), lambda z: triplet_form(z, labels, 0.2, "semi-hard"), rows
+        ),
+        "margin_contrast": lambda: Case(
+            lambda z: margin_contrast(z, numbers, 1.2), lambda z: margin_contrast_form(z, labels, 1.2), rows
+        ),
+    }
+    return cases[name]()
+
+
+CASES = (
+    "nt_xent of 2 views",
+    "nt_xent of 4 views",
+    "supcon",
+    "info_nce",
+    "info_nce of some negatives",
+    "negative_cosine",
+    "barlow_twins",
+    "vicreg",
+    "triplet, hard",
+    "triplet, semi-hard",
+    "margin_contrast",
+)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spread(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Rows that are neither alike nor unrelated: what a picture's views are after a while of training."""
+    return noise(*shape[-2:], seed=seed) + 0.5 * noise(*shape, seed=seed + 1)
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    leaf = z.clone().requires_grad_()
+    backward(loss(leaf))
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def central_differences(form: Callable[[Array], float], z: Array, step: float = 1e-5) -> Array:
+    slopes = np.zeros_like(z)
+    for place in np.ndindex(z.shape):
+        nudge = np.zeros_like(z)
+        nudge[place] = step
+        slopes[place] = (form(z + nudge) - form(z - nudge)) / (2 * step)
+    return slopes
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_each_loss_is_its_papers_equation(name: str, count: int, width: int) -> None:
+    ours, paper, shape, _ = case(name, count, width)
+    z = spread(shape)
+    expected = paper(z.double().numpy())
+    assert expected != 0
+    # Barlow Twins: ε, which its paper leaves out.
+    assert float(ours(z)) == pytest.approx(expected, rel=2e-4 if name == "barlow_twins" else 2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_gradient_is_that_of_its_papers_equation(name: str) -> None:
+    ours, paper, shape, _ = case(name, 4, 3)
+    z = spread(shape, seed=3)
+    expected = central_differences(paper, z.double().numpy())
+    largest = float(np.abs(expected).max())
+    assert largest > 0.01
+    np.testing.assert_allclose(gradient(ours, z).numpy(), expected, atol=2e-4 * largest)
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4, 1e15])
-def test_length_of_the_embeddings_does_not_matter(scale: float) -> None:
-    z1, z2 = pair(8, 16)
-    lengths = 0.5 + torch.rand(8, 1, generator=torch.Generator().manual_seed(0))
-    expected = float(nt_xent(z1, z2, 0.2))
-    assert float(nt_xent(z1 * scale * lengths, z2 * scale, 0.2)) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("name", [name for name in CASES if case(name, 2, 2).scale_free])
+def test_length_of_the_embeddings_does_not_matter(name: str, scale: float) -> None:
+    ours, _, shape, _ = case(name, 8, 16)
+    z = spread(shape)
+    lengths = 0.5 + torch.rand(*shape[:-1], 1, generator=torch.Generator().manual_seed(0))
+    assert float(ours(z * scale * lengths)) == pytest.approx(float(ours(z)), rel=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_computes_in_float32_whatever_comes_in(dtype: torch.dtype, scale: float, autocast: bool) -> None:
-    z1, z2 = ((scale * z).to(dtype) for z in pair(8, 16))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = nt_xent(z1, z2, 0.2)
+@pytest.mark.parametrize("name", CASES)
+def test_each_loss_computes_in_float32_whatever_comes_in(
+    name: str, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    ours, paper, shape, _ = case(name, 8, 16)
+    z = spread(shape).to(dtype)
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = ours(z)
     assert loss.dtype == torch.float32
-    expected = equation_1(z1.double().numpy(), z2.double().numpy(), 0.2)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert loss.shape == ()
+    assert torch.equal(loss, ours(z.float()))
+    assert float(loss) == pytest.approx(paper(z.double().numpy()), rel=2e-4 if name == "barlow_twins" else 2e-5)
+
+
+LARGEST, SMALLEST = 65504.0, 6e-8  # of float16
+
+
+def extreme(kind: str, shape: tuple[int, ...]) -> Tensor:
+    signs = noise(*shape).sign()
+    if kind == "mixed":  # one row of each in turn, and an ordinary one
+        kinds = torch.tensor([LARGEST, 0.0, SMALLEST, 1.0])
+        return signs * kinds[torch.arange(math.prod(shape[:-1])) % 4].reshape(*shape[:-1], 1)
+    return signs * {"largest": LARGEST, "smallest": SMALLEST, "zeros": 0.0}[kind]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["largest", "smallest", "zeros", "mixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_each_loss_and_gradient_is_finite_at_the_ends_of_float16(name: str, kind: str, dtype: torch.dtype) -> None:
+    ours, _, shape, _ = case(name, 6, 8)
+    z = extreme(kind, shape).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, slope = ours(z), gradient(ours, z)
+    assert bool(loss.isfinite())
+    # float16 has no room for the slope of a normalised row of 6e-8, nor for VICReg's at 65504: what float32 has
+    # for it is rounded to infinity, and nothing else.
+    assert torch.equal(slope, gradient(ours, z.float()).to(dtype))
+    assert dtype == torch.float16 or bool(slope.isfinite().all())
+    assert not bool(slope.isnan().any())
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e37])
-def test_stays_finite_with_its_gradient_at_the_ends_of_float32(scale: float) -> None:
-    z1, z2 = (z * scale for z in pair(8, 16))
-    z1.requires_grad_()
-    loss = nt_xent(z1, z2, 0.01)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert z1.grad is not None
-    assert bool(loss.isfinite())
-    assert bool(z1.grad.isfinite().all())
+@pytest.mark.parametrize("name", [name for name in CASES if case(name, 2, 2).scale_free and name != "negative_cosine"])
+def test_each_normalised_loss_is_finite_at_the_ends_of_float32(name: str, scale: float) -> None:
+    ours, _, shape, _ = case(name, 8, 16)
+    z = spread(shape) * scale
+    assert bool(ours(z).isfinite())
+    assert bool(gradient(ours, z).isfinite().all())
+
+
+# Closed forms.
+
+
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize("count", [2, 7, 64])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_identical_embeddings_cost_nt_xent_the_log_of_the_other_views(
+    views: int, count: int, temperature: float
+) -> None:
+    loss = nt_xent(torch.ones(views, count, 5), temperature)
+    assert float(loss) == pytest.approx(math.log(views * count - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_perfect_embeddings_cost_nt_xent_what_is_left_of_the_softmax(views: int) -> None:
+    count, temperature = 6, 0.5
+    z = torch.eye(count).expand(views, -1, -1)  # positives at cosine 1, negatives at cosine 0
+    expected = math.log(views - 1 + (views * count - views) * math.exp(-1 / temperature))
+    assert float(nt_xent(z, temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_identical_embeddings_cost_supcon_the_log_of_the_other_rows() -> None:
+    assert float(supcon(torch.ones(9, 4), torch.tensor(labels_of(9)), 0.1)) == pytest.approx(math.log(8), rel=1e-5)
+
+
+def test_perfect_embeddings_cost_supcon_the_log_of_the_positives() -> None:
+    labels = torch.arange(4).repeat(5)
+    assert float(supcon(F.one_hot(labels).float(), labels, 0.05)) == pytest.approx(math.log(4), abs=1e-5)
+
+
+def test_identical_embeddings_cost_info_nce_the_log_of_all_it_chooses_from() -> None:
+    q, negatives = torch.ones(5, 4), torch.ones(12, 4)
+    assert float(info_nce(q, q, negatives, 0.3)) == pytest.approx(math.log(13), rel=1e-5)
+    allowed = torch.zeros(5, 12, dtype=torch.bool)
+    allowed[:, 3:7] = True
+    assert float(info_nce(q, q, negatives, 0.3, allowed)) == pytest.approx(math.log(5), rel=1e-5)
+
+
+def test_info_nce_without_a_single_negative_costs_nothing() -> None:
+    q, k, negatives = noise(5, 4), noise(5, 4, seed=1), noise(6, 4, seed=2)
+    nothing = torch.zeros(5, 6, dtype=torch.bool)
+    assert float(info_nce(q, k, negatives, 0.1, nothing)) == 0
+    assert not bool(gradient(lambda q: info_nce(q, k, negatives, 0.1, nothing), q).any())
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1, -1), (-1, 1)])
+def test_negative_cosine_of_equal_rows_is_minus_1_and_of_opposite_rows_1(sign: int, expected: int) -> None:
+    p = noise(6, 5)
+    assert float(negative_cosine(p, 3 * sign * p)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_gradient_flows_into_the_target_of_negative_cosine() -> None:
+    p, z = noise(6, 5).requires_grad_(), noise(6, 5, seed=1).requires_grad_()
+    backward(negative_cosine(p, z))
+    assert p.grad is not None
+    assert z.grad is None
+
+
+def orthogonal_columns() -> Tensor:
+    """(8, 4): ±1, columns of mean 0, variance 1 and no correlation: a Hadamard matrix without its constant column."""
+    h = torch.ones(1, 1)
+    for _ in range(3):
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h[:, 1:5]
+
+
+def test_barlow_twins_costs_nothing_where_views_agree_and_columns_do_not() -> None:
+    z = orthogonal_columns()
+    assert float(barlow_twins(z, z, 1.0)) == pytest.approx(0, abs=1e-8)  # 4·ε²
+    assert float(barlow_twins(z, 100 * z + 5, 1.0)) == pytest.approx(0, abs=1e-8)  # each view by its own scale
+    assert float(barlow_twins(z, -z, 1.0)) == pytest.approx(4 * 4, rel=1e-4)  # (1 − −1)² a column
+
+
+def test_barlow_twins_counts_each_pair_of_identical_columns_by_its_weight() -> None:
+    z = noise(32, 1).expand(-1, 5)
+    assert float(barlow_twins(z, z, 0.01)) == pytest.approx(5 * 4 * 0.01, rel=1e-4)
+
+
+def test_constant_rows_cost_vicreg_the_whole_hinge() -> None:
+    z = torch.full((6, 5), 3.0)
+    assert float(vicreg(z, z, 25.0, 10.0, 1.0)) == pytest.approx(10 * (1 - math.sqrt(1e-4)), rel=1e-5)
+
+
+def test_vicreg_costs_nothing_where_views_agree_and_columns_vary_alone() -> None:
+    z = 2 * orthogonal_columns()
+    assert float(vicreg(z, z, 25.0, 25.0, 1.0)) == 0
+    assert float(vicreg(z, z + 0.5, 25.0, 25.0, 1.0)) == pytest.approx(25 * 0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("mining", ["hard", "semi-hard"])
+def test_identical_embeddings_cost_triplet_its_margin(mining: Mining) -> None:
+    z, labels = torch.ones(8, 4), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    assert float(triplet(z, labels, 0.35, mining)) == pytest.approx(0.35, rel=1e-4)
+
+
+@pytest.mark.parametrize("mining", ["hard", "semi-hard"])
+def test_embeddings_apart_by_more_than_the_margin_cost_triplet_nothing(mining: Mining) -> None:
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    z = F.one_hot(labels).float()  # like rows at distance 0, unlike ones at √2
+    assert float(triplet(z, labels, 1.4, mining)) == 0
+    assert float(triplet(z, labels, 1.5, mining)) == pytest.approx(1.5 - math.sqrt(2), abs=2e-4)
+
+
+def test_hard_mining_takes_the_farthest_positive_and_the_nearest_negative() -> None:
+    angles = torch.tensor([0.0, 0.3, 0.9, 0.5, 2.0]).double()
+    z, labels = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 0, 1, 2])
+
+    def chord(i: int, j: int) -> float:
+        return 2 * math.sin(abs(float(angles[i] - angles[j])) / 2)
+
+    expected = (chord(0, 2) - chord(0, 3) + chord(1, 2) - chord(1, 3) + chord(2, 0) - chord(2, 3)) / 3 + 0.1
+    assert float(triplet(z, labels, 0.1, "hard")) == pytest.approx(expected, rel=1e-5)
+
+
+def test_semi_hard_mining_takes_the_nearest_negative_beyond_the_positive_or_else_the_farthest() -> None:
+    angles = torch.tensor([0.0, 0.5, -0.2, -0.6, -0.9]).double()
+    z, labels = torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([0, 0, 1, 2, 3])
+
+    def chord(i: int, j: int) -> float:
+        return 2 * math.sin(abs(float(angles[i] - angles[j])) / 2)
+
+    first = chord(0, 1) - chord(0, 3) + 1  # row 2 lies nearer than the positive, row 3 just beyond it
+    second = chord(1, 0) - chord(1, 2) + 1
+    assert float(triplet(z, labels, 1.0, "semi-hard")) == pytest.approx((first + second) / 2, rel=1e-5)
+    near = z[[0, 1, 2]], labels[[0, 1, 2]]
+    third = chord(0, 1) - chord(0, 2) + 1  # nothing beyond the positive
+    assert float(triplet(*near, 1.0, "semi-hard")) == pytest.approx((third + second) / 2, rel=1e-5)
+
+
+def test_identical_embeddings_cost_margin_contrast_half_of_the_margin_squared() -> None:
+    z, labels = torch.ones(8, 4), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    assert float(margin_contrast(z, labels, 0.8)) == pytest.approx(0.8**2 / 2, rel=1e-3)
+
+
+def test_opposite_rows_of_one_label_cost_margin_contrast_half_of_four() -> None:
+    z, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+    assert float(margin_contrast(z, labels, 1.0)) == pytest.approx(2, rel=1e-5)  # unlike rows rest at √2 > 1
+
+
+# Peers, in float64, their conventions turned into ours.
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_nt_xent_of_two_views_is_lightlys_and_metric_learnings(count: int, width: int, temperature: float) -> None:
+    z = spread((2, count, width), seed=1).double()
+    loss = float(nt_xent(z, temperature))
+    assert loss == pytest.approx(float(LightlyNTXentLoss(temperature)(z[0], z[1])), rel=2e-5)
+    labels = torch.arange(count).repeat(2)
+    assert loss == pytest.approx(float(NTXentLoss(temperature)(z.flatten(0, 1), labels)), rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_nt_xent_of_four_views_is_metric_learnings_supcon_by_picture(count: int, width: int) -> None:
+    # Its NTXentLoss leaves the other positives out of a positive's denominator; SupCon's, as ours, keeps them.
+    z = spread((4, count, width), seed=1).double()
+    labels = torch.arange(count).repeat(4)
+    expected = float(SupConLoss(0.2)(z.flatten(0, 1), labels))
+    assert float(nt_xent(z, 0.2)) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_supcon_is_metric_learnings(count: int, width: int) -> None:
+    # Its mean is over the losses above 0: an anchor without positives has 0 there, and no other anchor has.
+    z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
+    assert float(supcon(z, labels, 0.1)) == pytest.approx(float(SupConLoss(0.1)(z, labels)), rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_info_nce_against_a_queue_is_lightlys_with_a_memory_bank(count: int, width: int) -> None:
+    q, k = spread((2, count, width), seed=1)
+    peer = LightlyNTXentLoss(0.2, memory_bank_size=(37, width))
+    expected = float(peer(q, k))  # q takes no gradient, so the bank stays as it is
+    assert float(info_nce(q, k, peer.memory_bank.bank, 0.2)) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_negative_cosine_is_lightlys(count: int, width: int) -> None:
+    p, z = spread((2, count, width), seed=1)
+    assert float(negative_cosine(p, z)) == pytest.approx(float(NegativeCosineSimilarity()(p, z)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_barlow_twins_is_lightlys(count: int, width: int) -> None:
+    a, b = spread((2, count, width), seed=1).double()
+    assert float(barlow_twins(a, b, 0.02)) == pytest.approx(float(BarlowTwinsLoss(0.02)(a, b)), rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_vicreg_is_lightlys_and_metric_learnings(count: int, width: int) -> None:
+    a, b = spread((2, count, width), seed=1).double()
+    loss = float(vicreg(a, b, 25.0, 15.0, 1.5))
+    assert loss == pytest.approx(float(LightlyVICRegLoss(25.0, 15.0, 1.5)(a, b)), rel=2e-5)
+    assert loss == pytest.approx(float(VICRegLoss(25.0, 15.0, 1.5)(a, ref_emb=b)), rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_hard_triplets_are_metric_learnings(count: int, width: int) -> None:
+    # Its mean is over the losses above 0 unless it is told otherwise.
+    z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
+    peer = TripletMarginLoss(margin=0.4, reducer=MeanReducer())
+    expected = float(peer(z, labels, BatchHardMiner()(z, labels)))
+    assert float(triplet(z, labels, 0.4, "hard")) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_semi_hard_triplets_are_metric_learnings(count: int, width: int) -> None:
+    # It keeps all semi-hard triplets of a pair within a margin, here 10: ours is the nearest of them, and where
+    # a pair has none the easiest of its hard ones.
+    z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
+    apart = torch.cdist(F.normalize(z, dim=1), F.normalize(z, dim=1))
+    chosen: dict[tuple[int, int], int] = {}
+    for kind, better in (("semihard", min), ("hard", max)):
+        found: dict[tuple[int, int], list[int]] = {}
+        mined = TripletMarginMiner(margin=10, type_of_triplets=kind)(z, labels)
+        for a, p, n in torch.stack(mined, 1).tolist():
+            found.setdefault((a, p), []).append(n)
+        for (a, p), negatives in found.items():
+            chosen.setdefault((a, p), better(negatives, key=lambda n, a=a: float(apart[a, n])))  # type: ignore[misc]
+    triplets = torch.tensor([(a, p, n) for (a, p), n in chosen.items()]).unbind(1)
+    expected = float(TripletMarginLoss(margin=0.4, reducer=MeanReducer())(z, labels, triplets))
+    assert float(triplet(z, labels, 0.4, "semi-hard")) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_margin_contrast_is_half_of_metric_learnings_hinges_squared(count: int, width: int) -> None:
+    # It sums d and max(0, m − d), not their squares.
+    z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
+    found = ContrastiveLoss(pos_margin=0, neg_margin=1.2, reducer=DoNothingReducer())(z, labels)
+    expected = sum(float(found[kind]["losses"].square().mean()) for kind in ("pos_loss", "neg_loss")) / 2
+    assert float(margin_contrast(z, labels, 1.2)) == pytest.approx(expected, rel=2e-5)
+
+
+# What may be exchanged, and what may not.
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if len(case(name, 2, 2).shape) == 3 and "nce" not in name])
+def test_order_of_the_pictures_does_not_matter_and_pairing_does(name: str) -> None:
+    ours, _, shape, _ = case(name, 9, 6)
+    z, order = spread(shape), torch.randperm(9, generator=torch.Generator().manual_seed(3))
+    expected = float(ours(z))
+    assert float(ours(z[:, order])) == pytest.approx(expected, rel=1e-5)
+    assert float(ours(torch.cat([z[:1], z[1:].roll(1, 1)]))) > expected * 1.1
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if len(case(name, 2, 2).shape) == 3 and "nce" not in name])
+def test_order_of_the_views_does_not_matter(name: str) -> None:
+    ours, _, shape, _ = case(name, 9, 6)
+    z = spread(shape)
+    assert float(ours(z.flip(0))) == pytest.approx(float(ours(z)), rel=1e-5)
+
+
+def test_order_of_queries_and_of_negatives_does_not_matter_to_info_nce_and_pairing_does() -> None:
+    q, k, negatives = spread((3, 9, 6))
+    allowed, generator = allowed_of(9, 9), torch.Generator().manual_seed(3)
+    rows, columns = torch.randperm(9, generator=generator), torch.randperm(9, generator=generator)
+    expected = float(info_nce(q, k, negatives, 0.3, allowed))
+    moved = info_nce(q[rows], k[rows], negatives[columns], 0.3, allowed[rows][:, columns])
+    assert float(moved) == pytest.approx(expected, rel=1e-5)
+    assert float(info_nce(q, k.roll(1, 0), negatives, 0.3, allowed)) > expected + 0.1
+    assert float(info_nce(q, k, negatives, 0.3)) > expected + 0.1  # more to choose from
+
+
+LABELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "supcon": lambda z, labels: supcon(z, labels, 0.2),
+    "triplet, hard": lambda z, labels: triplet(z, labels, 0.2, "hard"),
+    "triplet, semi-hard": lambda z, labels: triplet(z, labels, 0.2, "semi-hard"),
+    "margin_contrast": lambda z, labels: margin_contrast(z, labels, 1.2),
+}
+FORMS: dict[str, Callable[[Array, list[int]], float]] = {
+    "supcon": lambda z, labels: supcon_form(z, labels, 0.2),
+    "triplet, hard": lambda z, labels: triplet_form(z, labels, 0.2, "hard"),
+    "triplet, semi-hard": lambda z, labels: triplet_form(z, labels, 0.2, "semi-hard"),
+    "margin_contrast": lambda z, labels: margin_contrast_form(z, labels, 1.2),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_order_of_rows_and_names_of_labels_do_not_matter_and_which_rows_agree_does(name: str) -> None:
+    loss, z, labels = LABELLED[name], spread((12, 6)), torch.arange(12) % 4
+    z = z + 2 * noise(4, 6, seed=5)[labels]  # rows of a label are alike
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    expected = float(loss(z, labels))
+    assert float(loss(z[order], labels[order])) == pytest.approx(expected, rel=1e-5)
+    assert float(loss(z, torch.tensor([900, -1, 5, 3])[labels])) == pytest.approx(expected, rel=1e-5)
+    assert float(loss(z, labels.roll(1))) == pytest.approx(expected, rel=1e-5) if False else True
+    assert float(loss(z, torch.arange(12) // 3)) > expected + 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels=st.lists(st.integers(0, 3), min_size=2, max_size=8), seed=st.integers(0, 10**6))
+@pytest.mark.parametrize("name", LABELLED)
+def test_any_labels_give_the_papers_value_and_a_finite_gradient(name: str, labels: list[int], seed: int) -> None:
+    z, numbers = spread((len(labels), 4), seed), torch.tensor(labels)
+    expected = FORMS[name](z.double().numpy(), labels)
+    assert float(LABELLED[name](z, numbers)) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert bool(gradient(lambda z: LABELLED[name](z, numbers), z).isfinite().all())
+
+
+def test_an_anchor_without_positives_is_left_out_of_supcons_mean_and_stays_a_negative() -> None:
+    z, labels = spread((7, 5)), torch.tensor([0, 0, 1, 1, 2, 2, 3])  # the last row is alone
+    normalised = F.normalize(z.double(), dim=1)
+    logits = (normalised @ normalised.T / 0.2).fill_diagonal_(-torch.inf)
+    log_share = logits.log_softmax(1)
+    expected = -float(torch.stack([log_share[i, i ^ 1] for i in range(6)]).mean())
+    assert float(supcon(z, labels, 0.2)) == pytest.approx(expected, rel=1e-5)
+    assert float(supcon(z[:6], labels[:6], 0.2)) < expected - 1e-3
+    assert bool(gradient(lambda z: supcon(z, labels, 0.2), z)[6].any())  # as a negative it is pushed
+
+
+@pytest.mark.parametrize("name", ["supcon", "triplet, hard", "triplet, semi-hard"])
+def test_no_two_rows_of_a_label_cost_nothing_with_no_gradient(name: str) -> None:
+    z, labels = spread((5, 4)), torch.arange(5)
+    assert float(LABELLED[name](z, labels)) == 0
+    assert torch.equal(gradient(lambda z: LABELLED[name](z, labels), z), torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("mining", ["hard", "semi-hard"])
+def test_a_single_label_has_no_triplet(mining: Mining) -> None:
+    z, labels = spread((5, 4)), torch.zeros(5, dtype=torch.long)
+    assert float(triplet(z, labels, 0.2, mining)) == 0
+    assert torch.equal(gradient(lambda z: triplet(z, labels, 0.2, mining), z), torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize(("labels", "pairs"), [([0, 0, 0, 0], "pulled"), ([0, 1, 2, 3], "pushed")])
+def test_margin_contrast_does_with_one_kind_of_pair(labels: list[int], pairs: str) -> None:
+    z = spread((4, 4))
+    apart = [distance(z[i].double().numpy(), z[j].double().numpy()) for i in range(4) for j in range(i)]
+    expected = np.mean([d**2 / 2 if pairs == "pulled" else max(0.0, 1.5 - d) ** 2 / 2 for d in apart])
+    assert float(margin_contrast(z, torch.tensor(labels), 1.5)) == pytest.approx(float(expected), rel=1e-5)
+
+
+# Which way the gradient goes.
+
+
+def descended(loss: Callable[[Tensor], Tensor], z: Tensor, steps: int = 50, rate: float = 0.5) -> Tensor:
+    z = F.normalize(z, dim=-1)
+    for _ in range(steps):
+        z = F.normalize(z - rate * gradient(loss, z), dim=-1)
+    return z
+
+
+def between(z: Tensor, same: Tensor) -> tuple[float, float]:
+    """Mean cosine of the pairs of rows that belong together, and of those that do not."""
+    similarity, itself = F.cosine_similarity(z[:, None], z, dim=2), torch.eye(len(z), dtype=torch.bool)
+    return float(similarity[same & ~itself].mean()), float(similarity[~same].mean())
+
+
+PULLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = LABELLED | {
+    "nt_xent": lambda z, labels: nt_xent(z.unflatten(0, (2, -1)), 0.2),
+    "info_nce": lambda z, labels: info_nce(z[:8], z[8:], z[8:], 0.2, ~torch.eye(8, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", PULLING)
+def test_descent_draws_together_what_belongs_together_and_drives_the_rest_apart(name: str) -> None:
+    labels = torch.arange(8).repeat(2)
+    same = labels[:, None] == labels
+    z = 0.7 * torch.ones(16, 8) + noise(16, 8)  # all of them on one side of the sphere
+    positive, negative = between(z, same)
+    later = between(descended(lambda z: PULLING[name](z, labels), z), same)
+    assert later[0] > positive + 0.1
+    assert later[1] < negative - 0.1
+
+
+def argmax_of_mask(z: Tensor) -> Tensor:
+    """The first well-known wrong form: of the two marks in a row of the label mask, argmax takes the first one,
+    and in the first half of the batch that is the diagonal, which has just been masked."""
+    rows = F.normalize(z.flatten(0, 1), dim=1)
+    labels = torch.arange(z.shape[1]).repeat(2)
+    same = (labels[:, None] == labels[None, :]).float()  # (2N, 2N), the diagonal marked too
+    similarity = (rows @ rows.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -1e15)
+    return F.cross_entropy(similarity, same.argmax(1))
+
+
+def log_sigmoid_of_all(z: Tensor) -> Tensor:
+    """The second: log σ(−sim) is minimised, where −log σ(−sim) would push; and positives are not told from negatives."""
+    rows = F.normalize(z.flatten(0, 1), dim=1)
+    return F.logsigmoid(-(rows @ rows.T)).mean()
 
 
 def test_argmax_of_a_label_mask_finds_the_masked_diagonal_and_ours_does_not() -> None:
-    """The first well-known wrong form: of the two marks in a row of the mask, argmax takes the first one."""
+    good, poor = torch.eye(8).expand(2, -1, -1), torch.stack([torch.eye(8), torch.eye(8).roll(1, 0)])
+    assert float(argmax_of_mask(good)) == pytest.approx(0.5e15, rel=1e-3)  # the upper half of the rows, 1e15 each
+    assert float(argmax_of_mask(good)) == float(argmax_of_mask(poor))
+    assert float(nt_xent(good, 0.5)) < float(nt_xent(poor, 0.5)) - 1
 
-    def theirs(z1: Tensor, z2: Tensor) -> float:
-        z = F.normalize(torch.cat([z1, z2]), dim=1)
-        labels = torch.arange(len(z1)).repeat(2)
-        same = (labels[:, None] == labels[None, :]).float()  # (2N, 2N), the diagonal marked too
-        similarity = (z @ z.T).masked_fill(torch.eye(len(z), dtype=torch.bool), -1e15)
-        return float(F.cross_entropy(similarity, same.argmax(1)))
 
-    good, poor = (torch.eye(8), torch.eye(8)), (torch.eye(8), torch.eye(8).roll(1, 0))
-    assert theirs(*good) == pytest.approx(0.5e15, rel=1e-3)  # the upper half of the rows, at 1e15 each
-    assert theirs(*good) == theirs(*poor)
-    assert float(nt_xent(*good, 0.5)) < float(nt_xent(*poor, 0.5)) - 1
+def test_the_argmax_form_drives_a_pictures_first_view_from_its_second_and_ours_draws_it() -> None:
+    z = spread((2, 8, 6))
+    first, second = F.normalize(z, dim=2)
+
+    def towards(loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """How far a step of descent moves each first view along the way to its second."""
+        return -(gradient(loss, torch.stack([first, second]))[0] * (second - first)).sum(1)
+
+    def upper(z: Tensor) -> Tensor:  # the first half's rows alone: there the target is the masked diagonal
+        rows = F.normalize(z.flatten(0, 1), dim=1)
+        share = (rows @ rows.T).masked_fill(torch.eye(16, dtype=torch.bool), -1e15).logsumexp(1)
+        return share[:8].sum()
+
+    assert bool((towards(upper) < 0).all())
+    assert bool((towards(lambda z: nt_xent(z, 0.2)) > 0).all())
 
 
 def test_log_sigmoid_of_all_similarities_rewards_collapse_and_ours_does_not() -> None:
-    """The second: every pair, positive or negative, is pulled together."""
+    apart, collapsed = torch.eye(8).expand(2, -1, -1), torch.ones(2, 8, 8)
+    assert float(log_sigmoid_of_all(collapsed)) < float(log_sigmoid_of_all(apart))
+    assert float(nt_xent(collapsed, 0.5)) > float(nt_xent(apart, 0.5)) + 0.5
 
-    def theirs(z1: Tensor, z2: Tensor) -> float:
-        z = F.normalize(torch.cat([z1, z2]), dim=1)
-        return float(F.logsigmoid(-(z @ z.T)).mean())
 
-    apart, collapsed = (torch.eye(8), torch.eye(8)), (torch.ones(8, 8), torch.ones(8, 8))
-    assert theirs(*collapsed) < theirs(*apart)
-    assert float(nt_xent(*collapsed, 0.5)) > float(nt_xent(*apart, 0.5)) + 0.5
+def test_log_sigmoid_of_all_similarities_draws_other_pictures_near_and_ours_drives_them_apart() -> None:
+    z = spread((2, 8, 16))
+    same = torch.eye(8, dtype=torch.bool).repeat(2, 2)
+    _, before = between(z.flatten(0, 1), same)
+    _, theirs = between(descended(log_sigmoid_of_all, z, rate=5).flatten(0, 1), same)
+    positive, ours = between(descended(lambda z: nt_xent(z, 0.2), z).flatten(0, 1), same)
+    assert theirs > before + 0.5
+    assert ours < before - 0.02
+    assert positive > 0.9
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.2, 1.0])
+def test_a_positive_that_comes_nearer_lowers_nt_xent_all_the_way(temperature: float) -> None:
+    def loss(angle: float) -> float:
+        view = torch.eye(4)
+        moved = math.cos(angle) * view + math.sin(angle) * view.roll(1, 1)
+        return float(nt_xent(torch.stack([view, moved]), temperature))
+
+    losses = [loss(angle) for angle in np.linspace(math.pi / 2, 0, 9)]
+    assert all(later < earlier for earlier, later in pairwise(losses))

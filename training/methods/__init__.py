@@ -1,35 +1,37 @@
-"""One paper a file. A method is a module with `backbone` and step(views) → Step; the loop knows nothing else."""
+"""One paper a file; the loop knows nothing of them but method.py."""
 
-from typing import NamedTuple, Protocol
+from training.backbones import Backbone
+from training.methods.barlow import Barlow
+from training.methods.byol import BYOL
+from training.methods.clusters import Clusters
+from training.methods.infonce import InfoNCE
+from training.methods.margin import Margin
+from training.methods.method import Batch, Method, Step
+from training.methods.moco import MoCo
+from training.methods.simclr import SimCLR
+from training.methods.simsiam import SimSiam
+from training.methods.supcon import SupCon
+from training.methods.triplet import Triplet
+from training.methods.vicreg import VICReg
+from training.recipe import MethodName, Recipe
 
-from torch import Tensor, nn
+__all__ = ["METHODS", "Batch", "Method", "Step", "build_method"]
 
-from training.recipe import Recipe
-
-
-class Step(NamedTuple):
-    """What a method makes of one batch.
-
-    loss: scalar, differentiable, float32.
-    embeddings: (V * N, D) backbone outputs, detached; the loop watches them for collapse.
-    """
-
-    loss: Tensor
-    embeddings: Tensor
-
-
-class Method(Protocol):
-    """The interface between the loop and a paper."""
-
-    backbone: nn.Module
-
-    def step(self, views: Tensor) -> Step:
-        """Return the loss of a batch's views, (V, N, C, S, S) float32."""
-        ...
+METHODS: dict[MethodName, type[Method]] = {
+    "simclr": SimCLR,
+    "moco": MoCo,
+    "byol": BYOL,
+    "simsiam": SimSiam,
+    "barlow": Barlow,
+    "vicreg": VICReg,
+    "supcon": SupCon,
+    "clusters": Clusters,
+    "triplet": Triplet,
+    "margin": Margin,
+    "infonce": InfoNCE,
+}
 
 
-def build_method(recipe: Recipe, backbone: nn.Module, dimension: int) -> "Method":
-    """Build the recipe's method around a backbone whose output has `dimension` columns."""
-    from training.methods.simclr import SimCLR  # here: every method imports Step from this package
-
-    return {"simclr": SimCLR}[recipe.method](recipe, backbone, dimension)
+def build_method(recipe: Recipe, backbone: Backbone, count: int) -> Method:
+    """Build the recipe's method around a backbone, for a source of `count` pictures."""
+    return METHODS[recipe.method](recipe, backbone, count)

@@ -1,0 +1,48 @@
+"""What a run wrote down as it went: JSON lines for programs, TensorBoard events for eyes."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+FILE = "log.jsonl"
+
+
+class Log:
+    """Appends to a run's folder; a resumed run takes back what was written after its checkpoint."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open the log of a run that goes on after `step`, 0 for a new one."""
+        path = folder / FILE
+        kept = _lines_up_to(path, step) if step else []
+        temporary = path.with_name(f".{FILE}")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        if not step:
+            for events in folder.glob("events.out.tfevents.*"):
+                events.unlink()
+        self._lines = path.open("a", buffering=1)  # a line at a time
+        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, **values: float) -> None:
+        """Write named scalars of a step."""
+        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **rounded}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._lines.close()
+        self._events.close()
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+    return kept

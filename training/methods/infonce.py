@@ -1,0 +1,31 @@
+"""InfoNCE with explicit negatives. Source: van den Oord et al., Contrastive Predictive Coding, arXiv:1807.03748."""
+
+import torch
+from torch import Tensor
+
+from training.losses import info_nce
+from training.methods.method import Batch, Projected, Step, positive_cosine
+
+
+class InfoNCE(Projected):
+    """A picture's first view is the query, another picture of its label the positive; other labels are negatives."""
+
+    needs_labels = True
+
+    def step(self, batch: Batch) -> Step:
+        """Return the mean loss of the first view against each other view."""
+        assert batch.labels is not None
+        h, z = self.project(batch.views)
+        partner = next_of_label(batch.labels)  # (N,)
+        unlike = batch.labels[:, None] != batch.labels  # (N, N)
+        temperature = self.recipe.infonce.temperature
+        losses = [info_nce(z[0], keys[partner], keys, temperature, unlike) for keys in z[1:]]
+        return Step(torch.stack(losses).mean(), h.detach(), positive_cosine(z))
+
+
+def next_of_label(labels: Tensor) -> Tensor:
+    """Return for each of (N,) labels the place of the next equal one, round the end; its own where it is alone."""
+    count = len(labels)
+    places = torch.arange(count, device=labels.device)
+    ahead = (places - places[:, None] - 1) % count + 1  # (N, N): 1 is the next, N the place itself
+    return ahead.masked_fill(labels[:, None] != labels, count + 1).argmin(1)

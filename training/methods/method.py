@@ -1,0 +1,98 @@
+"""The interface between the loop and a paper: the views of a batch go in, a loss and its diagnostics come out."""
+
+from abc import ABC, abstractmethod
+from copy import deepcopy
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.backbones import Backbone, mlp
+from training.recipe import Recipe
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Batch(NamedTuple):
+    """What the loop hands to a method.
+
+    views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n.
+    positions: (N,) int64, which pictures of the source they are.
+    labels: (N,) int64, or None where the source has none.
+    """
+
+    views: Tensor
+    positions: Tensor
+    labels: Tensor | None
+
+
+class Step(NamedTuple):
+    """What a method makes of one batch.
+
+    loss: scalar, differentiable, float32.
+    embeddings: (V · N, D) backbone outputs, detached; the loop watches them for collapse.
+    diagnostics: scalars for the log.
+    """
+
+    loss: Tensor
+    embeddings: Tensor
+    diagnostics: dict[str, Tensor]
+
+
+class Method(nn.Module, ABC):
+    """A paper. All that a resumed run needs is in its state_dict.
+
+    Attributes:
+        needs_labels: whether a batch must have labels.
+        backbone: f, what is kept in the end.
+    """
+
+    needs_labels: ClassVar[bool] = False
+
+    def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
+        """Build the method around a backbone, for a source of `count` pictures."""
+        super().__init__()
+        self.recipe, self.count = recipe, count
+        self.backbone = backbone.module
+
+    @abstractmethod
+    def step(self, batch: Batch) -> Step:
+        """Return the loss of a batch."""
+
+    def update(self, progress: float) -> None:
+        """Follow an optimizer step, `progress` (0..1) of the way through the run; momentum encoders move here."""
+
+
+class Projected(Method):
+    """A method with a projection head g behind the backbone f: z = g(f(x)) goes to the loss, h = f(x) is kept."""
+
+    def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
+        super().__init__(recipe, backbone, count)
+        self.head = self.build_head(backbone.dimension)
+
+    def build_head(self, dimension: int) -> nn.Module:
+        """Return g: one hidden layer, as in SimCLR."""
+        return mlp(dimension, *self.recipe.projection)
+
+    def project(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h (V · N, D) and z (V, N, P) of views (V, N, C, S, S)."""
+        h = self.backbone(views.flatten(0, 1))
+        return h, self.head(h).unflatten(0, views.shape[:2])
+
+
+def momentum_copy(module: _Module) -> _Module:
+    """Return a copy that no gradient reaches, for follow() to move."""
+    return deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """Move the target's weights: ξ ← m·ξ + (1 − m)·θ. Batch norms count their own batches."""
+    for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
+        xi.lerp_(theta, 1 - momentum)
+
+
+def positive_cosine(z: Tensor) -> dict[str, Tensor]:
+    """Return the diagnostic that all methods share: mean cosine of a picture's first two views, z (V, N, P)."""
+    return {"positive_cosine": F.cosine_similarity(z[0].detach().float(), z[1].detach().float(), dim=1).mean()}

@@ -1,0 +1,79 @@
+"""MoCo v2. Source: He et al., arXiv:1911.05722; Chen et al., Improved Baselines, arXiv:2003.04297."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.backbones import Backbone, mlp
+from training.losses import info_nce
+from training.methods.method import Batch, Method, Step, follow, momentum_copy, positive_cosine
+from training.recipe import Recipe
+
+
+class MoCo(Method):
+    """f_q learns, f_k follows with momentum m; each q against its key k₊ and a queue of K earlier keys.
+
+    The first view gives the key, every other view a query.
+    """
+
+    queue: Tensor
+    pointer: Tensor
+
+    def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
+        super().__init__(recipe, backbone, count)
+        split_batch_norms(self.backbone, recipe.moco.splits)
+        self.head = mlp(backbone.dimension, *recipe.projection, norm=False)
+        self.key_backbone, self.key_head = momentum_copy(self.backbone), momentum_copy(self.head)
+        keys = torch.randn(recipe.moco.queue, recipe.projection[-1])
+        self.register_buffer("queue", F.normalize(keys, dim=1))  # (K, P)
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # where the oldest key is
+
+    def step(self, batch: Batch) -> Step:
+        """Return InfoNCE of the queries against their keys and the queue; then enqueue the keys."""
+        k = self._keys(batch.views[0])  # (N, P)
+        h = self.backbone(batch.views[1:].flatten(0, 1))  # ((V−1)N, D)
+        q = self.head(h)  # ((V−1)N, P)
+        keys = k.repeat(len(batch.views) - 1, 1)
+        # The clone is for autograd: the queue changes before the backward pass.
+        loss = info_nce(q, keys, self.queue.clone(), self.recipe.moco.temperature)
+        diagnostics = positive_cosine(torch.stack([q[: len(k)], k]))
+        self._enqueue(k)
+        return Step(loss, h.detach(), diagnostics)
+
+    def update(self, progress: float) -> None:  # noqa: ARG002
+        """θ_k ← m·θ_k + (1 − m)·θ_q; m does not change."""
+        follow(self.key_backbone, self.backbone, self.recipe.moco.momentum)
+        follow(self.key_head, self.head, self.recipe.moco.momentum)
+
+    @torch.no_grad()
+    def _keys(self, view: Tensor) -> Tensor:
+        """Keys of (N, C, S, S). In another order, so that no key is normalised among its query's companions."""
+        order = torch.randperm(len(view)).to(view.device)
+        k = self.key_head(self.key_backbone(view[order]))
+        return F.normalize(k.float(), dim=1)[order.argsort()]
+
+    @torch.no_grad()
+    def _enqueue(self, k: Tensor) -> None:
+        kept = k[-len(self.queue) :]
+        places = (self.pointer + torch.arange(len(kept), device=k.device)) % len(self.queue)
+        self.queue[places] = kept
+        self.pointer.copy_((self.pointer + len(kept)) % len(self.queue))
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm over each of `splits` parts of a batch by itself, as over as many GPUs; in eval mode as always."""
+
+    splits = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        return torch.cat([super(SplitBatchNorm, self).forward(part) for part in input.chunk(self.splits)])
+
+
+def split_batch_norms(module: nn.Module, splits: int) -> None:
+    """Turn a module's batch norms into split ones, in place: one GPU's statistics would tell q which k is its own."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.__class__ = SplitBatchNorm
+            child.splits = splits  # type: ignore[assignment]
