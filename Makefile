@@ -8,7 +8,7 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check container setup setup-serve lock clean
+.PHONY: help serve test check survive container setup setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ check: setup ## lint, types, import rules
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+survive: setup ## kill a training run 20 times with -9, and see it end as if nothing had been
+	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
 container: ## build the image and check it, with podman or docker
 	tests/deploy/container.sh

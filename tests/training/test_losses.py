@@ -160,8 +160,8 @@ class Case(NamedTuple):
 
 
 def labels_of(count: int) -> list[int]:
-    """Three labels in turn, the last row alone with its own."""
-    return [n % 3 for n in range(count - 1)] + [7]
+    """Two or three labels in turn, the last row alone with its own."""
+    return [n % (3 if count > 4 else 2) for n in range(count - 1)] + [7]
 
 
 def allowed_of(queries: int, negatives: int) -> Tensor:
@@ -342,7 +342,7 @@ def test_each_loss_and_gradient_is_finite_at_the_ends_of_float16(name: str, kind
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-38, 1e37])
-@pytest.mark.parametrize("name", [name for name in CASES if case(name, 2, 2).scale_free and name != "negative_cosine"])
+@pytest.mark.parametrize("name", [name for name in CASES if case(name, 2, 2).scale_free])
 def test_each_normalised_loss_is_finite_at_the_ends_of_float32(name: str, scale: float) -> None:
     ours, _, shape, _ = case(name, 8, 16)
     z = spread(shape) * scale
@@ -635,7 +635,6 @@ def test_order_of_rows_and_names_of_labels_do_not_matter_and_which_rows_agree_do
     expected = float(loss(z, labels))
     assert float(loss(z[order], labels[order])) == pytest.approx(expected, rel=1e-5)
     assert float(loss(z, torch.tensor([900, -1, 5, 3])[labels])) == pytest.approx(expected, rel=1e-5)
-    assert float(loss(z, labels.roll(1))) == pytest.approx(expected, rel=1e-5) if False else True
     assert float(loss(z, torch.arange(12) // 3)) > expected + 0.05
 
 
@@ -716,13 +715,13 @@ def test_descent_draws_together_what_belongs_together_and_drives_the_rest_apart(
 
 
 def argmax_of_mask(z: Tensor) -> Tensor:
-    """The first well-known wrong form: of the two marks in a row of the label mask, argmax takes the first one,
-    and in the first half of the batch that is the diagonal, which has just been masked."""
+    """(2N,) losses of the first well-known wrong form: of the two marks in a row of the label mask, argmax takes the
+    first one, and in the first half of the batch that is the diagonal, which has just been masked."""
     rows = F.normalize(z.flatten(0, 1), dim=1)
     labels = torch.arange(z.shape[1]).repeat(2)
     same = (labels[:, None] == labels[None, :]).float()  # (2N, 2N), the diagonal marked too
     similarity = (rows @ rows.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -1e15)
-    return F.cross_entropy(similarity, same.argmax(1))
+    return F.cross_entropy(similarity, same.argmax(1), reduction="none")
 
 
 def log_sigmoid_of_all(z: Tensor) -> Tensor:
@@ -733,8 +732,8 @@ def log_sigmoid_of_all(z: Tensor) -> Tensor:
 
 def test_argmax_of_a_label_mask_finds_the_masked_diagonal_and_ours_does_not() -> None:
     good, poor = torch.eye(8).expand(2, -1, -1), torch.stack([torch.eye(8), torch.eye(8).roll(1, 0)])
-    assert float(argmax_of_mask(good)) == pytest.approx(0.5e15, rel=1e-3)  # the upper half of the rows, 1e15 each
-    assert float(argmax_of_mask(good)) == float(argmax_of_mask(poor))
+    assert float(argmax_of_mask(good).mean()) == pytest.approx(0.5e15, rel=1e-3)  # the upper half of the rows
+    assert float(argmax_of_mask(good).mean()) == float(argmax_of_mask(poor).mean())
     assert float(nt_xent(good, 0.5)) < float(nt_xent(poor, 0.5)) - 1
 
 
@@ -746,12 +745,7 @@ def test_the_argmax_form_drives_a_pictures_first_view_from_its_second_and_ours_d
         """How far a step of descent moves each first view along the way to its second."""
         return -(gradient(loss, torch.stack([first, second]))[0] * (second - first)).sum(1)
 
-    def upper(z: Tensor) -> Tensor:  # the first half's rows alone: there the target is the masked diagonal
-        rows = F.normalize(z.flatten(0, 1), dim=1)
-        share = (rows @ rows.T).masked_fill(torch.eye(16, dtype=torch.bool), -1e15).logsumexp(1)
-        return share[:8].sum()
-
-    assert bool((towards(upper) < 0).all())
+    assert bool((towards(lambda z: argmax_of_mask(z)[:8].sum()) < 0).all())  # the upper half of the rows
     assert bool((towards(lambda z: nt_xent(z, 0.2)) > 0).all())
 
 
