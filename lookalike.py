@@ -14,7 +14,12 @@ from service.errors import InvalidRequest, LookalikeError
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
 Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Folder, .zip, mnist/train, mnist/test[:8000], digits, cifar10/train.")
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder, .zip, .tar, shards/train-{000..009}.tar, .parquet, mnist/train, digits, cifar10/train; "
+        "a slice may follow, as in mnist/test[:8000].",
+    ),
 ]
 DataRoot = Annotated[Path, typer.Option(help="Where named sets lie, in torchvision's layout.")]
 Model = Annotated[Path, typer.Option(help="Folder of the encoder.")]

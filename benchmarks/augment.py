@@ -7,12 +7,9 @@ spared. Both work on the same batch in turn; the table gives medians.
 """
 
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import kornia
@@ -21,6 +18,7 @@ import typer
 from kornia import augmentation as peer
 from torch import Generator, Tensor, nn
 
+from benchmarks.machine import describe
 from training.augment import augment
 from training.recipe import Augmentation
 
@@ -32,7 +30,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 7,
 ) -> None:
     """Print the table."""
-    print(_machine(), "\n")
+    print(f"{describe()}, kornia {kornia.__version__}\n")
     print("| preset | N × C × S × S | Lookalike, ms a batch of views | kornia, ms | kornia / Lookalike | pictures/s |")
     print("|---|---|---:|---:|---:|---:|")
     for preset, (channels, side) in SHAPES.items():
@@ -91,16 +89,6 @@ def _alternate(
         seconds.append((middle - start, time.perf_counter() - middle))
     first, second = zip(*seconds[2:], strict=True)
     return statistics.median(first), statistics.median(second)
-
-
-def _machine() -> str:
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, kornia {kornia.__version__}"
-    )
 
 
 if __name__ == "__main__":

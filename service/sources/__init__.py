@@ -84,8 +84,8 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT) -> Source:
     Raises:
         InvalidSource: nothing there, no picture in it, damaged, or a slice that leaves none.
 
-    Cost: a .tar is gone through once from header to header, of a .parquet ids and labels are read. Then about
-    the length of its path and 30 bytes a picture are held.
+    Cost: a .tar is gone through once from header to header (a million pictures: a minute), of a .parquet ids and
+    labels are read. Held for a picture: its id and 5 (folder) to 40 (.zip) bytes.
     """
     try:
         named = _NAMED.fullmatch(name)

@@ -105,11 +105,11 @@ def vicreg_form(z_a: Array, z_b: Array, lambd: float, mu: float, nu: float) -> f
     """Bardes et al., arXiv:2105.04906, equations 1 to 6, with the halves and means of the authors' code."""
     count, width = z_a.shape
     invariance = sum(float((z_a[n] - z_b[n]) @ (z_a[n] - z_b[n])) for n in range(count)) / (count * width)
-    variance = covariance = 0.0
+    variance, covariance = 0.0, 0.0
     for z in (z_a, z_b):
         for i in range(width):
             of_i = z[:, i] - z[:, i].mean()
-            variance += max(0.0, 1 - math.sqrt((of_i @ of_i) / (count - 1) + 1e-4)) / width / 2
+            variance += max(0.0, 1 - math.sqrt(float(of_i @ of_i) / (count - 1) + 1e-4)) / width / 2
             for j in range(width):
                 of_j = z[:, j] - z[:, j].mean()
                 if i != j:
@@ -212,10 +212,10 @@ def case(name: str, count: int, width: int) -> Case:
             scale_free=False,
         ),
         "triplet, hard": lambda: Case(
-            lambda z: triplet(z, numbers, 0.2, "hard"), lambda z: triplet_form(z, labels, 0.2, "hard"), rows
+            lambda z: triplet(z, numbers, 0.5, "hard"), lambda z: triplet_form(z, labels, 0.5, "hard"), rows
         ),
         "triplet, semi-hard": lambda: Case(
-            lambda z: triplet(z, numbers, 0.2, "semi-hard"), lambda z: triplet_form(z, labels, 0.2, "semi-hard"), rows
+            lambda z: triplet(z, numbers, 0.5, "semi-hard"), lambda z: triplet_form(z, labels, 0.5, "semi-hard"), rows
         ),
         "margin_contrast": lambda: Case(
             lambda z: margin_contrast(z, numbers, 1.2), lambda z: margin_contrast_form(z, labels, 1.2), rows
@@ -253,10 +253,16 @@ def backward(loss: Tensor) -> None:
 
 
 def gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    return loss_and_gradient(loss, z)[1]
+
+
+def loss_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor, autocast: bool = False) -> tuple[Tensor, Tensor]:
     leaf = z.clone().requires_grad_()
-    backward(loss(leaf))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        value = loss(leaf)
+    backward(value)  # outside, as in the loop
     assert leaf.grad is not None
-    return leaf.grad
+    return value.detach(), leaf.grad
 
 
 def central_differences(form: Callable[[Array], float], z: Array, step: float = 1e-5) -> Array:
@@ -281,7 +287,7 @@ def test_each_loss_is_its_papers_equation(name: str, count: int, width: int) -> 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_gradient_is_that_of_its_papers_equation(name: str) -> None:
-    ours, paper, shape, _ = case(name, 4, 3)
+    ours, paper, shape, _ = case(name, 3, 3)
     z = spread(shape, seed=3)
     expected = central_differences(paper, z.double().numpy())
     largest = float(np.abs(expected).max())
@@ -331,8 +337,7 @@ def extreme(kind: str, shape: tuple[int, ...]) -> Tensor:
 def test_each_loss_and_gradient_is_finite_at_the_ends_of_float16(name: str, kind: str, dtype: torch.dtype) -> None:
     ours, _, shape, _ = case(name, 6, 8)
     z = extreme(kind, shape).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, slope = ours(z), gradient(ours, z)
+    loss, slope = loss_and_gradient(ours, z, autocast=True)
     assert bool(loss.isfinite())
     # float16 has no room for the slope of a normalised row of 6e-8, nor for VICReg's at 65504: what float32 has
     # for it is rounded to infinity, and nothing else.
@@ -638,7 +643,7 @@ def test_order_of_rows_and_names_of_labels_do_not_matter_and_which_rows_agree_do
     assert float(loss(z, torch.arange(12) // 3)) > expected + 0.05
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(labels=st.lists(st.integers(0, 3), min_size=2, max_size=8), seed=st.integers(0, 10**6))
 @pytest.mark.parametrize("name", LABELLED)
 def test_any_labels_give_the_papers_value_and_a_finite_gradient(name: str, labels: list[int], seed: int) -> None:
@@ -697,9 +702,13 @@ def between(z: Tensor, same: Tensor) -> tuple[float, float]:
     return float(similarity[same & ~itself].mean()), float(similarity[~same].mean())
 
 
-PULLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = LABELLED | {
-    "nt_xent": lambda z, labels: nt_xent(z.unflatten(0, (2, -1)), 0.2),
-    "info_nce": lambda z, labels: info_nce(z[:8], z[8:], z[8:], 0.2, ~torch.eye(8, dtype=torch.bool)),
+PULLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "supcon": lambda z, labels: supcon(z, labels, 0.2),
+    "triplet, hard": lambda z, labels: triplet(z, labels, 1.5, "hard"),
+    "triplet, semi-hard": lambda z, labels: triplet(z, labels, 1.5, "semi-hard"),
+    "margin_contrast": lambda z, labels: margin_contrast(z, labels, 1.5),
+    "nt_xent": lambda z, _: nt_xent(z.reshape(2, 8, 8), 0.2),
+    "info_nce": lambda z, _: info_nce(z[:8], z[8:], z[8:], 0.2, ~torch.eye(8, dtype=torch.bool)),
 }
 
 
@@ -725,7 +734,7 @@ def argmax_of_mask(z: Tensor) -> Tensor:
 
 
 def log_sigmoid_of_all(z: Tensor) -> Tensor:
-    """The second: log σ(−sim) is minimised, where −log σ(−sim) would push; and positives are not told from negatives."""
+    """The second: log σ(−sim) is minimised, where −log σ(−sim) would push, and positives are told from nothing."""
     rows = F.normalize(z.flatten(0, 1), dim=1)
     return F.logsigmoid(-(rows @ rows.T)).mean()
 
@@ -738,15 +747,14 @@ def test_argmax_of_a_label_mask_finds_the_masked_diagonal_and_ours_does_not() ->
 
 
 def test_the_argmax_form_drives_a_pictures_first_view_from_its_second_and_ours_draws_it() -> None:
-    z = spread((2, 8, 6))
-    first, second = F.normalize(z, dim=2)
-
-    def towards(loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """How far a step of descent moves each first view along the way to its second."""
-        return -(gradient(loss, torch.stack([first, second]))[0] * (second - first)).sum(1)
-
-    assert bool((towards(lambda z: argmax_of_mask(z)[:8].sum()) < 0).all())  # the upper half of the rows
-    assert bool((towards(lambda z: nt_xent(z, 0.2)) > 0).all())
+    z = spread((2, 8, 16))
+    same = torch.eye(8, dtype=torch.bool).repeat(2, 2)
+    before, _ = between(z.flatten(0, 1), same)
+    # The second half of the rows hits its positive by luck; this is what the first half alone does.
+    theirs, _ = between(descended(lambda z: argmax_of_mask(z)[:8].mean(), z).flatten(0, 1), same)
+    ours, _ = between(descended(lambda z: nt_xent(z, 0.2), z).flatten(0, 1), same)
+    assert theirs < before - 0.1
+    assert ours > before + 0.1
 
 
 def test_log_sigmoid_of_all_similarities_rewards_collapse_and_ours_does_not() -> None:
