@@ -29,6 +29,7 @@ _CHUNK = 64
 _AT_ONCE = 64 * _CHUNK  # pictures decoded before they are put away
 _SMALL = 256 * 2**20  # a canvas of so many bytes is decoded again in no time: not worth a file
 _DISK_LEFT = 2**30  # bytes that stay free for checkpoints
+_BLOCKS_MIXED = 16
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
@@ -162,7 +163,9 @@ class Canvas:
         """Write ids and reasons of the bad pictures, a line each; nothing where there are none."""
         if self.bad:
             lines = [f"{self.source.ids[position]}\t{reason}\n" for position, reason in sorted(self.bad.items())]
-            path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+            temporary = path.with_name(f".{path.name}")
+            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+            temporary.replace(path)
 
     def close(self) -> None:
         """Give memory and threads back; a canvas on disk stays for a resumed run."""
@@ -241,6 +244,21 @@ def to_luminance(pixels: PixelArray) -> PixelArray:
     return ((299 * r + 587 * g + 114 * b + 500) // 1000).astype(np.uint8)
 
 
+def sample(source: Source, count: int) -> IntArray:
+    """Return up to `count` positions spread over a source; of one that is read in blocks, over a few of them."""
+    if source.blocks is None:
+        return spread(np.arange(len(source)), count)
+    ends = [*source.blocks[1:], len(source)]
+    chosen = spread(np.arange(len(ends)), _BLOCKS_MIXED)
+    return spread(np.concatenate([np.arange(source.blocks[block], ends[block]) for block in chosen]), count)
+
+
+def spread(positions: IntArray, count: int) -> IntArray:
+    """Return up to `count` of the positions, evenly spread."""
+    chosen: IntArray = np.linspace(0, len(positions) - 1, min(count, len(positions))).astype(np.int64)
+    return positions[chosen]
+
+
 class Cursor(NamedTuple):
     """A place in the order of the pictures: what an epoch has given out already."""
 
@@ -273,7 +291,7 @@ def batches(canvas: Canvas, among: IntArray, size: int, seed: int, cursor: Curso
     """
     epoch, offset = cursor
     while True:
-        order = among[np.random.default_rng((seed, epoch)).permutation(len(among))]
+        order = epoch_order(among, seed, epoch, canvas)
         while (loaded := _whole_batch(canvas, order, offset, size)) is not None:
             pixels, positions, offset = loaded
             yield Loaded(pixels, positions, Cursor(epoch, offset))
@@ -281,6 +299,21 @@ def batches(canvas: Canvas, among: IntArray, size: int, seed: int, cursor: Curso
             usable = len(among) - len(canvas.bad)
             raise InvalidSource(f"{canvas.source.name}: {usable} pictures can be used, a batch needs {size}")
         epoch, offset = epoch + 1, 0
+
+
+def epoch_order(among: IntArray, seed: int, epoch: int, canvas: Canvas) -> IntArray:
+    """Return the positions in the random order of an epoch, the same whenever it is asked for.
+
+    While pictures come in blocks that are read whole (Parquet), a few blocks at a time are shuffled together, drawn
+    from all over the source; once the canvas holds them all, in the second epoch, any picture may follow any other.
+    """
+    random = np.random.default_rng((seed, epoch))
+    blocks = canvas.source.blocks
+    if blocks is None or (epoch and canvas.residence != "nowhere"):
+        return among[random.permutation(len(among))]
+    turn = random.permutation(len(blocks))  # of each block
+    window = turn[np.searchsorted(np.asarray(blocks), among, side="right") - 1] // _BLOCKS_MIXED
+    return among[np.lexsort((random.random(len(among)), window))]
 
 
 def _whole_batch(canvas: Canvas, order: IntArray, offset: int, size: int) -> tuple[Tensor, IntArray, int] | None:

@@ -101,9 +101,15 @@ def export(
         }
         (folder / CARD_FILE).write_text(json.dumps(content, indent=2) + "\n")
         (folder / "README.md").write_text(_readme(content))
-        if out.exists():  # an earlier model stays whole beside the new one until that has its place
-            out.rename(Path(temporary) / "earlier")
-        folder.rename(out)
+        earlier = Path(temporary) / "earlier"  # stays whole beside the new one until that has its place
+        if out.exists():
+            out.rename(earlier)
+        try:
+            folder.rename(out)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(out)
+            raise
 
 
 def check_out(out: Path) -> None:

@@ -25,7 +25,7 @@ from service.sources import Source
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint, run_folder, write_checkpoint
-from training.data import Canvas, Cursor, ahead, batches, names_checksum, open_training_source
+from training.data import Canvas, Cursor, ahead, batches, names_checksum, open_training_source, sample, spread
 from training.export import Encoder, check_out, export, square_preprocessing
 from training.knn import headline_accuracy
 from training.log import Log
@@ -60,6 +60,7 @@ class Material:
         trained, held_out: positions; the held-out ones are asked about in online k-NN, none without labels.
         mean, std: (C,) of the pixels, 0..1.
         tones: the pictures' tone histogram (images.tones).
+        checksum: of the source's ids.
     """
 
     canvas: Canvas
@@ -69,6 +70,7 @@ class Material:
     mean: Tensor
     std: Tensor
     tones: list[float]
+    checksum: int
 
 
 def pretrain(
@@ -175,7 +177,7 @@ def prepare(
     everything = np.arange(len(source))
     held_out = everything[:0]
     if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
-        held_out = _spread(everything, min(_HELD_OUT, len(source) // 20))
+        held_out = spread(everything, min(_HELD_OUT, len(source) // 20))
         print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
     trained: IntArray = np.setdiff1d(everything, held_out)
     if len(trained) < recipe.batch_size:
@@ -186,17 +188,17 @@ def prepare(
     canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
     if earlier:
         canvas.load_state(earlier["canvas"])
-    sample = canvas.take(_spread(everything, min(_SAMPLED, len(source))))[0].cpu()  # (n, C, S, S)
-    if not len(sample):
+    seen = canvas.take(sample(source, _SAMPLED))[0].cpu()  # (n, C, S, S)
+    if not len(seen):
         raise InvalidSource(f"{source.name}: no picture of it can be decoded")
-    mean, std = statistics(sample)
+    mean, std = statistics(seen)
     if float(std.max()) == 0:
         raise InvalidSource(f"{source.name}: all pictures are one flat colour; there is nothing to learn")
-    if bool((sample == sample[:1]).all()):
+    if bool((seen == seen[:1]).all()):
         raise InvalidSource(f"{source.name}: all pictures are identical; there is nothing to learn")
     std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
-    shares = tones(sample.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
-    return Material(canvas, labels, trained, held_out, mean, std, shares)
+    shares = tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
 
 
 def train(
@@ -267,7 +269,7 @@ def train(
             "optimizer": optimizer.state_dict(),
             "random": random_states(randomness),
             "canvas": canvas.state(),
-            "source_checksum": names_checksum(canvas.source),
+            "source_checksum": material.checksum,
             "pictures": len(canvas.source),
             "statistics": {"mean": material.mean, "std": material.std, "tones": material.tones},
         }
@@ -361,7 +363,7 @@ def online_knn(backbone: nn.Module, material: Material, precision: str) -> float
             kept.append(good)
         return torch.cat(embeddings).numpy(), np.concatenate(kept)
 
-    bank, bank_positions = embed(_spread(material.trained, min(_BANK, len(material.trained))))
+    bank, bank_positions = embed(spread(material.trained, _BANK))
     queries, query_positions = embed(material.held_out)
     backbone.train()
     return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
@@ -497,8 +499,3 @@ class StopSignal:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = number
-
-
-def _spread(positions: IntArray, count: int) -> IntArray:
-    """`count` of the positions, evenly spread."""
-    return positions[np.linspace(0, len(positions) - 1, count).astype(np.int64)]
