@@ -1,4 +1,4 @@
-"""The offline job: votes and neighbours against plain NumPy and scikit-learn, and baselines that are what they say."""
+"""The offline job: neighbours against plain NumPy and scikit-learn, and baselines that are what they say."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from service.errors import InvalidSource, UndecodablePicture
 from service.sources import open_source
 from training.backbones import build_backbone
 from training.data import open_training_source
-from training.evaluate import embed, evaluate, nearest, nearest_pixels, randomised, read_pixels, vote
+from training.evaluate import embed, evaluate, nearest, nearest_pixels, randomised, read_pixels
 from training.export import Encoder, export, square_preprocessing
 
 BANK, QUERIES = "digits[:1000]", "digits[1000:]"
@@ -67,19 +67,6 @@ def test_the_encoders_figure_is_scikit_learns_on_its_embeddings(report: dict[str
     sklearn.fit(encoder.encode(read_pixels(bank, tiny_card.preprocessing)), bank.labels)
     accuracy = sklearn.score(encoder.encode(read_pixels(queries, tiny_card.preprocessing)), queries.labels)
     assert report["knn"]["k5"] == pytest.approx(accuracy, abs=1.5 / 797)  # one near tie may fall either way
-
-
-def test_a_vote_goes_to_the_majority_and_a_tie_to_the_first_label() -> None:
-    labels = np.array(
-        [
-            ["b", "b", "a", "c", "b"],
-            ["c", "b", "c", "b", "a"],  # two of b, two of c
-            ["d", "c", "b", "a", "e"],  # all once
-            ["e", "e", "d", "d", "e"],
-            ["10", "9", "9", "10", "a"],  # sorted as text
-        ]
-    )
-    assert vote(labels).tolist() == ["b", "b", "a", "e", "10"]
 
 
 def test_nearest_is_the_order_of_all_cosines() -> None:

@@ -37,23 +37,35 @@ def test_a_state_file_becomes_an_encoder_that_equals_torch(tmp_path: Path) -> No
     assert float((encoder.encode([pixels]) * expected).sum()) > 0.9999
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of files that hold no weights for a resnet18."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "text.pth").write_text("no weights")
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state | {"conv1.weight": torch.zeros(1)}, folder / "other.pth")
+    torch.save({key: value for key, value in state.items() if key != "conv1.weight"}, folder / "lacking.pth")
+    torch.save(state | {"extra": torch.zeros(1)}, folder / "more.pth")
+    torch.save(torch.zeros(3), folder / "tensor.pth")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("backbone", "weights", "says"),
     [
-        ("nonsense", "DEFAULT", "no such classification backbone; try resnet18"),
-        ("resnet18", "nowhere.pth", "no such file; --weights is DEFAULT or a file"),
-        ("resnet18", "text.pth", "not a state dict that torch can read safely"),
-        ("resnet18", "other.pth", "does not fit the backbone"),
-        ("resnet18", "tensor.pth", "does not fit the backbone"),
+        ("nonsense", "DEFAULT", "^nonsense: no such backbone; expected .*resnet18"),
+        ("resnet18", "nowhere.pth", r"^nowhere\.pth: no such file; expected DEFAULT or a file with a state dict$"),
+        ("resnet18", "text.pth", r"^text\.pth: not a state dict that torch can read safely: \w+$"),
+        ("resnet18", "other.pth", r"^other\.pth: does not fit the backbone: .*size mismatch for conv1\.weight"),
+        ("resnet18", "lacking.pth", r"^lacking\.pth: does not fit the backbone: it lacks conv1\.weight$"),
+        ("resnet18", "more.pth", r"^more\.pth: does not fit the backbone: it has extra, the backbone does not$"),
+        ("resnet18", "tensor.pth", r"^tensor\.pth: not a state dict: expected tensors by name$"),
     ],
 )
 def test_what_is_refused(
-    backbone: str, weights: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: str, weights: str, says: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("text.pth").write_text("no weights")
-    torch.save({"conv1.weight": torch.zeros(1)}, "other.pth")
-    torch.save(torch.zeros(3), "tensor.pth")
+    monkeypatch.chdir(files)
     with pytest.raises(InvalidRequest, match=says):
         import_backbone(backbone, weights, tmp_path / "imported")
     assert not (tmp_path / "imported").exists()
@@ -71,5 +83,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(LookalikeError, match=r"cannot download its weights here: .* name it with --weights FILE"):
+    with pytest.raises(
+        LookalikeError, match=r"^resnet18: torchvision cannot download its weights here: .* name it instead of DEFAULT$"
+    ):
         import_backbone("resnet18", "DEFAULT", tmp_path / "imported")

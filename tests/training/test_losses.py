@@ -114,7 +114,7 @@ def vicreg_form(z_a: Array, z_b: Array, lambd: float, mu: float, nu: float) -> f
                 of_j = z[:, j] - z[:, j].mean()
                 if i != j:
                     covariance += float((of_i @ of_j) / (count - 1)) ** 2 / width
-    return lambd * invariance + mu * variance + nu * covariance
+    return float(lambd * invariance + mu * variance + nu * covariance)
 
 
 def triplet_form(z: Array, labels: list[int], margin: float, mining: Mining) -> float:
@@ -353,6 +353,12 @@ def test_each_normalised_loss_is_finite_at_the_ends_of_float32(name: str, scale:
     z = spread(shape) * scale
     assert bool(ours(z).isfinite())
     assert bool(gradient(ours, z).isfinite().all())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_gradient_is_finite_where_all_embeddings_are_one(name: str) -> None:
+    ours, _, shape, _ = case(name, 6, 8)
+    assert bool(gradient(ours, torch.ones(shape)).isfinite().all())
 
 
 # Closed forms.

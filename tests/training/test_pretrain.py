@@ -1,52 +1,105 @@
-"""The loop: its schedule and health checks in closed form, its refusals, and that it learns and repeats."""
+"""The loop: its schedule, checks and refusals, that it learns, and that a resumed run is the uninterrupted one."""
 
 import json
 import math
-from collections.abc import Callable
-from itertools import pairwise
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from service.errors import InvalidOutput, InvalidRequest, InvalidSource
-from service.sources import open_source
+import lookalike
+from service.errors import InvalidOutput, InvalidRequest, LookalikeError
+from service.images import tones
+from service.sources import Source, open_source
+from service.sources.compact import Labels
+from tests.conftest import ROOT
+from training import data
+from training import pretrain as loop
 from training.augment import augment
 from training.backbones import build_backbone
-from training.data import decode_canvas
+from training.checkpoint import read_checkpoint
+from training.data import Canvas, Cursor, batches
 from training.export import square_preprocessing
-from training.methods import Step
+from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.simclr import SimCLR
 from training.pretrain import (
-    _statistics,
+    Material,
+    Run,
     check_health,
     choose_device,
+    fixed_total,
+    online_knn,
     per_dimension_std,
+    prepare,
     pretrain,
     schedule,
+    statistics,
     train,
 )
-from training.recipe import Augmentation, Recipe
+from training.recipe import Augmentation, MethodName, Recipe
 
-MEAN, STD = torch.tensor([0.3]), torch.tensor([0.35])
+CPU = torch.device("cpu")
+Paint = Callable[..., bytes]
 
 
 def changed(recipe: Recipe, **values: object) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | values)
 
 
-def method_for(recipe: Recipe, kind: type[SimCLR] = SimCLR) -> SimCLR:
+@pytest.fixture
+def recipe(tiny_recipe: Recipe) -> Recipe:
+    """In float32: whether bfloat16 pays is decided by a stopwatch."""
+    return changed(tiny_recipe, precision="float32")
+
+
+@pytest.fixture
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Source, Recipe], Material]]:
+    """prepared(source, recipe) is its material, in a run's folder of its own; closed in the end."""
+    made: list[Material] = []
+
+    def make(source: Source, recipe: Recipe) -> Material:
+        made.append(prepare(source, recipe, tmp_path_factory.mktemp("run"), CPU))
+        return made[-1]
+
+    yield make
+    for material in made:
+        material.canvas.close()
+
+
+Prepared = Callable[[Source, Recipe], Material]
+
+
+def method_for(recipe: Recipe, source: Source) -> Method:
     torch.manual_seed(recipe.seed)
-    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side)
-    return kind(recipe, backbone.module, backbone.dimension)
+    return build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
 
 
-@pytest.fixture(scope="module")
-def digits() -> Tensor:
-    return decode_canvas(open_source("digits[:512]"), square_preprocessing(8), 1).pixels
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    found = read_checkpoint(folder)
+    assert found is not None
+    return found
+
+
+# Arithmetic
 
 
 def test_the_schedule_warms_up_in_a_line_and_ends_in_a_cosine() -> None:
@@ -96,7 +149,7 @@ def test_statistics_are_those_of_all_pixels_channel_by_channel() -> None:
     pixels = torch.randint(0, 256, (2300, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels[:, 1] //= 3
     pixels[2200:, 2] = 255  # the last ones count as well
-    mean, std = _statistics(pixels)
+    mean, std = statistics(pixels)
     values = pixels.numpy().astype(np.float64) / 255
     np.testing.assert_allclose(mean.numpy(), values.mean((0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(std.numpy(), values.std((0, 2, 3)), rtol=1e-6)
@@ -107,110 +160,248 @@ def test_a_device_by_name() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-def test_cuda_without_a_gpu_is_refused_before_anything_is_read(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="torch finds no CUDA GPU; use --device cpu"):
-        pretrain("no/such/source", tiny_recipe, tmp_path / "out", None, "cuda", tmp_path)
+def test_what_fits_a_time_is_the_pace_and_what_is_left_to_decode(tmp_path: Path) -> None:
+    canvas = Canvas(open_source("digits[:500]"), square_preprocessing(8), 1, tmp_path, CPU)
+    # 50 steps in 10 s, 5 of them waited for the decoding of 100 pictures: 0.1 s a step and 0.05 s a picture.
+    canvas.take(np.arange(100))
+    assert canvas.untouched() == 400
+    assert fixed_total(50, 10.0, 5.0, 60.0, 100, canvas) == 50 + 300  # 50 s are left, 20 of them for 400 pictures
+    canvas.take(np.arange(500))
+    assert fixed_total(50, 10.0, 5.0, 60.0, 100, canvas) == 50 + 500
+    assert fixed_total(50, 10.0, 0.0, 60.0, 100, canvas) == 50 + 250
+    assert fixed_total(50, 70.0, 0.0, 60.0, 100, canvas) == 50  # the time is over
+    assert fixed_total(3, 7.0, 1.0, 60.0, 100, canvas) == 3 + 26  # 53 s at 2 s a step: the half step is not begun
+    canvas.close()
 
 
-def test_a_folder_that_is_no_model_is_left_alone(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    out = tmp_path / "thesis"
-    out.mkdir()
-    (out / "chapter.txt").write_text("years of work")
-    with pytest.raises(InvalidOutput, match="thesis: is there and is not a model folder"):
-        pretrain("digits", tiny_recipe, out, None, "cpu", tmp_path)
-    assert (out / "chapter.txt").read_text() == "years of work"
-    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
+def test_what_is_decoded_at_every_epoch_is_part_of_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_DISK_LEFT", 2**62)
+    names = Labels(np.zeros(20_000_000, np.uint8), ["one of them"])
+    source = Source("more than memory", names, open_source("digits[:1]").read, None)
+    canvas = Canvas(source, square_preprocessing(512), 3, tmp_path, CPU)
+    assert canvas.residence == "nowhere"
+    assert fixed_total(50, 10.0, 5.0, 60.0, 100, canvas) == 50 + 250
+    canvas.close()
 
 
-def test_a_file_is_left_alone(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    out = tmp_path / "notes"
-    out.write_text("years of work")
-    with pytest.raises(InvalidOutput, match="notes: is there and is not a model folder"):
-        pretrain("digits", tiny_recipe, out, None, "cpu", tmp_path)
-    with pytest.raises(InvalidOutput, match="cannot be made"):
-        pretrain("digits", tiny_recipe, out / "model", None, "cpu", tmp_path)
-    assert out.read_text() == "years of work"
+# What is trained on
 
 
-def test_fewer_pictures_than_a_batch_are_refused(tiny_recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(InvalidSource, match=r"digits\[:63\]: 63 pictures make no batch of 64"):
-        pretrain("digits[:63]", tiny_recipe, tmp_path / "out", None, "cpu", tmp_path)
-    assert not (tmp_path / "out").exists()
+def test_the_material_is_what_the_pixels_say(recipe: Recipe, prepared: Prepared) -> None:
+    source = open_source("digits")
+    material = prepared(source, recipe)
+    pixels = material.canvas.take(np.arange(1797))[0]
+    mean, std = statistics(pixels)
+    assert torch.equal(material.mean, mean)
+    assert torch.equal(material.std, std)
+    assert material.tones == pytest.approx(tones(pixels.numpy().transpose(0, 2, 3, 1).repeat(3, axis=3)), abs=2e-4)
+    assert material.labels is not None
+    assert source.labels is not None
+    assert [source.labels.names[code] for code in material.labels] == list(source.labels)
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (200, 200, 200), (10, 77, 200)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_flat_pictures_are_refused(
-    colour: tuple[int, int, int], channels: int, tiny_recipe: Recipe, tmp_path: Path
+def test_held_out_pictures_are_a_twentieth_and_never_trained_on(recipe: Recipe, prepared: Prepared) -> None:
+    material = prepared(open_source("digits"), recipe)
+    assert len(material.held_out) == 1797 // 20
+    assert np.abs(np.diff(material.held_out) - 1797 / 89).max() <= 1.5  # from all over
+    assert sorted([*material.held_out, *material.trained]) == list(range(1797))
+
+
+@pytest.mark.parametrize(("name", "held_out"), [("digits[:399]", 0), ("digits[:400]", 20)])
+def test_of_few_pictures_none_are_held_out(name: str, held_out: int, recipe: Recipe, prepared: Prepared) -> None:
+    assert len(prepared(open_source(name), recipe).held_out) == held_out
+
+
+def test_without_labels_none_are_held_out(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits[:500]")
+    unlabelled = Source("unlabelled", source.ids, source.read, None)
+    material = prepared(unlabelled, recipe)
+    assert material.labels is None
+    assert len(material.held_out) == 0
+    assert len(material.trained) == 500
+    run = train(method_for(recipe, unlabelled), material, recipe, None, tmp_path, {})
+    assert run.steps == 2 * (500 // 64)
+    assert not [line for line in lines(tmp_path) if "knn" in line]
+
+
+class Noting(SimCLR):
+    """SimCLR that notes which pictures it is given, and what is said of them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.noted: list[tuple[Tensor, Tensor | None]] = []
+
+    def step(self, batch: Batch) -> Step:
+        self.noted.append((batch.positions, batch.labels))
+        return super().step(batch)
+
+
+def test_no_batch_has_a_held_out_picture_and_each_picture_its_own_label(
+    recipe: Recipe, prepared: Prepared, tmp_path: Path
 ) -> None:
-    (tmp_path / "flat").mkdir()
-    for number in range(70):
-        Image.new("RGB", (9, 9), colour).save(tmp_path / "flat" / f"{number}.png")
-    recipe = changed(tiny_recipe, channels=channels)
-    with pytest.raises(InvalidSource, match="all pictures are one flat colour"):
-        pretrain(str(tmp_path / "flat"), recipe, tmp_path / "out", None, "cpu", tmp_path)
+    source = open_source("digits[:640]")
+    material = prepared(source, recipe)
+    method = Noting(recipe, build_backbone("small-cnn", 1, 8), len(source))
+    train(method, material, recipe, None, tmp_path, {})
+    assert len(method.noted) == 2 * (608 // 64)
+    assert material.labels is not None
+    for positions, labels in method.noted:
+        assert not set(positions.tolist()) & set(material.held_out.tolist())
+        assert labels is not None
+        assert labels.tolist() == material.labels[positions].tolist()
 
 
-def test_a_channel_that_is_always_empty_does_no_harm(
-    tiny_recipe: Recipe, tmp_path: Path, paint: Callable[..., bytes]
-) -> None:
-    for number in range(16):
-        path = tmp_path / "cells" / f"{number}.png"
-        paint(path, 8, 8, seed=number)
-        pixels = np.array(Image.open(path))
-        pixels[..., 2] = 0  # two-colour microscopy
-        Image.fromarray(pixels).save(path)
-    recipe = changed(tiny_recipe, channels=3, batch_size=8, epochs=1)
-    pretrain(str(tmp_path / "cells"), recipe, tmp_path / "out", None, "cpu", tmp_path)
-    assert math.isfinite(json.loads((tmp_path / "out" / "card.json").read_text())["run"]["loss"])
+# Online k-NN
 
 
-def test_a_learning_rate_far_too_high_ends_with_a_sentence(tiny_recipe: Recipe, digits: Tensor) -> None:
-    recipe = changed(tiny_recipe, learning_rate=1e30, epochs=3, warmup=0)
+def sklearns_accuracy(backbone: torch.nn.Module, source: Source, material: Material) -> float:
+    """The headline figure, by scikit-learn, of the pictures as decoded one by one."""
+    canvas = Canvas(source, square_preprocessing(8), 1, material.canvas._path.parent, CPU)
+    pixels = canvas.take(np.arange(len(source)))[0]
+    canvas.close()
+    backbone.eval()
+    with torch.no_grad():
+        embeddings = backbone((pixels.float() / 255 - material.mean) / material.std).numpy()
+    backbone.train()
+    assert material.labels is not None
+
+    def votes(distances: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+        weights: np.ndarray[Any, Any] = np.exp((1 - distances) / 0.07)
+        return weights
+
+    neighbours = KNeighborsClassifier(20, weights=votes, metric="cosine", algorithm="brute")
+    neighbours.fit(embeddings[material.trained], material.labels[material.trained])
+    found = neighbours.predict(embeddings[material.held_out])
+    return float((found == material.labels[material.held_out]).mean())
+
+
+def test_online_knn_is_scikit_learns_figure(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits")
+    material = prepared(source, recipe)
+    method = method_for(recipe, source)
+    train(method, material, recipe, None, tmp_path, {})
+    expected = sklearns_accuracy(method.backbone, source, material)
+    assert 0.5 < expected < 1
+    logged = [line["knn"] for line in lines(tmp_path) if "knn" in line]
+    assert logged[-1] == pytest.approx(expected, abs=1e-6)
+    assert online_knn(method.backbone, material, "float32") == expected
+    assert method.backbone.training  # the loop goes on
+
+
+def test_online_knn_comes_five_times_evenly(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits[:640]")
+    recipe = changed(recipe, epochs=5)  # of 9 steps: 45
+    train(method_for(recipe, source), prepared(source, recipe), recipe, None, tmp_path, {})
+    assert [line["step"] for line in lines(tmp_path) if "knn" in line] == [9, 18, 27, 36, 45]
+
+
+# The loop
+
+
+def test_a_learning_rate_far_too_high_ends_with_a_sentence(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits[:512]")
+    recipe = changed(recipe, learning_rate=1e30, epochs=4, warmup=0)
     with pytest.raises(InvalidRequest, match=r"the loss is (nan|inf) at step 20; lower learning_rate"):
-        train(method_for(recipe), digits, MEAN, STD, recipe, None)
+        train(method_for(recipe, source), prepared(source, recipe), recipe, None, tmp_path, {})
+    assert read_checkpoint(tmp_path) is None
 
 
-def test_pictures_all_alike_end_with_a_sentence(tiny_recipe: Recipe, digits: Tensor) -> None:
-    recipe = changed(tiny_recipe, augmentation=Augmentation().model_dump(), epochs=3)
-    alike = digits[:1].repeat(512, 1, 1, 1)
+def test_pictures_all_alike_end_with_a_sentence(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(recipe, augmentation=Augmentation().model_dump(), epochs=3)
+    digits = open_source("digits[:512]")
+    alike = Source("alike", digits.ids, lambda _: digits.read(0), None)
+    canvas = Canvas(alike, square_preprocessing(8), 1, tmp_path, CPU)
+    material = Material(
+        canvas, None, np.arange(512), np.arange(0), torch.tensor([0.3]), torch.tensor([0.35]), [1 / 16] * 16, 0
+    )
     with pytest.raises(InvalidRequest, match=r"the embeddings collapsed to one point by step 20 .*pictures all alike"):
-        train(method_for(recipe), alike, MEAN, STD, recipe, None)
+        train(method_for(recipe, alike), material, recipe, None, tmp_path, {})
+    canvas.close()
 
 
-def test_a_few_dozen_steps_lower_the_loss(tiny_recipe: Recipe, digits: Tensor) -> None:
-    recipe = changed(tiny_recipe, epochs=6)
-    method = method_for(recipe)
+def test_a_few_dozen_steps_lower_the_loss(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    recipe = changed(recipe, epochs=6)
+    source = open_source("digits[:512]")
+    method, material = method_for(recipe, source), prepared(source, recipe)
     generator = torch.Generator().manual_seed(99)
+    pictures = material.canvas.take(np.arange(256))[0].float() / 255
 
     def loss_now() -> float:
-        batch = digits[:256].float() / 255
-        views = [(augment(batch, recipe.augmentation, generator) - MEAN) / STD for _ in range(2)]
+        views = torch.stack([augment(pictures, recipe.augmentation, generator) for _ in range(2)])
+        batch = Batch((views - material.mean) / material.std, torch.arange(256), None)
         with torch.no_grad():
-            return float(method.step(torch.stack(views)).loss)
+            return float(method.step(batch).loss)
 
     before = loss_now()
-    run = train(method, digits, MEAN, STD, recipe, None)
-    assert run.steps == 48
+    run = train(method, material, recipe, None, tmp_path, {})
+    assert run.steps == 6 * (487 // 64)  # 25 are held out
     assert run.seconds > 0
     assert loss_now() < before - 0.5
     assert run.loss < math.log(2 * 64 - 1) - 1  # against no better than chance
 
 
-class Float32SimCLR(SimCLR):
-    """Whether bfloat16 pays is decided by a stopwatch; this method computes in float32 either way."""
-
-    def step(self, views: Tensor) -> Step:
-        with torch.autocast(views.device.type, enabled=False):
-            return super().step(views)
+def test_a_time_too_short_for_the_timed_steps_is_kept(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits[:512]")
+    run = train(method_for(recipe, source), prepared(source, recipe), recipe, 1e-6, tmp_path, {})
+    assert run.steps == 1
 
 
-def test_the_same_seed_repeats_to_the_last_bit_and_another_does_not(tiny_recipe: Recipe, digits: Tensor) -> None:
+def test_a_time_replaces_the_epochs(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits[:80]")
+    recipe = changed(recipe, epochs=1)  # one step, were it not for the time
+    assert train(method_for(recipe, source), prepared(source, recipe), recipe, 0.02, tmp_path, {}).steps > 1
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 14), (2, 7), (3, 4), (15, 1)])
+def test_accumulated_batches_share_a_step(
+    accumulate: int, steps: int, recipe: Recipe, prepared: Prepared, tmp_path: Path
+) -> None:
+    recipe = changed(recipe, batch_size=32, accumulate=accumulate)
+    source = open_source("digits[:240]")  # 7 batches an epoch
+    assert train(method_for(recipe, source), prepared(source, recipe), recipe, None, tmp_path, {}).steps == steps
+
+
+def test_two_accumulated_batches_make_the_mean_of_their_gradients(
+    recipe: Recipe, prepared: Prepared, tmp_path: Path
+) -> None:
+    recipe = changed(recipe, batch_size=32, accumulate=2, epochs=1)
+    source = open_source("digits[:64]")
+    material = prepared(source, recipe)
+    stepped: list[list[Tensor]] = []
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        stepped.append([weight.grad.clone() for group in optimizer.param_groups for weight in group["params"]])
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run = train(method_for(recipe, source), material, recipe, None, tmp_path, {})
+    finally:
+        hook.remove()
+    assert run.steps == 1
+
+    method = method_for(recipe, source).to(memory_format=torch.channels_last).train()
+    weights = [weight for weight in method.parameters() if weight.requires_grad]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order = batches(material.canvas, material.trained, 32, recipe.seed, Cursor())
+    gradients: list[tuple[Tensor, ...]] = []
+    for pixels, positions, _ in (next(order), next(order)):
+        views = torch.stack([augment(pixels.float() / 255, recipe.augmentation, generator) for _ in range(2)])
+        loss = method.step(Batch((views - material.mean) / material.std, torch.from_numpy(positions), None)).loss
+        gradients.append(torch.autograd.grad(loss, weights))
+    for found, *both in zip(stepped[0], *gradients, strict=True):
+        torch.testing.assert_close(found, torch.stack(both).mean(0), rtol=1e-4, atol=1e-7)
+    assert any((first - second).abs().max() > 1e-3 for first, second in zip(*gradients, strict=True))
+
+
+def test_the_same_seed_repeats_to_the_last_bit_and_another_does_not(
+    recipe: Recipe, prepared: Prepared, tmp_path: Path
+) -> None:
+    source = open_source("digits[:512]")
+
     def weights(seed: int) -> Tensor:
-        recipe = changed(tiny_recipe, seed=seed, epochs=2)
-        method = method_for(changed(recipe, seed=0), Float32SimCLR)  # the same weights to begin with
-        train(method, digits, MEAN, STD, recipe, None)
+        seeded = changed(recipe, seed=seed)
+        method = method_for(changed(recipe, seed=0), source)  # the same weights to begin with
+        train(method, prepared(source, seeded), seeded, None, tmp_path, {})
         return torch.cat([value.flatten().float() for value in method.state_dict().values()])
 
     first = weights(0)
@@ -218,22 +409,609 @@ def test_the_same_seed_repeats_to_the_last_bit_and_another_does_not(tiny_recipe:
     assert not torch.equal(first, weights(1))
 
 
-def test_a_time_too_short_for_the_timed_steps_is_kept(tiny_recipe: Recipe, digits: Tensor) -> None:
-    recipe = changed(tiny_recipe, epochs=1)
-    assert train(method_for(recipe), digits, MEAN, STD, recipe, minutes=1e-6).steps == 1
+# A run that is interrupted and resumed is the run that was not
 
 
-def test_a_time_replaces_the_epochs(tiny_recipe: Recipe, digits: Tensor) -> None:
-    recipe = changed(tiny_recipe, epochs=1)  # 8 steps, were it not for the time
-    assert train(method_for(recipe), digits, MEAN, STD, recipe, minutes=0.1).steps > 8
+@contextmanager
+def pressing(steps: int, times: int = 1, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """Press Ctrl-C, or send another signal, when the optimizer has made so many steps."""
+    done = count(1)
+
+    def press(*arguments: object) -> None:
+        if next(done) == steps:
+            for _ in range(times):
+                signal.raise_signal(number)
+
+    hook = register_optimizer_step_post_hook(press)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def ctrl_c_after(steps: int) -> Iterator[None]:
+    """Press Ctrl-C after so many steps, and see the run end by it."""
+    with pressing(steps), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+def work(recipe: Recipe, source: Source, folder: Path, minutes: float | None = None) -> Run:
+    """Train in this folder as pretrain() does, from its checkpoint if it has one."""
+    method = method_for(recipe, source)
+    folder.mkdir(exist_ok=True)
+    earlier = read_checkpoint(folder)
+    material = prepare(source, recipe, folder, CPU, earlier)
+    try:
+        return train(method, material, recipe, minutes, folder, {}, earlier)
+    finally:
+        material.canvas.close()
+
+
+def assert_same(first: Any, second: Any, where: str = "") -> None:
+    """Hold two checkpoints against each other, to the last bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, Tensor):
+        assert first.dtype == second.dtype, where
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where
+        for place, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert_same(one, other, f"{where}[{place}]")
+    else:
+        assert first == second, where
+
+
+def assert_resumed_as_if_never_stopped(
+    recipe: Recipe, source: Source, folder: Path, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run to the end, and again with a Ctrl-C after each of these numbers of steps; hold log and state together."""
+    monkeypatch.setattr(loop, "_WATCHED", 1)  # the loss of every step is logged
+    straight, broken = folder / "straight", folder / "broken"
+    run = work(recipe, source, straight)
+    done = 0
+    for steps in stops:
+        with ctrl_c_after(steps):
+            work(recipe, source, broken)
+        done += steps
+        assert checkpoint(broken)["step"] == done
+    assert done < run.steps
+    resumed = work(recipe, source, broken)
+    assert (resumed.steps, resumed.loss) == (run.steps, run.loss)
+    took = ("seconds", "waited")
+    first, second = (
+        {key: value for key, value in checkpoint(place).items() if key not in took} for place in (straight, broken)
+    )
+    assert_same(first, second)
+    took = ("seconds", "pictures_per_s")
+    traces = [
+        [{key: value for key, value in line.items() if key not in took} for line in lines(place)]
+        for place in (straight, broken)
+    ]
+    assert len([line for line in traces[0] if "loss" in line]) == run.steps
+    assert traces[0] == traces[1]
+
+
+SETTINGS: dict[str, dict[str, object]] = {
+    "moco": {"queue": 96, "splits": 4},  # the queue comes round
+    "clusters": {"clusters": 8},  # clustered once an epoch
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_goes_on_to_the_last_bit(
+    name: MethodName, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {name: SETTINGS[name]} if name in SETTINGS else {}
+    recipe = changed(recipe, method=name, batch_size=32, epochs=4, **settings)
+    # 7 batches an epoch: 28 steps, stopped in the middle of the first epoch and of the third
+    assert_resumed_as_if_never_stopped(recipe, open_source("digits[:240]"), tmp_path, (5, 12), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulate": 2},
+        {"views": 3},
+        {"method": "moco", "views": 3, "accumulate": 2, "moco": {"queue": 96, "splits": 4}},
+        {"augmentation": {"preset": "photos"}, "channels": 3},
+    ],
+    ids=["accumulated", "three views", "both with MoCo", "all augmentations"],
+)
+def test_views_and_accumulation_go_on_to_the_last_bit(
+    changes: dict[str, object], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, batch_size=32, **changes)
+    assert_resumed_as_if_never_stopped(recipe, open_source("digits[:320]"), tmp_path, (3, 4), monkeypatch)
+
+
+def test_a_backbone_with_dropout_goes_on_to_the_last_bit(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, backbone="mobilenet_v3_small", side=32, channels=3, batch_size=16)
+    assert_resumed_as_if_never_stopped(recipe, open_source("digits[:48]"), tmp_path, (2, 2), monkeypatch)
+
+
+def test_bad_pictures_and_a_canvas_on_disk_go_on_to_the_last_bit(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run knows which pictures are bad, and so passes over them without looking."""
+    monkeypatch.setattr(loop, "_SAMPLED", 40)  # the others are found out on the way
+    monkeypatch.setattr(data, "_SMALL", 0)
+    monkeypatch.setattr(data, "_DISK_LEFT", 0)
+    digits = open_source("digits[:420]")  # some are held out
+    source = Source(
+        "flawed", digits.ids, lambda position: b"" if position % 30 == 1 else digits.read(position), digits.labels
+    )
+    assert_resumed_as_if_never_stopped(changed(recipe, batch_size=32), source, tmp_path, (3, 9), monkeypatch)
+    found = checkpoint(tmp_path / "broken")["canvas"]
+    assert found["residence"] == "disk"
+    assert sorted(found["bad"]) == list(range(1, 420, 30))
+    assert len([line for line in lines(tmp_path / "broken") if "knn" in line]) == 5
+
+
+def test_the_random_numbers_of_other_code_do_no_harm(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happened in the process before is not part of a run."""
+    source = open_source("digits[:320]")
+    recipe = changed(recipe, method="moco", batch_size=32, moco=SETTINGS["moco"])
+    with ctrl_c_after(5):
+        work(recipe, source, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    first = work(recipe, source, tmp_path / "one")
+    torch.rand(7)
+    np.random.rand(7)
+    second = work(recipe, source, tmp_path / "other")
+    assert first.loss == second.loss
+
+
+def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_TIMED_STEPS", 4)
+    source, minutes = open_source("digits[:240]"), 0.04
+    recipe = changed(recipe, batch_size=32)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    with ctrl_c_after(2):
+        work(recipe, source, once, minutes=1000)
+    assert checkpoint(once)["total"] is None  # still being timed
+    with ctrl_c_after(3):
+        work(recipe, source, once, minutes)
+    stopped = checkpoint(once)
+    assert stopped["step"] == 5
+    assert stopped["total"] > 6
+    shutil.copytree(once, twice)
+    assert work(recipe, source, once, minutes).steps == stopped["total"]
+    with ctrl_c_after(1):
+        work(recipe, source, twice, minutes)
+    assert work(recipe, source, twice, minutes).steps == stopped["total"]
+    first, second = checkpoint(once), checkpoint(twice)
+    for key in ("step", "total", "cursor", "loss", "method", "optimizer", "random"):
+        assert_same(first[key], second[key], key)
+
+
+# The whole of it
 
 
 def test_pretraining_writes_what_it_was(tiny_model: Path, tiny_recipe: Recipe) -> None:
     card = json.loads((tiny_model / "card.json").read_text())
     assert card["method"] == "simclr"
+    assert card["recipe"] == tiny_recipe.facts()
     assert Recipe.model_validate(card["recipe"]) == tiny_recipe
     assert card["data"]["source"] == "digits"
     assert card["data"]["pictures"] == 1797
-    assert card["run"]["steps"] == 2 * (1797 // 64)
+    assert card["data"]["held_out"] == 89
+    assert card["run"]["steps"] == 2 * (1708 // 64)
     assert card["run"]["device"] == "cpu"
     assert 0 < card["run"]["loss"] < math.log(2 * 64 - 1)
+
+
+def test_afterwards_the_checkpoint_and_the_log_stay(tiny_model: Path) -> None:
+    folder = tiny_model.with_name(f"{tiny_model.name}.run")
+    assert checkpoint(folder)["step"] == checkpoint(folder)["total"] == 52
+    assert lines(folder)[-1]["step"] == 52
+    names = [path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")]
+    assert sorted(names) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(path.name for path in tiny_model.parent.iterdir()) == [tiny_model.name, folder.name]
+
+
+def test_a_channel_that_is_always_empty_does_no_harm(recipe: Recipe, tmp_path: Path, paint: Paint) -> None:
+    for number in range(16):
+        path = tmp_path / "cells" / f"{number}.png"
+        paint(path, 8, 8, seed=number)
+        pixels = np.array(Image.open(path))
+        pixels[..., 2] = 0  # two-colour microscopy
+        Image.fromarray(pixels).save(path)
+    recipe = changed(recipe, channels=3, batch_size=8, epochs=1)
+    pretrain(str(tmp_path / "cells"), recipe, tmp_path / "out", None, "cpu", tmp_path)
+    assert math.isfinite(json.loads((tmp_path / "out" / "card.json").read_text())["run"]["loss"])
+
+
+def test_a_run_with_nothing_to_resume_starts_from_the_beginning_and_a_finished_one_may_start_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "_SMALL", 0)  # the canvas is a file of the run's folder
+    monkeypatch.setattr(data, "_DISK_LEFT", 0)
+    out, folder = tmp_path / "out", tmp_path / "out.run"
+    recipe = changed(recipe, batch_size=32, epochs=1)
+    digits = open_source("digits[:64]")
+    for position, name in enumerate(digits.ids):
+        path = tmp_path / "digits" / f"{name[-5:]}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"" if position in (7, 8, 30) else digits.read(position))
+
+    def run(**options: Any) -> tuple[dict[str, Any], str]:
+        pretrain(str(tmp_path / "digits"), recipe, out, None, "cpu", tmp_path, **options)
+        printed = capsys.readouterr()
+        assert f"wrote {out}; checkpoint and log are in {folder}" in printed.out
+        assert not (folder / "canvas.bin").exists()
+        return json.loads((out / "card.json").read_text()), printed.out + printed.err
+
+    card, printed = run(resume=True)
+    assert f"{folder}: no checkpoint there; starting from the beginning" in printed
+    assert f"3 bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}" in printed
+    listed = (folder / "bad-pictures.txt").read_text()
+    assert listed == "".join(
+        f"{name}.png\texpected the bytes of a picture, got none\n" for name in ("00007", "00008", "00030")
+    )
+    assert card["data"]["pictures"] == 61
+    assert card["run"]["steps"] == 2
+    for options in ({}, {"resume": True}):
+        again, printed = run(**options)
+        assert "no checkpoint there" not in printed
+        assert (again["run"]["loss"], again["fingerprint"]) == (card["run"]["loss"], card["fingerprint"])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals,
+    code: int,
+    tiny_recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lookalike", *command(tiny_recipe_file, tmp_path / "out", "digits[:100]")[3:]])
+    with pressing(1, number=number), pytest.raises(SystemExit) as ended:
+        lookalike.main()
+    assert ended.value.code == code
+    assert "stopped at step 1; the same command with --resume goes on from here" in capsys.readouterr().err
+    assert checkpoint(tmp_path / "out.run")["step"] == lines(tmp_path / "out.run")[-1]["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(recipe: Recipe, tmp_path: Path) -> None:
+    with pressing(2):
+        assert work(recipe, open_source("digits[:64]"), tmp_path).steps == 2
+    assert checkpoint(tmp_path)["step"] == checkpoint(tmp_path)["total"] == 2
+
+
+def test_the_second_ctrl_c_does_not_wait(recipe: Recipe, tmp_path: Path) -> None:
+    with pressing(1, times=2), pytest.raises(KeyboardInterrupt):
+        work(recipe, open_source("digits[:128]"), tmp_path)
+    assert read_checkpoint(tmp_path) is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Refusals: one sentence, exit code 2, nothing half-written
+
+
+def command(recipe_file: Path, out: Path, *arguments: object) -> list[str]:
+    start = [sys.executable, "-m", "lookalike", "pretrain", "--recipe", recipe_file, "--out", out]
+    return [str(word) for word in (*start, "--set", "precision=float32", "--device", "cpu", *arguments)]
+
+
+@pytest.fixture
+def refused(
+    tiny_recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """refused(source, *arguments) runs `lookalike pretrain`, which must end with code 2; returns its one sentence."""
+
+    def run(source: object, *arguments: object, out: Path = tmp_path / "out") -> str:
+        before = snapshot(out.with_name(f"{out.name}.run"))
+        monkeypatch.setattr(sys, "argv", ["lookalike", *command(tiny_recipe_file, out, source, *arguments)[3:]])
+        with pytest.raises(SystemExit) as ended:
+            lookalike.main()
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        *notes, sentence = printed.err.strip().splitlines()
+        assert sentence.startswith("lookalike: ")
+        assert not [note for note in notes if note.startswith("lookalike: ")]
+        assert not out.exists()
+        assert not list(out.parent.glob(".*"))
+        left = snapshot(out.with_name(f"{out.name}.run"))
+        if before:
+            assert left == before  # a run that may still be resumed is as it was
+        else:
+            assert not set(left) & {"checkpoint.pt", ".checkpoint.pt", "canvas.bin"}
+        return sentence.removeprefix("lookalike: ")
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+
+Refused = Callable[..., str]
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(refused: Refused) -> None:
+    assert refused("digits", "--set", "batchsize=32") == ("--set batchsize=32: unknown key; did you mean batch_size?")
+    assert "did you mean simclr.temperature?" in refused("digits", "--set", "simclr.temprature=0.3")
+
+
+def test_a_source_without_pictures_is_refused(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty: holds no picture; looked for .jpg" in refused(tmp_path / "empty")
+    assert "nowhere: no such source; expected a folder" in refused(tmp_path / "nowhere")
+    assert "holds none" in refused("digits[5:5]")
+
+
+def test_fewer_pictures_than_a_batch_are_refused(refused: Refused) -> None:
+    assert refused("digits[:63]") == (
+        "digits[:63]: 63 pictures to train on make no batch of 64; add pictures or lower batch_size, "
+        "as in --set batch_size=7"
+    )
+    assert "380 pictures to train on make no batch of 381" in refused("digits[:400]", "--set", "batch_size=381")
+
+
+def test_one_picture_is_refused(refused: Refused) -> None:
+    assert "digits[:1]: 1 pictures to train on make no batch of 64; add pictures" in refused("digits[:1]")
+
+
+def test_pictures_all_identical_are_refused(refused: Refused, tmp_path: Path) -> None:
+    same = open_source("digits").read(0)
+    (tmp_path / "same").mkdir()
+    for number in range(70):
+        (tmp_path / "same" / f"{number}.png").write_bytes(same)
+    assert refused(tmp_path / "same").endswith("all pictures are identical; there is nothing to learn")
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (200, 200, 200), (10, 77, 200)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_flat_pictures_are_refused(
+    colour: tuple[int, int, int], channels: int, refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "flat").mkdir()
+    for number in range(70):
+        Image.new("RGB", (9, 9), colour).save(tmp_path / "flat" / f"{number}.png")
+    sentence = refused(tmp_path / "flat", "--set", f"channels={channels}")
+    assert sentence.endswith("all pictures are one flat colour; there is nothing to learn")
+
+
+def test_a_refusal_takes_its_canvas_away(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the disk may be in it."""
+    monkeypatch.setattr(data, "_SMALL", 0)
+    monkeypatch.setattr(data, "_DISK_LEFT", 0)
+    (tmp_path / "flat").mkdir()
+    for number in range(70):
+        Image.new("L", (9, 9), 100).save(tmp_path / "flat" / f"{number}.png")
+    assert "one flat colour" in refused(tmp_path / "flat")  # it looks for canvas.bin
+
+
+def test_too_many_bad_pictures_are_refused_and_listed(refused: Refused, tmp_path: Path) -> None:
+    digits = open_source("digits[:100]")
+    (tmp_path / "some").mkdir()
+    for number in range(100):
+        content = b"no picture" if number % 16 == 5 else digits.read(number)
+        (tmp_path / "some" / f"{number:02}.png").write_bytes(content)
+    assert "6 of 100 pictures are bad, more than 5%; mend or remove them. The first: 05.png: " in refused(
+        tmp_path / "some"
+    )
+    listed = (tmp_path / "out.run" / "bad-pictures.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == [f"{number:02}.png" for number in range(5, 100, 16)]
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_labels])
+@pytest.mark.parametrize("folder", [".", "cats"], ids=["no label", "one label"])
+def test_a_method_that_needs_labels_is_refused_without(
+    method: str, folder: str, refused: Refused, tmp_path: Path
+) -> None:
+    (tmp_path / "pictures" / folder).mkdir(parents=True)
+    digits = open_source("digits[:70]")
+    for position in range(70):
+        (tmp_path / "pictures" / folder / f"{position}.png").write_bytes(digits.read(position))
+    assert refused(tmp_path / "pictures", "--set", f"method={method}") == (
+        f"{tmp_path / 'pictures'}: {method} needs pictures of two labels or more; expected each picture in a folder "
+        "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
+    )
+
+
+def test_the_methods_that_need_labels_are_these() -> None:
+    assert {name for name, method in METHODS.items() if method.needs_labels} == {
+        "supcon", "triplet", "margin", "infonce"
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_cuda_without_a_gpu_is_refused_before_anything_is_read(refused: Refused) -> None:
+    assert refused("no/such/source", "--device", "cuda") == (
+        "device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto"
+    )
+
+
+def test_a_run_that_goes_wrong_is_refused_in_one_sentence(refused: Refused) -> None:
+    wild = ("--set", "learning_rate=1e30", "--set", "warmup=0")
+    assert "lower learning_rate or raise temperature" in refused("digits[:640]", *wild, "--set", "epochs=3")
+
+
+def test_a_last_step_that_goes_wrong_makes_no_model(recipe: Recipe, tmp_path: Path) -> None:
+    """The loss is that before the step; the weights after it are what would be exported."""
+    recipe = changed(recipe, learning_rate=1e30, warmup=0, epochs=1)
+    with pytest.raises(LookalikeError):
+        pretrain("digits[:64]", recipe, tmp_path / "out", None, "cpu", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"]
+
+
+def test_a_folder_that_is_no_model_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.txt").write_text("years of work")
+    with pytest.raises(InvalidOutput, match="thesis: is there and is not a model folder"):
+        pretrain("digits", recipe, out, None, "cpu", tmp_path)
+    assert (out / "chapter.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "chapter.txt"]
+
+
+def test_a_file_is_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "notes"
+    out.write_text("years of work")
+    with pytest.raises(InvalidOutput, match="notes: is there and is not a model folder"):
+        pretrain("digits", recipe, out, None, "cpu", tmp_path)
+    with pytest.raises(InvalidOutput, match="cannot be made"):
+        pretrain("digits", recipe, out / "model", None, "cpu", tmp_path)
+    assert out.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_without_a_name_cannot_be_a_model(
+    out: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "inner")
+    with pytest.raises(InvalidOutput):
+        pretrain("digits", recipe, Path(out), None, "cpu", tmp_path)
+
+
+# Refusals to go on
+
+
+@pytest.fixture(scope="module")
+def unfinished(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures/ and out.run: a run on them that Ctrl-C stopped at step 3."""
+    place = tmp_path_factory.mktemp("unfinished")
+    (place / "pictures").mkdir()
+    digits = open_source("digits[:192]")
+    for position in range(192):
+        (place / "pictures" / f"{position:03}.png").write_bytes(digits.read(position))
+    recipe = changed(tiny_recipe, precision="float32")
+    with ctrl_c_after(3):
+        pretrain(str(place / "pictures"), recipe, place / "out", None, "cpu", place)
+    assert checkpoint(place / "out.run")["step"] == 3
+    assert not (place / "out").exists()
+    return place
+
+
+def test_an_unfinished_run_is_not_begun_again(unfinished: Path, refused: Refused) -> None:
+    assert refused(unfinished / "pictures", out=unfinished / "out") == (
+        f"{unfinished / 'out.run'} holds a run that stopped at step 3: go on with --resume, or remove the folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--set", "method=byol"), "method simclr, now it is byol"),
+        (("--set", "epochs=3"), "epochs 2, now it is 3"),
+        (("--set", "simclr.temperature=0.3"), "simclr.temperature 0.2, now it is 0.3"),
+        (("--set", "augmentation.rotation=5"), "augmentation.rotation 15.0, now it is 5.0"),
+        (("--set", "projection=[32, 8]"), "projection [32, 16], now it is [32, 8]"),
+        (("--init", "some.pt"), "init None, now it is some.pt"),
+        (("--minutes", "2"), "minutes None, now it is 2.0"),
+    ],
+    ids=lambda value: value.partition(" ")[0] if isinstance(value, str) else "",
+)
+def test_another_run_is_not_gone_on_with(
+    arguments: tuple[str, ...], what: str, unfinished: Path, refused: Refused
+) -> None:
+    assert refused(unfinished / "pictures", "--resume", *arguments, out=unfinished / "out") == (
+        f"{unfinished / 'out.run'}: the run was begun with {what}; --resume goes on with the same, "
+        "another run wants another --out"
+    )
+
+
+def test_a_run_is_not_gone_on_with_by_other_pictures(unfinished: Path, refused: Refused) -> None:
+    assert f"begun with source {unfinished / 'pictures'}, now it is digits;" in refused(
+        "digits", "--resume", out=unfinished / "out"
+    )
+
+
+def test_pictures_added_since_are_refused(unfinished: Path, refused: Refused) -> None:
+    more = unfinished / "pictures" / "more.png"
+    shutil.copy(unfinished / "pictures" / "000.png", more)
+    try:
+        assert refused(unfinished / "pictures", "--resume", out=unfinished / "out") == (
+            f"{unfinished / 'pictures'}: its pictures are not those that the run began with (192 then, 193 now); "
+            "--resume needs the same"
+        )
+    finally:
+        more.unlink()
+
+
+def test_a_picture_renamed_since_is_refused(unfinished: Path, refused: Refused) -> None:
+    was, now = unfinished / "pictures" / "005.png", unfinished / "pictures" / "005a.png"
+    was.rename(now)
+    try:
+        assert "(192 then, 192 now)" in refused(unfinished / "pictures", "--resume", out=unfinished / "out")
+    finally:
+        now.rename(was)
+
+
+def test_a_damaged_checkpoint_is_refused(unfinished: Path, refused: Refused, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(unfinished / "out.run", tmp_path / "out.run"))
+    content = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    assert refused(unfinished / "pictures", "--resume").startswith(
+        f"{folder / 'checkpoint.pt'}: not a checkpoint that can be read: "
+    )
+
+
+# The real command
+
+
+def run(arguments: list[str], most_bytes: int = resource.RLIM_INFINITY) -> "subprocess.CompletedProcess[str]":
+    """Run a command that may write files up to a size."""
+    return subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes)),
+    )
+
+
+def test_the_command_ends_with_2_and_one_sentence(tiny_recipe_file: Path, tmp_path: Path) -> None:
+    done = run(command(tiny_recipe_file, tmp_path / "out", "digits", "--set", "batchsize=32"))
+    assert done.returncode == 2
+    assert done.stderr == "lookalike: --set batchsize=32: unknown key; did you mean batch_size?\n"
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_to_go_on_with_another_method(unfinished: Path, tiny_recipe_file: Path) -> None:
+    out = unfinished / "out"
+    done = run(command(tiny_recipe_file, out, unfinished / "pictures", "--resume", "--set", "method=barlow"))
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"lookalike: {out}.run: the run was begun with method simclr, now it is barlow; --resume goes on with the same"
+    )
+    assert len(done.stderr.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_whole(
+    unfinished: Path, tiny_recipe_file: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of a file stands for the disk: the log still fits in, a checkpoint does not."""
+    folder = Path(shutil.copytree(unfinished / "out.run", tmp_path / "out.run"))
+    before = (folder / "checkpoint.pt").read_bytes()
+    arguments = (unfinished / "pictures", "--resume", "--checkpoint-minutes", 0)
+    done = run(command(tiny_recipe_file, tmp_path / "out", *arguments), most_bytes=len(before) // 2)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"lookalike: {folder / 'checkpoint.pt'}: a checkpoint of {len(before) / 2**20:.0f} MiB cannot be written: "
+        "File too large; the earlier one, if any, is whole: mend this and go on with --resume"
+    )
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert checkpoint(folder)["step"] == 3
+    assert not (folder / ".checkpoint.pt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"]

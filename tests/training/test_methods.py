@@ -1,0 +1,643 @@
+"""Each paper's step: what all of them promise the loop, and what each does with views, labels, keys and targets.
+
+Most tests put nn.Flatten in the backbone's place: what a method makes of a batch can then be worked out beside it.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.augment import augment
+from training.backbones import Backbone, build_backbone
+from training.knn import headline_accuracy
+from training.losses import (
+    barlow_twins,
+    info_nce,
+    margin_contrast,
+    nt_xent,
+    supcon,
+    triplet,
+    vicreg,
+)
+from training.methods import METHODS, Batch, Method, build_method
+from training.methods.infonce import next_of_label
+from training.methods.moco import MoCo, SplitBatchNorm, split_batch_norms
+from training.recipe import MethodName, Recipe
+
+COUNT = 64  # pictures of the source
+NEED_LABELS = {"supcon", "triplet", "margin", "infonce"}
+
+
+def recipe_of(tiny_recipe: Recipe, method: str, **changes: Any) -> Recipe:
+    """The tiny recipe of a method, its table and other keys changed; moco with 4 parts and a small queue."""
+    content = tiny_recipe.model_dump() | {"method": method, "moco": {"queue": 48, "splits": 4}}
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(value, dict) else value
+    return Recipe.model_validate(content)
+
+
+def convolutional(recipe: Recipe, seed: int = 0) -> Method:
+    torch.manual_seed(seed)
+    return build_method(recipe, build_backbone("small-cnn", 1, 8), COUNT)
+
+
+def flat(recipe: Recipe, count: int = COUNT, seed: int = 0) -> Any:
+    """A method whose backbone hands on the 64 pixels."""
+    torch.manual_seed(seed)
+    return build_method(recipe, Backbone(nn.Flatten(), 64), count)
+
+
+def batch_of(views: int = 2, count: int = 16, seed: int = 0, labels: int = 4, first: int = 0) -> Batch:
+    """Views of random pictures: each picture's own and as much noise again; labels in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.randn(count, 1, 8, 8, generator=generator)
+    noisy = pictures + torch.randn(views, count, 1, 8, 8, generator=generator)
+    return Batch(noisy, first + torch.arange(count), torch.arange(count) % labels)
+
+
+def labels_of(batch: Batch) -> Tensor:
+    assert batch.labels is not None
+    return batch.labels
+
+
+def backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def weights_of(module: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in module.parameters()]
+
+
+def same(these: list[Tensor], those: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(these, those, strict=True))
+
+
+# What every method promises.
+
+
+def test_there_is_a_method_and_a_table_for_every_name() -> None:
+    assert set(METHODS) == set(MethodName.__args__)  # type: ignore[attr-defined]
+    assert set(METHODS) < set(Recipe.model_fields)
+
+
+def test_four_methods_need_labels() -> None:
+    assert {name for name, method in METHODS.items() if method.needs_labels} == NEED_LABELS
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_gives_a_loss_that_reaches_the_backbone_and_embeddings_that_do_not(
+    name: MethodName, views: int, precision: str, tiny_recipe: Recipe
+) -> None:
+    method = convolutional(recipe_of(tiny_recipe, name))
+    assert type(method) is METHODS[name]
+    batch = batch_of(views)
+    if name not in NEED_LABELS:
+        batch = batch._replace(labels=None)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        step = method.step(batch)
+    assert step.loss.dtype == torch.float32
+    assert step.loss.shape == ()
+    assert bool(step.loss.isfinite())
+    queries = views - 1 if name == "moco" else views  # its first view gives the keys
+    assert step.embeddings.shape == (queries * 16, 256)
+    assert not step.embeddings.requires_grad
+    assert all(value.numel() == 1 and bool(value.isfinite()) for value in step.diagnostics.values())
+    assert -1 <= float(step.diagnostics["positive_cosine"]) <= 1
+    backward(step.loss)
+    learning = [weight for weight in method.parameters() if weight.requires_grad]
+    assert {id(weight) for weight in method.backbone.parameters()} <= {id(weight) for weight in learning}
+    for weight in method.backbone.parameters():
+        assert weight.grad is not None
+        assert bool(weight.grad.isfinite().all())
+    assert all(weight.grad is not None for weight in learning)  # no head or predictor beside the way
+
+
+@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_saved_method_goes_on_exactly(name: MethodName, views: int, tiny_recipe: Recipe) -> None:
+    recipe = recipe_of(tiny_recipe, name, clusters={"clusters": 5})
+    method = convolutional(recipe)
+    optimizer = torch.optim.AdamW([weight for weight in method.parameters() if weight.requires_grad], 1e-3)
+    for number in range(6):  # more than an epoch: clusters has clustered, moco's queue has come round
+        backward(method.step(batch_of(views, first=number * 16 % COUNT, seed=number)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.update(number / 10)
+    other = convolutional(recipe, seed=1)
+    other.load_state_dict(method.state_dict())
+
+    def later(method: Method) -> list[float]:
+        torch.manual_seed(7)
+        return [float(method.step(batch_of(views, first=number * 16, seed=9)).loss.detach()) for number in range(3)]
+
+    expected = later(method)
+    assert later(other) == expected
+    assert len(set(expected)) > 1 or name not in ("moco", "clusters")
+
+
+TUNED: list[tuple[MethodName, str, Any]] = [
+    ("simclr", "temperature", 0.7),
+    ("moco", "temperature", 0.7),
+    ("barlow", "lambd", 0.5),
+    ("vicreg", "lambd", 5.0),
+    ("vicreg", "mu", 5.0),
+    ("vicreg", "nu", 5.0),
+    ("supcon", "temperature", 0.7),
+    ("clusters", "temperature", 0.7),
+    ("triplet", "margin", 0.7),
+    ("triplet", "mining", "hard"),
+    ("margin", "margin", 1.7),
+    ("infonce", "temperature", 0.7),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), TUNED, ids=[f"{name}.{key}" for name, key, _ in TUNED])
+def test_a_setting_of_the_methods_own_table_reaches_its_loss(
+    name: MethodName, key: str, value: object, tiny_recipe: Recipe
+) -> None:
+    losses = [
+        float(flat(recipe_of(tiny_recipe, name, **table)).step(batch_of()).loss.detach())
+        for table in ({}, {name: {key: value}})
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("moco", "byol")])
+def test_a_method_without_a_momentum_encoder_has_nothing_to_update(name: MethodName, tiny_recipe: Recipe) -> None:
+    method = convolutional(recipe_of(tiny_recipe, name))
+    before = weights_of(method)
+    method.update(0.5)
+    assert same(weights_of(method), before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Tensor:
+    """(1797, 1, 8, 8), 0..1."""
+    pictures: Tensor = torch.from_numpy(load_digits().images).float()[:, None] / 16
+    return pictures
+
+
+def accuracy_of(backbone: nn.Module, digits: Tensor) -> float:
+    """Headline k-NN of digits after the first thousand among the first thousand."""
+    backbone.eval()
+    with torch.inference_mode():
+        embeddings = F.normalize(backbone((digits - 0.3) / 0.35), dim=1).numpy()
+    backbone.train()
+    labels = load_digits().target
+    return headline_accuracy(embeddings[:1000], labels[:1000], embeddings[1000:], labels[1000:])
+
+
+GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}  # of k-NN; the others want more steps
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_backbone(
+    name: MethodName, digits: Tensor, tiny_recipe: Recipe
+) -> None:
+    recipe = recipe_of(tiny_recipe, name, moco={"queue": 256}, clusters={"clusters": 30})
+    torch.manual_seed(0)
+    method = build_method(recipe, build_backbone("small-cnn", 1, 8), 1000)
+    untrained = accuracy_of(method.backbone, digits) if name in GAINS else 0
+    optimizer = torch.optim.AdamW([weight for weight in method.parameters() if weight.requires_grad], 2e-3)
+    generator, labels = torch.Generator().manual_seed(0), torch.from_numpy(load_digits().target).long()
+    losses, steps = [], 64 if name == "simclr" else 32
+    for number in range(steps):
+        chosen = torch.randint(1000, (128,), generator=generator)
+        views = torch.stack([augment(digits[chosen], recipe.augmentation, generator) for _ in range(2)])
+        step = method.step(Batch((views - 0.3) / 0.35, chosen, labels[chosen]))
+        backward(step.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.update(number / steps)
+        losses.append(float(step.loss.detach()))
+    full = 3 if name == "moco" else 0  # whose queue is full of keys by then
+    early, late = np.mean(losses[full : full + 2]), np.mean(losses[-4:])
+    assert late < early - 0.1 * abs(early)
+    if name in GAINS:
+        assert accuracy_of(method.backbone, digits) > untrained + GAINS[name]
+
+
+# Methods whose loss is a function of all projections.
+
+
+def test_simclr_is_nt_xent_of_the_projections_of_all_views(tiny_recipe: Recipe) -> None:
+    method, batch = convolutional(recipe_of(tiny_recipe, "simclr")), batch_of(3)
+    step = method.step(batch)
+    h = method.backbone(batch.views.flatten(0, 1))  # batch norm sees all views at once
+    z = method.get_submodule("head")(h).unflatten(0, (3, 16))
+    torch.testing.assert_close(step.loss, nt_xent(z, 0.2))
+    torch.testing.assert_close(step.embeddings, h.detach())
+    expected = F.cosine_similarity(z[0], z[1], dim=1).mean()
+    torch.testing.assert_close(step.diagnostics["positive_cosine"], expected.detach())
+
+
+LABELLED: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
+    ("supcon", lambda z, labels: supcon(z, labels, 0.1)),
+    ("triplet", lambda z, labels: triplet(z, labels, 0.2, "semi-hard")),
+    ("margin", lambda z, labels: margin_contrast(z, labels, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "loss"), LABELLED, ids=[name for name, _ in LABELLED])
+@pytest.mark.parametrize("views", [2, 4])
+def test_a_labelled_method_gives_every_view_its_pictures_label(
+    name: str, loss: Callable[[Tensor, Tensor], Tensor], views: int, tiny_recipe: Recipe
+) -> None:
+    method, batch = flat(recipe_of(tiny_recipe, name)), batch_of(views)
+    rows = method.head(batch.views.flatten(0, 1).flatten(1))
+    labels = torch.tensor([n % 4 for _ in range(views) for n in range(16)])  # view by view
+    torch.testing.assert_close(method.step(batch).loss, loss(rows, labels))
+    swapped = batch._replace(labels=labels_of(batch).roll(1))
+    assert abs(float((method.step(batch).loss - method.step(swapped).loss).detach())) < 1e-5  # the same pictures agree
+    other = batch._replace(labels=torch.arange(16) // 4)
+    assert abs(float((method.step(batch).loss - method.step(other).loss).detach())) > 1e-3
+
+
+PAIRED: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
+    ("barlow", lambda a, b: barlow_twins(a, b, 0.0051)),
+    ("vicreg", lambda a, b: vicreg(a, b, 25.0, 25.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "loss"), PAIRED, ids=[name for name, _ in PAIRED])
+@pytest.mark.parametrize("views", [2, 4])
+def test_a_method_of_pairs_averages_over_all_pairs_of_views(
+    name: str, loss: Callable[[Tensor, Tensor], Tensor], views: int, tiny_recipe: Recipe
+) -> None:
+    method, batch = flat(recipe_of(tiny_recipe, name)), batch_of(views)
+    z = method.head(batch.views.flatten(0, 1).flatten(1)).unflatten(0, (views, 16))
+    pairs = [loss(z[i], z[j]) for i, j in combinations(range(views), 2)]
+    assert len(pairs) == views * (views - 1) // 2
+    torch.testing.assert_close(method.step(batch).loss, torch.stack(pairs).mean())
+
+
+# MoCo: a queue, and a key encoder that follows.
+
+
+def moco(tiny_recipe: Recipe, **table: Any) -> Any:
+    """MoCo without any batch norm: its keys are those of each picture alone."""
+    return flat(recipe_of(tiny_recipe, "moco", moco=table))
+
+
+def keys_of(method: Any, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        keys: Tensor = F.normalize(method.key_head(method.key_backbone(batch.views[0])), dim=1)
+    return keys
+
+
+def by_age(method: Any) -> Tensor:
+    """The queue, oldest key first."""
+    queue: Tensor = method.queue.roll(-int(method.pointer), 0)
+    return queue
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 13), counts=st.lists(st.integers(2, 9), min_size=1, max_size=5))
+def test_the_queue_holds_the_latest_keys_whatever_its_size(size: int, counts: list[int], tiny_recipe: Recipe) -> None:
+    method = moco(tiny_recipe, queue=size)
+    everything = [method.queue.clone()]
+    for number, count in enumerate(counts):
+        batch = batch_of(count=count, seed=number)
+        everything.append(keys_of(method, batch))
+        method.step(batch)
+        torch.testing.assert_close(by_age(method), torch.cat(everything)[-size:])
+        torch.testing.assert_close(method.queue.norm(dim=1), torch.ones(size))
+
+
+def test_a_batchs_keys_are_not_among_its_own_negatives(tiny_recipe: Recipe) -> None:
+    method, batch = moco(tiny_recipe, queue=16), batch_of()
+    for _ in range(2):  # the second time they are: the queue is of them alone
+        before, keys = method.queue.clone(), keys_of(method, batch)
+        q = method.head(method.backbone(batch.views[1]))
+        torch.testing.assert_close(method.step(batch).loss, info_nce(q, keys, before, 0.2))
+    torch.testing.assert_close(before, keys)
+
+
+def test_every_later_view_is_a_query_of_the_first_views_key(tiny_recipe: Recipe) -> None:
+    method, batch = moco(tiny_recipe), batch_of(4)
+    keys, queue = keys_of(method, batch), method.queue.clone()
+    losses = [info_nce(method.head(method.backbone(view)), keys, queue, 0.2) for view in batch.views[1:]]
+    step = method.step(batch)
+    torch.testing.assert_close(step.loss, torch.stack(losses).mean())
+    torch.testing.assert_close(step.embeddings, batch.views[1:].flatten(0, 1).flatten(1))
+
+
+def test_no_gradient_reaches_the_key_encoder_or_the_queue(tiny_recipe: Recipe) -> None:
+    method = convolutional(recipe_of(tiny_recipe, "moco"))
+    assert isinstance(method, MoCo)
+    before = weights_of(method.key_backbone) + weights_of(method.key_head)
+    backward(method.step(batch_of()).loss)
+    for weight in [*method.key_backbone.parameters(), *method.key_head.parameters()]:
+        assert not weight.requires_grad
+        assert weight.grad is None
+    assert not method.queue.requires_grad
+    assert same(weights_of(method.key_backbone) + weights_of(method.key_head), before)  # update() alone moves it
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
+def test_the_key_encoder_follows_by_one_minus_its_momentum(momentum: float, tiny_recipe: Recipe) -> None:
+    method = convolutional(recipe_of(tiny_recipe, "moco", moco={"momentum": momentum}))
+    assert isinstance(method, MoCo)
+    online, keys = [method.backbone, method.head], [method.key_backbone, method.key_head]
+    assert all(same(weights_of(k), weights_of(q)) for k, q in zip(keys, online, strict=True))  # to begin with
+    for module in keys:
+        for number, weight in enumerate(module.parameters()):
+            weight.copy_(torch.full_like(weight, number))
+    before = [weight.double() for module in keys for weight in weights_of(module)]
+    theta = [weight.double() for module in online for weight in weights_of(module)]
+    for progress in (0.0, 0.7):  # m does not change
+        method.update(progress)
+        before = [momentum * xi + (1 - momentum) * to for xi, to in zip(before, theta, strict=True)]
+        after = [weight.double() for module in keys for weight in weights_of(module)]
+        for found, expected in zip(after, before, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert same([weight.double() for module in online for weight in weights_of(module)], theta)
+
+
+def test_batch_norms_of_query_and_key_encoder_are_split(tiny_recipe: Recipe) -> None:
+    method = convolutional(recipe_of(tiny_recipe, "moco", moco={"splits": 2}))
+    assert isinstance(method, MoCo)
+    for backbone in (method.backbone, method.key_backbone):
+        norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+        assert len(norms) == 4
+        assert all(isinstance(norm, SplitBatchNorm) and norm.splits == 2 for norm in norms)
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in method.modules())
+
+
+def test_a_split_batch_norm_is_four_batch_norms_in_training_and_one_in_service() -> None:
+    torch.manual_seed(0)
+    x = 3 * torch.randn(16, 5, 4, 4) + torch.arange(16.0).view(16, 1, 1, 1)
+    plain, split = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+    for norm in (plain, split):
+        with torch.no_grad():
+            norm.weight.copy_(torch.arange(1.0, 6))
+            norm.bias.fill_(0.5)
+    split_batch_norms(split, 4)
+    parts = [nn.BatchNorm2d(5) for _ in range(4)]
+    for part in parts:
+        part.load_state_dict(plain.state_dict())
+    expected = torch.cat([part(x[4 * number : 4 * number + 4]) for number, part in enumerate(parts)])
+    torch.testing.assert_close(split(x), expected)
+    assert float((plain(x) - expected).detach().abs().max()) > 0.5
+    running = torch.zeros(5)
+    for number in range(4):  # one after the other, each moves the running statistics by its momentum
+        running = 0.9 * running + 0.1 * x[4 * number : 4 * number + 4].mean((0, 2, 3))
+    torch.testing.assert_close(split.state_dict()["running_mean"], running)
+    plain.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+
+
+def test_the_keys_other_order_is_undone(tiny_recipe: Recipe) -> None:
+    method = convolutional(recipe_of(tiny_recipe, "moco", moco={"queue": 16}))
+    assert isinstance(method, MoCo)
+    method.key_backbone.eval()  # running statistics: a key does not depend on its companions
+    batch = batch_of()
+    method.step(batch)
+    torch.testing.assert_close(method.queue, keys_of(method, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_normalised_among_other_companions_than_their_queries(tiny_recipe: Recipe) -> None:
+    method, batch = convolutional(recipe_of(tiny_recipe, "moco", moco={"queue": 16})), batch_of()
+    assert isinstance(method, MoCo)
+    method.step(batch)
+    assert float((method.queue - keys_of(method, batch)).abs().max()) > 0.01  # keys_of leaves them in order
+
+
+# BYOL and SimSiam: no negatives.
+
+
+def byol_target(method: Any, views: Tensor) -> Tensor:
+    with torch.no_grad():
+        target: Tensor = method.target_head(method.target_backbone(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+    return target
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_byol_is_the_squared_distance_of_unit_vectors_over_all_ordered_pairs(views: int, tiny_recipe: Recipe) -> None:
+    method, batch = flat(recipe_of(tiny_recipe, "byol")), batch_of(views)
+    for weight in method.target_head.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))  # a target unlike the online network
+    p = method.predictor(method.head(batch.views.flatten(0, 1).flatten(1))).unflatten(0, (views, 16)).detach()
+    target = byol_target(method, batch.views)
+    distances = []
+    for i, j in permutations(range(views), 2):
+        for n in range(16):
+            q, z = p[i, n].double().numpy(), target[j, n].double().numpy()
+            distances.append(np.sum((q / np.linalg.norm(q) - z / np.linalg.norm(z)) ** 2))
+    assert float(method.step(batch).loss.detach()) == pytest.approx(np.mean(distances), rel=1e-5)
+
+
+@pytest.mark.parametrize(("progress", "tau"), [(0, 0.9), (0.25, 1 - 0.05 * (1 + math.sqrt(0.5))), (0.5, 0.95), (1, 1)])
+def test_byols_target_moves_less_and_less(progress: float, tau: float, tiny_recipe: Recipe) -> None:
+    method: Any = convolutional(recipe_of(tiny_recipe, "byol", byol={"momentum": 0.9}))
+    targets, onlines = [method.target_backbone, method.target_head], [method.backbone, method.head]
+    for target, online in zip(targets, onlines, strict=True):
+        assert same(weights_of(target), weights_of(online))  # to begin with
+        for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
+            xi.data.fill_(2.0)
+            theta.data.fill_(1.0)
+    method.update(progress)
+    for target, online in zip(targets, onlines, strict=True):
+        for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
+            torch.testing.assert_close(xi, torch.full_like(xi, tau * 2 + (1 - tau) * 1), rtol=1e-6, atol=0)
+            assert torch.equal(theta, torch.ones_like(theta))
+
+
+def test_no_gradient_reaches_byols_target(tiny_recipe: Recipe) -> None:
+    method: Any = convolutional(recipe_of(tiny_recipe, "byol"))
+    before = weights_of(method.target_backbone)
+    backward(method.step(batch_of()).loss)
+    for weight in [*method.target_backbone.parameters(), *method.target_head.parameters()]:
+        assert not weight.requires_grad
+        assert weight.grad is None
+    assert same(weights_of(method.target_backbone), before)
+
+
+class Fixed(nn.Module):
+    """A predictor that says the same whatever it is asked."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.answer = nn.Parameter(torch.linspace(-1, 1, width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.answer.expand(len(z), -1)
+
+
+@pytest.mark.parametrize("name", ["simsiam", "byol"])
+def test_a_prediction_alone_carries_gradient(name: str, tiny_recipe: Recipe) -> None:
+    method: Any = convolutional(recipe_of(tiny_recipe, name))
+    method.predictor = Fixed(16)
+    backward(method.step(batch_of()).loss)
+    assert method.predictor.answer.grad is not None
+    assert bool(method.predictor.answer.grad.any())
+    assert all(weight.grad is None for weight in [*method.backbone.parameters(), *method.head.parameters()])
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_simsiam_is_minus_the_cosine_over_all_ordered_pairs(views: int, tiny_recipe: Recipe) -> None:
+    method, batch = flat(recipe_of(tiny_recipe, "simsiam")), batch_of(views)
+    z = method.head(batch.views.flatten(0, 1).flatten(1))
+    p = method.predictor(z).unflatten(0, (views, 16)).detach().double().numpy()
+    z = z.unflatten(0, (views, 16)).detach().double().numpy()
+    cosines = [
+        p[i, n] @ z[j, n] / (np.linalg.norm(p[i, n]) * np.linalg.norm(z[j, n]))
+        for i, j in permutations(range(views), 2)
+        for n in range(16)
+    ]
+    assert float(method.step(batch).loss.detach()) == pytest.approx(-np.mean(cosines), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "width"), [("simsiam", 24), ("byol", 40)])
+def test_the_predictors_hidden_width_is_the_recipes(name: str, width: int, tiny_recipe: Recipe) -> None:
+    method = flat(recipe_of(tiny_recipe, name, **{name: {"predictor": width}}))
+    shapes = [(m.in_features, m.out_features) for m in method.predictor.modules() if isinstance(m, nn.Linear)]
+    assert shapes == [(16, width), (width, 16)]
+
+
+# Clusters: pseudo-labels from k-means.
+
+
+def test_clusters_is_simclr_until_the_first_clustering(tiny_recipe: Recipe) -> None:
+    changes: dict[str, Any] = {"simclr": {"temperature": 0.3}, "clusters": {"temperature": 0.3}}
+    ours = convolutional(recipe_of(tiny_recipe, "clusters", **changes))
+    theirs = convolutional(recipe_of(tiny_recipe, "simclr", **changes), seed=1)
+    theirs.load_state_dict({key: value for key, value in ours.state_dict().items() if key in theirs.state_dict()})
+    for number in range(COUNT // 16):
+        batch = batch_of(first=16 * number, seed=number)
+        step = ours.step(batch)
+        torch.testing.assert_close(step.loss, theirs.step(batch).loss)
+        assert float(step.diagnostics["clustered"]) == 0
+
+
+def blobs(count: int = COUNT, kinds: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Pictures (count, 1, 8, 8) of a few kinds far apart, in random order, and their kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.arange(count)[torch.randperm(count, generator=generator)] % kinds
+    centres = 5 * torch.eye(64)[:kinds]
+    return (centres[kind] + 0.1 * torch.randn(count, 64, generator=generator)).view(-1, 1, 8, 8), kind
+
+
+def test_pictures_of_blobs_far_apart_are_clustered_rightly_and_drive_the_loss(tiny_recipe: Recipe) -> None:
+    every = 2
+    method = flat(recipe_of(tiny_recipe, "clusters", clusters={"clusters": 4, "every": every}))
+    pictures, kinds = blobs()
+    generator = torch.Generator().manual_seed(0)
+    clustered = []
+    for _ in range(every):
+        for positions in torch.randperm(COUNT, generator=generator).view(-1, 16):
+            views = pictures[positions] + 0.1 * torch.randn(2, 16, 1, 8, 8, generator=generator)
+            clustered.append(float(method.step(Batch(views, positions, None)).diagnostics["clustered"]))
+    assert not any(clustered)
+    assert int(method.assignment.min()) >= 4
+    positions = torch.arange(16)
+    batch = Batch(pictures[positions].expand(2, -1, -1, -1, -1), positions, None)
+    step = method.step(batch)
+    assert float(step.diagnostics["clustered"]) == 1
+    assert int(method.assignment.max()) < 4
+    assert adjusted_rand_score(kinds.numpy(), method.assignment.numpy()) == 1
+    z = method.head(batch.views.flatten(0, 1).flatten(1))
+    torch.testing.assert_close(step.loss, supcon(z, kinds[positions].repeat(2), 0.2))
+    assert abs(float((step.loss - nt_xent(z.unflatten(0, (2, 16)), 0.2)).detach())) > 0.1
+
+
+def test_clusters_are_made_anew_after_as_many_epochs_again(tiny_recipe: Recipe) -> None:
+    method = flat(recipe_of(tiny_recipe, "clusters", clusters={"clusters": 4, "every": 2}))
+    assignments = []
+    for epoch in range(5):
+        pictures, _ = blobs(seed=epoch)  # other pictures in the same places, as if the encoder had moved
+        for positions in torch.arange(COUNT).view(-1, 16):
+            method.step(Batch(pictures[positions].expand(2, -1, -1, -1, -1), positions, None))
+            assignments.append(method.assignment.clone())
+    changes = [n for n in range(1, len(assignments)) if not torch.equal(assignments[n], assignments[n - 1])]
+    assert changes == [8, 16]  # before the first step of epochs 2 and 4
+    assert adjusted_rand_score(blobs(seed=3)[1].numpy(), assignments[-1].numpy()) == 1
+
+
+def test_a_picture_that_was_never_in_a_batch_keeps_a_label_of_its_own(tiny_recipe: Recipe) -> None:
+    method = flat(recipe_of(tiny_recipe, "clusters", clusters={"clusters": 4}))
+    pictures, kinds = blobs()
+    unseen = torch.tensor([3, 40])
+    seen = torch.tensor([n for n in range(COUNT) if n not in (3, 40)])
+    for _ in range(2):
+        method.step(Batch(pictures[seen].expand(2, -1, -1, -1, -1), seen, None))
+    step = method.step(Batch(pictures.expand(2, -1, -1, -1, -1), torch.arange(COUNT), None))
+    assert float(step.diagnostics["clustered"]) == pytest.approx(1 - 2 / COUNT)
+    assert adjusted_rand_score(kinds[seen].numpy(), method.assignment[seen].numpy()) == 1
+    assert method.assignment[unseen].tolist() == [4 + 3, 4 + 40]
+
+
+def test_fewer_pictures_than_clusters_do_no_harm(tiny_recipe: Recipe) -> None:
+    method = flat(recipe_of(tiny_recipe, "clusters", clusters={"clusters": 100}), count=8)
+    for _ in range(2):
+        step = method.step(batch_of(count=8))
+    assert float(step.diagnostics["clustered"]) == 1
+    assert bool(step.loss.isfinite())
+    assert 4 < len(set(method.assignment.tolist())) <= 8
+    assert int(method.assignment.max()) < 8
+
+
+# InfoNCE with explicit negatives.
+
+
+@settings(max_examples=100, deadline=None)
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=12))
+def test_the_next_of_a_label_is_found_by_walking_on(labels: list[int]) -> None:
+    expected = []
+    for place in range(len(labels)):
+        walk = (place + 1) % len(labels)
+        while labels[walk] != labels[place]:
+            walk = (walk + 1) % len(labels)
+        expected.append(walk)
+    assert next_of_label(torch.tensor(labels)).tolist() == expected
+
+
+@pytest.mark.parametrize("views", [2, 3])
+def test_infonces_positive_is_another_picture_of_the_label_and_its_negatives_those_of_others(
+    views: int, tiny_recipe: Recipe
+) -> None:
+    method, batch = flat(recipe_of(tiny_recipe, "infonce")), batch_of(views, labels=5)
+    labels = labels_of(batch).tolist()  # 16 pictures of 5 labels: one of 4, four of 3
+    z = method.head(batch.views.flatten(0, 1).flatten(1)).unflatten(0, (views, 16)).detach().double().numpy()
+    z = z / np.linalg.norm(z, axis=2, keepdims=True)
+    losses = []
+    for v in range(1, views):
+        for n in range(16):
+            partner = next(m % 16 for m in range(n + 1, n + 17) if labels[m % 16] == labels[n])
+            assert partner != n
+            above = math.exp(z[0, n] @ z[v, partner] / 0.1)
+            below = sum(math.exp(z[0, n] @ z[v, m] / 0.1) for m in range(16) if labels[m] != labels[n])
+            losses.append(-math.log(above / (above + below)))
+    assert float(method.step(batch).loss.detach()) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_picture_alone_with_its_label_has_its_own_other_view_as_infonces_positive(tiny_recipe: Recipe) -> None:
+    method, batch = flat(recipe_of(tiny_recipe, "infonce", infonce={"temperature": 0.2})), batch_of()
+    alone = batch._replace(labels=torch.arange(16))
+    z = method.head(batch.views.flatten(0, 1).flatten(1)).unflatten(0, (2, 16))
+    expected = info_nce(z[0], z[1], z[1], 0.2, ~torch.eye(16, dtype=torch.bool))
+    torch.testing.assert_close(method.step(alone).loss, expected)
+
+
+@pytest.mark.parametrize("name", sorted(NEED_LABELS))
+def test_a_batch_of_one_label_does_no_harm(name: str, tiny_recipe: Recipe) -> None:
+    method, batch = convolutional(recipe_of(tiny_recipe, name)), batch_of(labels=1)
+    loss = method.step(batch).loss
+    backward(loss)
+    assert bool(loss.isfinite())
+    for weight in method.backbone.parameters():
+        assert weight.grad is not None
+        assert bool(weight.grad.isfinite().all())
