@@ -5,6 +5,7 @@ side is its example for plain PyTorch: its SimCLRTransform, its NTXentLoss, SGD,
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -32,7 +33,9 @@ _SETTLING = 5  # steps before the clock starts
 
 
 class _Pictures(Dataset[Any]):
-    """What torchvision's CIFAR10 hands out: a PIL picture and a label."""
+    """As torchvision's CIFAR10: a PIL picture, put through `transform`, and a label."""
+
+    transform: Callable[[Image.Image], Any] | None = None
 
     def __init__(self, pixels: PixelArray) -> None:
         self._pixels = pixels
@@ -40,8 +43,9 @@ class _Pictures(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._pixels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self._pixels[index]), 0
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        picture = Image.fromarray(self._pixels[index])
+        return self.transform(picture) if self.transform else picture, 0
 
 
 def lightly_pace(pixels: PixelArray, steps: int) -> float:

@@ -400,6 +400,18 @@ def test_a_split_batch_norm_is_four_batch_norms_in_training_and_one_in_service()
     torch.testing.assert_close(split.eval()(x), plain.eval()(x))
 
 
+@pytest.mark.parametrize("count", [2, 7, 8, 9, 25, 64])
+def test_a_split_batch_norm_leaves_no_picture_by_itself(count: int) -> None:
+    split = nn.BatchNorm2d(5)
+    split_batch_norms(split, 8)
+    x = torch.randn(count, 5, 1, 1, generator=torch.Generator().manual_seed(0))
+    y = split(x).detach()  # one number of one picture has no variance
+    parts = x.tensor_split(min(8, count // 2))
+    assert min(len(part) for part in parts) >= 2
+    expected = [(part - part.mean(0)) / (part.var(0, correction=0) + 1e-5).sqrt() for part in parts]
+    torch.testing.assert_close(y, torch.cat(expected))
+
+
 def test_the_keys_other_order_is_undone(tiny_recipe: Recipe) -> None:
     method = convolutional(recipe_of(tiny_recipe, "moco", moco={"queue": 16}))
     assert isinstance(method, MoCo)
