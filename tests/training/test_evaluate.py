@@ -21,6 +21,7 @@ from training.backbones import build_backbone
 from training.data import open_training_source
 from training.evaluate import embed, evaluate, nearest, nearest_pixels, randomised, read_pixels
 from training.export import Encoder, export, square_preprocessing
+from training.knn import vote
 
 BANK, QUERIES = "digits[:1000]", "digits[1000:]"
 

@@ -68,7 +68,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return torch.cat([super(SplitBatchNorm, self).forward(part) for part in input.chunk(self.splits)])
+        parts = input.tensor_split(max(1, min(self.splits, len(input) // 2)))  # one picture has no variance
+        return torch.cat([super(SplitBatchNorm, self).forward(part) for part in parts])
 
 
 def split_batch_norms(module: nn.Module, splits: int) -> None:
