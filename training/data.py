@@ -30,7 +30,7 @@ _AT_ONCE = 64 * _CHUNK  # pictures decoded before they are put away
 _SMALL = 256 * 2**20  # a canvas of so many bytes is decoded again in no time: not worth a file
 _DISK_LEFT = 2**30  # bytes that stay free for checkpoints
 _BLOCKS_MIXED = 16
-_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+_UNKNOWN, _GOOD, _BAD, _SEEN = 0, 1, 2, 3  # seen: good when it was decoded, and its pixels are not there any more
 
 
 def open_training_source(name: str, data_root: Path) -> Source:
@@ -102,6 +102,7 @@ class Canvas:
         self._state = np.zeros(len(source), np.uint8)
         shape = (len(source), channels, preprocessing.side, preprocessing.side)
         self._path = folder / "canvas.bin"
+        self._kept_file = self._path.exists() and self._path.stat().st_size == int(np.prod(shape))
         self.residence, self._pixels = _allocate(shape, self._path)
         size = int(np.prod(shape))
         self._resident: Tensor | None = None
@@ -126,10 +127,12 @@ class Canvas:
         if self._pixels is None:
             known = positions[self._state[positions] != _BAD]
             pixels, good = self._decode(known)
+            self._state[known[good]] = _GOOD
+            self._check_share()
             return torch.from_numpy(pixels).to(self.device), known[good]
-        unknown = positions[self._state[positions] == _UNKNOWN]
-        if len(unknown):
-            self._fill(self._whole_blocks(unknown))
+        missing = positions[self._missing(positions)]
+        if len(missing):
+            self._fill(self._whole_blocks(missing))
         good_positions = positions[self._state[positions] == _GOOD]
         if self._resident is None:
             return torch.from_numpy(self._pixels[good_positions]).to(self.device), good_positions
@@ -141,7 +144,7 @@ class Canvas:
 
     def untouched(self) -> int:
         """Return how many pictures have not been decoded yet and will be kept once they are."""
-        return 0 if self._pixels is None else int((self._state == _UNKNOWN).sum())
+        return 0 if self._pixels is None else int(self._missing(slice(None)).sum())
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs; after it the pixels that it speaks of are on the disk."""
@@ -149,15 +152,15 @@ class Canvas:
         if isinstance(self._pixels, np.memmap):
             self._pixels.flush()
         else:
-            state[state == _GOOD] = _UNKNOWN
+            state[state == _GOOD] = _SEEN
         return {"state": torch.from_numpy(state), "bad": dict(self.bad), "residence": self.residence}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on with what an earlier run has decoded."""
         self.bad = dict(state["bad"])
         self._state = state["state"].numpy().copy()
-        if self.residence != "disk" or state["residence"] != "disk":
-            self._state[self._state == _GOOD] = _UNKNOWN
+        if self.residence != "disk" or state["residence"] != "disk" or not self._kept_file:
+            self._state[self._state == _GOOD] = _SEEN
 
     def list_bad(self, path: Path) -> None:
         """Write ids and reasons of the bad pictures, a line each; nothing where there are none."""
@@ -178,15 +181,19 @@ class Canvas:
         self._path.unlink(missing_ok=True)
 
     def _whole_blocks(self, positions: IntArray) -> IntArray:
-        """All unknown pictures of the blocks that these lie in: where reading one means reading its block."""
+        """All missing pictures of the blocks that these lie in: where reading one means reading its block."""
         if self.source.blocks is None:
             return np.unique(positions)
         starts = np.asarray(self.source.blocks)
         touched = np.unique(np.searchsorted(starts, positions, side="right") - 1)
         ends = np.append(starts[1:], len(self.source))
         every = np.concatenate([np.arange(starts[block], ends[block]) for block in touched])
-        unknown: IntArray = every[self._state[every] == _UNKNOWN]
-        return unknown
+        missing: IntArray = every[self._missing(every)]
+        return missing
+
+    def _missing(self, positions: IntArray | slice) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """Whether the pixels of these have yet to be decoded."""
+        return np.isin(self._state[positions], (_UNKNOWN, _SEEN))
 
     def _fill(self, positions: IntArray) -> None:
         assert self._pixels is not None
@@ -197,6 +204,7 @@ class Canvas:
                 pixels, good = self._decode(part)
                 self._pixels[part[good]] = pixels
                 self._state[part[good]] = _GOOD  # after its pixels: a checkpoint may look between the two
+                self._check_share()
                 bar.update(len(part))
 
     def _decode(self, positions: IntArray) -> tuple[PixelArray, "np.ndarray[Any, np.dtype[np.bool_]]"]:
@@ -209,9 +217,6 @@ class Canvas:
             if isinstance(result, LookalikeError):
                 self.bad[position] = str(result)
                 self._state[position] = _BAD
-        if self._pixels is None:
-            self._state[positions[good]] = _GOOD
-        self._check_share()
         side = self._preprocessing.side
         pixels = [result for result in results if not isinstance(result, LookalikeError)]
         return np.stack(pixels) if pixels else np.empty((0, self._channels, side, side), np.uint8), good

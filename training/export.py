@@ -118,6 +118,8 @@ def check_out(out: Path) -> None:
     Raises:
         InvalidOutput: a file, or a folder of something else, is there; or its parent cannot be made.
     """
+    if out.name in ("", ".."):
+        raise InvalidOutput(f"{out}: expected a folder with a name of its own, such as models/mine")
     if out.exists() and not (out / CARD_FILE).exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise InvalidOutput(f"{out}: is there and is not a model folder; choose another --out")
     try:

@@ -1,6 +1,7 @@
 """What a run wrote down as it went: JSON lines for programs, TensorBoard events for eyes."""
 
 import json
+import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +27,8 @@ class Log:
 
     def write(self, step: int, **values: float) -> None:
         """Write named scalars of a step."""
-        rounded = {name: float(f"{value:.6g}") for name, value in values.items()}
+        # JSON has no word for what is not finite.
+        rounded = {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps({"step": step, **rounded}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)

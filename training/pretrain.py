@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from service import IntArray
-from service.errors import InvalidRequest, InvalidSource
+from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.images import tones
 from service.sources import Source
 from training.augment import augment
@@ -188,17 +188,31 @@ def prepare(
     canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
     if earlier:
         canvas.load_state(earlier["canvas"])
-    seen = canvas.take(sample(source, _SAMPLED))[0].cpu()  # (n, C, S, S)
+    try:
+        mean, std, shares = _look_at(canvas)
+    except LookalikeError:
+        canvas.list_bad(folder / "bad-pictures.txt")
+        if earlier:
+            canvas.close()
+        else:
+            canvas.remove()
+        raise
+    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
+
+
+def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
+    """Return mean and standard deviation (C,) and tones of a sample, after making sure that there is much to learn."""
+    name = canvas.source.name
+    seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
     if not len(seen):
-        raise InvalidSource(f"{source.name}: no picture of it can be decoded")
+        raise InvalidSource(f"{name}: no picture of it can be decoded")
     mean, std = statistics(seen)
     if float(std.max()) == 0:
-        raise InvalidSource(f"{source.name}: all pictures are one flat colour; there is nothing to learn")
+        raise InvalidSource(f"{name}: all pictures are one flat colour; there is nothing to learn")
     if bool((seen == seen[:1]).all()):
-        raise InvalidSource(f"{source.name}: all pictures are identical; there is nothing to learn")
+        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
     std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
-    shares = tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
-    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
+    return mean, std, tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
 
 
 def train(
