@@ -8,7 +8,7 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive container setup setup-serve lock clean
+.PHONY: help serve test check survive figures container setup setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -21,7 +21,7 @@ serve: setup-serve ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOS
 	exec .venv-serve/bin/lookalike serve --model "$(MODEL)" --store "$$store" --host "$(HOST)" --port "$(PORT)"
 
 test: setup ## run every test that this machine has the means for
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup ## lint, types, import rules
 	.venv/bin/ruff check .
@@ -31,6 +31,9 @@ check: setup ## lint, types, import rules
 
 survive: setup ## kill a training run 20 times with -9, and see it end as if nothing had been
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
+
+figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
+	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200
 
 container: ## build the image and check it, with podman or docker
 	tests/deploy/container.sh

@@ -54,6 +54,19 @@ def pretrain(
     run(source, read_recipe(recipe, change or ()), out, minutes, device, data_root, init, resume, checkpoint_minutes)
 
 
+@cli.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a pretraining run, OUT.run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Export the encoder of a run's checkpoint anew, with its variants; the run's source must be where it was."""
+    _need_torch()
+    from training.pretrain import export_run
+
+    export_run(run_folder, out, data_root)
+
+
 @cli.command("import")
 def import_backbone(
     backbone: Annotated[str, typer.Argument(help="A torchvision classification backbone, such as resnet18.")],
@@ -70,23 +83,40 @@ def import_backbone(
 @cli.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of the encoder.")],
-    bank: Annotated[str, typer.Option(help="SOURCE with labels: the pictures that vote.")],
-    queries: Annotated[str, typer.Option(help="SOURCE with labels: the pictures to name.")],
+    bank: Annotated[str, typer.Option(help="The pictures that vote: SOURCE with labels, or a folder of `embed`.")],
+    queries: Annotated[str, typer.Option(help="The pictures to name: SOURCE with labels, or a folder of `embed`.")],
     data_root: DataRoot = Path("data"),
+    variant: Annotated[
+        Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="Of the encoder; the fastest if auto.")
+    ] = "auto",
     as_json: Json = False,
+    report: Annotated[Path | None, typer.Option(help="Folder to write a report to, report.html in it.")] = None,
 ) -> None:
-    """Report the k-NN accuracy of an encoder as it is served, beside raw pixels and a random encoder."""
+    """Report how good an encoder is as it is served, beside raw pixels and a random encoder."""
     _need_torch()
     from training.evaluate import evaluate as run
 
-    report = run(model, bank, queries, data_root)
+    if report is not None:
+        from training.report import check_folder, write_report
+
+        check_folder(report)
+    evaluation = run(model, bank, queries, data_root, variant)
+    if report is not None:
+        write_report(report, evaluation)
+    for note in evaluation.notes():
+        print(f"note: {note}", file=sys.stderr)
+    found = evaluation.report
     if as_json:
-        print(json.dumps(report))
+        print(json.dumps(found))
         return
-    print(f"{report['bank']['pictures']} pictures vote on {report['queries']['pictures']}; accuracy:")
-    print(f"  {'':16} 5-NN    weighted 20-NN")
-    for name, figures in {report["model"]: report["knn"], **report["baselines"]}.items():
-        print(f"  {name:16} {figures['k5']:.4f}  {figures['weighted_k20']:.4f}")
+    counts = found["bank"]["pictures"], found["queries"]["pictures"]
+    print(f"{counts[0]} of {bank} vote on {counts[1]} of {queries}; variant {found['variant']}")
+    columns = [(found["model"], found["figures"])]
+    columns += [(name.replace("_", " "), figures) for name, figures in (found["baselines"] or {}).items()]
+    print("".join([f"{'':14}", *(f"  {name:>14}" for name, _ in columns)]))
+    for key in found["figures"]:
+        values = ("-" if figures[key] is None else f"{figures[key]:.4f}" for _, figures in columns)
+        print("".join([f"{key:14}", *(f"  {value:>14}" for value in values)]))
 
 
 @cli.command()
@@ -167,9 +197,10 @@ def serve(
     store: Annotated[Path | None, typer.Option(help="Folder of the store; made when it is not there.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the encoder: fp32, fp16, int8; the fastest if auto.")] = None,
 ) -> None:
     """Serve search over HTTP, with a page, until Ctrl-C."""
-    settings = _settings(model=model, store=store, host=host, port=port)
+    settings = _settings(model=model, store=store, host=host, port=port, variant=variant)
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
     environment = {
@@ -190,7 +221,7 @@ def info(
     from service.encoder import Encoder
 
     card = read_card(model)
-    encoder = Encoder(card)
+    encoder = Encoder(card, variant="fp32")
     facts = {
         "name": card.name,
         "fingerprint": card.fingerprint,
@@ -225,7 +256,7 @@ def _check_serving(settings: Any) -> None:
     from service.gallery import find_model
     from service.store.embedded import EmbeddedStore
 
-    encoder = Encoder(read_card(find_model(settings)), settings.device)
+    encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
     EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

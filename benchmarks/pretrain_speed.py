@@ -24,8 +24,9 @@ from benchmarks.machine import describe
 from service import PixelArray
 from service.sources import from_arrays
 from training.backbones import build_backbone
+from training.material import prepare
 from training.methods import build_method
-from training.pretrain import prepare, train
+from training.pretrain import train
 from training.recipe import Recipe, read_recipe
 
 _SIDE, _BATCH, _PICTURES = 32, 256, 10_000

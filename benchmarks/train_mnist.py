@@ -50,7 +50,7 @@ def main(
     print(f"\n{describe()}\n")
     print("| program | wall time, s | 5-NN, bank `mnist/test[:8000]`, queries `mnist/test[8000:]` |\n|---|---|---|")
     print(f"| {Path(shlex.split(against)[-1]).name} | {allowed:.0f} | {float(found[-1]):.4f} |")
-    print(f"| `lookalike pretrain --recipe {recipe}` | {spent:.0f} | {figures['knn']['k5']:.4f} |")
+    print(f"| `lookalike pretrain --recipe {recipe}` | {spent:.0f} | {figures['figures']['k5']:.4f} |")
     print(f"| raw pixels | | {figures['baselines']['raw_pixels']['k5']:.4f} |")
 
 

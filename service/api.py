@@ -77,6 +77,7 @@ def create_app() -> FastAPI:
             "fingerprint": gallery.card.fingerprint,
             "dimension": gallery.encoder.dimension,
             "count": await run_in_threadpool(gallery.store.count),
+            "variant": gallery.encoder.variant,
             "provider": gallery.encoder.provider,
             "notice": await run_in_threadpool(gallery.notice),
             "limits": {
@@ -189,8 +190,9 @@ def create_app() -> FastAPI:
 
     @app.get("/images/{id:path}")
     async def get_image(request: Request, id: str) -> dict[str, Any]:
-        """An item's id and metadata."""
-        return _show(await run_in_threadpool(_gallery(request).get, check_id(id)))
+        """An item's id and metadata, and the variant of the encoder that embedded it."""
+        item = await run_in_threadpool(_gallery(request).get, check_id(id))
+        return _show(item) | {"variant": item.variant}
 
     @app.delete("/images/{id:path}", status_code=204)
     async def delete_image(request: Request, id: str) -> None:

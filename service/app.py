@@ -33,10 +33,11 @@ class Lookalike:
         self.gallery = open_gallery(settings)
         app.state.gallery = self.gallery
         log.info(
-            "serving %d pictures from %s with the encoder %s on %s",
+            "serving %d pictures from %s with the encoder %s (%s) on %s",
             self.gallery.store.count(),
             settings.store,
             self.gallery.card.name,
+            self.gallery.encoder.variant,
             self.gallery.encoder.provider,
         )
         if notice := self.gallery.notice():

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from service.card import read_card
+from service.embeddings import FAILURES, META, part_path, read_facts
 from service.encoder import Encoder
-from service.errors import InvalidOutput, LookalikeError, NoEmbedding
+from service.errors import InvalidOutput, InvalidSource, LookalikeError, NoEmbedding
 from service.gallery import Gallery, check_id
 from service.images import decode_pixels
 from service.settings import Settings
@@ -23,8 +24,6 @@ from service.sources import Source
 
 _CHUNK = 64
 _PART_ROWS = 8192
-_META = b"lookalike"
-_FAILURES = "_failures.parquet"
 
 T = TypeVar("T")
 
@@ -53,7 +52,7 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
         InvalidModel: no such encoder.
         InvalidOutput: `out` holds something else, or embeddings of another source or encoder.
     """
-    encoder = Encoder(read_card(model), settings.device)
+    encoder = Encoder(read_card(model), settings.device, settings.variant)
     ids = hashlib.sha256("\0".join(source.ids).encode(errors="surrogateescape")).hexdigest()
     identity = {"source": source.name, "ids": ids, "fingerprint": encoder.card.fingerprint}
     parts = _finished_parts(out, identity)
@@ -79,24 +78,24 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
         for chunk in _read_ahead(positions, read):
             failures += [(source.ids[position], str(error)) for position, error in _use(chunk, embed)]
             bar.update(len(chunk))
-        part = {"read": len(positions), "failures": failures}
+        part = {"read": len(positions), "failures": failures, "variant": encoder.variant}
         table = pa.table(
             {
                 "id": pa.array([source.ids[position] for position in kept], pa.string()),
                 "label": pa.array([source.labels[p] if source.labels else None for p in kept], pa.string()),
                 "embedding": pa.chunked_array(columns, schema.field("embedding").type),
             },
-            schema=schema.with_metadata({_META: json.dumps(identity | part).encode()}),
+            schema=schema.with_metadata({META: json.dumps(identity | part).encode()}),
         )
         return table, part
 
     with _progress("embedding", len(source), known) as bar:
         for start in range(known, len(source), _PART_ROWS):
             table, part = embed_part(range(start, min(start + _PART_ROWS, len(source))), bar)
-            _write_parquet(table, out / f"part-{start // _PART_ROWS:05d}.parquet")
+            _write_parquet(table, part_path(out, start // _PART_ROWS))
             parts.append(part)
     failed = [failure for part in parts for failure in part["failures"]]
-    _write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / _FAILURES)
+    _write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / FAILURES)
     return Tally(len(source) - known, known, len(failed))
 
 
@@ -180,11 +179,13 @@ def _finished_parts(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]
     if strangers:
         raise InvalidOutput(f"{out}: is not empty and not ours (it has {strangers[0]}); choose another --out")
     parts: list[dict[str, Any]] = []
-    while (path := out / f"part-{len(parts):05d}.parquet").exists():
+    while (path := part_path(out, len(parts))).exists():
         try:
-            part = json.loads((pq.read_schema(path).metadata or {})[_META])
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            part = read_facts(path)
+        except InvalidSource as error:
             raise InvalidOutput(f"{path}: not a part that we wrote; choose another --out") from error
+        if part is None:
+            raise InvalidOutput(f"{path}: not a part that we wrote; choose another --out")
         if {key: part.get(key) for key in identity} != identity:
             raise InvalidOutput(f"{path}: holds embeddings of another source or encoder; choose another --out")
         parts.append(part)

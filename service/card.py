@@ -3,13 +3,16 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from service.errors import InvalidModel
 
 MODEL_FILE = "model.onnx"
+# The same encoder in other arithmetic, by the name that a person calls it.
+VARIANTS = {"fp32": MODEL_FILE, "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+LEAST_VARIANT_COSINE = 0.99  # to model.onnx, of 99 pictures in 100
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "card.json"
 
@@ -98,6 +101,7 @@ class Card:
         model: the bytes of model.onnx, the very ones that were verified.
         preprocessing: how pictures become pixels for it.
         facts: card.json as written by export; {} for an encoder that came without one.
+        variants: the bytes of model.onnx's variants by name, verified and measured as well.
     """
 
     folder: Path
@@ -106,6 +110,7 @@ class Card:
     model: bytes
     preprocessing: Preprocessing
     facts: dict[str, Any]
+    variants: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def tones(self) -> list[float] | None:
@@ -123,28 +128,43 @@ def read_card(folder: Path) -> Card:
     """Read a model folder and check it against its own card.
 
     Raises:
-        InvalidModel: missing folder or file, JSON that does not parse, or a checksum that differs.
+        InvalidModel: missing folder or file, JSON that does not parse, a checksum that differs, or a variant
+            that the card has not measured to be the same encoder.
 
-    Cost: reads and hashes model.onnx once.
+    Cost: reads and hashes model.onnx and its variants once.
     """
     if not folder.is_dir():
         raise InvalidModel(f"{folder}: no such model folder; expected a folder with {MODEL_FILE}")
-    model = _read(folder / MODEL_FILE)
+    files = {MODEL_FILE: _read(folder / MODEL_FILE)}
+    files |= {file: _read(folder / file) for file in VARIANTS.values() if (folder / file).exists()}
     preprocessing = Preprocessing.from_config(_read_json(folder / PREPROCESSOR_FILE), str(folder / PREPROCESSOR_FILE))
-    own = fingerprint(model, preprocessing)
+    own = fingerprint(files[MODEL_FILE], preprocessing)
     facts: dict[str, Any] = {}
     if (folder / CARD_FILE).exists():
         facts = _read_json(folder / CARD_FILE)
         for file, expected in facts.get("sha256", {}).items():
-            actual = hashlib.sha256(model if file == MODEL_FILE else _read(folder / file)).hexdigest()
-            if actual != expected:
+            data = files[file] if file in files else _read(folder / file)
+            if (actual := hashlib.sha256(data).hexdigest()) != expected:
                 raise InvalidModel(
                     f"{folder / file}: damaged: sha256 is {actual[:12]}…, {CARD_FILE} says {str(expected)[:12]}…"
                 )
         if facts.get("fingerprint", own) != own:
             raise InvalidModel(f"{folder}: fingerprint is {own[:12]}…, {CARD_FILE} says {facts['fingerprint'][:12]}…")
+    variants = {name: files[file] for name, file in VARIANTS.items() if name != "fp32" and file in files}
+    for name in variants:
+        if not _belongs(VARIANTS[name], facts):
+            raise InvalidModel(
+                f"{folder / VARIANTS[name]}: {CARD_FILE} has not measured it to be {MODEL_FILE} in other arithmetic; "
+                "remove it, or write the encoder anew with `lookalike export`"
+            )
     name = str(facts.get("name") or folder.resolve().name)
-    return Card(folder.resolve(), name, own, model, preprocessing, facts)
+    return Card(folder.resolve(), name, own, files[MODEL_FILE], preprocessing, facts, variants)
+
+
+def _belongs(file: str, facts: dict[str, Any]) -> bool:
+    """Whether the card has measured a variant's file, and found it near enough to model.onnx."""
+    cosine = facts.get("quality", {}).get(file, {}).get("cosine_p1", 0)
+    return file in facts.get("sha256", {}) and float(cosine) >= LEAST_VARIANT_COSINE
 
 
 def suits(card: Card, gallery_tones: list[float] | None) -> str | None:

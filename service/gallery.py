@@ -97,6 +97,7 @@ class Gallery:
                     metadata=metadata,
                     source=source,
                     digest=hashlib.sha256(picture.data).hexdigest(),
+                    variant=self.encoder.variant,
                     embedding=embedding,
                     thumbnail=picture.thumbnail,
                     original=picture.data if keep else None,
@@ -202,7 +203,7 @@ def open_gallery(settings: Settings, read_only: bool = False) -> Gallery:
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
-    encoder = Encoder(read_card(find_model(settings)), settings.device)
+    encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
     return Gallery(encoder, EmbeddedStore(settings.store, encoder.card, encoder.dimension, read_only), settings)
 
 

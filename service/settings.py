@@ -15,6 +15,7 @@ class Settings(BaseSettings):
         model: the encoder's folder; None takes the one the store was built with, else models/mnist.
         store: the store's folder; made when it is not there.
         device: "auto", "cpu" or "cuda".
+        variant: of the encoder: "auto" for the fastest here, "fp32", "fp16" or "int8".
         host, port: where the service listens.
         keep_originals: whether the store keeps the pictures' own bytes.
         max_image_bytes, max_pixels, max_side, max_aspect: what a picture may be (images.Limits).
@@ -28,6 +29,7 @@ class Settings(BaseSettings):
     model: Path | None = None
     store: Path = Path(".lookalike/store")
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda)$")
+    variant: str = Field(default="auto", pattern="^(auto|fp32|fp16|int8)$")
     host: str = "127.0.0.1"
     port: int = Field(default=3000, ge=1, le=65535)
     keep_originals: bool = True

@@ -103,7 +103,8 @@ def test_a_model_whose_checksum_differs(tmp_path: Path) -> None:
 
 def test_a_store_built_by_another_encoder(store: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "other"))
-    (model / "card.json").unlink()
+    for file in ("card.json", "model.fp16.onnx", "model.int8.onnx"):
+        (model / file).unlink()
     config = json.loads((model / "preprocessor_config.json").read_text()) | {"resample": 2}
     (model / "preprocessor_config.json").write_text(json.dumps(config))
     for verb in (("index", "digits[:3]"), ("serve",)):

@@ -184,11 +184,12 @@ def _colour(views: Tensor, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor
     jittered = n["jitter"] < recipe.jitter
     brightness, contrast = (torch.where(jittered, n[name], 1.0) for name in ("brightness", "contrast"))
     matrix = (brightness * contrast)[:, None, None]  # (N, 1, 1)
+    mean = views.mean((2, 3))  # (N, C)
     if views.shape[1] == 3:
+        mean = (mean * _colour_plane(views.device)[0, :3]).sum(1, keepdim=True)  # (N, 1), its luminance
         saturation = torch.where(jittered, n["saturation"], 1.0).masked_fill_(n["grey"] < recipe.grey, 0)
         matrix = matrix * colour_matrix(saturation, n["turn"] * jittered)  # (N, 3, 3)
-    mean = luminance(views.mean((2, 3), keepdim=True)).squeeze(3)  # (N, 1, 1)
-    offset = mean * (brightness * (1 - contrast))[:, None, None]
+    offset = (mean * (brightness * (1 - contrast))[:, None])[:, :, None]  # (N, 1, 1)
     return torch.baddbmm(offset, matrix, views.flatten(2)).clamp_(0, 1).view_as(views)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, Card, Preprocessing, fingerprint
-from service.errors import InvalidModel, InvalidOutput, LookalikeError
-from service.images import Limits, decode_pixels
-from service.sources import Source
+from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, VARIANTS, Card, Preprocessing, fingerprint
+from service.errors import InvalidModel, InvalidOutput
 from training.augment import luminance
+from training.variants import Pictures, judge, to_int8
 
 _CHECKED_PICTURES = 256
 _LEAST_COSINE = 0.9999
@@ -32,6 +32,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.channels = channels
+        self.precision = torch.float32
         self.register_buffer("mean", mean.reshape(1, -1, 1, 1).clone())
         self.register_buffer("std", std.reshape(1, -1, 1, 1).clone())
 
@@ -39,7 +40,14 @@ class Encoder(nn.Module):
         values = pixels.float() / 255  # (N, 3, S, S)
         if self.channels == 1:
             values = luminance(values)  # (N, 1, S, S)
-        return F.normalize(self.backbone((values - self.mean) / self.std), dim=1)
+        h = self.backbone(((values - self.mean) / self.std).to(self.precision))
+        return F.normalize(h.float(), dim=1)
+
+    def in_float16(self) -> "Encoder":
+        """Return a copy whose backbone computes in float16; it takes the same pixels and gives float32."""
+        copy = Encoder(deepcopy(self.backbone).half(), self.mean, self.std, self.channels)
+        copy.precision = torch.float16
+        return copy.eval()
 
 
 def square_preprocessing(side: int, shortest_edge: int | None = None, resample: int = 3) -> Preprocessing:
@@ -57,13 +65,13 @@ def square_preprocessing(side: int, shortest_edge: int | None = None, resample: 
 
 
 def export(
-    encoder: Encoder, source: Source | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
+    encoder: Encoder, pictures: Pictures | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
 ) -> None:
-    """Write a model folder, whole or not at all.
+    """Write a model folder, whole or not at all: model.onnx, the variants that are good enough, and the card.
 
     Args:
         encoder: trained.
-        source: real pictures to check the export with; None checks with random pixels.
+        pictures: real ones to check the export with; None checks with random pixels and makes no variants.
         preprocessing: goes beside the graph.
         facts: for the card: method, data and whatever else is known of the run.
         out: the folder; an earlier model there is replaced.
@@ -75,33 +83,48 @@ def export(
     encoder = encoder.cpu().eval()
     side = preprocessing.side
     check_out(out)
+    model = to_onnx(encoder, side)
+    card = Card(out, out.name, fingerprint(model, preprocessing), model, preprocessing, {})
+    pixels = pictures.calibration[:_CHECKED_PICTURES] if pictures else _random_pixels(side)
+    quality: dict[str, dict[str, Any]] = {
+        MODEL_FILE: {"pictures": len(pixels)}
+        | {f"least_cosine_to_torch_batch_{size}": compare(encoder, card, pixels, size) for size in (1, 64)}
+    }
+    files = {
+        MODEL_FILE: model,
+        PREPROCESSOR_FILE: (json.dumps(json.loads(preprocessing.canonical), indent=2) + "\n").encode(),
+    }
+    if pictures:
+        made = {"fp16": to_onnx(encoder.in_float16(), side), "int8": to_int8(model, pictures.calibration)}
+        quality |= judge(card, made, pictures)
+        for variant, graph in made.items():
+            file = VARIANTS[variant]
+            if quality[file]["belongs"]:
+                files[file] = graph
+            else:
+                print(f"{file} is not written: it is too far from {MODEL_FILE}: {json.dumps(quality[file])}")
+    with torch.inference_mode():
+        dimension = encoder(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
+    content = {
+        "name": out.name,
+        "dimension": dimension,
+        "fingerprint": card.fingerprint,
+        "sha256": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+        "quality": quality,
+        **facts,
+    }
+    files[CARD_FILE] = (json.dumps(content, indent=2) + "\n").encode()
+    files["README.md"] = _readme(content).encode("utf-8", "surrogateescape")
+    write_folder(files, out)
+
+
+def write_folder(files: dict[str, bytes], out: Path) -> None:
+    """Write files, by name, as a folder, whole or not at all; an earlier one stays until the new one has its place."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder = Path(temporary) / out.name
+        folder, earlier = Path(temporary) / out.name, Path(temporary) / "earlier"
         folder.mkdir()
-        _write_onnx(encoder, side, folder / MODEL_FILE)
-        model = (folder / MODEL_FILE).read_bytes()
-        card = Card(folder, out.name, fingerprint(model, preprocessing), model, preprocessing, {})
-        pixels = _real_pixels(source, preprocessing) if source else _random_pixels(side)
-        quality = {"pictures": len(pixels)} | {
-            f"least_cosine_to_torch_batch_{size}": compare(encoder, card, pixels, size) for size in (1, 64)
-        }
-        with torch.inference_mode():
-            dimension = encoder(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
-        (folder / PREPROCESSOR_FILE).write_text(json.dumps(json.loads(preprocessing.canonical), indent=2) + "\n")
-        content = {
-            "name": out.name,
-            "dimension": dimension,
-            "fingerprint": card.fingerprint,
-            "sha256": {
-                file: hashlib.sha256((folder / file).read_bytes()).hexdigest()
-                for file in (MODEL_FILE, PREPROCESSOR_FILE)
-            },
-            "quality": {MODEL_FILE: quality},
-            **facts,
-        }
-        (folder / CARD_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        (folder / "README.md").write_text(_readme(content))
-        earlier = Path(temporary) / "earlier"  # stays whole beside the new one until that has its place
+        for file, data in files.items():
+            (folder / file).write_bytes(data)
         if out.exists():
             out.rename(earlier)
         try:
@@ -151,30 +174,22 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
     return round(least, 7)
 
 
-def _write_onnx(encoder: Encoder, side: int, path: Path) -> None:
-    example = torch.zeros(2, 3, side, side, dtype=torch.uint8)
-    torch.onnx.export(
-        encoder,
-        (example,),
-        str(path),
-        input_names=["pixels"],
-        output_names=["embedding"],
-        dynamic_shapes={"pixels": {0: torch.export.Dim("N")}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-
-
-def _real_pixels(source: Source, preprocessing: Preprocessing) -> np.ndarray[Any, Any]:
-    """Pixels of up to 256 pictures spread over the source; bad ones are passed over, as in training."""
-    pixels = []
-    for position in np.linspace(0, len(source) - 1, min(len(source), _CHECKED_PICTURES)).astype(int).tolist():
-        try:
-            pixels.append(decode_pixels(source.entry(position).data, preprocessing, Limits()))
-        except LookalikeError:
-            continue
-    return np.stack(pixels)
+def to_onnx(encoder: Encoder, side: int) -> bytes:
+    """Return the ONNX graph of an encoder, for any batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL_FILE
+        torch.onnx.export(
+            encoder,
+            (torch.zeros(2, 3, side, side, dtype=torch.uint8),),
+            str(path),
+            input_names=["pixels"],
+            output_names=["embedding"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("N")}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+        return path.read_bytes()
 
 
 def _random_pixels(side: int) -> np.ndarray[Any, Any]:
@@ -183,11 +198,12 @@ def _random_pixels(side: int) -> np.ndarray[Any, Any]:
 
 def _readme(content: dict[str, Any]) -> str:
     data = content.get("data", {})
+    measured = "".join(f"- {file}: {json.dumps(figures)}\n" for file, figures in content["quality"].items())
     return (
         f"# {content['name']}\n\n"
         f"An image encoder: pictures to {content['dimension']} numbers of length 1.\n\n"
         f"- method: {content.get('method')}\n"
         f"- data: {data.get('source')} ({data.get('pictures', 'unknown number of')} pictures)\n"
         f"- fingerprint: {content['fingerprint']}\n"
-        f"- export: {content['quality'][MODEL_FILE]}\n"
+        f"{measured}"
     )

@@ -3,6 +3,7 @@
 import math
 import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import closing
@@ -19,24 +20,21 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from service import IntArray
-from service.errors import InvalidRequest, InvalidSource, LookalikeError
-from service.images import tones
-from service.sources import Source
+from service.errors import InvalidRequest, InvalidSource
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint, run_folder, write_checkpoint
-from training.data import Canvas, Cursor, ahead, batches, names_checksum, open_training_source, sample, spread
+from training.data import Canvas, Cursor, ahead, batches, open_training_source, spread
 from training.export import Encoder, check_out, export, square_preprocessing
 from training.knn import headline_accuracy
 from training.log import Log
+from training.material import Material, check_pictures, prepare
 from training.methods import METHODS, Batch, Method, build_method
 from training.recipe import Recipe
 
 _TIMED_STEPS = 50
 _WATCHED = 20  # steps between two looks at loss and spread
-_SAMPLED = 2048  # pictures whose statistics stand for all
-_HELD_OUT, _BANK = 1000, 4000  # pictures that online k-NN asks about, and that vote
-_LEAST_HELD_FROM = 400  # of fewer pictures a twentieth says nothing
+_BANK = 4000  # pictures that vote in online k-NN
 _KNN_TIMES = 5  # in a run
 
 
@@ -48,29 +46,6 @@ class Run:
     seconds: float
     loss: float
     precision: str
-
-
-@dataclass(frozen=True)
-class Material:
-    """What is trained on.
-
-    Attributes:
-        canvas: the pixels.
-        labels: (count,) int64, or None.
-        trained, held_out: positions; the held-out ones are asked about in online k-NN, none without labels.
-        mean, std: (C,) of the pixels, 0..1.
-        tones: the pictures' tone histogram (images.tones).
-        checksum: of the source's ids.
-    """
-
-    canvas: Canvas
-    labels: IntArray | None
-    trained: IntArray
-    held_out: IntArray
-    mean: Tensor
-    std: Tensor
-    tones: list[float]
-    checksum: int
 
 
 def pretrain(
@@ -129,19 +104,57 @@ def pretrain(
     material = prepare(source, recipe, folder, on, earlier)
     try:
         run = train(method, material, recipe, minutes, folder, identity, earlier, checkpoint_minutes * 60)
+        print(f"{run.steps} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
+        finish(method, material, identity, run, on.type, out)
     finally:
         material.canvas.list_bad(folder / "bad-pictures.txt")
         material.canvas.close()
-    print(f"{run.steps} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
     if material.canvas.bad:
         print(f"{len(material.canvas.bad)} bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}")
-    encoder = Encoder(method.backbone, material.mean, material.std, recipe.channels)
+    material.canvas.remove()
+    print(f"wrote {out}; checkpoint and log are in {folder}")
+
+
+def export_run(folder: Path, out: Path, data_root: Path) -> None:
+    """Export the encoder of a run's checkpoint, finished or not, as `pretrain` does in the end.
+
+    Args:
+        folder: of the run, OUT.run; its source must be where it was.
+        out: the model folder.
+        data_root: where named sets lie.
+
+    Raises:
+        InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
+    """
+    check_out(out)
+    earlier = read_checkpoint(folder)
+    if earlier is None:
+        raise InvalidRequest(f"{folder}: holds no checkpoint; expected the folder OUT.run of a pretraining run")
+    identity = earlier["identity"]
+    recipe = Recipe.model_validate(identity["recipe"])
+    source = open_training_source(identity["source"], data_root)
+    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
+    method.load_state_dict(earlier["method"])
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # the run's own canvas may be in use
+        material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier)
+        try:
+            run = Run(earlier["step"], earlier["seconds"], earlier["loss"], earlier["precision"])
+            finish(method, material, identity, run, earlier["device"], out)
+        finally:
+            material.canvas.close()
+    print(f"wrote {out}, the encoder of step {earlier['step']} of {earlier['total'] or 'a total not fixed yet'}")
+
+
+def finish(method: Method, material: Material, identity: dict[str, Any], run: Run, device: str, out: Path) -> None:
+    """Export the encoder of a run, checked on its own pictures, with what is known of the run in its card."""
+    recipe = Recipe.model_validate(identity["recipe"])
+    pictures = check_pictures(material)
     facts = {
         "method": recipe.method,
-        "recipe": recipe.facts(),
+        "recipe": identity["recipe"],
         "data": {
-            "source": source_name,
-            "pictures": len(source) - len(material.canvas.bad),
+            "source": identity["source"],
+            "pictures": len(material.canvas.source) - len(material.canvas.bad),
             "held_out": len(material.held_out),
             "tones": material.tones,
         },
@@ -149,70 +162,13 @@ def pretrain(
             "steps": run.steps,
             "seconds": round(run.seconds),
             "loss": round(run.loss, 4),
-            "device": on.type,
+            "device": device,
             "precision": run.precision,
-            **({"init": init} if init else {}),
+            **({"init": identity["init"]} if identity["init"] else {}),
         },
     }
-    export(encoder, source, square_preprocessing(recipe.side), facts, out)
-    material.canvas.remove()
-    print(f"wrote {out}; checkpoint and log are in {folder}")
-
-
-def prepare(
-    source: Source, recipe: Recipe, folder: Path, on: torch.device, earlier: dict[str, Any] | None = None
-) -> Material:
-    """Decode a sample, learn its statistics, and set pictures apart for online k-NN.
-
-    Raises:
-        InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
-    """
-    checksum = names_checksum(source)
-    if earlier and earlier["source_checksum"] != checksum:
-        raise InvalidSource(
-            f"{source.name}: its pictures are not those that the run began with ({earlier['pictures']} then, "
-            f"{len(source)} now); --resume needs the same"
-        )
-    labels = source.labels.codes.astype(np.int64) if source.labels is not None else None
-    everything = np.arange(len(source))
-    held_out = everything[:0]
-    if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
-        held_out = spread(everything, min(_HELD_OUT, len(source) // 20))
-        print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
-    trained: IntArray = np.setdiff1d(everything, held_out)
-    if len(trained) < recipe.batch_size:
-        raise InvalidSource(
-            f"{source.name}: {len(trained)} pictures to train on make no batch of {recipe.batch_size}; "
-            f"add pictures or lower batch_size, as in --set batch_size={max(2, len(trained) // 8)}"
-        )
-    canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
-    if earlier:
-        canvas.load_state(earlier["canvas"])
-    try:
-        mean, std, shares = _look_at(canvas)
-    except LookalikeError:
-        canvas.list_bad(folder / "bad-pictures.txt")
-        if earlier:
-            canvas.close()
-        else:
-            canvas.remove()
-        raise
-    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
-
-
-def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
-    """Return mean and standard deviation (C,) and tones of a sample, after making sure that there is much to learn."""
-    name = canvas.source.name
-    seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
-    if not len(seen):
-        raise InvalidSource(f"{name}: no picture of it can be decoded")
-    mean, std = statistics(seen)
-    if float(std.max()) == 0:
-        raise InvalidSource(f"{name}: all pictures are one flat colour; there is nothing to learn")
-    if bool((seen == seen[:1]).all()):
-        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
-    std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
-    return mean, std, tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    encoder = Encoder(method.backbone, material.mean, material.std, recipe.channels)
+    export(encoder, pictures, square_preprocessing(recipe.side), facts, out)
 
 
 def train(
@@ -279,6 +235,7 @@ def train(
             "cursor": list(cursor),
             "loss": loss,
             "precision": precision,
+            "device": on.type,
             "method": method.state_dict(),
             "optimizer": optimizer.state_dict(),
             "random": random_states(randomness),
@@ -451,17 +408,16 @@ def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> s
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     tried = deepcopy(backbone)
     pictures = torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side, generator=Generator())
-    seconds = []
+    seconds: dict[bool, list[float]] = {False: [], True: []}
     with torch.random.fork_rng(devices=[]):  # dropout draws numbers
-        for enabled in (False, True):
-            for attempt in range(4):
-                if attempt == 1:
-                    start = time.perf_counter()
+        for _ in range(5):  # in turn, and the least of each: other work on the machine must not decide
+            for enabled, taken in seconds.items():
+                start = time.perf_counter()
                 with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                     embeddings = tried(pictures)
                 embeddings.float().square().mean().backward()
-            seconds.append(time.perf_counter() - start)
-    return "bfloat16" if seconds[1] < 0.9 * seconds[0] else "float32"
+                taken.append(time.perf_counter() - start)
+    return "bfloat16" if min(seconds[True]) < 0.9 * min(seconds[False]) else "float32"
 
 
 def random_states(views: Generator) -> dict[str, Tensor]:
@@ -476,16 +432,6 @@ def set_random_states(states: dict[str, Tensor], views: Generator) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of uint8 pixels (N, C, S, S), scaled to 0..1, from each channel's histogram."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
-    shares = counts / counts.sum(1, keepdim=True)  # (C, 256)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = shares @ values
-    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
-    return mean.float(), std.float()
 
 
 class StopSignal:

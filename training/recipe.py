@@ -116,7 +116,8 @@ class MoCo(_Section):
 
 
 class BYOL(_Section):
-    """momentum: τ_base, where the target's momentum starts its way to 1. predictor: hidden width of q."""
+    """predictor: hidden width of q. momentum: τ_base, where the target's momentum starts its way to 1; lower it in
+    runs of a few hundred steps, to 0.8 for 200."""
 
     momentum: _Momentum = 0.99
     predictor: _Count = 256

@@ -16,12 +16,14 @@ class Item:
         metadata: a JSON object.
         source: where the picture came from, such as a path; None for one sent over HTTP.
         digest: sha256 (hex) of the picture's bytes.
+        variant: of the encoder, that made the embedding.
     """
 
     id: str
     metadata: dict[str, Any]
     source: str | None
     digest: str
+    variant: str
 
 
 @dataclass(frozen=True)

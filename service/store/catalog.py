@@ -14,20 +14,25 @@ from service.errors import InvalidStore
 from service.store import Item, NewItem
 
 FILE = "catalog.sqlite"
-SCHEMA = 1
+SCHEMA = 2
 
 # Pictures stand in a table of their own, so that reading all vectors never reads a picture.
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE items (
     key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-    metadata TEXT NOT NULL, source TEXT, digest TEXT NOT NULL);
+    metadata TEXT NOT NULL, source TEXT, digest TEXT NOT NULL, variant TEXT NOT NULL);
 CREATE TABLE vectors (
     key INTEGER PRIMARY KEY REFERENCES items ON DELETE CASCADE,
     vector BLOB NOT NULL, checksum INTEGER NOT NULL, sequence INTEGER NOT NULL);
 CREATE TABLE pictures (
     key INTEGER PRIMARY KEY REFERENCES items ON DELETE CASCADE,
     thumbnail BLOB NOT NULL, original BLOB);
+"""
+# Schema 1 knew no variants: model.onnx made all it holds.
+_FROM_SCHEMA_1 = """
+ALTER TABLE items ADD COLUMN variant TEXT NOT NULL DEFAULT 'fp32';
+UPDATE meta SET value = '2' WHERE name = 'schema';
 """
 
 
@@ -58,7 +63,8 @@ class Catalog:
         except apsw.Error as error:
             raise InvalidStore(f"{path}: not a catalog that can be used: {error}") from error
         if self.meta.get("schema") != str(SCHEMA):
-            raise InvalidStore(f"{path}: schema {self.meta.get('schema')}, this version reads {SCHEMA}")
+            hint = "; `lookalike index` or `serve` brings it up to date" if self.meta.get("schema") == "1" else ""
+            raise InvalidStore(f"{path}: schema {self.meta.get('schema')}, this version reads {SCHEMA}{hint}")
         self._sequence: int = self._one("SELECT coalesce(max(sequence), 0) FROM vectors") or 0
 
     def _prepare(self, meta: dict[str, str]) -> None:
@@ -67,10 +73,12 @@ class Catalog:
         # One by one: apsw stops a script at its first row until that row is read, and these give rows.
         for pragma in ("page_size = 16384", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             database.execute(f"PRAGMA {pragma}").fetchall()
-        if empty:
-            with database:
+        with database:
+            if empty:
                 database.execute(_TABLES)
                 database.executemany("INSERT INTO meta VALUES (?, ?)", {"schema": str(SCHEMA), **meta}.items())
+            elif self._one("SELECT value FROM meta WHERE name = 'schema'") == "1":
+                database.execute(_FROM_SCHEMA_1)
 
     def add(self, items: Sequence[NewItem]) -> list[tuple[int, bool]]:
         """Add or replace items in one transaction; return each one's key and whether its id was new."""
@@ -81,14 +89,14 @@ class Catalog:
     def _put(self, item: NewItem) -> tuple[int, bool]:
         self._sequence += 1
         known = self.key(item.id)
-        fields = (_dump(item.metadata), item.source, item.digest)
+        fields = (_dump(item.metadata), item.source, item.digest, item.variant)
         if known is None:
             self._database.execute(
-                "INSERT INTO items (id, metadata, source, digest) VALUES (?, ?, ?, ?)", (item.id, *fields)
+                "INSERT INTO items (id, metadata, source, digest, variant) VALUES (?, ?, ?, ?, ?)", (item.id, *fields)
             )
         else:
             self._database.execute(
-                "UPDATE items SET metadata = ?, source = ?, digest = ? WHERE key = ?", (*fields, known)
+                "UPDATE items SET metadata = ?, source = ?, digest = ?, variant = ? WHERE key = ?", (*fields, known)
             )
         key = self._database.last_insert_rowid() if known is None else known
         vector = item.embedding.astype("<f4").tobytes()
@@ -161,9 +169,9 @@ class Catalog:
         self._database.close()
 
     def _items(self, where: str, *values: Any) -> list[tuple[int, Item]]:
-        query = "SELECT key, id, metadata, source, digest FROM items " + where  # noqa: S608  # ours alone
+        query = "SELECT key, id, metadata, source, digest, variant FROM items " + where  # noqa: S608  # ours alone
         rows = self._database.execute(query, values)
-        return [(key, Item(id, json.loads(metadata), source, digest)) for key, id, metadata, source, digest in rows]
+        return [(key, Item(id, json.loads(metadata), *rest)) for key, id, metadata, *rest in rows]
 
     def _blob(self, query: str, id: str) -> bytes | None:
         blob = self._one(query, id)

@@ -20,7 +20,8 @@ K = 5
 def test_two_hundred_queries_have_identical_hits(
     bank_name: str, queries_name: str, gallery: Gallery, request: pytest.FixtureRequest
 ) -> None:
-    from training.evaluate import embed, nearest, read_pixels
+    from training.evaluate import embed, read_pixels
+    from training.knn import nearest
 
     data_root: Path = request.getfixturevalue("data_root") if bank_name.startswith("mnist") else Path("data")
     bank, queries = open_source(bank_name, data_root), open_source(queries_name, data_root)
@@ -36,6 +37,6 @@ def test_two_hundred_queries_have_identical_hits(
 
     preprocessing = gallery.card.preprocessing
     banked, asked = (embed(gallery.encoder, read_pixels(source, preprocessing)) for source in (bank, queries))
-    measured = [[bank.ids[position] for position in row] for row in nearest(banked, asked, K)]
+    measured = [[bank.ids[position] for position in row] for row in nearest(banked, asked, K)[1]]
     assert len(served) == 200
     assert served == measured

@@ -1,6 +1,7 @@
 """README runs: its commands are executed and answer what it says; every verb and route stands in it."""
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -44,16 +45,18 @@ def free_port() -> int:
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """What `make serve` runs, on another port: the digits gallery, indexed and served by the real commands."""
     store = tmp_path_factory.mktemp("readme") / "store"
-    subprocess.run([LOOKALIKE, "index", "digits", "--model", MODEL, "--store", store], check=True, capture_output=True)
+    environment = os.environ | {"LOOKALIKE_VARIANT": "fp32"}  # the fastest differs from machine to machine
+    index: list[str | Path] = [LOOKALIKE, "index", "digits", "--model", MODEL, "--store", store]
+    subprocess.run(index, check=True, capture_output=True, env=environment)
     chosen = free_port()
     command: list[str | Path] = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(chosen)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 60
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{chosen}/readyz", timeout=5)
             break
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:  # refused, reset, or no answer in time
             assert time.monotonic() < deadline, "the service did not get ready in 60 s"
             assert server.poll() is None, "the service ended"
             time.sleep(0.1)
@@ -96,22 +99,23 @@ def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
     """The evaluate commands print the table that the README shows, and it is at least what was promised."""
     (block,) = [block for block in BLOCKS if block.mark == "mnist"]
     figures = []
-    for line in block.text.splitlines():
+    # The second, of 60,000 and 10,000 pictures, takes minutes: `make figures`.
+    for line in block.text.splitlines()[: None if os.environ.get("LOOKALIKE_FIGURES") else 1]:
         command: list[str | Path] = [LOOKALIKE, *shlex.split(line)[1:], "--data-root", data_root, "--json"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         report = json.loads(done.stdout)
-        row = [report["knn"]["k5"], *(report["baselines"][name]["k5"] for name in ("raw_pixels", "random_encoder"))]
+        row = [report["figures"]["k5"], *(report["baselines"][name]["k5"] for name in ("raw_pixels", "random_encoder"))]
         figures.append(row)
         shown = " | ".join(f"{figure:.4f}" for figure in row)
         assert f"| {shown} |" in README, f"{line}\nprinted {shown}"
     assert figures[0][0] >= 0.980
     assert figures[0][1] == 0.9660
-    assert figures[1][0] >= 0.984
+    assert all(row[0] >= 0.984 for row in figures[1:])
 
 
 def test_every_verb_is_in_the_readme() -> None:
     names = {command.name or command.callback.__name__ for command in cli.registered_commands if command.callback}
-    assert names == {"pretrain", "import", "evaluate", "embed", "index", "search", "serve", "info"}
+    assert names == {"pretrain", "export", "import", "evaluate", "embed", "index", "search", "serve", "info"}
     for name in names:
         assert re.search(rf"`lookalike {name} ", README), name
 

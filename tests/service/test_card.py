@@ -1,5 +1,6 @@
 """A model folder is read whole and checked, or refused in one sentence."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_json_that_does_not_parse(model: Path) -> None:
 
 
 def test_a_model_without_a_card_is_taken_as_it_is(model: Path) -> None:
-    (model / "card.json").unlink()
+    for file in ("card.json", "model.fp16.onnx", "model.int8.onnx"):
+        (model / file).unlink()
     card = read_card(model)
     assert card.name == "model"
     assert card.facts == {}
@@ -114,3 +116,48 @@ def test_suits_names_the_data_and_the_way_out() -> None:
     bright_colours = [0.0] * 14 + [0.5, 0.5]
     assert "trained on mnist/train" in str(suits(card, bright_colours))
     assert "lookalike import" in str(suits(card, bright_colours))
+
+
+def with_variant(model: Path, tmp_path: Path, **figures: float) -> Path:
+    """A copy of the model folder whose int8 file is model.onnx again, measured as told."""
+    out = tmp_path / "varied"
+    shutil.copytree(model, out)
+    shutil.copy(out / "model.onnx", out / "model.int8.onnx")
+    card = json.loads((out / "card.json").read_text())
+    card["sha256"]["model.int8.onnx"] = hashlib.sha256((out / "model.int8.onnx").read_bytes()).hexdigest()
+    card["quality"]["model.int8.onnx"] = figures
+    (out / "card.json").write_text(json.dumps(card))
+    return out
+
+
+def test_a_variant_belongs_that_was_measured_to(model: Path, tmp_path: Path) -> None:
+    card = read_card(with_variant(model, tmp_path, cosine_p1=0.99))
+    assert card.variants["int8"] == card.model
+    assert card.fingerprint == read_card(model).fingerprint
+
+
+@pytest.mark.parametrize("figures", [{}, {"cosine_p1": 0.9899}])
+def test_a_variant_that_is_too_far_or_unmeasured_is_refused(
+    model: Path, tmp_path: Path, figures: dict[str, float]
+) -> None:
+    with pytest.raises(InvalidModel, match=r"model\.int8\.onnx: card\.json has not measured it"):
+        read_card(with_variant(model, tmp_path, **figures))
+
+
+def test_a_foreign_variant_is_refused(model: Path) -> None:
+    shutil.copy(model / "model.onnx", model / "model.fp16.onnx")
+    card = json.loads((model / "card.json").read_text())
+    card["sha256"].pop("model.fp16.onnx", None)
+    (model / "card.json").write_text(json.dumps(card))
+    with pytest.raises(InvalidModel, match=r"model\.fp16\.onnx: card\.json has not measured it"):
+        read_card(model)
+
+
+def test_a_missing_or_damaged_variant_is_refused(model: Path, tmp_path: Path) -> None:
+    varied = with_variant(model, tmp_path, cosine_p1=1.0)
+    (varied / "model.int8.onnx").write_bytes(b"short")
+    with pytest.raises(InvalidModel, match=r"model\.int8\.onnx: damaged"):
+        read_card(varied)
+    (varied / "model.int8.onnx").unlink()
+    with pytest.raises(InvalidModel, match=r"model\.int8\.onnx: cannot be read: No such file"):
+        read_card(varied)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from service.batcher import Batcher
 from service.card import Card, Preprocessing, read_card
@@ -72,8 +72,8 @@ def test_a_uint8_graph_gets_pixels_as_they_are() -> None:
 
 
 def test_which_output_is_the_embedding() -> None:
-    assert Encoder(card(flat_graph(outputs=("other", "embedding"))), device="cpu")._output == "embedding"
-    assert Encoder(card(flat_graph(outputs=("nest", "only"))), device="cpu")._output == "only"
+    assert Encoder(card(flat_graph(outputs=("other", "embedding"))), device="cpu")._graph._output == "embedding"
+    assert Encoder(card(flat_graph(outputs=("nest", "only"))), device="cpu")._graph._output == "only"
     with pytest.raises(InvalidModel, match="or a single 2-D one; it has one, two"):
         Encoder(card(flat_graph(outputs=("one", "two"))), device="cpu")
 
@@ -124,3 +124,57 @@ def test_a_batch_equals_one_by_one(encoder: Encoder) -> None:
     assert batch.dtype == np.float32
     assert np.abs(batch - singles).max() < 1e-5
     assert np.allclose(np.linalg.norm(batch, axis=1), 1, atol=1e-6)
+
+
+def scaled_graph(factors: "np.ndarray[Any, Any]", slow: int = 0) -> bytes:
+    """An encoder whose embedding is its input times factors, after so many useless products of matrices."""
+    size = 3 * SIDE * SIDE
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["cast"], ["h0"]),
+        *(helper.make_node("MatMul", [f"h{n}", "eye"], [f"h{n + 1}"]) for n in range(slow)),
+        helper.make_node("Mul", [f"h{slow}", "factors"], ["embedding"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "scaled",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", size])],
+        [
+            numpy_helper.from_array(np.eye(size, dtype=np.float32), "eye"),
+            numpy_helper.from_array(factors.astype(np.float32), "factors"),
+        ],
+    )
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
+    ).SerializeToString()
+    return model
+
+
+SAME = np.ones(3 * SIDE * SIDE)
+
+
+def test_auto_takes_the_fastest_variant_and_a_name_takes_that_one() -> None:
+    slow, fast = scaled_graph(SAME, slow=400), scaled_graph(SAME)
+    varied = replace(card(slow), variants={"fp16": scaled_graph(SAME, slow=500), "int8": fast})
+    encoder = Encoder(varied, "cpu", "auto")
+    assert encoder.variant == "int8"
+    assert np.allclose(encoder.encode(PIXELS), Encoder(card(slow), "cpu").encode(PIXELS), atol=1e-6)
+    assert Encoder(varied, "cpu").variant == "fp32"
+    assert Encoder(varied, "cpu", "fp16").variant == "fp16"
+    # no faster than model.onnx, so model.onnx
+    assert Encoder(replace(card(fast), variants={"int8": slow}), "cpu", "auto").variant == "fp32"
+
+
+def test_a_variant_that_is_another_encoder_is_refused() -> None:
+    other = np.where(np.arange(len(SAME)) % 2, 1, -1)
+    foreign = replace(card(scaled_graph(SAME)), variants={"int8": scaled_graph(other)})
+    for variant in ("auto", "int8"):
+        with pytest.raises(InvalidModel, match=r"model\.int8\.onnx: is another encoder than model\.onnx"):
+            Encoder(foreign, "cpu", variant)
+    assert Encoder(foreign, "cpu", "fp32").variant == "fp32"
+    broken = replace(card(scaled_graph(SAME)), variants={"int8": b"no graph"})
+    with pytest.raises(InvalidModel, match=r"model\.int8\.onnx: onnxruntime cannot load it"):
+        Encoder(broken, "cpu", "auto")
+    with pytest.raises(InvalidModel, match="has no variant fp16; it has fp32, int8"):
+        Encoder(foreign, "cpu", "fp16")

@@ -1,6 +1,7 @@
 """The store against a model of it: a dict and plain NumPy."""
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def unit(*shape: int, seed: int = 0) -> FloatArray:
 
 
 def item(id: str, embedding: FloatArray, **metadata: Any) -> NewItem:
-    return NewItem(id, metadata, None, "digest of " + id, embedding, b"thumbnail of " + id.encode(), None)
+    return NewItem(id, metadata, None, "digest of " + id, "fp32", embedding, b"thumbnail of " + id.encode(), None)
 
 
 def test_index_equals_plain_numpy() -> None:
@@ -254,3 +255,24 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+def test_a_store_of_the_first_schema_is_brought_up_to_date_and_keeps_all(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item("a", unit(D), year=2025)])
+    store.close()
+    database = apsw.Connection(str(tmp_path / FILE))
+    for statement in ("ALTER TABLE items DROP COLUMN variant", "UPDATE meta SET value = '1' WHERE name = 'schema'"):
+        database.execute(statement).fetchall()
+    database.close()
+    with pytest.raises(InvalidStore, match="schema 1, this version reads 2; `lookalike index` or `serve` brings it"):
+        EmbeddedStore(tmp_path, card(), D, read_only=True)
+    store = EmbeddedStore(tmp_path, card(), D)
+    found = store.get("a")
+    assert found is not None
+    assert (found.metadata, found.variant) == ({"year": 2025}, "fp32")
+    store.add([replace(item("b", unit(D, seed=1)), variant="int8")])
+    store.close()
+    store = EmbeddedStore(tmp_path, card(), D, read_only=True)
+    assert [found.variant for found in store.scan(9)[0]] == ["fp32", "int8"]
+    store.close()

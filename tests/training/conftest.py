@@ -1,5 +1,6 @@
 """One tiny encoder, pretrained on scikit-learn's digits and exported once for all tests of the training room."""
 
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,17 +57,29 @@ def tiny_recipe(tiny_recipe_file: Path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(tiny_recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small-cnn that saw digits twice; its parents did not exist before."""
     root = tmp_path_factory.mktemp("tiny")
     out = root / "new" / "models" / "tiny"
-    pretrain("digits", tiny_recipe, out, None, "cpu", root)
+    recipe = read_recipe(str(tiny_recipe_file), ["precision=float32"])  # whatever a stopwatch would say
+    pretrain("digits", recipe, out, None, "cpu", root)
     return out
 
 
 @pytest.fixture(scope="session")
 def tiny_card(tiny_model: Path) -> Card:
     return read_card(tiny_model)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, on any machine: the proxy is a port where nobody listens."""
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+        monkeypatch.setenv(variable.upper(), "http://127.0.0.1:9")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers its proxies for the rest of the process
 
 
 @pytest.fixture

@@ -113,14 +113,8 @@ def decoded(source: Source, side: int, channels: int) -> PixelArray:
 
 
 @pytest.mark.parametrize("name", ["mnist/train", "mnist/test[:100]", "cifar10/test", "cifar10/train[:50%]"])
-def test_a_set_that_is_not_there_offline_is_one_sentence(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for scheme in ("http_proxy", "https_proxy"):  # a port where nobody listens: no network, on any machine
-        monkeypatch.setenv(scheme, "http://127.0.0.1:9")
-        monkeypatch.setenv(scheme.upper(), "http://127.0.0.1:9")
-    for scheme in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(scheme, raising=False)
+@pytest.mark.usefixtures("offline")
+def test_a_set_that_is_not_there_offline_is_one_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidSource) as caught:
         open_training_source(name, tmp_path)
     message = str(caught.value)

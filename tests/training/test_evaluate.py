@@ -1,5 +1,6 @@
-"""The offline job: neighbours against plain NumPy and scikit-learn, and baselines that are what they say."""
+"""The offline job: figures against plain NumPy and scikit-learn, baselines that are what they say, what is refused."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,41 +14,109 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+import lookalike
+from service.batch import embed_source
 from service.card import Card, read_card
 from service.encoder import Encoder as ServedEncoder
-from service.errors import InvalidSource, UndecodablePicture
+from service.errors import InvalidModel, InvalidSource, UndecodablePicture
+from service.settings import Settings
 from service.sources import open_source
 from training.backbones import build_backbone
 from training.data import open_training_source
-from training.evaluate import embed, evaluate, nearest, nearest_pixels, randomised, read_pixels
+from training.evaluate import (
+    Evaluation,
+    centred,
+    embed,
+    evaluate,
+    measure,
+    nearest_pixels,
+    randomised,
+    read_pixels,
+)
 from training.export import Encoder, export, square_preprocessing
-from training.knn import vote
+from training.figures import alignment, effective_rank, linear_probe, uniformity
+from training.knn import headline_accuracy, vote
 
 BANK, QUERIES = "digits[:1000]", "digits[1000:]"
+FIGURES = {
+    *("k5", "k10", "weighted_k20", "weighted_k200", "linear_probe", "recall_at_1", "recall_at_5", "recall_at_10"),
+    *("map_at_r", "r_precision", "alignment", "uniformity", "effective_rank"),
+}
 
 
 @pytest.fixture(scope="module")
-def report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return evaluate(tiny_model, BANK, QUERIES, tmp_path_factory.mktemp("data"))
+def evaluation(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluate(tiny_model, BANK, QUERIES, tmp_path_factory.mktemp("data"), "fp32")
+
+
+@pytest.fixture(scope="module")
+def report(evaluation: Evaluation) -> dict[str, Any]:
+    return evaluation.report
+
+
+@pytest.fixture(scope="module")
+def embedded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `lookalike embed digits` writes."""
+    out = tmp_path_factory.mktemp("embedded") / "digits.parquet"
+    embed_source(open_source("digits"), tiny_model, out, Settings(variant="fp32"))
+    return out
 
 
 def test_the_report_has_its_keys_and_figures(report: dict[str, Any], tiny_card: Card) -> None:
-    figures = {
-        report["knn"]["k5"],
-        report["baselines"]["raw_pixels"]["k5"],
-        report["baselines"]["random_encoder"]["k5"],
-    }
+    rows = [report["figures"], report["baselines"]["raw_pixels"], report["baselines"]["random_encoder"]]
     assert report == {
         "model": "tiny",
         "fingerprint": tiny_card.fingerprint,
+        "variant": "fp32",
         "bank": {"source": BANK, "pictures": 1000},
         "queries": {"source": QUERIES, "pictures": 797},
-        "knn": report["knn"],
-        "baselines": {name: report["baselines"][name] for name in ("raw_pixels", "random_encoder")},
+        "figures": rows[0],
+        "baselines": {"raw_pixels": rows[1], "random_encoder": rows[2]},
     }
-    assert all(set(row) == {"k5", "weighted_k20"} for row in (report["knn"], *report["baselines"].values()))
-    assert len(figures) == 3  # three different things were measured
-    assert all(0.3 < figure < 1 for figure in figures)  # and each beats chance, 0.1, by far
+    assert json.loads(json.dumps(report)) == report
+    assert all(set(row) == FIGURES for row in rows)
+    for key in FIGURES:
+        assert len({row[key] for row in rows}) >= 2, key  # different things were measured
+    for key in FIGURES - {"alignment", "uniformity", "effective_rank"}:
+        assert all(0.15 < row[key] < 1 for row in rows), key  # and each beats chance, 0.1
+    assert all(0 < row["alignment"] < -row["uniformity"] < 4 for row in rows[:1])
+
+
+def test_the_evaluation_is_what_the_report_says(evaluation: Evaluation, tiny_card: Card) -> None:
+    source, bank, queries = open_source("digits"), evaluation.bank, evaluation.queries
+    assert source.labels is not None
+    assert evaluation.classes == [str(digit) for digit in range(10)]
+    assert [*bank.ids, *queries.ids] == list(source.ids)
+    assert [evaluation.classes[code] for code in (*bank.labels, *queries.labels)] == list(source.labels)
+    assert bank.pixels is not None
+    np.testing.assert_array_equal(bank.pixels, read_pixels(open_source(BANK), tiny_card.preprocessing))
+    scores = queries.embeddings @ bank.embeddings.T
+    np.testing.assert_array_equal(evaluation.neighbours, np.argsort(-scores, axis=1, kind="stable")[:, :20])
+    np.testing.assert_allclose(evaluation.scores, -np.sort(-scores, axis=1)[:, :20], atol=1e-6)
+    accuracy = float((evaluation.predicted == queries.labels).mean())
+    assert round(accuracy, 4) == evaluation.report["figures"]["weighted_k20"]
+    assert evaluation.notes() == []
+
+
+def test_geometry_is_of_the_queries_and_the_rank_of_the_bank(evaluation: Evaluation) -> None:
+    bank, queries, figures = evaluation.bank, evaluation.queries, evaluation.report["figures"]
+    assert figures["alignment"] == round(alignment(queries.embeddings, queries.labels) or 0, 4)
+    assert figures["uniformity"] == round(uniformity(queries.embeddings), 4)
+    assert figures["effective_rank"] == round(effective_rank(bank.embeddings), 4)
+    probe = linear_probe(bank.embeddings, bank.labels, queries.embeddings, queries.labels)
+    assert figures["linear_probe"] == round(probe, 4)
+
+
+def test_the_headline_is_the_one_that_training_logs(evaluation: Evaluation, report: dict[str, Any]) -> None:
+    bank, queries = evaluation.bank, evaluation.queries
+    assert bank.pixels is not None
+    assert queries.pixels is not None
+    for row, rows in (
+        (report["figures"], (bank.embeddings, queries.embeddings)),
+        (report["baselines"]["raw_pixels"], (centred(bank.pixels), centred(queries.pixels))),
+    ):
+        expected = headline_accuracy(rows[0], bank.labels, rows[1], queries.labels)
+        assert row["weighted_k20"] == pytest.approx(expected, abs=1.5 / 797)
 
 
 def test_raw_pixels_are_scikit_learns_neighbours(report: dict[str, Any]) -> None:
@@ -65,16 +134,7 @@ def test_the_encoders_figure_is_scikit_learns_on_its_embeddings(report: dict[str
     sklearn = KNeighborsClassifier(n_neighbors=5, algorithm="brute", metric="cosine")
     sklearn.fit(encoder.encode(read_pixels(bank, tiny_card.preprocessing)), bank.labels)
     accuracy = sklearn.score(encoder.encode(read_pixels(queries, tiny_card.preprocessing)), queries.labels)
-    assert report["knn"]["k5"] == pytest.approx(accuracy, abs=1.5 / 797)  # one near tie may fall either way
-
-
-def test_nearest_is_the_order_of_all_cosines() -> None:
-    random = np.random.default_rng(0)
-    bank, queries = (random.normal(size=(count, 12)).astype(np.float32) for count in (300, 40))
-    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    expected = np.argsort(-(queries.astype(np.float64) @ bank.T.astype(np.float64)), axis=1)[:, :5]
-    np.testing.assert_array_equal(nearest(bank, queries, 5), expected)
+    assert report["figures"]["k5"] == pytest.approx(accuracy, abs=1.5 / 797)  # one near tie may fall either way
 
 
 @pytest.mark.parametrize("grey", [(), ("bank",), ("queries",), ("bank", "queries")])
@@ -105,20 +165,137 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path, paint: Callable[
 
 
 def test_a_bank_too_small_to_vote_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidSource, match=r"digits\[:4\]: 4 pictures cannot vote among 5"):
-        evaluate(tiny_model, "digits[:4]", QUERIES, tmp_path)
-    assert evaluate(tiny_model, "digits[:5]", "digits[:2]", tmp_path)["bank"]["pictures"] == 5
+    with pytest.raises(InvalidSource, match=r"digits\[:19\]: 19 pictures cannot vote among 20; .* 20 or more"):
+        evaluate(tiny_model, "digits[:19]", QUERIES, tmp_path)
+    found = evaluate(tiny_model, "digits[:199]", "digits[1700:]", tmp_path)
+    rows = [found.report["figures"], *found.report["baselines"].values()]
+    assert [row["weighted_k200"] for row in rows] == [None] * 3
+    assert all(value is not None for key, value in rows[0].items() if key != "weighted_k200")
+    (note,) = found.notes()
+    assert "weighted_k200 is left out: it needs a bank of 200 pictures, this one has 199" in note
 
 
 @pytest.mark.parametrize("role", ["bank", "queries"])
-def test_pictures_without_labels_are_refused(
+def test_pictures_that_no_figure_can_be_made_of_are_refused(
     role: str, tiny_model: Path, tmp_path: Path, paint: Callable[..., bytes]
 ) -> None:
-    for number in range(6):
-        paint(tmp_path / f"{number}.png", seed=number)
-    sources = {"bank": BANK, "queries": QUERIES} | {role: str(tmp_path)}
-    with pytest.raises(InvalidSource, match="has no labels"):
-        evaluate(tiny_model, sources["bank"], sources["queries"], tmp_path)
+    for number in range(20):
+        paint(tmp_path / "loose" / f"{number}.png", seed=number)
+        paint(tmp_path / "one" / "cat" / f"{number}.png", seed=number)
+    for source, refusal in (
+        (str(tmp_path / "loose"), "has no labels"),
+        (str(tmp_path / "one"), "expected pictures of two classes or more, all are of 'cat'"),
+        ("digits[5:5]", "holds none"),
+    ):
+        sources = {"bank": BANK, "queries": QUERIES} | {role: source}
+        with pytest.raises(InvalidSource, match=refusal):
+            evaluate(tiny_model, sources["bank"], sources["queries"], tmp_path)
+
+
+def test_pictures_of_all_sizes_and_a_class_that_the_bank_lacks(
+    tiny_model: Path, tmp_path: Path, paint: Callable[..., bytes]
+) -> None:
+    for number in range(24):
+        paint(tmp_path / "bank" / "ab"[number % 2] / f"{number}.png", height=5 + number, width=30 - number, seed=number)
+        paint(tmp_path / "queries" / "abc"[number % 3] / f"{number}.png", height=9, width=40, seed=number)
+    found = evaluate(tiny_model, str(tmp_path / "bank"), str(tmp_path / "queries"), tmp_path)
+    assert found.classes == ["a", "b", "c"]
+    assert not (found.predicted == 2).any()
+    assert any("8 queries are of classes that the bank does not have (c)" in note for note in found.notes())
+    known = found.queries.labels != 2
+    bank, queries = found.bank, found.queries
+    rest = measure("rest", bank.embeddings, bank.labels, queries.embeddings[known], queries.labels[known]).figures
+    figures = found.report["figures"]
+    for key in ("map_at_r", "r_precision"):
+        assert figures[key] == rest[key]
+    for key in ("k5", "weighted_k20", "linear_probe", "recall_at_1"):
+        assert figures[key] == pytest.approx((rest[key] or 0) * 16 / 24, abs=1e-4)
+
+
+def test_embeddings_give_the_figures_of_their_pictures(
+    embedded: Path, tiny_model: Path, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    both = evaluate(tiny_model, f"{embedded}[:1000]", f"{embedded}[1000:]", tmp_path)
+    assert both.report["figures"] == pytest.approx(evaluation.report["figures"], abs=2e-3)
+    assert both.report["baselines"] is None
+    assert both.report["bank"] == {"source": f"{embedded}[:1000]", "pictures": 1000}
+    assert both.report["variant"] == "fp32"
+    assert both.bank.pixels is None
+    assert list(both.queries.ids) == list(evaluation.queries.ids)
+    assert "raw pixels and the random encoder are left out" in both.notes()[0]
+    mixed = evaluate(tiny_model, f"{embedded}[:1000]", QUERIES, tmp_path, "fp32")
+    assert mixed.report["figures"] == pytest.approx(evaluation.report["figures"], abs=2e-3)
+    assert mixed.report["baselines"] is None
+    assert mixed.queries.pixels is not None
+
+
+def test_embeddings_of_another_encoder_are_refused(embedded: Path, tiny_card: Card, tmp_path: Path) -> None:
+    other = read_card(Path("models/mnist"))
+    with pytest.raises(InvalidSource, match=f"encoder {tiny_card.fingerprint}, not of mnist, {other.fingerprint}"):
+        evaluate(other.folder, "digits[:20]", str(embedded), tmp_path)
+
+
+def test_a_variant_that_is_not_there_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="has no variant fp64"):
+        evaluate(tiny_model, BANK, QUERIES, tmp_path, "fp64")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run("evaluate", …) is the command line: exit code, stdout, stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["lookalike", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            lookalike.main()
+        return int(end.value.code or 0), *capsys.readouterr()
+
+    return command
+
+
+def test_the_command_prints_a_table(
+    run: Callable[..., tuple[int, str, str]], tiny_model: Path, report: dict[str, Any]
+) -> None:
+    command = ("evaluate", tiny_model, "--bank", BANK, "--queries", QUERIES, "--variant", "fp32")
+    heading, columns, *rows = run(*command)[1].splitlines()
+    assert heading == f"1000 of {BANK} vote on 797 of {QUERIES}; variant fp32"
+    assert columns.split() == ["tiny", "raw", "pixels", "random", "encoder"]
+    assert {row.split()[0] for row in rows} == FIGURES
+    assert {"k5", "weighted_k20"} < {row.split()[0] for row in rows[:4]}
+    for row in rows:
+        key, *shown = row.split()
+        measured = [report["figures"][key], *(figures[key] for figures in report["baselines"].values())]
+        assert [float(figure) for figure in shown] == pytest.approx(measured, abs=2e-3)
+
+
+def test_the_command_says_what_is_left_out(
+    run: Callable[..., tuple[int, str, str]], tiny_model: Path, embedded: Path
+) -> None:
+    command = ("evaluate", tiny_model, "--bank", f"{embedded}[:50]", "--queries", f"{embedded}[50:]")
+    code, table, notes = run(*command)
+    assert code == 0
+    assert [row.split()[1:] for row in table.splitlines() if row.startswith("weighted_k200")] == [["-"]]
+    assert "note: weighted_k200 is left out: it needs a bank of 200 pictures, this one has 50\n" in notes
+    assert "note: raw pixels and the random encoder are left out" in notes
+    found = json.loads(run(*command, "--json")[1])
+    assert found["baselines"] is found["figures"]["weighted_k200"] is None
+    assert set(found["figures"]) == FIGURES
+
+
+def test_the_command_refuses_in_one_sentence(
+    run: Callable[..., tuple[int, str, str]], tiny_model: Path, embedded: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "part-00000.parquet").write_bytes((embedded / "part-00000.parquet").read_bytes()[:-100])
+    for bank, refusal in (
+        (tmp_path, f"{tmp_path}/part-00000.parquet: damaged: "),
+        ("digits[:4]", "digits[:4]: 4 pictures cannot vote among 20; "),
+        (f"{embedded}[4:4]", f"{embedded}[4:4]: the slice [4:4] of 1797 pictures holds none"),
+    ):
+        code, table, sentence = run("evaluate", tiny_model, "--bank", bank, "--queries", QUERIES)
+        assert (code, table) == (2, "")
+        assert sentence.startswith(f"lookalike: {refusal}")
+        assert sentence.count("\n") == 1
 
 
 def checked_random_encoder(card: Card, backbone: nn.Module) -> None:

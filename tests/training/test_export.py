@@ -18,8 +18,10 @@ from service.images import Limits, decode, to_pixels
 from service.sources import open_source
 from training.backbones import build_backbone
 from training.export import Encoder, compare, export, square_preprocessing
+from training.variants import Pictures
 
 SIDE = 8
+FILES = {"model.onnx", "model.fp16.onnx", "model.int8.onnx", "preprocessor_config.json", "card.json", "README.md"}
 MEAN, STD = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
 
 
@@ -80,8 +82,8 @@ def test_a_grey_encoder_sees_luminance_alone(tiny_card: Card) -> None:
 
 def test_the_folder_says_what_it_holds(tiny_model: Path) -> None:
     card = json.loads((tiny_model / "card.json").read_text())
-    assert set(tree(tiny_model)) == {"model.onnx", "preprocessor_config.json", "card.json", "README.md"}
-    assert set(card["sha256"]) == {"model.onnx", "preprocessor_config.json"}
+    assert set(tree(tiny_model)) == FILES
+    assert set(card["sha256"]) == FILES - {"card.json", "README.md"}
     for file, expected in card["sha256"].items():
         assert hashlib.sha256((tiny_model / file).read_bytes()).hexdigest() == expected
     assert card["name"] == "tiny"
@@ -156,15 +158,14 @@ def test_an_encoder_is_exported_as_numpy_computes_it_in_place_of_an_earlier_one(
     first = read_card(out)
     encoder = toy(1)
     encoder.train()  # export is to switch it
-    export(encoder, open_source("digits[:20]"), square_preprocessing(SIDE), {"method": "second"}, out)
+    some = random_pixels(20)
+    export(encoder, Pictures(some, some, some, None), square_preprocessing(SIDE), {"method": "second"}, out)
     second = read_card(out)
     assert (first.facts["method"], second.facts["method"]) == ("first", "second")
     assert first.fingerprint != second.fingerprint
     assert first.facts["quality"]["model.onnx"]["pictures"] == 128
     assert second.facts["quality"]["model.onnx"]["pictures"] == 20
-    assert set(tree(tmp_path)) == {
-        f"models/toy/{file}" for file in ("model.onnx", "preprocessor_config.json", "card.json", "README.md")
-    }
+    assert set(tree(tmp_path)) == {f"models/toy/{file}" for file in FILES}
     assert [path.name for path in out.parent.iterdir()] == ["toy"]  # no empty folder is left over either
     assert not encoder.training
 

@@ -1,4 +1,4 @@
-"""Votes against plain loops, and the headline figure against scikit-learn's k-NN."""
+"""Votes and rankings against plain loops, figures against scikit-learn's k-NN and pytorch-metric-learning."""
 
 from collections import Counter
 
@@ -7,10 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.neighbors import KNeighborsClassifier
 
 from service import FloatArray
-from training.knn import headline_accuracy, vote, weighted_vote
+from training import knn
+from training.knn import find_neighbours, headline_accuracy, nearest, neighbour_figures, vote, weighted_vote
 
 Rows = list[list[tuple[str, int]]]
 
@@ -115,3 +119,109 @@ def test_the_twenty_first_neighbour_has_no_vote() -> None:
     bank = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     labels = np.array([1] * 20 + [2] * 500)
     assert headline_accuracy(bank, labels, np.array([[1, 0]], np.float32), np.array([1])) == 1
+
+
+def measured(
+    bank: FloatArray, labels: NDArray[np.int64], queries: FloatArray, asked: NDArray[np.int64]
+) -> dict[str, float | None]:
+    return neighbour_figures(find_neighbours(bank, labels, queries, asked, 200), labels, asked)[0]
+
+
+@pytest.mark.parametrize("scores", [1, 700, 2**22])
+@pytest.mark.parametrize("k", [1, 5, 299, 300])
+def test_nearest_is_the_order_of_all_products(k: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "_SCORES", scores)
+    bank, queries = clouds(300, seed=1)[0], clouds(40, seed=2)[0]
+    products = queries.astype(np.float64) @ bank.T.astype(np.float64)
+    expected = np.argsort(-products, axis=1)[:, :k]
+    found, positions = nearest(bank, queries, k)
+    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_allclose(found, np.take_along_axis(products, expected, 1), atol=1e-6)
+
+
+def test_equal_scores_go_by_position() -> None:
+    scores = np.array([-0.0, -1, 0.5, 0, 1, 0.5, -1, 0.5, -0.25], np.float32)
+    expected = [4, 2, 5, 7, 0, 3, 8, 1, 6]
+    for k in range(1, 10):
+        assert nearest(scores[:, None], np.ones((1, 1), np.float32), k)[1].tolist() == [expected[:k]]
+        assert knn._first(scores, k).tolist() == expected[:k]  # a product is never −0; these scores are
+
+
+def test_rankings_are_pytorch_metric_learnings() -> None:
+    (bank, labels), (queries, asked) = clouds(500, seed=1), clouds(200, seed=2)
+    labels[:90] = 0  # classes of several sizes
+    asked[:20] = 7  # and one that the bank lacks: both leave it out
+    labels[90:95] = 8  # and one that is not asked for
+    peer = AccuracyCalculator(
+        include=("mean_average_precision_at_r", "r_precision", "precision_at_1"),
+        k="max_bin_count",
+        knn_func=CustomKNN(CosineSimilarity()),
+    )
+    expected = peer.get_accuracy(queries, asked, bank, labels)
+    found = measured(bank, labels, queries, asked)
+    assert 0.1 < expected["mean_average_precision_at_r"] < expected["r_precision"] < 0.9
+    assert found["map_at_r"] == pytest.approx(expected["mean_average_precision_at_r"], abs=1e-6)
+    assert found["r_precision"] == pytest.approx(expected["r_precision"], abs=1e-6)
+    assert found["recall_at_1"] == pytest.approx(expected["precision_at_1"] * 180 / 200, abs=1e-6)
+
+
+def test_figures_of_neighbours_are_slow_loops() -> None:
+    (bank, labels), (queries, asked) = clouds(250, seed=1), clouds(60, seed=2)
+    precisions, shares, recalls = [], [], {1: 0, 5: 0, 10: 0}
+    for query, label in zip(queries.astype(np.float64), asked, strict=True):
+        ranked = sorted(range(250), key=lambda at: -float(bank[at] @ query))
+        same = [bool(labels[at] == label) for at in ranked]
+        r = int((labels == label).sum())
+        precisions.append(sum(sum(same[: at + 1]) / (at + 1) for at in range(r) if same[at]) / r)
+        shares.append(sum(same[:r]) / r)
+        for k in recalls:
+            recalls[k] += any(same[:k])
+    found = measured(bank, labels, queries, asked)
+    assert found["map_at_r"] == pytest.approx(np.mean(precisions), abs=1e-9)
+    assert found["r_precision"] == pytest.approx(np.mean(shares), abs=1e-9)
+    for k, right in recalls.items():
+        assert found[f"recall_at_{k}"] == pytest.approx(right / 60)
+
+
+def test_votes_are_scikit_learns() -> None:
+    (bank, labels), (queries, asked) = clouds(400, seed=1), clouds(300, seed=2)
+    found = measured(bank, labels, queries, asked)
+    assert found["weighted_k20"] == headline_accuracy(bank, labels, queries, asked)
+    for key, k, weights in (
+        ("k5", 5, "uniform"),
+        ("k10", 10, "uniform"),
+        ("weighted_k20", 20, lambda d: np.exp((1 - d) / 0.07)),
+        ("weighted_k200", 200, lambda d: np.exp((1 - d) / 0.1)),
+    ):
+        peer = KNeighborsClassifier(n_neighbors=k, metric="cosine", algorithm="brute", weights=weights)
+        assert found[key] == pytest.approx(peer.fit(bank, labels).score(queries, asked), abs=1e-12), key
+    assert len({found[key] for key in ("k5", "k10", "weighted_k20", "weighted_k200")}) >= 3  # not one figure four times
+
+
+def test_the_predictions_are_the_headlines() -> None:
+    (bank, labels), (queries, asked) = clouds(400, seed=1), clouds(2300, seed=2)
+    found = find_neighbours(bank, labels, queries, asked, 20)
+    figures, predicted = neighbour_figures(found, labels, asked)
+    expected = KNeighborsClassifier(
+        n_neighbors=20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
+    ).fit(bank, labels)
+    np.testing.assert_array_equal(predicted, expected.predict(queries))
+    assert figures["weighted_k200"] is None  # of 20 neighbours
+    assert found.positions.shape == found.scores.shape == (2300, 20)
+
+
+def test_blocks_and_the_order_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    (bank, labels), (queries, asked) = clouds(400, seed=1), clouds(150, seed=2)
+    whole = measured(bank, labels, queries, asked)
+    mixed, turned = np.random.default_rng(3).permutation(400), np.random.default_rng(4).permutation(150)
+    assert measured(bank[mixed], labels[mixed], queries[turned], asked[turned]) == pytest.approx(whole)
+    monkeypatch.setattr(knn, "_SCORES", 1000)  # two queries at once
+    monkeypatch.setattr(knn, "_VOTES", 7)
+    assert measured(bank, labels, queries, asked) == pytest.approx(whole)
+
+
+def test_labels_that_the_bank_lacks_are_wrong_answers_only() -> None:
+    (bank, labels), (queries, _) = clouds(300, seed=1), clouds(50, seed=2)
+    found = measured(bank, labels, queries, np.full(50, 6))
+    assert found["map_at_r"] is found["r_precision"] is None
+    assert {value for key, value in found.items() if not key.startswith(("map", "r_p"))} == {0.0}

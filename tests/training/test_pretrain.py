@@ -30,26 +30,25 @@ from service.sources import Source, open_source
 from service.sources.compact import Labels
 from tests.conftest import ROOT
 from training import data
+from training import material as materials
 from training import pretrain as loop
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint
 from training.data import Canvas, Cursor, batches
 from training.export import square_preprocessing
+from training.material import Material, prepare, statistics
 from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.simclr import SimCLR
 from training.pretrain import (
-    Material,
     Run,
     check_health,
     choose_device,
     fixed_total,
     online_knn,
     per_dimension_std,
-    prepare,
     pretrain,
     schedule,
-    statistics,
     train,
 )
 from training.recipe import Augmentation, MethodName, Recipe
@@ -543,7 +542,7 @@ def test_bad_pictures_and_a_canvas_on_disk_go_on_to_the_last_bit(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run knows which pictures are bad, and so passes over them without looking."""
-    monkeypatch.setattr(loop, "_SAMPLED", 40)  # the others are found out on the way
+    monkeypatch.setattr(materials, "_SAMPLED", 40)  # the others are found out on the way
     monkeypatch.setattr(data, "_SMALL", 0)
     monkeypatch.setattr(data, "_DISK_LEFT", 0)
     digits = open_source("digits[:420]")  # some are held out
@@ -585,11 +584,11 @@ def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
 # The whole of it
 
 
-def test_pretraining_writes_what_it_was(tiny_model: Path, tiny_recipe: Recipe) -> None:
+def test_pretraining_writes_what_it_was(tiny_model: Path, recipe: Recipe) -> None:
     card = json.loads((tiny_model / "card.json").read_text())
     assert card["method"] == "simclr"
-    assert card["recipe"] == tiny_recipe.facts()
-    assert Recipe.model_validate(card["recipe"]) == tiny_recipe
+    assert card["recipe"] == recipe.facts()
+    assert Recipe.model_validate(card["recipe"]) == recipe
     assert card["data"]["source"] == "digits"
     assert card["data"]["pictures"] == 1797
     assert card["data"]["held_out"] == 89
@@ -926,7 +925,7 @@ def test_pictures_added_since_are_refused(unfinished: Path, refused: Refused) ->
     try:
         assert refused(unfinished / "pictures", "--resume", out=unfinished / "out") == (
             f"{unfinished / 'pictures'}: its pictures are not those that the run began with (192 then, 193 now); "
-            "--resume needs the same"
+            "export or --resume needs the same"
         )
     finally:
         more.unlink()

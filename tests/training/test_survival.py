@@ -35,7 +35,7 @@ CHANGES = (
     "moco.queue=256",
     "moco.splits=2",
     "batch_size=32",
-    f"epochs={6 + 4 * KILLS}",  # of 17 steps
+    f"epochs={4 + 3 * KILLS}",  # of 17 steps
 )
 
 

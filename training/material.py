@@ -1,0 +1,132 @@
+"""What a run trains on: the source's pixels, their statistics, and the pictures held out of it."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from service import IntArray, PixelArray
+from service.errors import InvalidSource, LookalikeError
+from service.images import tones
+from service.sources import Source
+from training.data import Canvas, names_checksum, sample, spread
+from training.export import square_preprocessing
+from training.recipe import Recipe
+from training.variants import Pictures
+
+_SAMPLED = 2048  # pictures whose statistics stand for all
+_HELD_OUT = 1000  # pictures that online k-NN and the export's checks ask about
+_LEAST_HELD_FROM = 400  # of fewer pictures a twentieth says nothing
+_CHECK_BANK, _CALIBRATION = 2000, 512
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is trained on.
+
+    Attributes:
+        canvas: the pixels.
+        labels: (count,) int64, or None.
+        trained, held_out: positions; the held-out ones are asked about in online k-NN, none without labels.
+        mean, std: (C,) of the pixels, 0..1.
+        tones: the pictures' tone histogram (images.tones).
+        checksum: of the source's ids.
+    """
+
+    canvas: Canvas
+    labels: IntArray | None
+    trained: IntArray
+    held_out: IntArray
+    mean: Tensor
+    std: Tensor
+    tones: list[float]
+    checksum: int
+
+
+def prepare(
+    source: Source, recipe: Recipe, folder: Path, on: torch.device, earlier: dict[str, Any] | None = None
+) -> Material:
+    """Decode a sample, learn its statistics, and set pictures apart for online k-NN.
+
+    Raises:
+        InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
+    """
+    checksum = names_checksum(source)
+    if earlier and earlier["source_checksum"] != checksum:
+        raise InvalidSource(
+            f"{source.name}: its pictures are not those that the run began with ({earlier['pictures']} then, "
+            f"{len(source)} now); export or --resume needs the same"
+        )
+    labels = source.labels.codes.astype(np.int64) if source.labels is not None else None
+    everything = np.arange(len(source))
+    held_out = everything[:0]
+    if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
+        held_out = spread(everything, min(_HELD_OUT, len(source) // 20))
+        print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
+    trained: IntArray = np.setdiff1d(everything, held_out)
+    if len(trained) < recipe.batch_size:
+        raise InvalidSource(
+            f"{source.name}: {len(trained)} pictures to train on make no batch of {recipe.batch_size}; "
+            f"add pictures or lower batch_size, as in --set batch_size={max(2, len(trained) // 8)}"
+        )
+    canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
+    if earlier:
+        canvas.load_state(earlier["canvas"])
+    try:
+        mean, std, shares = _look_at(canvas)
+    except LookalikeError:
+        canvas.list_bad(folder / "bad-pictures.txt")
+        if earlier:
+            canvas.close()
+        else:
+            canvas.remove()
+        raise
+    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
+
+
+def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
+    """Return mean and standard deviation (C,) and tones of a sample, after making sure that there is much to learn."""
+    name = canvas.source.name
+    seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
+    if not len(seen):
+        raise InvalidSource(f"{name}: no picture of it can be decoded")
+    mean, std = statistics(seen)
+    if float(std.max()) == 0:
+        raise InvalidSource(f"{name}: all pictures are one flat colour; there is nothing to learn")
+    if bool((seen == seen[:1]).all()):
+        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
+    std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
+    return mean, std, tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+
+
+def check_pictures(material: Material) -> Pictures:
+    """Return pixels to check an export with: held-out pictures, or, where none were, others of the training's."""
+    bank = spread(material.trained, _CHECK_BANK)
+    held_out = material.held_out if len(material.held_out) else spread(material.trained[1:], _HELD_OUT)
+
+    def take(positions: IntArray) -> tuple[PixelArray, IntArray]:
+        pixels, good = material.canvas.take(positions)  # (n, C, S, S)
+        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy(), good
+
+    (bank_pixels, bank), (held_out_pixels, held_out) = take(bank), take(held_out)
+    labels = material.labels
+    return Pictures(
+        bank_pixels[np.linspace(0, len(bank) - 1, min(len(bank), _CALIBRATION)).astype(int)],
+        held_out_pixels,
+        bank_pixels,
+        (labels[bank], labels[held_out]) if labels is not None and len(material.held_out) else None,
+    )
+
+
+def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) of uint8 pixels (N, C, S, S), scaled to 0..1, from each channel's histogram."""
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
+    shares = counts / counts.sum(1, keepdim=True)  # (C, 256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
+    return mean.float(), std.float()
