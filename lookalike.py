@@ -182,7 +182,7 @@ def search(
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
     gallery = open_gallery(_settings(store=store), read_only=True)
-    hits = gallery.find_by_picture(data, k)
+    hits = gallery.find([data], k)[0]
     gallery.close()
     if as_json:
         print(json.dumps({"hits": [asdict(hit) for hit in hits]}))

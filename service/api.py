@@ -1,205 +1,318 @@
-"""HTTP routes and problem+json. What comes in is read by bodies, the work itself is the gallery's."""
+"""HTTP routes. What comes in is read by bodies and schemas, the work itself is the gallery's."""
 
+import importlib.metadata
+import io
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
+import faiss
 import fastapi_swagger
+import numpy as np
+import onnxruntime
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
+from service import bulk, metrics, openai, schemas
 from service.bodies import (
-    base64_pictures,
     content_type,
     from_base64,
-    parse_metadata,
-    read_json,
+    parse_json_object,
+    read_body,
+    read_form,
     read_one_picture,
     read_pictures,
 )
-from service.errors import InvalidRequest, LookalikeError
-from service.gallery import Gallery, check_id
-from service.store import Item
+from service.errors import FingerprintMismatch, InvalidRequest, LookalikeError, TooLarge, UnsupportedFormat, each
+from service.gallery import Gallery
+from service.images import media_type
+from service.openapi import BODY, WORK, answers, body, describe, json_body, ndjson, picture_body, zip_body
+from service.problems import answer, problem
+from service.schemas import ById, ByImage, ByVector, EncodingFormat, Included, SearchMany, read_json
+from service.store import Hit, Item
+from service.store.filters import parse_filter
 
 _PAGE = Path(__file__).parent / "page"
 _DEFAULT_K = 10
+_MERGE_PATCH = "application/merge-patch+json"
+_NPY = "application/x-npy"
+_VERSIONS = {
+    name: importlib.metadata.version(name) for name in ("lookalike", "bentoml", "pillow", "fastapi", "apsw")
+} | {"onnxruntime": onnxruntime.__version__, "faiss": faiss.__version__}
 
-_PICTURE_BODY = {
-    "image/*": {"schema": {"type": "string", "format": "binary"}},
-    "multipart/form-data": {
-        "schema": {
-            "type": "object",
-            "properties": {"file": {"type": "string", "format": "binary"}},
-            "required": ["file"],
-        }
-    },
-}
+R = TypeVar("R")
 
-
-def _json_body(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"type": "object", "properties": properties}}}
-
-
-def _body(content: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": content}}
+K = Annotated[int, Query(ge=1, description="Hits a query, at most.")]
+Fingerprint = Annotated[str | None, Query(description="Refused with 409 where another encoder runs here.")]
+Threshold = Annotated[float | None, Query(ge=-1, le=1, allow_inf_nan=False)]
+FilterText = Annotated[
+    str | None,
+    Query(description='JSON, as {"label": "7"}.', json_schema_extra={"format": "filter"}, max_length=100_000),
+]
+Include = Annotated[list[Included] | None, Query()]
+Metadata = Annotated[str | None, Query(description="A JSON object.", json_schema_extra={"format": "metadata"})]
 
 
 def create_app() -> FastAPI:
-    """Make the HTTP app. Whoever runs it sets `app.state.gallery` before the first request."""
+    """Make the HTTP app. Whoever runs it sets `app.state.gallery` and `.slots` before the first request."""
     app = FastAPI(
         title="Lookalike",
+        version=_VERSIONS["lookalike"],
         description="Image similarity search. Errors are application/problem+json.",
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
     )
     fastapi_swagger.patch_fastapi(app, redirect_from_root_to_docs=False)  # /docs, its scripts from the package
+    describe(app)
     app.add_exception_handler(LookalikeError, _on_lookalike_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.mount("/page", StaticFiles(directory=_PAGE), name="page")
+    _add_embedding(app)
+    _add_search(app)
+    _add_items(app)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(_PAGE / "index.html")
 
-    @app.get("/info")
-    async def info(request: Request) -> dict[str, Any]:
-        """What runs here: encoder, embedding space, gallery, limits."""
-        gallery = _gallery(request)
-        settings = gallery.settings
-        return {
-            "model": gallery.card.name,
-            "fingerprint": gallery.card.fingerprint,
-            "dimension": gallery.encoder.dimension,
-            "count": await run_in_threadpool(gallery.store.count),
-            "variant": gallery.encoder.variant,
-            "provider": gallery.encoder.provider,
-            "notice": await run_in_threadpool(gallery.notice),
-            "limits": {
-                **asdict(settings.limits),
-                "max_images": settings.max_images,
-                "max_request_bytes": settings.max_request_bytes,
-                "max_k": settings.max_k,
-            },
-        }
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus(request: Request) -> Response:
+        metrics.items.set(await _work(request, _gallery(request).store.count))
+        return Response(metrics.report(), headers={"Content-Type": metrics.CONTENT_TYPE})
 
-    @app.post(
-        "/embed",
-        openapi_extra=_body(_PICTURE_BODY | _json_body({"images": {"type": "array", "items": {"type": "string"}}})),
-    )
-    async def embed(request: Request) -> dict[str, Any]:
-        """Embed pictures: one as the body, or `file` fields, or JSON with base64 strings or data URIs."""
-        gallery = _gallery(request)
-        if content_type(request) == "application/json":
-            images = base64_pictures(await read_json(request, gallery.settings), gallery.settings.max_images)
-        else:
-            images, _ = await read_pictures(request, gallery.settings)
-        embeddings = await run_in_threadpool(gallery.embed, images)
-        return {
-            "model": gallery.card.name,
-            "fingerprint": gallery.card.fingerprint,
-            "dimension": gallery.encoder.dimension,
-            "embeddings": embeddings.tolist(),
-        }
-
-    @app.post(
-        "/search",
-        openapi_extra=_body(
-            _PICTURE_BODY
-            | _json_body(
-                {
-                    "image": {"type": "string"},
-                    "vector": {"type": "array", "items": {"type": "number"}},
-                    "id": {"type": "string"},
-                    "k": {"type": "integer"},
-                }
-            )
-        ),
-    )
-    async def search(request: Request, k: Annotated[int, Query()] = _DEFAULT_K) -> dict[str, Any]:
-        """Find the k items most like a picture, a vector or an item; the item itself is left out."""
-        gallery = _gallery(request)
-        if content_type(request) != "application/json":
-            image, _ = await read_one_picture(request, gallery.settings)
-            return {"hits": [asdict(hit) for hit in await run_in_threadpool(gallery.find_by_picture, image, k)]}
-        content = await read_json(request, gallery.settings)
-        k = content.pop("k", k)
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise InvalidRequest(f"k: expected a whole number, got {type(k).__name__}")
-        match content:
-            case {"image": str(text), **rest} if not rest:
-                hits = await run_in_threadpool(gallery.find_by_picture, from_base64(text, "image"), k)
-            case {"id": str(id), **rest} if not rest:
-                hits = await run_in_threadpool(gallery.find_by_id, check_id(id), k)
-            case {"vector": list(vector), **rest} if not rest and all(
-                isinstance(number, int | float) and not isinstance(number, bool) for number in vector
-            ):
-                try:
-                    numbers = [float(number) for number in vector]
-                except OverflowError as error:
-                    raise InvalidRequest("vector: a number is too large") from error
-                hits = await run_in_threadpool(gallery.find_by_vector, numbers, k)
-            case _:
-                raise InvalidRequest(
-                    'expected {"image": base64 or data URI}, {"vector": [numbers]} or {"id": text}, and optionally "k"'
-                )
-        return {"hits": [asdict(hit) for hit in hits]}
-
-    @app.get("/images")
-    async def list_images(
-        request: Request, limit: Annotated[int, Query()] = 100, cursor: Annotated[str | None, Query()] = None
-    ) -> dict[str, Any]:
-        """List items in the order of adding; `next` is the cursor of the next page, or null."""
-        if not 1 <= limit <= 1000:
-            raise InvalidRequest(f"limit: expected a whole number from 1 to 1000, got {limit}")
-        if cursor is not None and not (cursor.isascii() and cursor.isdecimal() and len(cursor) <= 18):
-            raise InvalidRequest("cursor: expected the `next` of an earlier answer")
-        items, following = await run_in_threadpool(_gallery(request).store.scan, limit, int(cursor or 0))
-        return {"items": [_show(item) for item in items], "next": None if following is None else str(following)}
-
-    @app.get("/images/{id:path}/thumbnail", response_class=Response)
-    async def image_thumbnail(request: Request, id: str) -> Response:
-        """A small WebP of an item."""
-        return Response(await run_in_threadpool(_gallery(request).thumbnail, check_id(id)), media_type="image/webp")
-
-    @app.get("/images/{id:path}/content", response_class=Response)
-    async def image_content(request: Request, id: str) -> Response:
-        """The picture's own bytes, where the store keeps them."""
-        data = await run_in_threadpool(_gallery(request).original, check_id(id))
-        # The bytes came from a client: the type is ours, and a browser must not guess another.
-        return Response(data, media_type=_media_type(data), headers={"X-Content-Type-Options": "nosniff"})
-
-    @app.put(
-        "/images/{id:path}", openapi_extra=_body(_PICTURE_BODY), responses={201: {"description": "The id is new."}}
-    )
-    async def put_image(
-        request: Request, response: Response, id: str, metadata: Annotated[str | None, Query()] = None
-    ) -> dict[str, Any]:
-        """Add a picture under an id of yours, or replace it; `metadata` is a JSON object."""
-        gallery = _gallery(request)
-        id = check_id(id)
-        image, fields = await read_one_picture(request, gallery.settings)
-        facts = parse_metadata(fields.get("metadata", metadata))
-        response.status_code = 201 if await run_in_threadpool(gallery.add, id, image, facts) else 200
-        return {"id": id, "metadata": facts}
-
-    @app.get("/images/{id:path}")
-    async def get_image(request: Request, id: str) -> dict[str, Any]:
-        """An item's id and metadata, and the variant of the encoder that embedded it."""
-        item = await run_in_threadpool(_gallery(request).get, check_id(id))
-        return _show(item) | {"variant": item.variant}
-
-    @app.delete("/images/{id:path}", status_code=204)
-    async def delete_image(request: Request, id: str) -> None:
-        """Remove an item."""
-        await run_in_threadpool(_gallery(request).remove, check_id(id))
+    @app.get("/info", responses=answers(schemas.Info, *WORK))
+    async def info(request: Request) -> Response:
+        """What runs here: encoder, embedding space, gallery, limits, versions."""
+        return await _work(request, lambda: JSONResponse(_info(_gallery(request))))
 
     return app
+
+
+def _add_embedding(app: FastAPI) -> None:
+    @app.post(
+        "/embed",
+        openapi_extra=body(picture_body(several=True) | json_body(schemas.EmbedBody)),
+        responses=answers(
+            schemas.Embeddings, *WORK, *BODY, 409, 422, more={_NPY: {"schema": {"type": "string", "format": "binary"}}}
+        ),
+    )
+    async def embed(
+        request: Request, encoding_format: EncodingFormat = "float", fingerprint: Fingerprint = None
+    ) -> Response:
+        """Embed pictures: one as the body, or `file` fields, or JSON with base64 strings or data URIs.
+
+        `Accept: application/x-npy` gives them as a NumPy file, (N, D) float32.
+        """
+        gallery = _gallery(request)
+        as_npy = _NPY in request.headers.get("accept", "")
+        images: list[bytes | str]
+        if content_type(request) == "application/json":
+            asked = await read_json(request, gallery.settings, schemas.EMBED)
+            images, encoding_format = [*asked.images], asked.encoding_format
+            fingerprint = asked.fingerprint or fingerprint
+        else:
+            images = [*(await read_pictures(request, gallery.settings))[0]]
+        _check_fingerprint(gallery, fingerprint)
+        openai.check_count(len(images), gallery.settings)
+
+        def work() -> Response:
+            embeddings = gallery.embed(each("picture", images, _bytes))
+            if as_npy:
+                buffer = io.BytesIO()
+                np.save(buffer, embeddings)
+                return Response(buffer.getvalue(), media_type=_NPY)
+            return JSONResponse(
+                {
+                    "model": gallery.card.name,
+                    "fingerprint": gallery.card.fingerprint,
+                    "dimension": gallery.encoder.dimension,
+                    "embeddings": openai.listed(embeddings, encoding_format),
+                }
+            )
+
+        return await _work(request, work)
+
+    @app.post(
+        "/v1/embeddings",
+        openapi_extra=body(json_body(schemas.OpenAIBody)),
+        responses=answers(schemas.OpenAIEmbeddings, *WORK, *BODY, 404, 422, openai=True),
+    )
+    async def openai_embeddings(request: Request) -> Response:
+        """Embed pictures for clients that were written for OpenAI's API; errors come in its shape, too."""
+        gallery = _gallery(request)
+        _expect_json(request, "application/json")
+        asked = await read_json(request, gallery.settings, schemas.OPENAI)
+        return await _work(request, lambda: JSONResponse(openai.embed(asked, gallery)))
+
+
+def _add_search(app: FastAPI) -> None:
+    @app.post(
+        "/search",
+        openapi_extra=body(
+            picture_body()
+            | json_body(schemas.SearchById, schemas.SearchByImage, schemas.SearchByVector, schemas.SearchMany)
+        ),
+        responses=answers((schemas.Hits, schemas.Results), *WORK, *BODY, 404, 409, 422),
+    )
+    async def search(
+        request: Request,
+        k: K = _DEFAULT_K,
+        threshold: Threshold = None,
+        filter: FilterText = None,
+        include: Include = None,
+        fingerprint: Fingerprint = None,
+    ) -> Response:
+        """Find the k items most like a picture, a vector or an item; the item itself is left out.
+
+        In JSON also several at once: the answer to `queries` is `results`. What the body leaves out of `k`,
+        `threshold`, `filter`, `include` and `fingerprint`, the address may say.
+        """
+        gallery = _gallery(request)
+        queries: list[ByImage | ByVector | ById | bytes]
+        where = None if filter is None else parse_filter(parse_json_object(filter, "filter"))
+        several = False
+        if content_type(request) == "application/json":
+            asked = await read_json(request, gallery.settings, schemas.SEARCH)
+            several = isinstance(asked, SearchMany)
+            queries = list(asked.queries) if isinstance(asked, SearchMany) else [asked]
+            k = k if asked.k is None else asked.k
+            threshold = threshold if asked.threshold is None else asked.threshold
+            where = where if asked.filter is None else parse_filter(asked.filter)
+            include = include if asked.include is None else asked.include
+            fingerprint = asked.fingerprint or fingerprint
+        else:
+            queries = [(await read_one_picture(request, gallery.settings))[0]]
+        _check_fingerprint(gallery, fingerprint)
+        if len(queries) > gallery.settings.max_queries:
+            raise TooLarge(f"expected at most {gallery.settings.max_queries} queries, got {len(queries)}")
+        openai.check_count(sum(isinstance(query, ByImage) for query in queries), gallery.settings)
+        included: list[Included] = ["metadata"] if include is None else include
+
+        def work() -> Response:
+            plain = each("query", queries, lambda query: _plain(gallery, query))
+            found = gallery.find(plain, k, -1 if threshold is None else threshold, where)
+            results = [{"hits": [_show_hit(gallery, hit, included) for hit in hits]} for hits in found]
+            return JSONResponse({"results": results} if several else results[0])
+
+        return await _work(request, work)
+
+
+def _add_items(app: FastAPI) -> None:
+    @app.get("/images", responses=answers(schemas.Page, 400, *WORK))
+    async def list_images(
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        cursor: Annotated[str | None, Query(pattern="^[0-9]{1,18}$", description="An earlier answer's `next`.")] = None,
+    ) -> Response:
+        """List items in the order of adding; `next` is the cursor of the next page, or null."""
+
+        def work() -> Response:
+            items, following = _gallery(request).store.scan(limit, int(cursor or 0))
+            after = None if following is None else str(following)
+            return JSONResponse({"items": [_show(item) for item in items], "next": after})
+
+        return await _work(request, work)
+
+    @app.post(
+        "/images",
+        openapi_extra=body(picture_body(several=True, metadata=True, raw=False) | zip_body()),
+        responses=answers(None, *BODY, 401, 403, 409)
+        | {200: {"description": "A line a picture.", "content": ndjson()}},
+    )
+    async def add_images(request: Request, fingerprint: Fingerprint = None) -> Response:
+        """Add or replace many pictures: `file` fields whose names are the ids, or a zip whose paths are.
+
+        The form's field `metadata`, in a zip `metadata.json`, holds an object of metadata by id. The answer has a
+        line of JSON for each picture, as it reaches the store or will not: one that failed may be sent again, and so
+        may one that did not.
+        """
+        gallery = _gallery(request)
+        _check_fingerprint(gallery, fingerprint)
+        kind = content_type(request)
+        pictures: bulk.Archive | bulk.Uploads
+        if kind == "multipart/form-data":
+            pictures = bulk.Uploads(await read_form(request, gallery.settings, gallery.settings.max_bulk_images))
+        elif kind in ("application/zip", "application/x-zip-compressed"):
+            content = await read_body(request, gallery.settings.max_request_bytes)
+            pictures = await _work(request, lambda: bulk.Archive(content, gallery.settings))
+        else:
+            raise UnsupportedFormat("expected multipart/form-data with fields file, or application/zip")
+        lines: AsyncIterator[str] = bulk.add_all(pictures, gallery, request.app.state.slots)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    @app.get("/images/{id:path}/thumbnail", response_class=Response, responses=answers("image/webp", 400, 404, *WORK))
+    async def image_thumbnail(request: Request, id: str) -> Response:
+        """A small WebP of an item."""
+        gallery = _gallery(request)
+        data = await _work(request, lambda: gallery.thumbnail(gallery.check_id(id)))
+        return Response(data, media_type="image/webp")
+
+    @app.get("/images/{id:path}/content", response_class=Response, responses=answers("image/*", 400, 404, *WORK))
+    async def image_content(request: Request, id: str) -> Response:
+        """The picture's own bytes, where the store keeps them."""
+        gallery = _gallery(request)
+        data = await _work(request, lambda: gallery.original(gallery.check_id(id)))
+        # The bytes came from a client: the type is ours, and the guard says that a browser must not guess another.
+        return Response(data, media_type=media_type(data))
+
+    @app.put(
+        "/images/{id:path}",
+        openapi_extra=body(picture_body(metadata=True)),
+        responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 409, 422, success=(200, 201)),
+    )
+    async def put_image(
+        request: Request, id: str, metadata: Metadata = None, fingerprint: Fingerprint = None
+    ) -> Response:
+        """Add a picture under an id of yours, or replace it; `metadata` is a JSON object."""
+        gallery = _gallery(request)
+        id = gallery.check_id(id)
+        _check_fingerprint(gallery, fingerprint)
+        image, fields = await read_one_picture(request, gallery.settings)
+        if fields.keys() - {"metadata"}:
+            raise InvalidRequest("expected the form fields file and metadata, no others")
+        facts = parse_json_object(fields.get("metadata", metadata) or "{}", "metadata")
+        facts = gallery.check_metadata(facts)
+        new = await _work(request, lambda: gallery.add(id, image, facts))
+        return JSONResponse({"id": id, "metadata": facts}, 201 if new else 200)
+
+    @app.get("/images/{id:path}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
+    async def get_image(request: Request, id: str) -> Response:
+        """An item's id and metadata, and the variant of the encoder that embedded it."""
+        gallery = _gallery(request)
+        item = await _work(request, lambda: gallery.get(gallery.check_id(id)))
+        return JSONResponse(_show(item) | {"variant": item.variant})
+
+    @app.patch(
+        "/images/{id:path}",
+        openapi_extra=body(json_body(schemas.PatchBody, types=("application/json", _MERGE_PATCH))),
+        responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404),
+    )
+    async def patch_image(request: Request, id: str) -> Response:
+        """Change an item's metadata by a merge patch: a field given as null goes, others are set."""
+        gallery = _gallery(request)
+        id = gallery.check_id(id)
+        _expect_json(request, "application/json", _MERGE_PATCH)
+        asked = await read_json(request, gallery.settings, schemas.PATCH)
+        item = await _work(request, lambda: gallery.change_metadata(id, asked.metadata))
+        return JSONResponse(_show(item))
+
+    @app.delete("/images/{id:path}", status_code=204, responses=answers(None, 400, 403, 404, *WORK, success=(204,)))
+    async def delete_image(request: Request, id: str) -> Response:
+        """Remove an item."""
+        gallery = _gallery(request)
+        await _work(request, lambda: gallery.remove(gallery.check_id(id)))
+        return Response(status_code=204)
+
+
+# What the routes share ---------------------------------------------------------------------------
 
 
 def _gallery(request: Request) -> Gallery:
@@ -207,42 +320,101 @@ def _gallery(request: Request) -> Gallery:
     return gallery
 
 
+async def _work(request: Request, work: Callable[[], R]) -> R:
+    """Do what blocks in a work slot. Raises Busy, TimedOut."""
+    done: R = await request.app.state.slots.run(work)
+    return done
+
+
+def _check_fingerprint(gallery: Gallery, fingerprint: str | None) -> None:
+    if fingerprint is not None and fingerprint != gallery.card.fingerprint:
+        raise FingerprintMismatch(
+            f"the request names another encoder than the one that runs here, whose fingerprint is "
+            f"{gallery.card.fingerprint}"
+        )
+
+
+def _expect_json(request: Request, *types: str) -> None:
+    if content_type(request) not in types:
+        raise UnsupportedFormat(f"expected a body of {' or '.join(types)}")
+
+
+def _bytes(image: bytes | str) -> bytes:
+    return from_base64(image) if isinstance(image, str) else image
+
+
+def _plain(gallery: Gallery, query: ByImage | ByVector | ById | bytes) -> bytes | str | list[float]:
+    match query:
+        case ByImage():
+            return from_base64(query.image)
+        case ByVector():
+            return query.vector
+        case ById():
+            return gallery.check_id(query.id)
+    return query
+
+
 def _show(item: Item) -> dict[str, Any]:
     return {"id": item.id, "metadata": item.metadata}
 
 
-def _media_type(data: bytes) -> str:
-    for start, kind in ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
-        if data.startswith(start):
-            return f"image/{kind}"
-    return "image/webp"
+def _show_hit(gallery: Gallery, hit: Hit, included: list[Included]) -> dict[str, Any]:
+    shown: dict[str, Any] = {"id": hit.id, "score": hit.score}
+    if "metadata" in included:
+        shown["metadata"] = hit.metadata
+    if "embedding" in included:
+        embedding = gallery.store.embedding(hit.id)
+        if embedding is not None:  # it may have been removed meanwhile
+            shown["embedding"] = embedding.tolist()
+    return shown
+
+
+def _info(gallery: Gallery) -> dict[str, Any]:
+    settings = gallery.settings
+    return {
+        "model": gallery.card.name,
+        "fingerprint": gallery.card.fingerprint,
+        "dimension": gallery.encoder.dimension,
+        "count": gallery.store.count(),
+        "variant": gallery.encoder.variant,
+        "provider": gallery.encoder.provider,
+        "preprocessing": asdict(gallery.card.preprocessing),
+        "notice": gallery.notice(),
+        "limits": {
+            name: getattr(settings, name)
+            for name in type(settings).model_fields
+            if name.startswith("max_") or name.endswith("_timeout_s")
+        },
+        "versions": _VERSIONS,
+    }
 
 
 # Errors ------------------------------------------------------------------------------------------
 
 
-def problem(status: int, code: str, title: str, detail: str) -> JSONResponse:
-    """Return an RFC 9457 answer."""
-    return JSONResponse(
-        {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code},
-        status,
-        media_type="application/problem+json",
-    )
-
-
-async def _on_lookalike_error(_: Request, error: Exception) -> Response:
+async def _on_lookalike_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LookalikeError)
-    return problem(error.status, error.code, error.code.replace("_", " ").capitalize(), str(error))
+    return answer(request.scope, error)
 
 
-async def _on_validation_error(_: Request, error: Exception) -> Response:
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "request"
-    return problem(400, "invalid_request", "Invalid request", f"{where}: {first['msg']}")
+    where = first["loc"][1] if len(first["loc"]) > 1 else "request"  # a parameter's name, which is ours
+    return problem(request.scope, 400, "invalid_request", f"{where}: {first['msg']}")
 
 
-async def _on_http_error(_: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    return problem(error.status_code, code, str(error.detail), f"{error.detail}; /docs lists the routes")
+    if error.status_code != 405:
+        code = "unknown_route" if error.status_code == 404 else "http_error"
+        return problem(request.scope, error.status_code, code, f"{error.detail}; /docs lists the routes")
+    methods = {
+        method
+        for route in request.app.routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in getattr(route, "methods", None) or ()
+    }
+    allowed = ", ".join(sorted(methods))
+    detail = f"expected one of the methods {allowed}; /docs lists the routes"
+    return problem(request.scope, 405, "method_not_allowed", detail, headers={"Allow": allowed})

@@ -17,7 +17,7 @@ from service.card import read_card
 from service.embeddings import FAILURES, META, part_path, read_facts
 from service.encoder import Encoder
 from service.errors import InvalidOutput, InvalidSource, LookalikeError, NoEmbedding
-from service.gallery import Gallery, check_id
+from service.gallery import Gallery
 from service.images import decode_pixels
 from service.settings import Settings
 from service.sources import Source
@@ -109,7 +109,7 @@ def index_source(source: Source, gallery: Gallery) -> Tally:
 
     def read(position: int) -> Any:
         entry = source.entry(position)
-        id = check_id(entry.id)
+        id = gallery.check_id(entry.id)
         item = gallery.store.get(id)
         if item is not None and item.digest == hashlib.sha256(entry.data).hexdigest():
             return None

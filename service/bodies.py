@@ -4,21 +4,38 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 
 from service.errors import InvalidRequest, TooLarge, UnsupportedFormat
 from service.settings import Settings
 
 # curl --data-binary declares a form unless it is told otherwise; the bytes decide.
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+_MOST_FIELDS = 8
+
+
+@dataclass
+class Form:
+    """What a multipart form holds: its files, each with the name that the client gave it, and its texts by field."""
+
+    files: list[tuple[str, bytes]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def content_type(request: Request) -> str:
-    """Return the declared type of the body without its parameters, in small letters; "" for none."""
+    """Return the declared type of the body without its parameters, in small letters; "" for none.
+
+    Raises:
+        UnsupportedFormat: the body is compressed; what it unpacks to has no limit yet.
+    """
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
+        raise UnsupportedFormat("expected a body without Content-Encoding")
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -35,12 +52,13 @@ async def read_pictures(request: Request, settings: Settings) -> tuple[list[byte
     """
     kind = content_type(request)
     if kind == "multipart/form-data":
-        return await _read_multipart(request, settings)
+        form = await read_form(request, settings, settings.max_images)
+        return [data for _, data in form.files], form.texts
     if kind not in _RAW and not kind.startswith("image/"):
         raise UnsupportedFormat(
             "expected a picture: a body of image/*, multipart/form-data with the field file, or application/json"
         )
-    return [await _read(request, settings.max_image_bytes)], {}
+    return [bytes(await read_body(request, settings.max_image_bytes))], {}
 
 
 async def read_one_picture(request: Request, settings: Settings) -> tuple[bytes, dict[str, str]]:
@@ -51,61 +69,42 @@ async def read_one_picture(request: Request, settings: Settings) -> tuple[bytes,
     return images[0], fields
 
 
-async def read_json(request: Request, settings: Settings) -> dict[str, Any]:
-    """Read a body that is a JSON object. Raises InvalidRequest, TooLarge."""
-    content = _parse_json(await _read(request, settings.max_request_bytes), "the body")
+def parse_json_object(text: str, what: str) -> dict[str, Any]:
+    """Read a JSON object from a field or a parameter; `what` names it. Raises InvalidRequest."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{what}: not JSON") from error
     if not isinstance(content, dict):
-        raise InvalidRequest(f"the body: expected a JSON object, got {type(content).__name__}")
+        raise InvalidRequest(f"{what}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-def _parse_json(text: bytes | str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{what}: not JSON") from error
+def from_base64(text: str) -> bytes:
+    """Decode base64, with or without data:…;base64, before it. A URL is neither, and is never fetched.
 
-
-def parse_metadata(text: str | None) -> dict[str, Any]:
-    """Read metadata, a JSON object that can be written back out; None is {}. Raises InvalidRequest."""
-    metadata = _parse_json(text or "{}", "metadata")
-    if not isinstance(metadata, dict):
-        raise InvalidRequest(f"metadata: expected a JSON object, got {type(metadata).__name__}")
-    try:  # what could not be written back out is not taken in: NaN, infinity, half of a character, too deep
-        json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("metadata: expected finite numbers and whole characters") from error
-    return metadata
-
-
-def base64_pictures(content: dict[str, Any], most: int) -> list[bytes]:
-    """Return the pictures of {"images": [base64 or data URI, …]}. Raises InvalidRequest, TooLarge."""
-    images = content.get("images")
-    if not isinstance(images, list) or not images or not all(isinstance(text, str) for text in images):
-        raise InvalidRequest('expected {"images": [base64 or data URI, …]} with at least one')
-    if len(images) > most:
-        raise TooLarge(f"expected at most {most} pictures, got {len(images)}")
-    return [from_base64(text, f"images[{number}]") for number, text in enumerate(images)]
-
-
-def from_base64(text: str, what: str) -> bytes:
-    """Decode base64, with or without data:…;base64, before it. Raises InvalidRequest naming `what`."""
+    Raises:
+        InvalidRequest
+    """
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
-            raise InvalidRequest(f"{what}: expected a data URI of the form data:image/…;base64,…")
+            raise InvalidRequest("expected a data URI of the form data:image/…;base64,…")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(f"{what}: expected base64 or a data URI") from error
+        raise InvalidRequest("expected base64 or a data URI") from error
 
 
-async def _read(request: Request, limit: int) -> bytes:
-    return b"".join([chunk async for chunk in _stream(request, limit)])
+async def read_body(request: Request, limit: int) -> bytearray:
+    """Read the whole body. Raises TooLarge as soon as it is over the limit, before that is kept."""
+    body = bytearray()
+    async for chunk in _stream(request, limit):
+        body += chunk
+    return body
 
 
 async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """Yield the body, refused as soon as it is over the limit, before it is kept."""
     declared = request.headers.get("content-length", "")
     received = 0
     if declared.isdecimal() and int(declared) > limit:
@@ -117,23 +116,108 @@ async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-async def _read_multipart(request: Request, settings: Settings) -> tuple[list[bytes], dict[str, str]]:
-    stream = _stream(request, settings.max_request_bytes)
-    parser = MultiPartParser(request.headers, stream, max_files=settings.max_images, max_fields=8)
+async def read_form(request: Request, settings: Settings, most_files: int) -> Form:
+    """Read a multipart form with one file or more in the field `file`, and texts in any other.
+
+    Raises:
+        InvalidRequest: no such form.
+        TooLarge: more files, a larger file or a larger form than is taken, found while it streams in.
+    """
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    reader = _FormReader(options.get(b"boundary", b""), most_files, settings.max_image_bytes)
+    async for chunk in _stream(request, settings.max_request_bytes):
+        reader.write(chunk)
+    return reader.finish()
+
+
+class _FormReader:
+    """Keeps the files and texts of a multipart form while it streams in."""
+
+    def __init__(self, boundary: bytes, most_files: int, most_file_bytes: int) -> None:
+        self._most_files, self._most_file_bytes = most_files, most_file_bytes
+        self._form = Form()
+        self._ended = False
+        if not boundary:
+            raise InvalidRequest("not a multipart form: its Content-Type names no boundary")
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": self._name_header,
+                    "on_header_value": self._fill_header,
+                    "on_header_end": self._end_header,
+                    "on_headers_finished": self._open,
+                    "on_part_data": self._take,
+                    "on_part_end": self._close,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as error:
+            raise InvalidRequest("not a multipart form that can be read: its boundary is too long") from error
+
+    def write(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise InvalidRequest("not a multipart form that can be read") from error
+
+    def finish(self) -> Form:
+        if not self._ended:
+            raise InvalidRequest("not a multipart form that can be read: it is cut short")
+        if not self._form.files:
+            raise InvalidRequest("expected a picture in the form field file")
+        return self._form
+
+    # What the parser calls, in this order, for every part.
+
+    def _begin(self) -> None:
+        self._headers: dict[bytes, bytes] = {}
+        self._header = (bytearray(), bytearray())
+        self._content = bytearray()
+
+    def _name_header(self, data: bytes, start: int, end: int) -> None:
+        self._header[0].extend(data[start:end])
+
+    def _fill_header(self, data: bytes, start: int, end: int) -> None:
+        self._header[1].extend(data[start:end])
+
+    def _end_header(self) -> None:
+        self._headers[bytes(self._header[0]).lower()] = bytes(self._header[1])
+        self._header = (bytearray(), bytearray())
+
+    def _open(self) -> None:
+        disposition, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        if disposition != b"form-data" or b"name" not in options:
+            raise InvalidRequest("not a multipart form that can be read: a part has no name")
+        self._name, self._file_name = _text(options[b"name"]), None
+        if self._name == "file" and b"filename" in options:
+            self._file_name = _text(options[b"filename"])
+            if len(self._form.files) == self._most_files:
+                raise TooLarge(f"expected at most {self._most_files} pictures")
+        elif self._name == "file" or b"filename" in options:
+            raise InvalidRequest("expected pictures in the form field file, each with a filename, and texts elsewhere")
+        elif len(self._form.texts) == _MOST_FIELDS:
+            raise InvalidRequest(f"expected at most {_MOST_FIELDS} text fields")
+
+    def _take(self, data: bytes, start: int, end: int) -> None:
+        self._content += memoryview(data)[start:end]
+        if self._file_name is not None and len(self._content) > self._most_file_bytes:
+            raise TooLarge(f"a picture has more than {self._most_file_bytes} bytes, which is the limit")
+
+    def _close(self) -> None:
+        if self._file_name is not None:
+            self._form.files.append((self._file_name, bytes(self._content)))
+        else:
+            self._form.texts[self._name] = _text(bytes(self._content))
+        self._content = bytearray()
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+def _text(data: bytes) -> str:
     try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        if "Too many files" in error.message:
-            raise TooLarge(f"expected at most {settings.max_images} pictures") from error
-        raise InvalidRequest(f"not a multipart form that can be read: {error.message}") from error
-    except (KeyError, UnicodeError, ValueError) as error:
-        raise InvalidRequest("not a multipart form that can be read") from error
-    try:
-        parts = form.multi_items()
-        images = [await value.read() for name, value in parts if name == "file" and isinstance(value, UploadFile)]
-        fields = {name: value for name, value in parts if isinstance(value, str)}
-    finally:
-        await form.close()
-    if not images:
-        raise InvalidRequest("expected a picture in the form field file")
-    return images, fields
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("not a multipart form that can be read: a text is not UTF-8") from error

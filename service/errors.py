@@ -6,17 +6,32 @@
                      ├ TooLarge       └ TooLarge (pixels, sides)         ▼
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
-Around them: InvalidRequest (what a request or a flag says), InvalidModel (models/NAME), InvalidOutput (--out).
+Around them: InvalidRequest (what a request or a flag says), InvalidModel (models/NAME), InvalidOutput (--out); over
+HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded and TimedOut.
 `status` is what HTTP answers, `code` the word a program reads. At the command line every one of them
 is one sentence on stderr and exit code 2.
 """
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 class LookalikeError(Exception):
-    """Base of every error that a user may cause; str() is one sentence for that user."""
+    """Base of every error that a user may cause; str() is one sentence for that user.
+
+    Attributes:
+        parts: where the error is about members of a list, each one's place there and what is wrong with it.
+    """
 
     status = 500
     code = "internal"
+
+    def __init__(self, message: str, parts: "Sequence[tuple[int, LookalikeError]]" = ()) -> None:
+        super().__init__(message)
+        self.parts = tuple(parts)
 
 
 class InvalidRequest(LookalikeError):
@@ -103,3 +118,83 @@ class InvalidOutput(LookalikeError):
     """A file or folder that cannot be written, or already holds something else."""
 
     code = "invalid_output"
+
+
+# Over HTTP alone ---------------------------------------------------------------------------------
+
+
+class Unauthorized(LookalikeError):
+    """No API key, or none that the service knows."""
+
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(LookalikeError):
+    """An API key that may read, for a request that changes something."""
+
+    status = 403
+    code = "read_only_key"
+
+
+class FingerprintMismatch(LookalikeError):
+    """The request names the fingerprint of another encoder than the one that runs here."""
+
+    status = 409
+    code = "fingerprint_mismatch"
+
+
+class UnknownModel(LookalikeError):
+    """The request names a model that is not the one that runs here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class SlowBody(LookalikeError):
+    """The body did not come in full in the time that a body may take."""
+
+    status = 408
+    code = "slow_body"
+
+
+class Busy(LookalikeError):
+    """As many requests as may wait for a work slot are waiting already."""
+
+    status = 429
+    code = "busy"
+
+
+class Overloaded(LookalikeError):
+    """The bodies that are being received have taken all the memory that they may."""
+
+    status = 503
+    code = "overloaded"
+
+
+class TimedOut(LookalikeError):
+    """The work took longer than a request may."""
+
+    status = 504
+    code = "timed_out"
+
+
+# Lists -------------------------------------------------------------------------------------------
+
+
+def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """Do the work on every member; the error that is raised names all that failed."""
+    done: list[R] = []
+    failed: list[tuple[int, LookalikeError]] = []
+    for number, member in enumerate(members):
+        try:
+            done.append(work(member))
+        except LookalikeError as error:
+            failed.append((number, error))
+    if not failed:
+        return done
+    number, first = failed[0]
+    if len(members) == 1:
+        raise first
+    more = f"; {len(failed) - 1} more of {len(members)} failed, too" if len(failed) > 1 else ""
+    raise type(first)(f"{what} {number}: {first}{more}", failed) from first

@@ -1,6 +1,7 @@
 """Encoder + store: add pictures, find lookalikes. What HTTP, command line and page all call."""
 
 import hashlib
+import json
 import os
 import threading
 import unicodedata
@@ -15,14 +16,18 @@ from service import FloatArray, PixelArray
 from service.batcher import Batcher
 from service.card import Card, read_card, suits
 from service.encoder import Encoder
-from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError
+from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError, NoEmbedding, TooLarge, each
 from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
 from service.store.embedded import EmbeddedStore, recorded_model
+from service.store.filters import Filter
 
-_MAX_ID_BYTES = 256
+Query = bytes | str | Sequence[float]
+"""What to look for: the bytes of a picture, the id of an item, or a vector."""
+
 _SAMPLED_THUMBNAILS = 100
+_MOST_DEPTH = 32  # of metadata; SQLite's own JSON functions end at 1000
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class ReadPicture:
     data: bytes
     pixels: PixelArray
     thumbnail: bytes
+
+
+_Numbered = tuple[int, tuple[str, ReadPicture, dict[str, Any], str | None]]
 
 
 class Gallery:
@@ -62,16 +70,8 @@ class Gallery:
             return ReadPicture(data, to_pixels(picture, self.card.preprocessing), thumbnail(picture))
 
     def embed(self, images: Sequence[bytes]) -> FloatArray:
-        """Return the embeddings (N, D) of image bytes. Raises as `read`, the first bad picture named by its number."""
-        pixels = []
-        for number, data in enumerate(images):
-            try:
-                pixels.append(self.read_pixels(data))
-            except LookalikeError as error:
-                if len(images) > 1:
-                    raise type(error)(f"picture {number}: {error}") from error
-                raise
-        return self._batcher.encode(pixels)
+        """Return the embeddings (N, D) of image bytes. Raises as `read`; of several pictures it names every bad one."""
+        return self._batcher.encode(each("picture", images, self.read_pixels))
 
     def read_pixels(self, data: bytes) -> PixelArray:
         """Decode image bytes to pixels (S, S, 3) alone. Raises as `read`."""
@@ -79,8 +79,40 @@ class Gallery:
             return decode_pixels(data, self.card.preprocessing, self.settings.limits)
 
     def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
-        """Add or replace one picture under an id as check_id gives it; True where it was new. Raises as `read`."""
+        """Add or replace one picture; True where it was new. Raises as `read`.
+
+        The id is as check_id gives it, the metadata as check_metadata does.
+        """
         return self.add_read([(id, self.read(data), metadata, None)])[0]
+
+    def add_many(self, pictures: Sequence[tuple[str, bytes, dict[str, Any]]]) -> list[bool | LookalikeError]:
+        """Add or replace pictures, (id, bytes, metadata) each; the good ones in one commit.
+
+        Returns:
+            For each whether its id was new, or why it is not in the store.
+        """
+        outcomes: dict[int, bool | LookalikeError] = {}
+        read = []
+        for number, (id, data, metadata) in enumerate(pictures):
+            try:
+                read.append((number, (id, self.read(data), metadata, None)))
+            except LookalikeError as error:
+                outcomes[number] = error
+        self._add_group(read, outcomes)
+        return [outcomes[number] for number in range(len(pictures))]
+
+    def _add_group(self, group: Sequence[_Numbered], outcomes: dict[int, bool | LookalikeError]) -> None:
+        if not group:
+            return
+        try:
+            added = self.add_read([picture for _, picture in group])
+            outcomes |= zip((number for number, _ in group), added, strict=True)
+        except LookalikeError as error:
+            if isinstance(error, NoEmbedding) and len(group) > 1:  # one by one, so that it meets its own picture alone
+                for one in group:
+                    self._add_group([one], outcomes)
+            else:
+                outcomes |= {number: error for number, _ in group}
 
     def add_read(self, pictures: Sequence[tuple[str, ReadPicture, dict[str, Any], str | None]]) -> list[bool]:
         """Embed and store pictures that were read, all in one commit: (id, picture, metadata, source) each.
@@ -128,42 +160,97 @@ class Gallery:
             raise ItemNotFound("the store does not keep this item's own bytes (keep_originals is off)")
         return data
 
+    def change_metadata(self, id: str, patch: dict[str, Any]) -> Item:
+        """Merge a patch into an item's metadata: a field that it gives as None goes, others are set (RFC 7396).
+
+        Raises:
+            ItemNotFound; InvalidRequest: what comes out is larger than metadata may be.
+        """
+        item = self.store.set_metadata(id, lambda metadata: self.check_metadata(_merged(metadata, patch)))
+        if item is None:
+            raise _no_item()
+        return item
+
     def remove(self, id: str) -> None:
         """Remove an item. Raises ItemNotFound."""
         if not self.store.remove(id):
             raise _no_item()
 
-    def find_by_picture(self, data: bytes, k: int) -> list[Hit]:
-        """Return the k items most like a picture, best first. Raises as `read`, InvalidQuery for k."""
-        self._check_k(k)
-        return self.store.search(self.embed([data]), k)[0]
+    def find(
+        self, queries: Sequence[Query], k: int, threshold: float = -1, where: Filter | None = None
+    ) -> list[list[Hit]]:
+        """Return for each query the k items most like it, best first.
 
-    def find_by_vector(self, vector: Sequence[float], k: int) -> list[Hit]:
-        """Return the k items most like a vector of D finite numbers, not all 0; it is made unit length.
+        Args:
+            queries: pictures as bytes; vectors of D finite numbers, not all 0, made unit length here; ids of items,
+                which are left out of their own hits.
+            k: 1 to max_k.
+            threshold: hits have at least this score.
+            where: only items whose metadata meets it.
 
         Raises:
-            InvalidQuery: anything else.
+            InvalidQuery, ItemNotFound, and as `read`; of several queries it names every bad one.
         """
-        self._check_k(k)
-        query = np.asarray(vector, np.float64)
-        if query.shape != (self.encoder.dimension,):
-            raise InvalidQuery(f"vector: expected {self.encoder.dimension} numbers, got {query.size}")
-        if not np.isfinite(query).all():
+        most = self.settings.max_k
+        if not 1 <= k <= most:
+            raise InvalidQuery(f"k: expected a whole number from 1 to {most}, got {k}")
+        if k * len(queries) > self.settings.max_hits:
+            raise TooLarge(f"expected queries times k to be at most {self.settings.max_hits}, got {k * len(queries)}")
+        prepared = each("query", queries, self._prepare)
+        pictures = [number for number, one in enumerate(prepared) if one.dtype == np.uint8]
+        if pictures:
+            embeddings = self._batcher.encode([np.asarray(prepared[number], np.uint8) for number in pictures])
+            for number, embedding in zip(pictures, embeddings, strict=True):
+                prepared[number] = embedding
+        by_id = any(isinstance(query, str) for query in queries)
+        found = self.store.search(np.stack(prepared), k + by_id, where)
+        return [
+            [hit for hit in hits if hit.score >= threshold and not (isinstance(query, str) and hit.id == query)][:k]
+            for query, hits in zip(queries, found, strict=True)
+        ]
+
+    def _prepare(self, query: Query) -> PixelArray | FloatArray:
+        """The pixels of a picture, or the unit vector of anything else."""
+        if isinstance(query, bytes):
+            return self.read_pixels(query)
+        if isinstance(query, str):
+            embedding = self.store.embedding(query)
+            if embedding is None:
+                raise _no_item()
+            return embedding
+        try:
+            vector = np.asarray(query, np.float64)
+        except OverflowError as error:
+            raise InvalidQuery("vector: a number is too large") from error
+        if vector.shape != (self.encoder.dimension,):
+            raise InvalidQuery(f"vector: expected {self.encoder.dimension} numbers, got {vector.size}")
+        if not np.isfinite(vector).all():
             raise InvalidQuery("vector: expected finite numbers, got NaN or infinity")
-        largest = np.abs(query).max()
+        largest = np.abs(vector).max()
         if not largest:
             raise InvalidQuery("vector: expected a direction, got only zeros")
-        query /= largest  # so that neither the largest nor the smallest of doubles is lost in the squares
-        return self.store.search((query / np.linalg.norm(query))[None].astype(np.float32), k)[0]
+        vector /= largest  # so that neither the largest nor the smallest of doubles is lost in the squares
+        return np.asarray(vector / np.linalg.norm(vector), np.float32)
 
-    def find_by_id(self, id: str, k: int) -> list[Hit]:
-        """Return the k items most like an item, that item left out. Raises ItemNotFound, InvalidQuery."""
-        self._check_k(k)
-        embedding = self.store.embedding(id)
-        if embedding is None:
-            raise _no_item()
-        hits = self.store.search(embedding[None], k + 1)[0]
-        return [hit for hit in hits if hit.id != id][:k]
+    def check_id(self, id: str) -> str:
+        """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as the function check_id."""
+        return check_id(id, self.settings.max_id_bytes)
+
+    def check_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return metadata that can be kept.
+
+        Raises:
+            InvalidRequest: with NaN, infinity or half a character, nested too deep, or larger than max_metadata_bytes.
+        """
+        try:  # what could not be written back out is not taken in
+            size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest("metadata: expected finite numbers and whole characters") from error
+        if size > self.settings.max_metadata_bytes:
+            raise InvalidRequest(f"metadata: expected at most {self.settings.max_metadata_bytes} bytes, got {size}")
+        if _depth(metadata) > _MOST_DEPTH:
+            raise InvalidRequest(f"metadata: expected at most {_MOST_DEPTH} levels of nesting")
+        return metadata
 
     def notice(self) -> str | None:
         """Say so in one sentence where the encoder was trained on pictures unlike the gallery's, else None.
@@ -192,10 +279,6 @@ class Gallery:
                 pixels.append(self.read_pixels(data))
         return tones(np.stack(pixels)) if pixels else None
 
-    def _check_k(self, k: int) -> None:
-        if not 1 <= k <= self.settings.max_k:
-            raise InvalidQuery(f"k: expected a whole number from 1 to {self.settings.max_k}, got {k}")
-
 
 def open_gallery(settings: Settings, read_only: bool = False) -> Gallery:
     """Open the encoder and the store that the settings name.
@@ -217,20 +300,38 @@ def find_model(settings: Settings) -> Path:
     return settings.model or (recorded if recorded and recorded.is_dir() else Path("models/mnist"))
 
 
-def check_id(id: str) -> str:
+def check_id(id: str, most_bytes: int) -> str:
     """Return an id in Unicode's composed form (NFC).
 
     Raises:
-        InvalidRequest: empty, over 256 bytes, with control characters, or ending like a route of its own.
+        InvalidRequest: empty, too long in UTF-8, with control characters, or ending like a route of its own.
     """
     id = unicodedata.normalize("NFC", id)
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in id):
         raise InvalidRequest("id: expected text without control characters")
-    if not 1 <= len(id.encode()) <= _MAX_ID_BYTES:
-        raise InvalidRequest(f"id: expected 1 to {_MAX_ID_BYTES} bytes, got {len(id.encode())}")
+    if not 1 <= len(id.encode()) <= most_bytes:
+        raise InvalidRequest(f"id: expected 1 to {most_bytes} bytes, got {len(id.encode())}")
     if id.endswith(("/thumbnail", "/content")):
         raise InvalidRequest("id: must not end in /thumbnail or /content, which name an item's pictures")
     return id
+
+
+def _merged(target: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(target)
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, dict):
+            old = merged.get(name)
+            merged[name] = _merged(old if isinstance(old, dict) else {}, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _depth(content: Any) -> int:
+    members = content.values() if isinstance(content, dict) else content if isinstance(content, list) else None
+    return 0 if members is None else 1 + max(map(_depth, members), default=0)
 
 
 def _no_item() -> ItemNotFound:

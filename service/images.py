@@ -112,6 +112,14 @@ def thumbnail(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def media_type(data: bytes) -> str:
+    """Return the media type of a picture that was decoded before, by its first bytes."""
+    for start, kind in ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
+        if data.startswith(start):
+            return f"image/{kind}"
+    return "image/webp"
+
+
 def tones(pixels: PixelArray) -> list[float]:
     """Return the pictures' tone histogram: what share of their pixels lies in each of 16 kinds.
 

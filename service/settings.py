@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.images import Limits
@@ -18,10 +18,17 @@ class Settings(BaseSettings):
         variant: of the encoder: "auto" for the fastest here, "fp32", "fp16" or "int8".
         host, port: where the service listens.
         keep_originals: whether the store keeps the pictures' own bytes.
+        api_keys: "read:KEY" and "write:KEY", with commas between; none and no api_keys_file: no key is asked for.
+        api_keys_file: a file of them, one a line.
+        metrics_public: whether /metrics answers without a key.
+        cors_origins: origins whose pages may call the API from a browser, with commas between; "*" for all.
         max_image_bytes, max_pixels, max_side, max_aspect: what a picture may be (images.Limits).
-        max_images: pictures a request.
-        max_request_bytes: body of a request.
-        max_k: neighbours a search.
+        max_images: pictures a request; max_bulk_images: in a POST /images.
+        max_request_bytes: body of a request; max_buffered_bytes: of all that are being received.
+        max_id_bytes, max_metadata_bytes: of an item, in UTF-8.
+        max_k: neighbours a query; max_queries: queries a search; max_hits: the product of both.
+        max_waiting: requests at work or waiting for it.
+        body_timeout_s: time for a whole body to come in; work_timeout_s: for the work on it.
     """
 
     model_config = SettingsConfigDict(env_prefix="LOOKALIKE_", frozen=True, extra="ignore")
@@ -33,13 +40,26 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=3000, ge=1, le=65535)
     keep_originals: bool = True
+    api_keys: SecretStr = SecretStr("")
+    api_keys_file: Path | None = None
+    metrics_public: bool = False
+    cors_origins: str = ""
     max_image_bytes: int = Field(default=10_000_000, ge=1)
     max_pixels: int = Field(default=25_000_000, ge=1)
     max_side: int = Field(default=10_000, ge=1)
     max_aspect: int = Field(default=100, ge=1)
     max_images: int = Field(default=32, ge=1)
+    max_bulk_images: int = Field(default=10_000, ge=1)
     max_request_bytes: int = Field(default=64_000_000, ge=1)
+    max_buffered_bytes: int = Field(default=1_000_000_000, ge=1)
+    max_id_bytes: int = Field(default=256, ge=1)
+    max_metadata_bytes: int = Field(default=16_384, ge=2)
     max_k: int = Field(default=1000, ge=1)
+    max_queries: int = Field(default=64, ge=1)
+    max_hits: int = Field(default=10_000, ge=1)
+    max_waiting: int = Field(default=256, ge=1)
+    body_timeout_s: float = Field(default=30, gt=0)
+    work_timeout_s: float = Field(default=30, gt=0)
 
     @property
     def limits(self) -> Limits:

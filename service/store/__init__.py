@@ -1,10 +1,11 @@
 """Where items live and are found: the words, and what every store can do."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from service import FloatArray
+from service.store.filters import Filter
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,17 @@ class Store(Protocol):
         """Remove an item; False when there was none. Durable when it returns."""
         ...
 
-    def search(self, queries: FloatArray, k: int) -> list[list[Hit]]:
+    def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
+        """Replace an item's metadata by what `change` makes of it; None without item. Durable when it returns."""
+        ...
+
+    def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """Return the k items most like each query, best first, equal scores in the order of adding.
 
         Args:
             queries: (N, D) float32, finite rows of L2 norm 1.
-            k: 1 or more; fewer hits come back when fewer items are stored.
+            k: 1 or more; fewer hits come back when fewer items are there.
+            where: only items whose metadata meets it.
         """
         ...
 

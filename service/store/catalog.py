@@ -9,9 +9,10 @@ from typing import Any
 import apsw
 import numpy as np
 
-from service import FloatArray
+from service import FloatArray, IntArray
 from service.errors import InvalidStore
 from service.store import Item, NewItem
+from service.store.filters import Filter
 
 FILE = "catalog.sqlite"
 SCHEMA = 2
@@ -106,6 +107,11 @@ class Catalog:
         self._database.execute("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", (key, item.thumbnail, item.original))
         return key, known is None
 
+    def set_metadata(self, id: str, metadata: dict[str, Any]) -> None:
+        """Replace an item's metadata."""
+        with self._database:
+            self._database.execute("UPDATE items SET metadata = ? WHERE id = ?", (_dump(metadata), id))
+
     def remove(self, id: str) -> int | None:
         """Remove an item; return its key, or None when there was none."""
         key = self.key(id)
@@ -127,6 +133,11 @@ class Catalog:
     def by_keys(self, keys: Sequence[int]) -> dict[int, Item]:
         """Return the items of keys, those that are there."""
         return dict(self._items("WHERE key IN (SELECT value FROM json_each(?))", json.dumps(list(keys))))
+
+    def keys(self, where: Filter) -> IntArray:
+        """Return the keys of the items that meet a filter. Cost: reads all metadata."""
+        rows = self._database.execute("SELECT key FROM items WHERE " + where.sql, where.values)  # noqa: S608  # ? alone
+        return np.fromiter((key for (key,) in rows), np.int64)
 
     def scan(self, limit: int, after: int) -> list[tuple[int, Item]]:
         """Return up to `limit` items with keys above `after`, in key order."""

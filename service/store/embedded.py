@@ -3,9 +3,11 @@
 import fcntl
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import apsw
 import numpy as np
@@ -16,6 +18,7 @@ from service.errors import InvalidStore, StoreMismatch
 from service.store import Hit, Item, NewItem
 from service.store.catalog import FILE, Catalog
 from service.store.faiss_index import FaissIndex
+from service.store.filters import Filter
 
 _LOCK = "LOCK"
 
@@ -91,10 +94,21 @@ class EmbeddedStore:
                 self._index.remove([key])
         return key is not None
 
-    def search(self, queries: FloatArray, k: int) -> list[list[Hit]]:
+    def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
+        """See Store.set_metadata."""
+        with self._exclusive:
+            item = self._catalog.get(id)
+            if item is None:
+                return None
+            changed = replace(item, metadata=change(item.metadata))
+            with _writing():
+                self._catalog.set_metadata(id, changed.metadata)
+        return changed
+
+    def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """See Store.search, FaissIndex.search for what a query must be."""
         with self._exclusive:
-            scores, keys = self._index.search(queries, k)
+            scores, keys = self._index.search(queries, k, None if where is None else self._catalog.keys(where))
             items = self._catalog.by_keys(sorted({int(key) for key in keys.flat}))
         return [
             [

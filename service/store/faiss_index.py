@@ -32,12 +32,13 @@ class FaissIndex:
         if keys:
             self._index.remove_ids(faiss.IDSelectorBatch(np.asarray(keys, np.int64)))
 
-    def search(self, queries: FloatArray, k: int) -> tuple[FloatArray, IntArray]:
+    def search(self, queries: FloatArray, k: int, among: IntArray | None = None) -> tuple[FloatArray, IntArray]:
         """Return the k stored vectors most like each query, best first, equal scores by key.
 
         Args:
             queries: (N, D), finite rows of L2 norm 1 (within 1e-3).
             k: neighbours per query, 1 <= k. Fewer columns come back when fewer are stored.
+            among: look at these keys alone; all of them are stored, none twice.
 
         Returns:
             scores: (N, K) cosine in [−1, 1], never increasing along a row.
@@ -52,10 +53,12 @@ class FaissIndex:
         queries = self._checked(queries)
         if k < 1:
             raise InvalidQuery(f"k must be 1 or more, not {k}")
-        k = min(k, len(self))
+        k = min(k, len(self) if among is None else len(among))
         if not k or not len(queries):
             return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        scores, keys = self._index.search(queries, k)
+        selector = None if among is None else faiss.IDSelectorBatch(among)
+        chosen = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+        scores, keys = self._index.search(queries, k, params=chosen)
         order = np.lexsort((keys, -scores), axis=1)
         return (
             np.clip(np.take_along_axis(scores, order, 1), -1, 1),

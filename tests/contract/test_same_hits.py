@@ -8,6 +8,7 @@ from starlette.testclient import TestClient
 from service.api import create_app
 from service.batch import index_source
 from service.gallery import Gallery
+from service.slots import Slots
 from service.sources import open_source
 
 K = 5
@@ -27,7 +28,7 @@ def test_two_hundred_queries_have_identical_hits(
     bank, queries = open_source(bank_name, data_root), open_source(queries_name, data_root)
     index_source(bank, gallery)
     app = create_app()
-    app.state.gallery = gallery
+    app.state.gallery, app.state.slots = gallery, Slots(8, 30)
     client = TestClient(app)
 
     served = []

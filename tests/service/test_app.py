@@ -48,7 +48,7 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
     assert b'"count":0' in get(f"http://127.0.0.1:{port}/info")[1]
     status, metrics = get(f"http://127.0.0.1:{port}/metrics")
     assert status == 200
-    assert b"bentoml_service_request" in metrics
+    assert b'lookalike_requests_total{method="GET",route="/info",status="200"} 1.0' in metrics
     os.killpg(server.pid, stop)  # as a terminal's Ctrl-C does, and as a supervisor does
     assert server.wait(20) == 0, log.read_text()
     text = log.read_text()

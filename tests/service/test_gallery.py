@@ -15,12 +15,12 @@ from tests.conftest import MODEL, encoded, scene
 
 
 def test_ids() -> None:
-    assert check_id("folder/a b%#?.png") == "folder/a b%#?.png"
-    assert check_id("cafe\u0301") == "café"
-    assert check_id("👩‍👧") == "👩‍👧"
+    assert check_id("folder/a b%#?.png", 256) == "folder/a b%#?.png"
+    assert check_id("cafe\u0301", 256) == "café"
+    assert check_id("👩‍👧", 256) == "👩‍👧"
     for bad in ("", "a\nb", "a\0", "\ud800", "x" * 257, "a/content", "a/thumbnail"):
         with pytest.raises(InvalidRequest, match="id:"):
-            check_id(bad)
+            check_id(bad, 256)
 
 
 def test_the_encoder_is_the_named_one_else_the_stores_else_the_shipped(tmp_path: Path, encoder: Encoder) -> None:
@@ -44,15 +44,15 @@ def test_what_finds_and_what_cannot(gallery: Gallery) -> None:
     for n in range(3):
         assert gallery.add(f"p{n}", encoded(scene(seed=n)), {"n": n})
     assert not gallery.add("p2", encoded(scene(seed=2)), {"n": "again"})
-    assert gallery.find_by_picture(encoded(scene(seed=1)), 1)[0].id == "p1"
+    assert gallery.find([encoded(scene(seed=1))], 1)[0][0].id == "p1"
     vector = gallery.embed([encoded(scene(seed=1))])[0]
-    assert gallery.find_by_vector((vector * 1e30).tolist(), 1)[0].id == "p1"
-    assert {hit.id for hit in gallery.find_by_id("p1", 10)} == {"p0", "p2"}
-    assert len(gallery.find_by_id("p1", 1)) == 1
+    assert gallery.find([(vector * 1e30).tolist()], 1)[0][0].id == "p1"
+    assert {hit.id for hit in gallery.find(["p1"], 10)[0]} == {"p0", "p2"}
+    assert len(gallery.find(["p1"], 1)[0]) == 1
     with pytest.raises(ItemNotFound):
-        gallery.find_by_id("p9", 1)
+        gallery.find(["p9"], 1)
     with pytest.raises(InvalidQuery, match="only zeros"):
-        gallery.find_by_vector(np.zeros_like(vector).tolist(), 1)
+        gallery.find([np.zeros_like(vector).tolist()], 1)
     gallery.remove("p1")
     with pytest.raises(ItemNotFound):
         gallery.remove("p1")
@@ -66,5 +66,5 @@ def test_settings_come_from_the_environment(tmp_path: Path, encoder: Encoder, mo
     gallery.add("p", encoded(scene()), {})
     assert store.original("p") is None
     with pytest.raises(InvalidQuery, match="from 1 to 2, got 3"):
-        gallery.find_by_id("p", 3)
+        gallery.find(["p"], 3)
     gallery.close()

@@ -1,0 +1,45 @@
+"""POST /v1/embeddings: pictures in the shape that OpenAI's clients and infinity's users send."""
+
+import base64
+from typing import Any
+
+from service import FloatArray
+from service.bodies import from_base64
+from service.errors import InvalidRequest, TooLarge, UnknownModel, each
+from service.gallery import Gallery
+from service.schemas import EncodingFormat, OpenAIBody
+from service.settings import Settings
+
+
+def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
+    """Return embeddings (N, D) as JSON has them: numbers, or base64 of little-endian float32."""
+    if form == "float":
+        return list(embeddings.tolist())
+    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
+
+
+def check_count(images: int, settings: Settings) -> None:
+    """Raise TooLarge for more pictures than a request may have."""
+    if images > settings.max_images:
+        raise TooLarge(f"expected at most {settings.max_images} pictures, got {images}")
+
+
+def embed(body: OpenAIBody, gallery: Gallery) -> dict[str, Any]:
+    """Embed what an OpenAI client sent.
+
+    Raises:
+        UnknownModel; InvalidRequest: dimensions other than the encoder's; and as Gallery.embed.
+    """
+    if body.model != gallery.card.name:
+        raise UnknownModel(f"model: expected {gallery.card.name}, the one that runs here")
+    if body.dimensions not in (None, gallery.encoder.dimension):
+        raise InvalidRequest(f"dimensions: expected {gallery.encoder.dimension}, got {body.dimensions}")
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    check_count(len(texts), gallery.settings)
+    rows = listed(gallery.embed(each("picture", texts, from_base64)), body.encoding_format)
+    return {
+        "object": "list",
+        "data": [{"object": "embedding", "index": number, "embedding": row} for number, row in enumerate(rows)],
+        "model": gallery.card.name,
+        "usage": {"prompt_tokens": 0, "total_tokens": 0},
+    }

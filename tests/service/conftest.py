@@ -1,0 +1,37 @@
+"""The HTTP app as it stands behind BentoML's own routes, with settings of a test's own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.api import create_app
+from service.encoder import Encoder
+from service.gallery import Gallery
+from service.guard import Guard
+from service.settings import Settings
+from service.slots import Slots
+from service.store.embedded import EmbeddedStore
+
+Served = Callable[..., TestClient]
+
+
+@pytest.fixture
+def served(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """Return a function that serves an empty store by settings, given as text like environment variables."""
+    with ExitStack() as stack:
+
+        def serve(**settings: str) -> TestClient:
+            for name, value in settings.items():
+                monkeypatch.setenv(f"LOOKALIKE_{name.upper()}", value)
+            app, read = create_app(), Settings()
+            store = EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension)
+            app.state.gallery = Gallery(encoder, store, read)
+            app.state.slots = Slots(read.max_waiting, read.work_timeout_s)
+            stack.callback(app.state.gallery.close)
+            stack.callback(app.state.slots.close)
+            return TestClient(Guard(app), raise_server_exceptions=False)
+
+        yield serve
