@@ -203,8 +203,9 @@ def serve(
     settings = _settings(model=model, store=store, host=host, port=port, variant=variant)
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
-    environment = {
-        f"LOOKALIKE_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_none=True).items()
+    environment = {  # the keys are there already: only the environment holds them
+        f"LOOKALIKE_{name.upper()}": str(value)
+        for name, value in settings.model_dump(exclude_none=True, exclude={"api_keys"}).items()
     }
     print(f"Lookalike on http://{settings.host}:{settings.port}  (Ctrl-C stops it)", flush=True)
     command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
@@ -254,8 +255,10 @@ def _check_serving(settings: Any) -> None:
     from service.card import read_card
     from service.encoder import Encoder
     from service.gallery import find_model
+    from service.keys import read_keys
     from service.store.embedded import EmbeddedStore
 
+    read_keys(settings)
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
     EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:

@@ -15,7 +15,9 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from service import bulk, metrics, openai, schemas
@@ -32,7 +34,7 @@ from service.errors import FingerprintMismatch, InvalidRequest, LookalikeError, 
 from service.gallery import Gallery
 from service.images import media_type
 from service.openapi import BODY, WORK, answers, body, describe, json_body, ndjson, picture_body, zip_body
-from service.problems import answer, problem
+from service.problems import answer, failure, problem
 from service.schemas import ById, ByImage, ByVector, EncodingFormat, Included, SearchMany, read_json
 from service.store import Hit, Item
 from service.store.filters import parse_filter
@@ -41,21 +43,42 @@ _PAGE = Path(__file__).parent / "page"
 _DEFAULT_K = 10
 _MERGE_PATCH = "application/merge-patch+json"
 _NPY = "application/x-npy"
+_LONGEST = 2000  # characters of a parameter: written with percent signs they must fit into a line of the parser
 _VERSIONS = {
     name: importlib.metadata.version(name) for name in ("lookalike", "bentoml", "pillow", "fastapi", "apsw")
 } | {"onnxruntime": onnxruntime.__version__, "faiss": faiss.__version__}
 
 R = TypeVar("R")
 
+
+class _IdConvertor(Convertor[str]):
+    """An id in a path: anything but the names of an item's own pictures."""
+
+    regex = r"(?s:.*)(?<!/thumbnail)(?<!/content)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("item", _IdConvertor())
+
 K = Annotated[int, Query(ge=1, description="Hits a query, at most.")]
-Fingerprint = Annotated[str | None, Query(description="Refused with 409 where another encoder runs here.")]
+Fingerprint = Annotated[
+    str | None, Query(description="Refused with 409 where another encoder runs here.", max_length=128)
+]
 Threshold = Annotated[float | None, Query(ge=-1, le=1, allow_inf_nan=False)]
 FilterText = Annotated[
     str | None,
-    Query(description='JSON, as {"label": "7"}.', json_schema_extra={"format": "filter"}, max_length=100_000),
+    Query(description='JSON, as {"label": "7"}.', json_schema_extra={"format": "filter"}, max_length=_LONGEST),
 ]
 Include = Annotated[list[Included] | None, Query()]
-Metadata = Annotated[str | None, Query(description="A JSON object.", json_schema_extra={"format": "metadata"})]
+Metadata = Annotated[
+    str | None,
+    Query(description="A JSON object.", json_schema_extra={"format": "metadata"}, max_length=_LONGEST),
+]
 
 
 def create_app() -> FastAPI:
@@ -74,6 +97,8 @@ def create_app() -> FastAPI:
     app.add_exception_handler(LookalikeError, _on_lookalike_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_failure)  # raised again after the answer: the guard logs it
     app.mount("/page", StaticFiles(directory=_PAGE), name="page")
     _add_embedding(app)
     _add_search(app)
@@ -223,7 +248,7 @@ def _add_items(app: FastAPI) -> None:
 
     @app.post(
         "/images",
-        openapi_extra=body(picture_body(several=True, metadata=True, raw=False) | zip_body()),
+        openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
         responses=answers(None, *BODY, 401, 403, 409)
         | {200: {"description": "A line a picture.", "content": ndjson()}},
     )
@@ -248,14 +273,14 @@ def _add_items(app: FastAPI) -> None:
         lines: AsyncIterator[str] = bulk.add_all(pictures, gallery, request.app.state.slots)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
-    @app.get("/images/{id:path}/thumbnail", response_class=Response, responses=answers("image/webp", 400, 404, *WORK))
+    @app.get("/images/{id:item}/thumbnail", response_class=Response, responses=answers("image/webp", 400, 404, *WORK))
     async def image_thumbnail(request: Request, id: str) -> Response:
         """A small WebP of an item."""
         gallery = _gallery(request)
         data = await _work(request, lambda: gallery.thumbnail(gallery.check_id(id)))
         return Response(data, media_type="image/webp")
 
-    @app.get("/images/{id:path}/content", response_class=Response, responses=answers("image/*", 400, 404, *WORK))
+    @app.get("/images/{id:item}/content", response_class=Response, responses=answers("image/*", 400, 404, *WORK))
     async def image_content(request: Request, id: str) -> Response:
         """The picture's own bytes, where the store keeps them."""
         gallery = _gallery(request)
@@ -264,8 +289,8 @@ def _add_items(app: FastAPI) -> None:
         return Response(data, media_type=media_type(data))
 
     @app.put(
-        "/images/{id:path}",
-        openapi_extra=body(picture_body(metadata=True)),
+        "/images/{id:item}",
+        openapi_extra=body(picture_body(metadata="metadata")),
         responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 409, 422, success=(200, 201)),
     )
     async def put_image(
@@ -283,7 +308,7 @@ def _add_items(app: FastAPI) -> None:
         new = await _work(request, lambda: gallery.add(id, image, facts))
         return JSONResponse({"id": id, "metadata": facts}, 201 if new else 200)
 
-    @app.get("/images/{id:path}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
+    @app.get("/images/{id:item}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
     async def get_image(request: Request, id: str) -> Response:
         """An item's id and metadata, and the variant of the encoder that embedded it."""
         gallery = _gallery(request)
@@ -291,7 +316,7 @@ def _add_items(app: FastAPI) -> None:
         return JSONResponse(_show(item) | {"variant": item.variant})
 
     @app.patch(
-        "/images/{id:path}",
+        "/images/{id:item}",
         openapi_extra=body(json_body(schemas.PatchBody, types=("application/json", _MERGE_PATCH))),
         responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404),
     )
@@ -304,7 +329,7 @@ def _add_items(app: FastAPI) -> None:
         item = await _work(request, lambda: gallery.change_metadata(id, asked.metadata))
         return JSONResponse(_show(item))
 
-    @app.delete("/images/{id:path}", status_code=204, responses=answers(None, 400, 403, 404, *WORK, success=(204,)))
+    @app.delete("/images/{id:item}", status_code=204, responses=answers(None, 400, 403, 404, *WORK, success=(204,)))
     async def delete_image(request: Request, id: str) -> Response:
         """Remove an item."""
         gallery = _gallery(request)
@@ -402,6 +427,14 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = first["loc"][1] if len(first["loc"]) > 1 else "request"  # a parameter's name, which is ours
     return problem(request.scope, 400, "invalid_request", f"{where}: {first['msg']}")
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody hears it; the log shows it
+
+
+async def _on_failure(request: Request, _: Exception) -> Response:
+    return failure(request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

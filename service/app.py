@@ -1,5 +1,6 @@
 """The BentoML service: life cycle and health. Our HTTP app is mounted at /; see docs/decisions/0001."""
 
+import gc
 import logging
 
 import bentoml
@@ -59,6 +60,9 @@ class Lookalike:
         )
         if notice := self.gallery.notice():
             log.warning(notice)
+        # Full collections of all that was loaded so far would stop everybody for 100 ms each.
+        gc.collect()
+        gc.freeze()
 
     def __is_ready__(self) -> bool:
         """Ready is: a picture goes all the way to the index and back."""

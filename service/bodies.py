@@ -191,12 +191,15 @@ class _FormReader:
         if disposition != b"form-data" or b"name" not in options:
             raise InvalidRequest("not a multipart form that can be read: a part has no name")
         self._name, self._file_name = _text(options[b"name"]), None
-        if self._name == "file" and b"filename" in options:
-            self._file_name = _text(options[b"filename"])
+        is_picture = self._headers.get(b"content-type", b"").lower().startswith(b"image/")
+        if self._name == "file" and (b"filename" in options or is_picture):
+            self._file_name = _text(options.get(b"filename", b""))
             if len(self._form.files) == self._most_files:
                 raise TooLarge(f"expected at most {self._most_files} pictures")
         elif self._name == "file" or b"filename" in options:
             raise InvalidRequest("expected pictures in the form field file, each with a filename, and texts elsewhere")
+        elif self._name in self._form.texts:
+            raise InvalidRequest("expected each text field once")
         elif len(self._form.texts) == _MOST_FIELDS:
             raise InvalidRequest(f"expected at most {_MOST_FIELDS} text fields")
 

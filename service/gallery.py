@@ -16,7 +16,7 @@ from service import FloatArray, PixelArray
 from service.batcher import Batcher
 from service.card import Card, read_card, suits
 from service.encoder import Encoder
-from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError, NoEmbedding, TooLarge, each
+from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError, NoEmbedding, each
 from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
@@ -184,18 +184,16 @@ class Gallery:
         Args:
             queries: pictures as bytes; vectors of D finite numbers, not all 0, made unit length here; ids of items,
                 which are left out of their own hits.
-            k: 1 to max_k.
+            k: 1 to max_k; with several queries 1 to max_k_of_many.
             threshold: hits have at least this score.
             where: only items whose metadata meets it.
 
         Raises:
             InvalidQuery, ItemNotFound, and as `read`; of several queries it names every bad one.
         """
-        most = self.settings.max_k
+        most = self.settings.max_k if len(queries) == 1 else self.settings.max_k_of_many
         if not 1 <= k <= most:
             raise InvalidQuery(f"k: expected a whole number from 1 to {most}, got {k}")
-        if k * len(queries) > self.settings.max_hits:
-            raise TooLarge(f"expected queries times k to be at most {self.settings.max_hits}, got {k * len(queries)}")
         prepared = each("query", queries, self._prepare)
         pictures = [number for number, one in enumerate(prepared) if one.dtype == np.uint8]
         if pictures:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import logs, metrics
 from service.errors import InvalidRequest, LookalikeError, Overloaded, SlowBody
 from service.keys import read_keys
-from service.problems import answer, problem
+from service.problems import answer, failure
 from service.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -57,8 +57,7 @@ class Guard:
         except Exception as error:
             logs.access.exception("failed", extra={"request_id": exchange.request_id}, exc_info=error)
             if exchange.status is None:
-                refusal = problem(scope, 500, "internal", "the service failed; its log has the request_id")
-                await refusal(scope, exchange.receive, exchange.send)
+                await failure(scope)(scope, exchange.receive, exchange.send)
         finally:
             self._buffered -= exchange.received
             self._note(scope, exchange, time.perf_counter() - started)

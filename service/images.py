@@ -19,6 +19,9 @@ THUMBNAIL_SIDE = 128
 # needed. One rule for every route, so the same bytes give the same pixels everywhere.
 _DRAFT_MARGIN = 2
 
+_MOST_SCANS = 64  # usual are 10
+_RUN_LENGTHS = (1, 2)
+
 # Our own limits refuse a large picture before it is decoded, with a better message than Pillow's.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -54,11 +57,12 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(*picture.size, limits)
+            _check_work(picture, data)
             least = _DRAFT_MARGIN * max(side, THUMBNAIL_SIDE)
             picture.draft(None, (least, least))  # None: any mode; for a JPEG alone
             picture.load()
             return _to_rgb(_upright(picture))
-    except TooLarge:
+    except (TooLarge, UnsupportedFormat):
         raise
     except Exception as error:  # a decoder meeting damaged bytes may raise nearly anything
         if isinstance(error, UnidentifiedImageError) and not _begins_like_a_picture(data):
@@ -143,6 +147,18 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         raise TooLarge(f"the picture is {width}x{height}; the limit is {limits.max_pixels} pixels")
     if max(width, height) > limits.max_aspect * min(width, height):
         raise TooLarge(f"the picture is {width}x{height}; the limit is {limits.max_aspect}:1 from side to side")
+
+
+def _check_work(picture: Image.Image, data: bytes) -> None:
+    """Refuse small files that ask for much work.
+
+    Each scan of a progressive JPEG goes over the whole picture again, and its mark is not found within the data of
+    one. Pillow unpacks run lengths in a BMP in Python, a hundred times slower than anything else.
+    """
+    if picture.format == "JPEG" and data.count(b"\xff\xda") > _MOST_SCANS:
+        raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
+    if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
+        raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without compression")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -7,6 +7,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import schemas
+from service.gallery import Gallery
+from service.keys import read_keys
 from service.schemas import OpenAIError, Problem
 
 PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
@@ -69,29 +71,31 @@ def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/j
     return {kind: {"schema": schema, "examples": examples} for kind in types}
 
 
-def picture_body(several: bool = False, metadata: bool = False, raw: bool = True) -> dict[str, Any]:
-    """Return the content of a body of pictures: the bytes of one, or a form with the field file."""
-    picture = {"type": "string", "format": "binary", "contentMediaType": "image/*"}
+def picture_body(several: bool = False, metadata: str = "", raw: bool = True) -> dict[str, Any]:
+    """Return the content of a body of pictures: the bytes of one, or a form with the field file.
+
+    Args:
+        several: whether the form may have several.
+        metadata: format of the form's field of that name; none if empty.
+        raw: whether the body may be a picture itself.
+    """
+    picture = {"type": "string", "format": "binary"}
     properties: dict[str, Any] = {"file": {"type": "array", "items": picture, "minItems": 1} if several else picture}
     if metadata:
-        properties["metadata"] = {"type": "string", "format": "metadata", "description": "A JSON object."}
+        properties["metadata"] = {"type": "string", "format": metadata, "description": "A JSON object."}
     form = {"type": "object", "properties": properties, "required": ["file"], "additionalProperties": False}
-    example: dict[str, Any] = {"file": ["(bytes of a picture)"] if several else "(bytes of a picture)"}
-    content: dict[str, Any] = {
-        "multipart/form-data": {"schema": form, "examples": {"form": {"value": example}}},
-    }
+    encoding = {"file": {"contentType": ", ".join(PICTURE_TYPES[:-1])}}
+    content: dict[str, Any] = {"multipart/form-data": {"schema": form, "encoding": encoding}}
     if raw:
-        content |= {
-            kind: {"schema": picture, "examples": {"bytes": {"value": "(bytes of a picture)"}}}
-            for kind in PICTURE_TYPES
-        }
+        example = {"examples": {"digit": {"externalValue": "/page/example.png"}}}
+        content |= {kind: {"schema": picture} | (example if kind == "image/png" else {}) for kind in PICTURE_TYPES}
     return content
 
 
 def zip_body() -> dict[str, Any]:
     """Return the content of a body that is a zip of pictures."""
-    schema = {"type": "string", "format": "binary", "contentMediaType": "application/zip"}
-    return {"application/zip": {"schema": schema, "examples": {"bytes": {"value": "(bytes of a zip file)"}}}}
+    schema = {"type": "string", "format": "binary"}
+    return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "/page/example.zip"}}}}
 
 
 def body(content: dict[str, Any]) -> dict[str, Any]:
@@ -167,24 +171,88 @@ def describe(app: FastAPI) -> None:
             document = made_by_fastapi()
             both = [*((model, "validation") for model in _BODIES), *((model, "serialization") for model in _ALL)]
             _, ours = models_json_schema(both, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            document["components"] = {
-                "schemas": ours["$defs"],
-                "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            }
-            document["security"] = [{}, {"key": []}]  # keys are asked for where the service has some
+            document["components"] = {"schemas": ours["$defs"] | _FILTER}
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     told = operation["responses"]
                     for status in [status for status in told if "HTTPValidationError" in str(told[status])]:
                         del told[status]
                     for parameter in operation.get("parameters", ()):
+                        # Left out is not null: an address has no null.
+                        kinds = parameter["schema"].pop("anyOf", ({},))
+                        parameter["schema"] |= kinds[0]
                         if parameter["name"] == "id" and "{id}" in path:
                             parameter["schema"] |= {"minLength": 1, "maxLength": 256, "pattern": _ID}
+            if hasattr(app.state, "gallery"):
+                _bound(document, app.state.gallery)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def _bound(document: dict[str, Any], gallery: Gallery) -> None:
+    """Put this service's own limits into the document: what it would refuse is not valid by it."""
+    settings = gallery.settings
+    if len(read_keys(settings)):
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    schemas_ = document["components"]["schemas"]
+    for name in ("ByVector", "SearchByVector"):
+        size = gallery.encoder.dimension
+        schemas_[name]["properties"]["vector"] |= {
+            "minItems": size,
+            "maxItems": size,
+            "contains": {"not": {"const": 0}},
+        }
+    for name in ("ById", "SearchById"):
+        schemas_[name]["properties"]["id"] |= {"minLength": 1, "maxLength": settings.max_id_bytes, "pattern": _ID}
+    for name in ("SearchById", "SearchByImage", "SearchByVector", "SearchMany"):
+        most = settings.max_k_of_many if name == "SearchMany" else settings.max_k
+        schemas_[name]["properties"]["k"]["anyOf"][0]["maximum"] = most
+    schemas_["EmbedBody"]["properties"]["images"]["maxItems"] = settings.max_images
+    schemas_["SearchMany"]["properties"]["queries"]["maxItems"] = min(settings.max_queries, settings.max_images)
+    openai = schemas_["OpenAIBody"]["properties"]
+    openai["model"]["const"] = gallery.card.name
+    openai["dimensions"] = {"enum": [gallery.encoder.dimension, None]}
+    openai["input"]["anyOf"][1]["maxItems"] = settings.max_images
+    for path in document["paths"].values():
+        for parameter in path.get("post", {}).get("parameters", ()):
+            if parameter["name"] == "k":
+                parameter["schema"]["maximum"] = settings.max_k
+
+
+_SCALAR = {"type": ["string", "number", "boolean", "null"]}
+_BOUND = {"type": ["string", "number"]}
+_FILTER = {
+    "Filter": {
+        "title": "Filter",
+        "description": "Conditions on metadata; several in one object must all hold.",
+        "type": "object",
+        "minProperties": 1,
+        "properties": {
+            "$and": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}},
+            "$or": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}},
+            "$not": {"$ref": "#/components/schemas/Filter"},
+        },
+        "patternProperties": {"^[^$]": {"anyOf": [_SCALAR, {"$ref": "#/components/schemas/Condition"}]}},
+        "additionalProperties": False,
+        "examples": [{"year": {"$gte": 2000}, "$not": {"label": "7"}}],
+    },
+    "Condition": {
+        "title": "Condition",
+        "type": "object",
+        "minProperties": 1,
+        "properties": {
+            "$eq": _SCALAR,
+            "$in": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _SCALAR},
+            "$gt": _BOUND,
+            "$gte": _BOUND,
+            "$lt": _BOUND,
+            "$lte": _BOUND,
+        },
+        "additionalProperties": False,
+    },
+}
 _ID = r"^[^\x00-\x1f\x7f-\x9f]+$"
 _ALL = (*_ANSWERS, schemas.Info, Problem, OpenAIError)

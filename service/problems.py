@@ -21,6 +21,11 @@ def answer(scope: Scope, error: LookalikeError) -> JSONResponse:
     return problem(scope, error.status, error.code, str(error), parts, headers)
 
 
+def failure(scope: Scope) -> JSONResponse:
+    """Return the answer to a request that met an error of another kind."""
+    return problem(scope, 500, "internal", "the service failed; its log tells more under this request_id")
+
+
 def problem(
     scope: Scope,
     status: int,

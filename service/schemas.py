@@ -4,7 +4,17 @@ import asyncio
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from service.bodies import read_body
 from service.errors import InvalidRequest
@@ -22,7 +32,13 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-Base64 = Annotated[str, Field(description="A picture in base64, or as a data URI. URLs are never fetched.")]
+Base64 = Annotated[
+    str,
+    Field(
+        description="A picture in base64, or as a data URI. URLs are never fetched.",
+        json_schema_extra={"format": "picture"},
+    ),
+]
 Vector = Annotated[
     list[Annotated[float, Field(allow_inf_nan=False)]],
     Field(description="As many numbers as `/info` names as dimension, not all 0. Made unit length here."),
@@ -31,11 +47,10 @@ Fingerprint = Annotated[
     str | None, Field(description="Answered with 409 where it is not the fingerprint of the encoder that runs here.")
 ]
 FilterObject = Annotated[
-    dict[str, Any] | None,
+    Annotated[dict[str, Any], WithJsonSchema({"allOf": [{"$ref": "#/components/schemas/Filter"}]})] | None,
     Field(
         description='Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, '
-        '{"year": {"$gte": 2000, "$lt": 2010}}, joined by $and, $or, $not.',
-        examples=[{"year": {"$gte": 2000}, "$not": {"label": "7"}}],
+        '{"year": {"$gte": 2000, "$lt": 2010}}, joined by $and, $or, $not.'
     ),
 ]
 
@@ -66,8 +81,15 @@ class ById(Body):
     id: str
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 3.0 is 3
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class _Wanted(Body):
-    k: int | None = Field(None, ge=1, description="Hits a query, at most; 10 if left out.")
+    k: Whole | None = Field(None, ge=1, description="Hits a query, at most; 10 if left out.")
     threshold: float | None = Field(None, ge=-1, le=1, description="Hits have at least this score.")
     filter: FilterObject = None
     include: list[Included] | None = Field(None, description='What a hit tells besides id and score; ["metadata"].')
@@ -122,9 +144,9 @@ class OpenAIBody(Body):
     """What OpenAI's clients send to /v1/embeddings, with pictures as data URIs."""
 
     model: str
-    input: Base64 | list[Base64]
+    input: Base64 | Annotated[list[Base64], Field(min_length=1)]
     encoding_format: EncodingFormat = "float"
-    dimensions: int | None = Field(None, description="The encoder's own, or left out.")
+    dimensions: Whole | None = Field(None, description="The encoder's own, or left out.")
     modality: Literal["image"] = "image"
     user: str | None = None
 

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
         max_images: pictures a request; max_bulk_images: in a POST /images.
         max_request_bytes: body of a request; max_buffered_bytes: of all that are being received.
         max_id_bytes, max_metadata_bytes: of an item, in UTF-8.
-        max_k: neighbours a query; max_queries: queries a search; max_hits: the product of both.
+        max_k: neighbours a query; max_queries: queries a search; max_k_of_many: neighbours of each where they are many.
         max_waiting: requests at work or waiting for it.
         body_timeout_s: time for a whole body to come in; work_timeout_s: for the work on it.
     """
@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     max_metadata_bytes: int = Field(default=16_384, ge=2)
     max_k: int = Field(default=1000, ge=1)
     max_queries: int = Field(default=64, ge=1)
-    max_hits: int = Field(default=10_000, ge=1)
+    max_k_of_many: int = Field(default=100, ge=1)
     max_waiting: int = Field(default=256, ge=1)
     body_timeout_s: float = Field(default=30, gt=0)
     work_timeout_s: float = Field(default=30, gt=0)

@@ -1,0 +1,239 @@
+"""What ordinary requests feel of slow clients: latency in quiet, beside slow uploads, beside half-sent headers."""
+
+import asyncio
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import psutil
+import sklearn.datasets
+import typer
+
+from benchmarks.machine import describe
+
+_LOOKALIKE = Path(sys.executable).with_name("lookalike")
+_MODEL = Path(__file__).parent.parent / "models" / "mnist"
+_PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"  # 640x427, a real photograph
+_RATE = 50  # ordinary requests per second, far below what the service can
+_TURNS = 3  # phases take turns, so that the host's other work hits all of them alike
+_SETTLE_S = 2.0  # before each turn: connections open, those of the turn before are gone
+_BODY_TIMEOUT_S = 8  # in place of 30 s, so that a turn sees uploads closed and begun again
+_LIMIT = 2.0  # p99 in company / p99 in quiet
+
+_UPLOAD = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+_HALF = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Le"
+
+
+@dataclass
+class Phase:
+    """Slow clients of one kind, and what was seen beside them.
+
+    Attributes:
+        size: how many there are at a time.
+        start: what each sends at once.
+        drops: what it sends after that, a byte a second.
+        latencies: of ordinary requests, in seconds from when one was due: a stall counts for all that it delays.
+        others: answers to ordinary requests that were not 200.
+        ends: what became of the slow clients' connections.
+    """
+
+    name: str
+    size: int = 0
+    start: bytes = b""
+    drops: bytes = b""
+    latencies: list[float] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    ends: Counter[str] = field(default_factory=Counter)
+
+
+def main(
+    seconds: Annotated[int, typer.Option(min=_TURNS, help="Of measuring in each phase.")] = 60,
+    uploads: Annotated[int, typer.Option(min=1, help="Slow uploads at a time.")] = 200,
+    idle: Annotated[int, typer.Option(min=1, help="Connections that never finish their headers.")] = 500,
+) -> None:
+    """Print the table; exit code 1 when ordinary requests suffered."""
+    phases = [
+        Phase("quiet"),
+        Phase(f"{uploads} slow uploads", uploads, _UPLOAD, _PHOTO.read_bytes()),
+        Phase(f"{idle} half-sent headers", idle, _HALF),
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive us
+    _allow_files(2 * max(uploads, idle) + 200)
+    with TemporaryDirectory() as folder, _service(Path(folder)) as port:
+        asyncio.run(_measure(port, phases, seconds / _TURNS))
+    raise typer.Exit(0 if _report(phases) else 1)
+
+
+def _allow_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else hard, hard))
+
+
+@contextmanager
+def _service(folder: Path) -> Iterator[int]:
+    """Run `lookalike serve` with an empty store; yield its port once it is ready. No process of it stays."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [str(_LOOKALIKE), "serve", "--model", str(_MODEL), "--store", str(folder / "store"), "--port", str(port)]
+    told = {"LOOKALIKE_VARIANT": "fp32", "LOOKALIKE_BODY_TIMEOUT_S": str(_BODY_TIMEOUT_S)}
+    log = folder / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=os.environ | told, stdout=output, stderr=output, start_new_session=True)
+    tree = [psutil.Process(server.pid)]
+    try:
+        _wait_until_ready(server, port, log)
+        tree += tree[0].children(recursive=True)  # noted now: the worker outlives a parent that dies
+        yield port
+    finally:
+        if server.poll() is None:
+            tree += [process for process in tree[0].children(recursive=True) if process not in tree]
+            server.terminate()
+        for process in psutil.wait_procs(tree, timeout=20)[1]:
+            process.kill()
+        server.wait()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the service did not become ready:\n{log.read_text()}") from None
+        time.sleep(0.2)
+
+
+async def _measure(port: int, phases: list[Phase], turn_s: float) -> None:
+    await _ask_steadily(port, Phase("warm-up"), min(turn_s, 5))
+    for turn in range(_TURNS):
+        for phase in phases:
+            print(f"turn {turn + 1} of {_TURNS}: {phase.name}", file=sys.stderr)
+            async with _company(port, phase):
+                await asyncio.sleep(_SETTLE_S)
+                await _ask_steadily(port, phase, turn_s)
+
+
+async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
+    """Send the photograph over and over at the steady rate, one at a time, on a connection that is kept."""
+    photo = _PHOTO.read_bytes()
+    request = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(photo), photo)
+    begun = time.perf_counter()
+    due, connection = begun, None
+    while due < begun + turn_s:
+        await asyncio.sleep(due - time.perf_counter())
+        try:
+            async with asyncio.timeout(30):
+                connection = connection or await asyncio.open_connection("127.0.0.1", port)
+                status = await _ask(*connection, request)
+        except (OSError, EOFError) as error:
+            status, connection = type(error).__name__, None
+        phase.latencies.append(time.perf_counter() - due)
+        if status != "200":
+            phase.others[status] += 1
+        due += 1 / _RATE
+    if connection:
+        connection[1].close()
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> str:
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+    await reader.readexactly(int(length[1]) if length else 0)
+    return head.split()[1].decode()
+
+
+# Slow clients -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _company(port: int, phase: Phase) -> AsyncIterator[None]:
+    """Keep the phase's slow clients at it."""
+    crowd = [asyncio.create_task(_persist(port, number, phase)) for number in range(phase.size)]
+    try:
+        yield
+    finally:
+        for task in crowd:
+            task.cancel()
+        await asyncio.gather(*crowd, return_exceptions=True)
+
+
+async def _persist(port: int, number: int, phase: Phase) -> None:
+    """Connect again whenever the server has had enough."""
+    await asyncio.sleep(number / phase.size)  # spread over the second
+    while True:
+        again = time.monotonic() + 1  # a client refused at once waits for this: slow clients, not a flood
+        await _drip(port, phase)
+        await asyncio.sleep(again - time.monotonic())
+
+
+async def _drip(port: int, phase: Phase) -> None:
+    """Be one slow client until the server answers or closes."""
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        phase.ends["not let in"] += 1
+        return
+    answer = asyncio.create_task(reader.readline())
+    try:
+        writer.write(phase.start)
+        for drop in phase.drops:
+            if (await asyncio.wait([answer], timeout=1))[0]:
+                break
+            writer.write(bytes([drop]))
+        words = (await answer).split()
+        phase.ends[words[1].decode() if words else "closed without an answer"] += 1
+    except OSError:
+        phase.ends["closed without an answer"] += 1
+    except asyncio.CancelledError:
+        phase.ends["open until the end of the turn"] += 1
+        raise
+    finally:
+        answer.cancel()
+        writer.close()
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def _report(phases: list[Phase]) -> bool:
+    """Print what was measured; return whether ordinary requests were left in peace."""
+    print(f"\n{describe()}; {_RATE} requests/s, one at a time; bodies may take {_BODY_TIMEOUT_S} s\n")
+    print("| phase | requests | p50, ms | p99, ms | p99 / quiet | other than 200 |\n|---|---:|---:|---:|---:|---|")
+    quiet = float(np.percentile(phases[0].latencies, 99))
+    well = True
+    for phase in phases:
+        p50, p99 = np.percentile(phase.latencies, [50, 99])
+        others = ", ".join(f"{status}: {count}" for status, count in phase.others.items()) or "none"
+        count = len(phase.latencies)
+        print(f"| {phase.name} | {count} | {p50 * 1e3:.1f} | {p99 * 1e3:.1f} | {p99 / quiet:.2f} | {others} |")
+        well = well and p99 < _LIMIT * quiet and not phase.others
+    print()
+    for phase in phases[1:]:
+        print(f"{phase.name}: " + "; ".join(f"{end}: {count}" for end, count in phase.ends.most_common()) + ".")
+    if min(len(phase.latencies) for phase in phases) < 1000:
+        print("Fewer than 1,000 requests in a phase: ten or fewer lie beyond its p99, which is a rough figure.")
+    print(f"The limit is {_LIMIT} × the quiet p99 and nothing but 200: {'kept' if well else 'BROKEN'}.")
+    return well
+
+
+if __name__ == "__main__":
+    typer.run(main)

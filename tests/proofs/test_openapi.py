@@ -1,0 +1,34 @@
+"""Schemathesis against the real service: requests made from our own OpenAPI document, valid and not, alone and in
+chains, and every answer held against what the document says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.serving import serving
+
+KEY = "0123456789abcdef"
+EXAMPLES = os.environ.get("LOOKALIKE_EXAMPLES", "200")
+SEEDS = range(1, 1 + int(os.environ.get("LOOKALIKE_SEEDS", "1")))
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_service_answers_as_its_document_says(seed: int, tmp_path: Path) -> None:
+    with serving(tmp_path, "digits[:20]", api_keys=f"write:{KEY}") as url:
+        command = [
+            str(Path(sys.executable).with_name("schemathesis")),
+            *("--config-file", str(ROOT / "tests" / "proofs" / "schemathesis.toml")),
+            *("run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}"),
+            *("--checks", "all", "--max-examples", EXAMPLES, "--seed", str(seed)),
+        ]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    print(done.stdout[-3000:])
+    assert done.returncode == 0, done.stdout[-20000:]
+    assert "Selected: 12/12" in done.stdout, done.stdout[-3000:]
