@@ -1,5 +1,6 @@
 // The answer to a query: the picture that was asked about, and its lookalikes.
 
+import { showPicture } from "./api.js";
 import { keepPixels, makeTile } from "./tile.js";
 import { countPictures } from "./words.js";
 
@@ -19,7 +20,7 @@ export function showQuery(name, address) {
   section.hidden = false;
   section.setAttribute("aria-busy", "true");
   title.textContent = `Most like ${name}`;
-  picture.src = address;
+  showPicture(picture, address);
   status.textContent = "Searching …";
   failure.textContent = "";
 }

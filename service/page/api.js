@@ -1,5 +1,7 @@
 // The HTTP API as functions. A failure is an Error whose message can be shown as it is.
 
+const KEY = "lookalike-key"; // kept for as long as the tab is open
+
 /** What runs here: encoder, number of pictures, notice, limits. */
 export function getInfo() {
   return ask("info");
@@ -28,6 +30,22 @@ export async function searchById(id, k, signal) {
   return answer.hits;
 }
 
+/** Let an <img> show what is at an address of the API. An <img> alone could not send a key. */
+export async function showPicture(image, address) {
+  if (!sessionStorage.getItem(KEY) || address.startsWith("blob:")) {
+    image.src = address;
+    return;
+  }
+  const response = await fetch(address, { headers: keyHeader() }).catch(() => null);
+  if (!response || !response.ok) {
+    image.dispatchEvent(new Event("error"));
+    return;
+  }
+  const local = URL.createObjectURL(await response.blob());
+  image.addEventListener("load", () => URL.revokeObjectURL(local), { once: true });
+  image.src = local;
+}
+
 /** Where an item's thumbnail is. An id may hold any character; "/" stays "/". */
 export function thumbnailOf(id) {
   const segments = id.split("/").map(encodeURIComponent);
@@ -36,10 +54,28 @@ export function thumbnailOf(id) {
   return `images/${segments.join(slash)}/thumbnail`;
 }
 
-async function ask(path, options) {
+function keyHeader() {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+/** Whether there is a key now that was not sent: one that another request asked for meanwhile, or a new one. */
+function hasAnotherKey(sent) {
+  if (sessionStorage.getItem(KEY) === sent) {
+    const key = window.prompt("This service asks for an API key:");
+    if (key) sessionStorage.setItem(KEY, key.trim());
+    else sessionStorage.removeItem(KEY);
+  }
+  const now = sessionStorage.getItem(KEY);
+  return now !== null && now !== sent;
+}
+
+async function ask(path, options = {}) {
+  const sent = sessionStorage.getItem(KEY);
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, { ...options, headers: { ...options.headers, ...keyHeader() } });
+    if (response.status === 401 && hasAnotherKey(sent)) return ask(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The service cannot be reached. Is it still running?");

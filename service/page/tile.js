@@ -1,6 +1,6 @@
 // A picture of the gallery as a button.
 
-import { thumbnailOf } from "./api.js";
+import { showPicture, thumbnailOf } from "./api.js";
 import { describe, formatScore } from "./words.js";
 
 const SMALL = 64; // px; a picture up to this size is enlarged with its pixels kept square
@@ -23,7 +23,7 @@ export function makeTile(item, onClick) {
   picture.loading = "lazy";
   picture.draggable = false;
   keepPixels(picture);
-  picture.src = thumbnailOf(item.id);
+  showPicture(picture, thumbnailOf(item.id));
   frame.append(picture);
   button.append(frame);
 

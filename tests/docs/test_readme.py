@@ -4,12 +4,7 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +13,10 @@ import pytest
 
 from lookalike import cli
 from service.api import create_app
-from tests.conftest import MODEL, ROOT, missing
+from tests.conftest import ROOT, missing
+from tests.serving import LOOKALIKE, serving
 
 README = (ROOT / "README.md").read_text()
-LOOKALIKE = Path(sys.executable).with_name("lookalike")
 
 
 class Block(NamedTuple):
@@ -35,36 +30,11 @@ class Block(NamedTuple):
 BLOCKS = [Block(*match) for match in re.findall(r"^```(\w+)[ ]?([\w-]*)\n(.*?)^```$", README, re.M | re.S)]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """What `make serve` runs, on another port: the digits gallery, indexed and served by the real commands."""
-    store = tmp_path_factory.mktemp("readme") / "store"
-    environment = os.environ | {"LOOKALIKE_VARIANT": "fp32"}  # the fastest differs from machine to machine
-    index: list[str | Path] = [LOOKALIKE, "index", "digits", "--model", MODEL, "--store", store]
-    subprocess.run(index, check=True, capture_output=True, env=environment)
-    chosen = free_port()
-    command: list[str | Path] = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(chosen)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{chosen}/readyz", timeout=5)
-            break
-        except OSError:  # refused, reset, or no answer in time
-            assert time.monotonic() < deadline, "the service did not get ready in 60 s"
-            assert server.poll() is None, "the service ended"
-            time.sleep(0.1)
-    yield chosen
-    server.terminate()
-    assert server.wait(25) == 0
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", chosen)) != 0, "the port is still open"
+    with serving(tmp_path_factory.mktemp("readme"), "digits") as url:
+        yield int(url.rpartition(":")[2])
 
 
 def matches(expected: Any, actual: Any) -> bool:

@@ -5,12 +5,14 @@ import json
 import re
 import urllib.request
 from collections.abc import Iterable
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import FilePayload, Locator, Page, Request, Route, expect
 
 from tests.conftest import encoded, scene
+from tests.serving import serving
 
 ODD_ID = "holiday 2024/50% #1?/./Größe ü+&.png"
 
@@ -280,3 +282,17 @@ def test_an_empty_gallery_says_how_to_fill_it_and_shows_what_comes(page: Page, e
     page.reload()
     expect(page.locator("#answer-title")).to_have_text(f"Most like {ODD_ID}")
     expect(page.locator("#query-picture")).to_have_js_property("naturalWidth", 64)
+
+
+def test_the_page_asks_for_a_key_and_shows_pictures_with_it(page: Page, tmp_path: Path, complaints: list[str]) -> None:
+    key = "a-key-that-may-write"
+    with serving(tmp_path, "digits[:5]", api_keys=f"write:{key}") as url:
+        page.once("dialog", lambda dialog: dialog.accept(key))
+        page.goto(url)
+        expect(items(page)).to_have_count(5)
+        expect(items(page).first.locator("img")).to_have_js_property("naturalWidth", 8)
+        page.reload()  # asks no second time
+        items(page).first.click()
+        expect(hits(page)).to_have_count(4)
+    assert [text for text in complaints if "401" not in text] == []
+    complaints.clear()

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,14 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MODEL
-
-LOOKALIKE = Path(sys.executable).with_name("lookalike")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.serving import LOOKALIKE, free_port
 
 
 def get(address: str) -> tuple[int, bytes]:
