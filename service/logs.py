@@ -8,13 +8,10 @@ from pythonjsonlogger.json import JsonFormatter
 access = logging.getLogger("bentoml.access")
 
 
-def write_json_lines() -> None:
-    """Send what BentoML, uvicorn and we log to stderr, one JSON object a line."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter("%(message)s", rename_fields={"levelname": "level", "asctime": "time"}, json_ensure_ascii=True)
-    )
-    handler.setFormatter(
+def handler() -> logging.Handler:
+    """Return what writes one JSON object a line to stderr."""
+    made = logging.StreamHandler(sys.stderr)
+    made.setFormatter(
         JsonFormatter(
             "{asctime}{levelname}{name}{message}",
             style="{",
@@ -23,10 +20,16 @@ def write_json_lines() -> None:
             json_ensure_ascii=True,
         )
     )
+    return made
+
+
+def write_json_lines() -> None:
+    """Let what BentoML, uvicorn and we log be written so, in place of BentoML's own form."""
+    ours = handler()
     for name in ("", "bentoml", "uvicorn.error", "circus"):
         logger = logging.getLogger(name)
-        ours = [one for one in logger.handlers if type(one) is logging.StreamHandler]
-        for other in ours:
+        theirs = [one for one in logger.handlers if type(one) is logging.StreamHandler]
+        for other in theirs:
             logger.removeHandler(other)
-        if ours or name == "bentoml":
-            logger.addHandler(handler)
+        if theirs:
+            logger.addHandler(ours)

@@ -1,0 +1,145 @@
+"""Filters: SQLite's answer is what a plain reading of the rules gives, for any metadata."""
+
+import json
+from typing import Any
+
+import apsw
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import InvalidQuery
+from service.store import NewItem
+from service.store.embedded import EmbeddedStore
+from service.store.filters import parse_filter
+
+_names = st.sampled_from(["a", "b", "label", 'x"y', "$.a", "", "é", "a.b"])
+_numbers = st.integers(-3, 3) | st.sampled_from([0.5, 2.0, -1e300, 2**53, 2**63, -(2**63)])
+_scalars: Any = st.none() | st.booleans() | _numbers | st.sampled_from(["", "a", "b", "7", "1", "true", "é", "a\0b"])
+_metadata = st.dictionaries(_names, _scalars | st.lists(_scalars, max_size=2) | st.just({"a": 1}), max_size=4)
+_bounds = _numbers | st.sampled_from(["", "a", "b", "é"])
+_conditions: Any = st.dictionaries(
+    st.sampled_from(["$gt", "$gte", "$lt", "$lte"]), _bounds, min_size=1, max_size=2
+) | st.fixed_dictionaries({"$in": st.lists(_scalars, min_size=1, max_size=3)})
+_fields = st.dictionaries(_names.filter(lambda name: not name.startswith("$")), _scalars | _conditions, min_size=1)
+_filters = st.recursive(
+    _fields,
+    lambda inner: (
+        st.fixed_dictionaries({"$and": st.lists(inner, min_size=1, max_size=3)})
+        | st.fixed_dictionaries({"$or": st.lists(inner, min_size=1, max_size=3)})
+        | st.fixed_dictionaries({"$not": inner})
+    ),
+    max_leaves=6,
+)
+
+
+def kind(value: Any) -> str:
+    for kinds, name in (((bool,), "bool"), ((int, float), "number"), ((str,), "text"), ((type(None),), "null")):
+        if isinstance(value, kinds):
+            return name
+    return "other"
+
+
+def equal(have: Any, wanted: Any) -> bool:
+    if kind(have) != kind(wanted) or kind(have) == "other":
+        return False
+    return bool(float(have) == float(wanted)) if kind(have) == "number" and abs(have) >= 2**53 else bool(have == wanted)
+
+
+def meets(metadata: dict[str, Any], content: dict[str, Any]) -> bool:
+    """The rules, read plainly."""
+    for name, wanted in content.items():
+        if name == "$and":
+            good = all(meets(metadata, each) for each in wanted)
+        elif name == "$or":
+            good = any(meets(metadata, each) for each in wanted)
+        elif name == "$not":
+            good = not meets(metadata, wanted)
+        elif name not in metadata:
+            good = False
+        else:
+            conditions = wanted if isinstance(wanted, dict) else {"$eq": wanted}
+            good = all(holds(metadata[name], operator, value) for operator, value in conditions.items())
+        if not good:
+            return False
+    return True
+
+
+def holds(have: Any, operator: str, wanted: Any) -> bool:
+    if operator == "$eq":
+        return equal(have, wanted)
+    if operator == "$in":
+        return any(equal(have, each) for each in wanted)
+    if kind(have) != kind(wanted) or kind(have) not in ("number", "text"):
+        return False
+    left, right = (have, wanted) if kind(have) == "number" else (have.encode(), wanted.encode())
+    return bool({"$gt": left > right, "$gte": left >= right, "$lt": left < right, "$lte": left <= right}[operator])
+
+
+@settings(max_examples=500, deadline=None)
+@given(rows=st.lists(_metadata, min_size=1, max_size=6), content=_filters)
+def test_sqlite_answers_as_the_rules_say(rows: list[dict[str, Any]], content: dict[str, Any]) -> None:
+    database = apsw.Connection(":memory:")
+    database.execute("CREATE TABLE items (key INTEGER PRIMARY KEY, metadata TEXT NOT NULL)")
+    database.executemany(
+        "INSERT INTO items VALUES (?, ?)",
+        [(number, json.dumps(row, ensure_ascii=False)) for number, row in enumerate(rows)],
+    )
+    where = parse_filter(content)
+    found = {key for (key,) in database.execute("SELECT key FROM items WHERE " + where.sql, where.values)}
+    assert found == {number for number, row in enumerate(rows) if meets(row, content)}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({}, "expected an object such as"),
+        ([], "expected an object such as"),
+        ({"$nor": []}, "expected $and, $or, $not"),
+        ({"$and": []}, "$and expects a list"),
+        ({"$or": {}}, "$or expects a list"),
+        ({"$not": 3}, "expected an object such as"),
+        ({"a": {}}, "expected a value"),
+        ({"a": {"$like": "x"}}, "expected $eq, $in"),
+        ({"a": {"$in": []}}, "$in expects a list of 1 to 1000"),
+        ({"a": {"$in": [1] * 1001}}, "$in expects a list of 1 to 1000"),
+        ({"a": {"$gt": True}}, "$gt expects a number or a text"),
+        ({"a": {"$lte": None}}, "$lte expects a number or a text"),
+        ({"a": [1]}, "expected a text, a number"),
+        ({"a": float("nan")}, "finite numbers"),
+        ({"a": 10**400}, "a number is too large"),
+        ({"a": "\ud800"}, "whole characters"),
+        ({str(n): n for n in range(51)}, "at most 100 conditions"),
+    ],
+)
+def test_filters_that_are_refused(content: Any, says: str) -> None:
+    with pytest.raises(InvalidQuery) as refused:
+        parse_filter(content)
+    assert says in str(refused.value)
+
+
+def test_depth_is_bounded() -> None:
+    content: dict[str, Any] = {"a": 1}
+    for _ in range(101):
+        content = {"$not": content}
+    with pytest.raises(InvalidQuery, match="at most 100 conditions"):
+        parse_filter(content)
+
+
+def test_a_filtered_search_is_the_search_of_what_is_left(store: EmbeddedStore) -> None:
+    rows = np.random.default_rng(0).standard_normal((60, store_dimension(store))).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    store.add(
+        [NewItem(f"{n}", {"n": n, "odd": n % 2 == 1}, None, "d", "fp32", row, b"t", None) for n, row in enumerate(rows)]
+    )
+    for content in ({"odd": True}, {"n": {"$lt": 5}}, {"n": {"$gte": 1000}}, {"$not": {"odd": True}}):
+        where = parse_filter(content)
+        (hits,) = store.search(rows[:1], 10, where)
+        kept = [n for n in range(60) if meets({"n": n, "odd": n % 2 == 1}, content)]
+        best = sorted(kept, key=lambda n: -float(rows[n] @ rows[0]))[:10]
+        assert [hit.id for hit in hits] == [str(n) for n in best]
+
+
+def store_dimension(store: EmbeddedStore) -> int:
+    return int(store._catalog.meta["dimension"])
