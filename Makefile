@@ -8,7 +8,8 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive figures container setup setup-serve lock clean
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients figures container setup \
+        setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,6 +32,21 @@ check: setup ## lint, types, import rules
 
 survive: setup ## kill a training run 20 times with -9, and see it end as if nothing had been
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
+
+proofs: fuzz-api fuzz-pictures guards slow-clients ## the four below
+
+# The short forms are CI's; LONG=1 is what is measured before a release.
+fuzz-api: setup ## requests made from our OpenAPI document, against the real service; LONG=1 for 500 of each, three seeds
+	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
+
+fuzz-pictures: setup ## 2,000 mutated pictures, or LONG=1 for 20,000
+	$(if $(LONG),LOOKALIKE_MUTATIONS=20000) .venv/bin/python -m pytest -m proof tests/proofs/test_mutated_pictures.py
+
+guards: setup ## take out one guard at a time, and see a test notice
+	.venv/bin/python -m pytest -m proof --numprocesses auto tests/proofs/test_guards.py
+
+slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
+	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
 
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200

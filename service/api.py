@@ -69,12 +69,12 @@ K = Annotated[int, Query(ge=1, description="Hits a query, at most.")]
 Fingerprint = Annotated[
     str | None, Query(description="Refused with 409 where another encoder runs here.", max_length=128)
 ]
-Threshold = Annotated[float | None, Query(ge=-1, le=1, allow_inf_nan=False)]
+Threshold = Annotated[float, Query(ge=-1, le=1, allow_inf_nan=False)]
 FilterText = Annotated[
     str | None,
     Query(description='JSON, as {"label": "7"}.', json_schema_extra={"format": "filter"}, max_length=_LONGEST),
 ]
-Include = Annotated[list[Included] | None, Query()]
+Include = Annotated[list[Included], Query()]
 Metadata = Annotated[
     str | None,
     Query(description="A JSON object.", json_schema_extra={"format": "metadata"}, max_length=_LONGEST),
@@ -142,7 +142,7 @@ def _add_embedding(app: FastAPI) -> None:
         if content_type(request) == "application/json":
             asked = await read_json(request, gallery.settings, schemas.EMBED)
             images, encoding_format = [*asked.images], asked.encoding_format
-            fingerprint = asked.fingerprint or fingerprint
+            fingerprint = fingerprint if asked.fingerprint is None else asked.fingerprint
         else:
             images = [*(await read_pictures(request, gallery.settings))[0]]
         _check_fingerprint(gallery, fingerprint)
@@ -190,15 +190,15 @@ def _add_search(app: FastAPI) -> None:
     async def search(
         request: Request,
         k: K = _DEFAULT_K,
-        threshold: Threshold = None,
+        threshold: Threshold = -1,
         filter: FilterText = None,
-        include: Include = None,
+        include: Include = ["metadata"],  # noqa: B006  # FastAPI copies it
         fingerprint: Fingerprint = None,
     ) -> Response:
         """Find the k items most like a picture, a vector or an item; the item itself is left out.
 
-        In JSON also several at once: the answer to `queries` is `results`. What the body leaves out of `k`,
-        `threshold`, `filter`, `include` and `fingerprint`, the address may say.
+        In JSON also several at once: the answer to `queries` is `results`. What the body leaves out of `threshold`,
+        `filter`, `include`, `fingerprint` and, for a single query, `k`, the address may say.
         """
         gallery = _gallery(request)
         queries: list[ByImage | ByVector | ById | bytes]
@@ -208,23 +208,23 @@ def _add_search(app: FastAPI) -> None:
             asked = await read_json(request, gallery.settings, schemas.SEARCH)
             several = isinstance(asked, SearchMany)
             queries = list(asked.queries) if isinstance(asked, SearchMany) else [asked]
-            k = k if asked.k is None else asked.k
-            threshold = threshold if asked.threshold is None else asked.threshold
+            said = asked.model_fields_set
+            k = asked.k if "k" in said or several else k
+            threshold = asked.threshold if "threshold" in said else threshold
+            include = asked.include if "include" in said else include
             where = where if asked.filter is None else parse_filter(asked.filter)
-            include = include if asked.include is None else asked.include
-            fingerprint = asked.fingerprint or fingerprint
+            fingerprint = fingerprint if asked.fingerprint is None else asked.fingerprint
         else:
             queries = [(await read_one_picture(request, gallery.settings))[0]]
         _check_fingerprint(gallery, fingerprint)
         if len(queries) > gallery.settings.max_queries:
             raise TooLarge(f"expected at most {gallery.settings.max_queries} queries, got {len(queries)}")
         openai.check_count(sum(isinstance(query, ByImage) for query in queries), gallery.settings)
-        included: list[Included] = ["metadata"] if include is None else include
 
         def work() -> Response:
             plain = each("query", queries, lambda query: _plain(gallery, query))
-            found = gallery.find(plain, k, -1 if threshold is None else threshold, where)
-            results = [{"hits": [_show_hit(gallery, hit, included) for hit in hits]} for hits in found]
+            found = gallery.find(plain, k, threshold, where)
+            results = [{"hits": [_show_hit(gallery, hit, include) for hit in hits]} for hits in found]
             return JSONResponse({"results": results} if several else results[0])
 
         return await _work(request, work)
@@ -249,7 +249,7 @@ def _add_items(app: FastAPI) -> None:
     @app.post(
         "/images",
         openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
-        responses=answers(None, *BODY, 401, 403, 409)
+        responses=answers(None, *BODY, *WORK, 403, 409)
         | {200: {"description": "A line a picture.", "content": ndjson()}},
     )
     async def add_images(request: Request, fingerprint: Fingerprint = None) -> Response:
@@ -303,7 +303,8 @@ def _add_items(app: FastAPI) -> None:
         image, fields = await read_one_picture(request, gallery.settings)
         if fields.keys() - {"metadata"}:
             raise InvalidRequest("expected the form fields file and metadata, no others")
-        facts = parse_json_object(fields.get("metadata", metadata) or "{}", "metadata")
+        text = fields.get("metadata", metadata)
+        facts = {} if text is None else parse_json_object(text, "metadata")
         facts = gallery.check_metadata(facts)
         new = await _work(request, lambda: gallery.add(id, image, facts))
         return JSONResponse({"id": id, "metadata": facts}, 201 if new else 200)

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
+from service import logs
 from service.bodies import Form, parse_json_object
 from service.errors import InvalidRequest, LookalikeError, TooLarge, UnsupportedFormat
 from service.gallery import Gallery
@@ -124,7 +125,10 @@ async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -
         try:
             lines = await slots.run(add, start)
         except LookalikeError as error:  # no slot, no time, or a store that cannot be written
-            lines = [_failure(None, error) for _ in range(start, min(start + _TOGETHER, len(pictures)))]
+            lines = [_failure(None, error)] * min(_TOGETHER, len(pictures) - start)
+        except Exception as error:  # the answer is a 200 already: its lines must tell
+            logs.access.exception("failed", exc_info=error)
+            lines = [_failure(None, LookalikeError("the service failed"))] * min(_TOGETHER, len(pictures) - start)
         for number, line in enumerate(lines, start):
             yield json.dumps({"index": number} | line) + "\n"
 

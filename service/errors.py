@@ -158,6 +158,13 @@ class SlowBody(LookalikeError):
     code = "slow_body"
 
 
+class HeadersTooLarge(LookalikeError):
+    """The headers of a request have more bytes than is taken."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 class Busy(LookalikeError):
     """As many requests as may wait for a work slot are waiting already."""
 

@@ -27,6 +27,7 @@ Query = bytes | str | Sequence[float]
 """What to look for: the bytes of a picture, the id of an item, or a vector."""
 
 _SAMPLED_THUMBNAILS = 100
+_SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
 _MOST_DEPTH = 32  # of metadata; SQLite's own JSON functions end at 1000
 
 
@@ -193,7 +194,8 @@ class Gallery:
         """
         most = self.settings.max_k if len(queries) == 1 else self.settings.max_k_of_many
         if not 1 <= k <= most:
-            raise InvalidQuery(f"k: expected a whole number from 1 to {most}, got {k}")
+            got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
+            raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
         prepared = each("query", queries, self._prepare)
         pictures = [number for number, one in enumerate(prepared) if one.dtype == np.uint8]
         if pictures:
@@ -240,14 +242,14 @@ class Gallery:
         Raises:
             InvalidRequest: with NaN, infinity or half a character, nested too deep, or larger than max_metadata_bytes.
         """
+        if _depth(metadata) > _MOST_DEPTH:
+            raise InvalidRequest(f"metadata: expected at most {_MOST_DEPTH} levels of nesting")
         try:  # what could not be written back out is not taken in
             size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InvalidRequest("metadata: expected finite numbers and whole characters") from error
         if size > self.settings.max_metadata_bytes:
             raise InvalidRequest(f"metadata: expected at most {self.settings.max_metadata_bytes} bytes, got {size}")
-        if _depth(metadata) > _MOST_DEPTH:
-            raise InvalidRequest(f"metadata: expected at most {_MOST_DEPTH} levels of nesting")
         return metadata
 
     def notice(self) -> str | None:
@@ -328,8 +330,12 @@ def _merged(target: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _depth(content: Any) -> int:
-    members = content.values() if isinstance(content, dict) else content if isinstance(content, list) else None
-    return 0 if members is None else 1 + max(map(_depth, members), default=0)
+    """Levels of nesting, counted level by level: recursion would end where the client wants."""
+    depth, level = 0, [content]
+    while level := [inside for inside in level if isinstance(inside, dict | list)]:
+        depth += 1
+        level = [one for inside in level for one in (inside.values() if isinstance(inside, dict) else inside)]
+    return depth
 
 
 def _no_item() -> ItemNotFound:

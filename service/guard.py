@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics
-from service.errors import InvalidRequest, LookalikeError, Overloaded, SlowBody
+from service.errors import HeadersTooLarge, InvalidRequest, LookalikeError, Overloaded, SlowBody
 from service.keys import read_keys
 from service.problems import answer, failure
 from service.settings import Settings
@@ -21,6 +21,7 @@ from service.settings import Settings
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = re.compile(r"/(livez|readyz|healthz|page/[^/]*)?")
 _READING_POSTS = ("/embed", "/search", "/v1/embeddings")
+_MOST_HEADER_BYTES = 32_768  # the parser itself has no limit
 _QUIET = ("/livez", "/readyz", "/healthz", "/metrics")
 
 
@@ -90,6 +91,8 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             _check_path(scope)
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _MOST_HEADER_BYTES:
+                raise HeadersTooLarge(f"expected headers of at most {_MOST_HEADER_BYTES} bytes")
             path, method = scope["path"], scope["method"]
             if not (_OPEN.fullmatch(path) or (path == "/metrics" and self._settings.metrics_public)):
                 reads = method in ("GET", "HEAD", "OPTIONS") or (method == "POST" and path in _READING_POSTS)

@@ -33,7 +33,7 @@ def embed(body: OpenAIBody, gallery: Gallery) -> dict[str, Any]:
     if body.model != gallery.card.name:
         raise UnknownModel(f"model: expected {gallery.card.name}, the one that runs here")
     if body.dimensions not in (None, gallery.encoder.dimension):
-        raise InvalidRequest(f"dimensions: expected {gallery.encoder.dimension}, got {body.dimensions}")
+        raise InvalidRequest(f"dimensions: expected {gallery.encoder.dimension}")
     texts = [body.input] if isinstance(body.input, str) else body.input
     check_count(len(texts), gallery.settings)
     rows = listed(gallery.embed(each("picture", texts, from_base64)), body.encoding_format)

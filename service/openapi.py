@@ -209,7 +209,7 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         schemas_[name]["properties"]["id"] |= {"minLength": 1, "maxLength": settings.max_id_bytes, "pattern": _ID}
     for name in ("SearchById", "SearchByImage", "SearchByVector", "SearchMany"):
         most = settings.max_k_of_many if name == "SearchMany" else settings.max_k
-        schemas_[name]["properties"]["k"]["anyOf"][0]["maximum"] = most
+        schemas_[name]["properties"]["k"]["maximum"] = most
     schemas_["EmbedBody"]["properties"]["images"]["maxItems"] = settings.max_images
     schemas_["SearchMany"]["properties"]["queries"]["maxItems"] = min(settings.max_queries, settings.max_images)
     openai = schemas_["OpenAIBody"]["properties"]

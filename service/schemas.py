@@ -89,10 +89,10 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class _Wanted(Body):
-    k: Whole | None = Field(None, ge=1, description="Hits a query, at most; 10 if left out.")
-    threshold: float | None = Field(None, ge=-1, le=1, description="Hits have at least this score.")
+    k: Whole = Field(10, ge=1, description="Hits a query, at most.")
+    threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
     filter: FilterObject = None
-    include: list[Included] | None = Field(None, description='What a hit tells besides id and score; ["metadata"].')
+    include: list[Included] = Field(["metadata"], description="What a hit tells besides id and score.")
     fingerprint: Fingerprint = None
 
 
@@ -305,7 +305,7 @@ _EXPECTED = {
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
 }
-_SHOWN_BELOW = 10**12
+_SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 
 

@@ -2,12 +2,14 @@
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 
 from service.card import read_card
 from service.encoder import Encoder
@@ -65,6 +67,20 @@ def gallery(tmp_path: Path, encoder: Encoder) -> Iterator[Gallery]:
     opened = Gallery(encoder, EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension), Settings())
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium, asking nobody about updates."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        missing("no Chromium: install Debian's package chromium")
+    flags = ["no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"]
+    flags += ["disable-component-update", "disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in flags])
+        yield browser
+        browser.close()
 
 
 def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:

@@ -5,11 +5,14 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from playwright.sync_api import Browser
 
 from lookalike import cli
 from service.api import create_app
@@ -40,6 +43,8 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def matches(expected: Any, actual: Any) -> bool:
     """Compare JSON; numbers to a thousandth, and … stands for anything in a text."""
     if isinstance(expected, dict) and isinstance(actual, dict):
+        if expected.get("…") == "…":  # and more that is not shown
+            return all(name in actual and matches(expected[name], actual[name]) for name in expected if name != "…")
         return set(expected) == set(actual) and all(matches(expected[key], actual[key]) for key in expected)
     if isinstance(expected, list) and isinstance(actual, list):
         return len(expected) == len(actual) and all(map(matches, expected, actual))
@@ -50,19 +55,34 @@ def matches(expected: Any, actual: Any) -> bool:
     return bool(expected == actual)
 
 
-def test_the_commands_answer_what_the_readme_says(port: int, tmp_path: Path) -> None:
-    ran = 0
+def run_js(browser: Browser, port: int, text: str) -> str:
+    """Run a snippet in a page of the service, as the body of a function that returns."""
+    page = browser.new_page()
+    page.goto(f"http://127.0.0.1:{port}/")
+    found = page.evaluate(f"async () => {{ {text} }}")
+    page.close()
+    return json.dumps(found)
+
+
+def test_the_commands_answer_what_the_readme_says(port: int, tmp_path: Path, browser: Browser) -> None:
+    ran: Counter[str] = Counter()
     for block, answer in zip(BLOCKS, [*BLOCKS[1:], Block("", "", "")], strict=True):
-        if block.kind != "sh" or block.mark:
+        if block.kind not in ("sh", "python", "js") or block.mark:
             continue
-        command = block.text.replace("127.0.0.1:3000", f"127.0.0.1:{port}")
-        done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True, check=True)
-        ran += 1
+        text = block.text.replace("127.0.0.1:3000", f"127.0.0.1:{port}")
+        if block.kind == "js":
+            printed = run_js(browser, port, text)
+        else:
+            command = ["bash", "-ec", text] if block.kind == "sh" else [sys.executable, "-c", text]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+            printed = done.stdout
+        ran[block.kind] += 1
         if answer.kind == "json":
-            assert matches(json.loads(answer.text), json.loads(done.stdout)), f"{block.text}\nanswered\n{done.stdout}"
+            assert matches(json.loads(answer.text), json.loads(printed)), f"{block.text}\nanswered\n{printed}"
         elif answer.kind == "text":
-            assert matches(answer.text, done.stdout), f"{block.text}\nanswered\n{done.stdout}"
-    assert ran >= 9
+            assert matches(answer.text, printed), f"{block.text}\nanswered\n{printed}"
+    assert ran["sh"] >= 12
+    assert ran["python"] == ran["js"] == 1
 
 
 def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:

@@ -1,13 +1,11 @@
 """A real service, started by the real command, and a real browser in front of it."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request
 
-from tests.conftest import missing
 from tests.serving import serving
 
 
@@ -23,20 +21,6 @@ def empty_url(tmp_path: Path) -> Iterator[str]:
     """Where a store without pictures is served."""
     with serving(tmp_path) as url:
         yield url
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium, asking nobody about updates."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        missing("no Chromium: install Debian's package chromium")
-    flags = ["no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"]
-    flags += ["disable-component-update", "disable-sync"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in flags])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def _zip(names: list[str]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for number, name in enumerate(names):
-            archive.writestr(f"{name}.png", _ALL[number % len(_ALL)])
+            archive.writestr(f"p{name.replace('/', '')}.png", _ALL[number % len(_ALL)])
     return buffer.getvalue()
 
 

@@ -1,8 +1,10 @@
 """What stands before every route: times and sizes of bodies, request ids, the log, the last resort."""
 
 import asyncio
+import io
 import json
 import logging
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,7 +145,8 @@ def test_a_client_that_goes_is_no_failure(served: Served, records: list[logging.
     app = served().app
 
     async def gone() -> None:
-        messages = iter([{"type": "http.request", "body": b"abc", "more_body": True}, {"type": "http.disconnect"}])
+        came: list[Message] = [{"type": "http.request", "body": b"abc", "more_body": True}, {"type": "http.disconnect"}]
+        messages = iter(came)
 
         async def receive() -> Message:
             return next(messages)
@@ -166,3 +169,66 @@ def test_other_scopes_pass() -> None:
 
     asyncio.run(Guard(app)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]
+
+
+def test_metrics_have_routes_and_no_paths(served: Served) -> None:
+    client = served()
+    for path in ("/images/a-secret-id", "/a-secret-page"):
+        client.get(path)
+    text = client.get("/metrics").text
+    assert 'lookalike_requests_total{method="GET"' in text
+    assert "a-secret" not in text
+
+
+def test_a_browser_must_not_guess_types(served: Served) -> None:
+    client = served()
+    client.put("/images/x", content=PICTURE)
+    for path in ("/images/x/content", "/info", "/nowhere"):
+        assert client.get(path).headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_form_of_many_texts_is_refused(served: Served) -> None:
+    answer = served().put("/images/x", files={"file": ("x", PICTURE)}, data={f"f{n}": "x" for n in range(9)})
+    assert answer.status_code == 400
+    assert "at most 8 text fields" in answer.json()["detail"]
+
+
+def test_a_zip_of_more_members_than_pictures_is_refused_unread(served: Served) -> None:
+    client = served(max_bulk_images="2", max_request_bytes="20000")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.png", PICTURE)
+        for number in range(4):
+            archive.writestr(f"{number}.txt", "")
+    zipped = {"content-type": "application/zip"}
+    assert client.post("/images", content=buffer.getvalue(), headers=zipped).status_code == 413
+    large = io.BytesIO()
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(250_000))
+    answer = client.post("/images", content=large.getvalue(), headers=zipped)
+    assert (answer.status_code, "unpacks to more" in answer.text) == (413, True)
+
+
+def test_a_length_beyond_the_limit_is_refused_before_the_body_comes(served: Served) -> None:
+    app = served(body_timeout_s="0.3").app
+    scope = {"headers": [(b"content-length", b"10000001"), (b"content-type", b"image/png")]}
+    sent, _ = asyncio.run(call(app, scope, []))
+    assert sent[0]["status"] == 413
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + PICTURE + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        (PART + b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\ntext\r\n--x--\r\n', "each with a filename"),
+        (PART + b'--x\r\nContent-Disposition: form-data; name="y"; filename="a"\r\n\r\na\r\n--x--', "texts elsewhere"),
+        (PART + b"--x\r\nContent-Disposition: form-da", "cut short"),
+        (PART, "cut short"),
+    ],
+)
+def test_forms_whose_first_part_is_good(served: Served, form: bytes, says: str) -> None:
+    answer = served().post("/embed", content=form, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert answer.status_code == 400
+    assert says in answer.json()["detail"]

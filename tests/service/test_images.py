@@ -171,3 +171,17 @@ def test_tones_count_every_pixel_once() -> None:
     assert tones(grey)[0] == 0.5
     assert tones(grey)[7] == 0.5
     assert tones(np.full((3, 3, 3), (255, 0, 0), np.uint8))[8 + 76 // 32] == 1
+
+
+def test_small_files_that_ask_for_much_work_are_refused() -> None:
+    progressive = encoded(scene(), "JPEG", progressive=True)
+    last = progressive.rindex(b"\xff\xda")
+    scan = bytes.fromhex("ffda000801010001050200")
+    many = progressive[:last] + scan * 65 + progressive[last:]
+    with pytest.raises(TooLarge, match="more than 64 scans"):
+        decode(many, 28, Limits())
+    assert decode(progressive, 28, Limits()).size == (64, 48)
+    header = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 14 + 40 + 1024)
+    sizes = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 1, 0, 0, 0, 256, 0)
+    with pytest.raises(UnsupportedFormat, match="run lengths"):
+        decode(header + sizes + bytes(1024) + b"\x08\x01" * 8 + b"\0\1", 28, Limits())

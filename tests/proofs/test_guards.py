@@ -1,0 +1,112 @@
+"""Each guard is taken out of a copy of the service, one at a time; each time a test must notice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+class Removal(NamedTuple):
+    """What is taken out: in which file, which text, what stands there then, and which tests must go red."""
+
+    file: str
+    guard: str
+    instead: str
+    tests: str = "refusals"
+
+
+REMOVALS = [
+    # images.py: what a picture may be
+    Removal("images", "if len(data) > limits.max_image_bytes:", "if False:", "images"),
+    Removal("images", "if max(width, height) > limits.max_side:", "if False:", "images"),
+    Removal("images", "if width * height > limits.max_pixels:", "if False:"),
+    Removal("images", "if max(width, height) > limits.max_aspect * min(width, height):", "if False:"),
+    Removal("images", 'if picture.format == "JPEG" and data.count', 'if False and data.count', "images"),
+    Removal("images", 'if picture.format == "BMP" and picture', "if False and picture", "images"),
+    Removal("images", ", formats=FORMATS)", ")"),
+    # bodies.py: what a body may be
+    Removal("bodies", "if declared.isdecimal() and int(declared) > limit:", "if False:", "guard"),
+    Removal("bodies", "        if received > limit:", "        if False:"),
+    Removal("bodies", "if len(self._form.files) == self._most_files:", "if False:"),
+    Removal("bodies", "len(self._content) > self._most_file_bytes", "False"),
+    Removal("bodies", 'elif self._name == "file" or b"filename" in options:', "elif False:", "guard"),
+    Removal("bodies", "if not self._ended:", "if False:", "guard"),
+    Removal("bodies", 'not in ("identity", "")', "in ()"),
+    Removal("bodies", 'if kind not in _RAW and not kind.startswith("image/"):', "if False:"),
+    Removal("bodies", "b64decode(text, validate=True)", "b64decode(text + '==')"),
+    Removal("bodies", "elif len(self._form.texts) == _MOST_FIELDS:", "elif False:", "guard"),
+    # guard.py, keys.py: who comes in, and how
+    Removal("guard", "            _check_path(scope)\n", ""),
+    Removal("guard", '> _MOST_HEADER_BYTES', "> 10**9"),
+    Removal("guard", "if not (_OPEN.fullmatch(path)", "if not (True or _OPEN.fullmatch(path)"),
+    Removal("guard", "timeout_at(self._deadline):\n  ", "timeout_at(self._deadline + 9):\n  ", "guard"),
+    Removal("guard", "drained <= self._most_drained", "True", "guard"),
+    Removal("guard", "await self._drain()", "pass", "guard"),
+    Removal("guard", 'headers["Connection"] = "close"', "pass", "guard"),
+    Removal("guard", "if self._buffered > self._settings.max_buffered_bytes:", "if False:", "guard"),
+    Removal("guard", "self._buffered -= exchange.received", "pass", "guard"),
+    Removal("guard", "if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex", "or uuid.uuid4().hex", "guard"),
+    Removal("guard", 'scope["state"].get("route", "other")', 'scope["path"]', "guard"),
+    Removal("guard", 'headers["X-Content-Type-Options"] = "nosniff"', "pass", "guard"),
+    Removal("keys", "if not known or", "if"),
+    Removal("keys", "if writes and not may_write:", "if False:"),
+    Removal("problems", 'headers["WWW-Authenticate"] = "Bearer"', "pass"),
+    # slots.py: how much work
+    Removal("slots", "if self._count >= self._max_waiting:", "if False:", "slots"),
+    Removal("slots", "async with asyncio.timeout(self._timeout_s):", "if True:", "slots"),
+    # schemas.py, gallery.py, store/filters.py: what a request may say
+    Removal("schemas", 'extra="forbid"', 'extra="ignore"'),
+    Removal("schemas", "elif part in _FIELDS:", "else:"),
+    Removal("schemas", "abs(value) < _SHOWN_BELOW", "True"),
+    Removal("gallery", "if not 1 <= k <= most:", "if False:"),
+    Removal("gallery", "if vector.shape != (self.encoder.dimension,):", "if False:"),
+    Removal("gallery", "if not largest:", "if False:", "api"),
+    Removal("gallery", "if size > self.settings.max_metadata_bytes:", "if False:"),
+    Removal("gallery", "if _depth(metadata) > _MOST_DEPTH:", "if False:"),
+    Removal("gallery", "allow_nan=False", "allow_nan=True", "api"),
+    Removal("gallery", "if not 1 <= len(id.encode()) <= most_bytes:", "if False:"),
+    Removal("gallery", 'category(character) in ("Cc", "Cs")', "category(character) in ()", "gallery"),
+    Removal("gallery", 'id = unicodedata.normalize("NFC", id)', "pass", "gallery"),
+    Removal("store/filters", "    if budget[0] < 0:\n        raise", "    if False:\n        raise", "filters"),
+    Removal("store/filters", "1 <= len(wanted) <= _MOST_VALUES", "True", "filters"),
+    # api.py, openai.py, bulk.py
+    Removal("api", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),
+    Removal("api", "if len(queries) > gallery.settings.max_queries:", "if False:"),
+    Removal("api", "app.add_exception_handler(ClientDisconnect, _on_disconnect)", "pass", "guard"),
+    Removal("openai", "if images > settings.max_images:", "if False:"),
+    Removal("bulk", "if len(data) > most:", "if False:"),
+    Removal("bulk", "if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):", "if False:"),
+    Removal("bulk", "if member.flag_bits & 1:", "if False:"),
+    Removal("bulk", "if len(self._members) > settings.max_bulk_images:", "if False:"),
+    Removal("bulk", 'if content.count(b"PK\\x01\\x02") > 2 * settings.max_bulk_images:', "if False:", "guard"),
+    Removal("bulk", "> _MOST_UNPACKED * settings.max_request_bytes:", "> 10**15:", "guard"),
+]  # fmt: skip
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("removal", REMOVALS, ids=lambda removal: f"{removal.file}: {removal.guard.strip()[:60]}")
+def test_a_guard_that_is_gone_is_noticed(removal: Removal, tmp_path: Path) -> None:
+    for folder in ("service", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("models", "lookalike.py", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    source = tmp_path / "service" / f"{removal.file}.py"
+    text = source.read_text()
+    assert text.count(removal.guard) >= 1, "the guard is not there: has it moved?"
+    source.write_text(text.replace(removal.guard, removal.instead))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", f"tests/service/test_{removal.tests}.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, f"nobody noticed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert "failed" in done.stdout, done.stdout[-2000:]
