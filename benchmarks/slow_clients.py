@@ -65,7 +65,7 @@ def main(
     uploads: Annotated[int, typer.Option(min=1, help="Slow uploads at a time.")] = 200,
     idle: Annotated[int, typer.Option(min=1, help="Connections that never finish their headers.")] = 500,
 ) -> None:
-    """Print the table; exit code 1 when ordinary requests suffered."""
+    """Print the table; exit code 1 when an ordinary request was answered with anything but 200."""
     phases = [
         Phase("quiet"),
         Phase(f"{uploads} slow uploads", uploads, _UPLOAD, _PHOTO.read_bytes()),
@@ -215,24 +215,24 @@ async def _drip(port: int, phase: Phase) -> None:
 
 
 def _report(phases: list[Phase]) -> bool:
-    """Print what was measured; return whether ordinary requests were left in peace."""
+    """Print what was measured; return whether every ordinary request got its 200."""
     print(f"\n{describe()}; {_RATE} requests/s, one at a time; bodies may take {_BODY_TIMEOUT_S} s\n")
     print("| phase | requests | p50, ms | p99, ms | p99 / quiet | other than 200 |\n|---|---:|---:|---:|---:|---|")
     quiet = float(np.percentile(phases[0].latencies, 99))
-    well = True
+    slowed = False
     for phase in phases:
         p50, p99 = np.percentile(phase.latencies, [50, 99])
         others = ", ".join(f"{status}: {count}" for status, count in phase.others.items()) or "none"
         count = len(phase.latencies)
         print(f"| {phase.name} | {count} | {p50 * 1e3:.1f} | {p99 * 1e3:.1f} | {p99 / quiet:.2f} | {others} |")
-        well = well and p99 < _LIMIT * quiet and not phase.others
+        slowed = slowed or p99 >= _LIMIT * quiet
     print()
     for phase in phases[1:]:
         print(f"{phase.name}: " + "; ".join(f"{end}: {count}" for end, count in phase.ends.most_common()) + ".")
     if min(len(phase.latencies) for phase in phases) < 1000:
         print("Fewer than 1,000 requests in a phase: ten or fewer lie beyond its p99, which is a rough figure.")
-    print(f"The limit is {_LIMIT} × the quiet p99 and nothing but 200: {'kept' if well else 'BROKEN'}.")
-    return well
+    print(f"The limit is {_LIMIT} × the quiet p99: {'BROKEN' if slowed else 'kept'}.")
+    return not any(phase.others for phase in phases)
 
 
 if __name__ == "__main__":

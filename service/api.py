@@ -149,7 +149,7 @@ def _add_embedding(app: FastAPI) -> None:
         openai.check_count(len(images), gallery.settings)
 
         def work() -> Response:
-            embeddings = gallery.embed(each("picture", images, _bytes))
+            embeddings = gallery.embed(each("picture", images, lambda image: _bytes(gallery, image)))
             if as_npy:
                 buffer = io.BytesIO()
                 np.save(buffer, embeddings)
@@ -365,14 +365,14 @@ def _expect_json(request: Request, *types: str) -> None:
         raise UnsupportedFormat(f"expected a body of {' or '.join(types)}")
 
 
-def _bytes(image: bytes | str) -> bytes:
-    return from_base64(image) if isinstance(image, str) else image
+def _bytes(gallery: Gallery, image: bytes | str) -> bytes:
+    return from_base64(image, gallery.settings.max_image_bytes) if isinstance(image, str) else image
 
 
 def _plain(gallery: Gallery, query: ByImage | ByVector | ById | bytes) -> bytes | str | list[float]:
     match query:
         case ByImage():
-            return from_base64(query.image)
+            return _bytes(gallery, query.image)
         case ByVector():
             return query.vector
         case ById():

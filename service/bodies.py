@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import io
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from service.settings import Settings
 # curl --data-binary declares a form unless it is told otherwise; the bytes decide.
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _MOST_FIELDS = 8
+_MOST_TEXT_BYTES = 4_000_000  # metadata of many pictures
 
 
 @dataclass
@@ -58,7 +60,7 @@ async def read_pictures(request: Request, settings: Settings) -> tuple[list[byte
         raise UnsupportedFormat(
             "expected a picture: a body of image/*, multipart/form-data with the field file, or application/json"
         )
-    return [bytes(await read_body(request, settings.max_image_bytes))], {}
+    return [await read_body(request, settings.max_image_bytes)], {}
 
 
 async def read_one_picture(request: Request, settings: Settings) -> tuple[bytes, dict[str, str]]:
@@ -80,12 +82,15 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
     return content
 
 
-def from_base64(text: str) -> bytes:
+def from_base64(text: str, most_bytes: int) -> bytes:
     """Decode base64, with or without data:…;base64, before it. A URL is neither, and is never fetched.
 
     Raises:
-        InvalidRequest
+        InvalidRequest: it is no base64.
+        TooLarge: it would be more bytes, found before it is decoded.
     """
+    if len(text) > most_bytes * 4 // 3 + 200:  # 200: what may stand before it
+        raise TooLarge(f"the picture has more than {most_bytes} bytes, which is the limit")
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
@@ -96,12 +101,12 @@ def from_base64(text: str) -> bytes:
         raise InvalidRequest("expected base64 or a data URI") from error
 
 
-async def read_body(request: Request, limit: int) -> bytearray:
+async def read_body(request: Request, limit: int) -> bytes:
     """Read the whole body. Raises TooLarge as soon as it is over the limit, before that is kept."""
-    body = bytearray()
+    body = io.BytesIO()  # hands its bytes over without a copy, where a bytearray would not
     async for chunk in _stream(request, limit):
-        body += chunk
-    return body
+        body.write(chunk)
+    return body.getvalue()
 
 
 async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
@@ -205,7 +210,10 @@ class _FormReader:
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         self._content += memoryview(data)[start:end]
-        if self._file_name is not None and len(self._content) > self._most_file_bytes:
+        if self._file_name is None:
+            if len(self._content) > _MOST_TEXT_BYTES:
+                raise TooLarge(f"a text field has more than {_MOST_TEXT_BYTES} bytes, which is the limit")
+        elif len(self._content) > self._most_file_bytes:
             raise TooLarge(f"a picture has more than {self._most_file_bytes} bytes, which is the limit")
 
     def _close(self) -> None:

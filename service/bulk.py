@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
 class Archive:
     """The pictures of a zip file in memory, unpacked one at a time."""
 
-    def __init__(self, content: bytes | bytearray, settings: Settings) -> None:
+    def __init__(self, content: bytes, settings: Settings) -> None:
         """Read the directory.
 
         Raises:

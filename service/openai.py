@@ -36,7 +36,8 @@ def embed(body: OpenAIBody, gallery: Gallery) -> dict[str, Any]:
         raise InvalidRequest(f"dimensions: expected {gallery.encoder.dimension}")
     texts = [body.input] if isinstance(body.input, str) else body.input
     check_count(len(texts), gallery.settings)
-    rows = listed(gallery.embed(each("picture", texts, from_base64)), body.encoding_format)
+    images = each("picture", texts, lambda text: from_base64(text, gallery.settings.max_image_bytes))
+    rows = listed(gallery.embed(images), body.encoding_format)
     return {
         "object": "list",
         "data": [{"object": "embedding", "index": number, "embedding": row} for number, row in enumerate(rows)],

@@ -322,7 +322,7 @@ async def read_json(request: Request, settings: Settings, form: TypeAdapter[M]) 
     return _parse(form, body)
 
 
-def _parse(form: TypeAdapter[M], body: bytearray) -> M:
+def _parse(form: TypeAdapter[M], body: bytes) -> M:
     try:
         return form.validate_json(body)
     except ValidationError as error:

@@ -35,6 +35,8 @@ REMOVALS = [
     Removal("bodies", "        if received > limit:", "        if False:"),
     Removal("bodies", "if len(self._form.files) == self._most_files:", "if False:"),
     Removal("bodies", "len(self._content) > self._most_file_bytes", "False"),
+    Removal("bodies", "if len(self._content) > _MOST_TEXT_BYTES:", "if False:", "guard"),
+    Removal("bodies", "if len(text) > most_bytes * 4 // 3 + 200:", "if False:", "guard"),
     Removal("bodies", 'elif self._name == "file" or b"filename" in options:', "elif False:", "guard"),
     Removal("bodies", "if not self._ended:", "if False:", "guard"),
     Removal("bodies", 'not in ("identity", "")', "in ()"),

@@ -232,3 +232,13 @@ def test_forms_whose_first_part_is_good(served: Served, form: bytes, says: str) 
     answer = served().post("/embed", content=form, headers={"content-type": "multipart/form-data; boundary=x"})
     assert answer.status_code == 400
     assert says in answer.json()["detail"]
+
+
+def test_a_text_field_has_a_limit(served: Served) -> None:
+    answer = served().put("/images/x", files={"file": ("x", PICTURE)}, data={"metadata": "x" * 4_000_001})
+    assert (answer.status_code, "a text field" in answer.text) == (413, True)
+
+
+def test_base64_that_is_too_long_is_refused_undecoded(served: Served) -> None:
+    answer = served(max_image_bytes="3000").post("/embed", json={"images": ["*" * 5000]})
+    assert answer.status_code == 413

@@ -1,0 +1,78 @@
+"""What a body may cost the real process in memory: pictures and refusals less than twice the limit of a request, JSON,
+which is there as bytes and as texts at once, a little more."""
+
+import http.client
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.serving import serving
+
+LIMIT = 64_000_000
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("memory")) as address:
+        yield address
+
+
+def peak() -> int:
+    """The most memory, in bytes, that the serving worker ever held."""
+    (worker,) = (
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "_bentoml_impl.worker.service" in " ".join(process.cmdline())
+    )
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{worker.pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1000
+
+
+def form() -> Iterator[bytes]:
+    """Seven files of 9 MB, just within the limit."""
+    for number in range(7):
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="%d"\r\n\r\n' % number
+        for _ in range(90):
+            yield bytes(100_000)
+        yield b"\r\n"
+    yield b"--x--\r\n"
+
+
+def too_long() -> Iterator[bytes]:
+    """More than the limit, of one text that does not end."""
+    yield b'--x\r\nContent-Disposition: form-data; name="other"\r\n\r\n'
+    for _ in range(660):
+        yield b"y" * 100_000
+
+
+def text() -> Iterator[bytes]:
+    """JSON just within the limit."""
+    yield b'{"images": ["'
+    for _ in range(630):
+        yield b"A" * 100_000
+    yield b'"]}'
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "times"),
+    [
+        (form, "multipart/form-data; boundary=x", 415, 2.0),
+        (too_long, "multipart/form-data; boundary=x", 413, 1.0),
+        (text, "application/json", 413, 2.25),
+    ],
+)
+def test_what_a_body_costs(url: str, body: Callable[[], Iterator[bytes]], kind: str, status: int, times: float) -> None:
+    before = peak()
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    with suppress(BrokenPipeError):  # refused while it was being sent: the answer is there
+        connection.request("POST", "/embed", body(), {"Content-Type": kind}, encode_chunked=True)
+    answer = connection.getresponse()
+    assert answer.status == status, answer.read()
+    assert json.loads(answer.read())["status"] == status
+    assert peak() - before < times * LIMIT
