@@ -90,6 +90,7 @@ def test_refusals(store: Path, tmp_path: Path) -> None:
     assert "k: expected a whole number from 1 to 1000, got 0" in refused(
         "search", ROOT / "models" / "mnist" / "card.json", "--store", store, "-k", "0"
     )
+    assert "API key 1: expected read:KEY" in refused("serve", "--store", store, LOOKALIKE_API_KEYS="a-key-of-mine")
     assert "LOOKALIKE_MAX_K" in refused("search", MODEL / "card.json", "--store", store, LOOKALIKE_MAX_K="many")
 
 
