@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from service import logs
@@ -16,6 +16,7 @@ from service.slots import Slots
 
 METADATA = "metadata.json"
 _TOGETHER = 32  # pictures a commit
+_MOST_BYTES_TOGETHER = 32_000_000
 _MOST_UNPACKED = 10  # times a request's bytes; pictures hardly shrink in a zip
 
 
@@ -62,8 +63,10 @@ class Archive:
             text = self._unpack(members[METADATA], settings.max_request_bytes)
             self._metadata = metadata_by_id(text.decode(errors="replace"), {one.filename for one in self._members})
 
-    def __len__(self) -> int:
-        return len(self._members)
+    @property
+    def sizes(self) -> list[int]:
+        """What each picture says it unpacks to, in bytes; it is never more."""
+        return [member.file_size for member in self._members]
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Unpack some of the pictures."""
@@ -99,8 +102,10 @@ class Uploads:
         metadata = form.texts.get("metadata", "{}")
         self._metadata = metadata_by_id(metadata, {name for name, _ in form.files})
 
-    def __len__(self) -> int:
-        return len(self._files)
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each picture."""
+        return [len(data) for _, data in self._files]
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Return some of the pictures."""
@@ -118,19 +123,30 @@ def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
 async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
     """Add pictures to the gallery; yield a JSON line for each, when it is in the store or will not be."""
 
-    def add(start: int) -> list[dict[str, Any]]:
-        return _add(gallery, pictures.read(start, start + _TOGETHER))
+    def add(group: range) -> list[dict[str, Any]]:
+        return _add(gallery, pictures.read(group.start, group.stop))
 
-    for start in range(0, len(pictures), _TOGETHER):
+    for group in _groups(pictures.sizes):
         try:
-            lines = await slots.run(add, start)
+            lines = await slots.run(add, group)
         except LookalikeError as error:  # no slot, no time, or a store that cannot be written
-            lines = [_failure(None, error)] * min(_TOGETHER, len(pictures) - start)
+            lines = [_failure(None, error)] * len(group)
         except Exception as error:  # the answer is a 200 already: its lines must tell
             logs.access.exception("failed", exc_info=error)
-            lines = [_failure(None, LookalikeError("the service failed"))] * min(_TOGETHER, len(pictures) - start)
-        for number, line in enumerate(lines, start):
+            lines = [_failure(None, LookalikeError("the service failed"))] * len(group)
+        for number, line in zip(group, lines, strict=True):
             yield json.dumps({"index": number} | line) + "\n"
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield which pictures go together: few enough, and small enough to be unpacked at once."""
+    start, total = 0, 0
+    for number, size in enumerate(sizes):
+        if number > start and (number - start == _TOGETHER or total + size > _MOST_BYTES_TOGETHER):
+            yield range(start, number)
+            start, total = number, 0
+        total += size
+    yield range(start, len(sizes))
 
 
 def _add(gallery: Gallery, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -211,7 +211,15 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         most = settings.max_k_of_many if name == "SearchMany" else settings.max_k
         schemas_[name]["properties"]["k"]["maximum"] = most
     schemas_["EmbedBody"]["properties"]["images"]["maxItems"] = settings.max_images
-    schemas_["SearchMany"]["properties"]["queries"]["maxItems"] = min(settings.max_queries, settings.max_images)
+    several = schemas_["SearchMany"]["properties"].pop("queries")
+    items = {"anyOf": [_reference(schemas.ByVector), _reference(schemas.ById)]}
+    schemas_["SearchMany"]["properties"]["queries"] = {
+        "description": f"At most {settings.max_images} of them pictures.",
+        "anyOf": [
+            several | {"maxItems": min(settings.max_queries, settings.max_images)},
+            several | {"maxItems": settings.max_queries, "items": items},
+        ],
+    }
     openai = schemas_["OpenAIBody"]["properties"]
     openai["model"]["const"] = gallery.card.name
     openai["dimensions"] = {"enum": [gallery.encoder.dimension, None]}

@@ -12,6 +12,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from service import logs
+from service.bulk import _groups
 from service.guard import Guard
 from tests.conftest import encoded, scene
 from tests.service.conftest import Served
@@ -232,6 +233,12 @@ def test_forms_whose_first_part_is_good(served: Served, form: bytes, says: str) 
     answer = served().post("/embed", content=form, headers={"content-type": "multipart/form-data; boundary=x"})
     assert answer.status_code == 400
     assert says in answer.json()["detail"]
+
+
+def test_what_is_unpacked_together_is_bounded() -> None:
+    assert list(_groups([1] * 70)) == [range(32), range(32, 64), range(64, 70)]
+    assert list(_groups([10_000_000] * 7)) == [range(3), range(3, 6), range(6, 7)]
+    assert list(_groups([50_000_000, 1, 50_000_000])) == [range(1), range(1, 2), range(2, 3)]
 
 
 def test_a_text_field_has_a_limit(served: Served) -> None:

@@ -2,8 +2,11 @@
 which is there as bytes and as texts at once, a little more."""
 
 import http.client
+import io
 import json
 import re
+import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -85,3 +88,18 @@ def test_what_a_body_costs(url: str, body: Callable[[], Iterator[bytes]], kind: 
     cost = status_of(process, "VmHWM") - before
     print(f"{cost / LIMIT:.2f} times the limit")
     assert cost < times * LIMIT
+
+
+def test_what_a_zip_costs_when_it_unpacks_to_ten_times_the_limit(url: str) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(64):
+            archive.writestr(f"{number}.png", bytes(9_900_000))
+    process = worker()
+    (process / "clear_refs").write_text("5")
+    before = status_of(process, "VmRSS")
+    request = urllib.request.Request(f"{url}/images", buffer.getvalue(), {"Content-Type": "application/zip"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        lines = [json.loads(line) for line in answer]
+    assert [line["status"] for line in lines] == [415] * 64
+    assert status_of(process, "VmHWM") - before < 2 * LIMIT
