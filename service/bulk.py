@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from service import logs
 from service.bodies import Form, parse_json_object
-from service.errors import InvalidRequest, LookalikeError, TooLarge, UnsupportedFormat
+from service.errors import InvalidRequest, LookalikeError, TooLarge, UnsupportedFormat, kept
 from service.gallery import Gallery
 from service.images import SUFFIXES
 from service.settings import Settings
@@ -75,7 +75,7 @@ class Archive:
             try:
                 data: bytes | LookalikeError = self._unpack(member, self._most)
             except LookalikeError as error:
-                data = error
+                data = kept(error)
             candidates.append(Candidate(member.filename, data, self._metadata.get(member.filename, {})))
         return candidates
 

@@ -189,6 +189,16 @@ class TimedOut(LookalikeError):
 # Lists -------------------------------------------------------------------------------------------
 
 
+def kept(error: LookalikeError) -> LookalikeError:
+    """Return an error as it can be kept: without its traceback.
+
+    Whoever keeps an error is in that traceback, too, and so keeps, in a circle, all that the frames worked on: the
+    bytes of bad pictures would stay until the next full collection.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
 def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
     """Do the work on every member; the error that is raised names all that failed."""
     done: list[R] = []
@@ -197,11 +207,11 @@ def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
         try:
             done.append(work(member))
         except LookalikeError as error:
-            failed.append((number, error))
+            if len(members) == 1:
+                raise
+            failed.append((number, kept(error)))
     if not failed:
         return done
     number, first = failed[0]
-    if len(members) == 1:
-        raise first
     more = f"; {len(failed) - 1} more of {len(members)} failed, too" if len(failed) > 1 else ""
-    raise type(first)(f"{what} {number}: {first}{more}", failed) from first
+    raise type(first)(f"{what} {number}: {first}{more}", failed)

@@ -16,7 +16,7 @@ from service import FloatArray, PixelArray
 from service.batcher import Batcher
 from service.card import Card, read_card, suits
 from service.encoder import Encoder
-from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError, NoEmbedding, each
+from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError, NoEmbedding, each, kept
 from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
@@ -98,7 +98,7 @@ class Gallery:
             try:
                 read.append((number, (id, self.read(data), metadata, None)))
             except LookalikeError as error:
-                outcomes[number] = error
+                outcomes[number] = kept(error)
         self._add_group(read, outcomes)
         return [outcomes[number] for number in range(len(pictures))]
 
@@ -113,7 +113,7 @@ class Gallery:
                 for one in group:
                     self._add_group([one], outcomes)
             else:
-                outcomes |= {number: error for number, _ in group}
+                outcomes |= dict.fromkeys((number for number, _ in group), kept(error))
 
     def add_read(self, pictures: Sequence[tuple[str, ReadPicture, dict[str, Any], str | None]]) -> list[bool]:
         """Embed and store pictures that were read, all in one commit: (id, picture, metadata, source) each.

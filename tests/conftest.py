@@ -69,9 +69,9 @@ def gallery(tmp_path: Path, encoder: Encoder) -> Iterator[Gallery]:
     opened.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, asking nobody about updates."""
+    """Debian's Chromium, asking nobody about updates. While it runs, its event loop is this thread's."""
     chromium = shutil.which("chromium")
     if chromium is None:
         missing("no Chromium: install Debian's package chromium")

@@ -72,7 +72,7 @@ def text() -> Iterator[bytes]:
     [
         (form, "multipart/form-data; boundary=x", 415, 2.0),
         (too_long, "multipart/form-data; boundary=x", 413, 1.0),
-        (text, "application/json", 413, 2.25),
+        (text, "application/json", 413, 2.1),
     ],
 )
 def test_what_a_body_costs(url: str, body: Callable[[], Iterator[bytes]], kind: str, status: int, times: float) -> None:
@@ -102,4 +102,6 @@ def test_what_a_zip_costs_when_it_unpacks_to_ten_times_the_limit(url: str) -> No
     with urllib.request.urlopen(request, timeout=60) as answer:
         lines = [json.loads(line) for line in answer]
     assert [line["status"] for line in lines] == [415] * 64
-    assert status_of(process, "VmHWM") - before < 2 * LIMIT
+    cost = status_of(process, "VmHWM") - before
+    print(f"{cost / LIMIT:.2f} times the limit")
+    assert cost < 2 * LIMIT

@@ -1,8 +1,10 @@
 """One tiny encoder, pretrained on scikit-learn's digits and exported once for all tests of the training room."""
 
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -33,6 +35,11 @@ scale = 0.2
 shift = 0.08
 erase = 0.2
 """
+
+
+# pytorch-metric-learning, our oracle, would load this, which replaces the search of every FAISS index in the process by
+# one of another signature; nothing of ours or of the tests needs it.
+sys.modules.setdefault("faiss.contrib.torch_utils", ModuleType("faiss.contrib.torch_utils"))
 
 
 @pytest.fixture(scope="session", autouse=True)
