@@ -30,7 +30,7 @@ async def own_every_path(scope: Scope, receive: Receive, send: Send) -> None:
     try:
         await app(inner, receive, send)
     finally:
-        scope["state"]["route"] = getattr(inner.get("route"), "path", "other")
+        scope["state"]["route"] = getattr(inner.get("route"), "path_format", "other")
 
 
 def _give_large_blocks_back() -> None:

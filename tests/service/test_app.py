@@ -41,6 +41,9 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
     status, metrics = get(f"http://127.0.0.1:{port}/metrics")
     assert status == 200
     assert b'lookalike_requests_total{method="GET",route="/info",status="200"} 1.0' in metrics
+    assert get(f"http://127.0.0.1:{port}/images/nobody/content")[0] == 404
+    metrics = get(f"http://127.0.0.1:{port}/metrics")[1]
+    assert b'lookalike_requests_total{method="GET",route="/images/{id}/content",status="404"} 1.0' in metrics
     os.killpg(server.pid, stop)  # as a terminal's Ctrl-C does, and as a supervisor does
     assert server.wait(20) == 0, log.read_text()
     text = log.read_text()
