@@ -20,6 +20,8 @@ THUMBNAIL_SIDE = 128
 _DRAFT_MARGIN = 2
 
 _MOST_SCANS = 64  # usual are 10
+_MOST_CHUNKS = 50_000  # usual are 10 MB in a thousand
+_MOST_MARKS = 500_000  # a restart mark for every block of 25 MP would be 390,000
 _RUN_LENGTHS = (1, 2)
 
 # Our own limits refuse a large picture before it is decoded, with a better message than Pillow's.
@@ -54,10 +56,12 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
         raise EmptyPicture("expected the bytes of a picture, got none")
     if len(data) > limits.max_image_bytes:
         raise TooLarge(f"the picture has {len(data)} bytes; the limit is {limits.max_image_bytes}")
+    _check_parts(data)
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(*picture.size, limits)
-            _check_work(picture, data)
+            if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:  # Pillow unpacks in Python
+                raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
             least = _DRAFT_MARGIN * max(side, THUMBNAIL_SIDE)
             picture.draft(None, (least, least))  # None: any mode; for a JPEG alone
             picture.load()
@@ -149,16 +153,26 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         raise TooLarge(f"the picture is {width}x{height}; the limit is {limits.max_aspect}:1 from side to side")
 
 
-def _check_work(picture: Image.Image, data: bytes) -> None:
-    """Refuse small files that ask for much work.
+def _check_parts(data: bytes) -> None:
+    """Refuse a file that is small and asks for much work.
 
-    Each scan of a progressive JPEG goes over the whole picture again, and its mark is not found within the data of
-    one. Pillow unpacks run lengths in a BMP in Python, a hundred times slower than anything else.
+    Each scan of a progressive JPEG goes over the whole picture again. Pillow reads segments and fill bytes of a JPEG,
+    and chunks of a PNG, one by one, in Python, while everybody else waits. A JPEG's marks do not occur within the data
+    of a scan, where ff 00 stands for ff.
     """
-    if picture.format == "JPEG" and data.count(b"\xff\xda") > _MOST_SCANS:
+    if data.startswith(b"\x89PNG"):
+        place = 8
+        for _ in range(_MOST_CHUNKS):
+            place += 12 + int.from_bytes(data[place : place + 4])
+            if place >= len(data):
+                return
+        raise TooLarge(f"the picture has more than {_MOST_CHUNKS} chunks")
+    if not data.startswith(b"\xff\xd8"):
+        return
+    if data.count(b"\xff\xda") > _MOST_SCANS:
         raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
-    if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
-        raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without compression")
+    if data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
+        raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -27,7 +27,9 @@ REMOVALS = [
     Removal("images", "if max(width, height) > limits.max_side:", "if False:", "images"),
     Removal("images", "if width * height > limits.max_pixels:", "if False:"),
     Removal("images", "if max(width, height) > limits.max_aspect * min(width, height):", "if False:"),
-    Removal("images", 'if picture.format == "JPEG" and data.count', 'if False and data.count', "images"),
+    Removal("images", '> _MOST_SCANS:', '> 10**9:', "images"),
+    Removal("images", '> _MOST_MARKS:', '> 10**9:', "images"),
+    Removal("images", 'raise TooLarge(f"the picture has more than {_MOST_CHUNKS}', 'print(f"{_MOST_CHUNKS}', "images"),
     Removal("images", 'if picture.format == "BMP" and picture', "if False and picture", "images"),
     Removal("images", ", formats=FORMATS)", ")"),
     # bodies.py: what a body may be

@@ -181,6 +181,13 @@ def test_small_files_that_ask_for_much_work_are_refused() -> None:
     with pytest.raises(TooLarge, match="more than 64 scans"):
         decode(many, 28, Limits())
     assert decode(progressive, 28, Limits()).size == (64, 48)
+    for filling in (b"\xff" * 600_000, b"\xff\xe1\0\2" * 600_000):
+        with pytest.raises(TooLarge, match="more than 500000 segments and fill bytes"):
+            decode(progressive[:2] + filling + progressive[2:], 28, Limits())
+    png = encoded(scene())
+    chunks = (struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))) * 60_000
+    with pytest.raises(TooLarge, match="more than 50000 chunks"):
+        decode(png[:33] + chunks + png[33:], 28, Limits())
     header = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 14 + 40 + 1024)
     sizes = struct.pack("<IiiHHIIiiII", 40, 8, 8, 1, 8, 1, 0, 0, 0, 256, 0)
     with pytest.raises(UnsupportedFormat, match="run lengths"):
