@@ -405,7 +405,7 @@ def _info(gallery: Gallery) -> dict[str, Any]:
         "count": gallery.store.count(),
         "variant": gallery.encoder.variant,
         "provider": gallery.encoder.provider,
-        "preprocessing": asdict(gallery.card.preprocessing),
+        "preprocessing": {k: v for k, v in asdict(gallery.card.preprocessing).items() if k != "canonical"},
         "notice": gallery.notice(),
         "limits": {
             name: getattr(settings, name)

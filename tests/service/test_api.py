@@ -146,6 +146,15 @@ def test_info(client: TestClient, encoder: Encoder) -> None:
     assert info["fingerprint"] == encoder.card.fingerprint
     assert (info["dimension"], info["count"], info["notice"]) == (encoder.dimension, 20, None)
     assert info["limits"]["max_k"] == 1000
+    assert info["preprocessing"] == {
+        "side": 28,
+        "resize": 28,
+        "resample": 3,
+        "rescale": None,
+        "mean": None,
+        "std": None,
+    }
+    assert info["versions"]["lookalike"] == "0.1.0"
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs", "/openapi.json", "/page/page.css"])
