@@ -23,6 +23,7 @@ from starlette.routing import Match
 
 from service import bulk, metrics, openai, schemas
 from service.bodies import (
+    check_count,
     content_type,
     from_base64,
     parse_json_object,
@@ -142,12 +143,13 @@ def _add_embedding(app: FastAPI) -> None:
         images: list[bytes | str]
         if content_type(request) == "application/json":
             asked = await read_json(request, gallery.settings, schemas.EMBED)
-            images, encoding_format = [*asked.images], asked.encoding_format
+            images = [*asked.images]
+            encoding_format = asked.encoding_format if "encoding_format" in asked.model_fields_set else encoding_format
             fingerprint = fingerprint if asked.fingerprint is None else asked.fingerprint
         else:
             images = [*(await read_pictures(request, gallery.settings))[0]]
         _check_fingerprint(gallery, fingerprint)
-        openai.check_count(len(images), gallery.settings)
+        check_count(len(images), gallery.settings)
 
         def work() -> Response:
             embeddings = gallery.embed(each("picture", images, lambda image: _bytes(gallery, image)))
@@ -160,7 +162,7 @@ def _add_embedding(app: FastAPI) -> None:
                     "model": gallery.card.name,
                     "fingerprint": gallery.card.fingerprint,
                     "dimension": gallery.encoder.dimension,
-                    "embeddings": openai.listed(embeddings, encoding_format),
+                    "embeddings": schemas.listed(embeddings, encoding_format),
                 }
             )
 
@@ -220,7 +222,7 @@ def _add_search(app: FastAPI) -> None:
         _check_fingerprint(gallery, fingerprint)
         if len(queries) > gallery.settings.max_queries:
             raise TooLarge(f"expected at most {gallery.settings.max_queries} queries, got {len(queries)}")
-        openai.check_count(sum(isinstance(query, ByImage) for query in queries), gallery.settings)
+        check_count(sum(isinstance(query, ByImage) for query in queries), gallery.settings)
 
         def work() -> Response:
             plain = each("query", queries, lambda query: _plain(gallery, query))

@@ -71,6 +71,12 @@ async def read_one_picture(request: Request, settings: Settings) -> tuple[bytes,
     return images[0], fields
 
 
+def check_count(images: int, settings: Settings) -> None:
+    """Raise TooLarge for more pictures than a request may have."""
+    if images > settings.max_images:
+        raise TooLarge(f"expected at most {settings.max_images} pictures, got {images}")
+
+
 def parse_json_object(text: str, what: str) -> dict[str, Any]:
     """Read a JSON object from a field or a parameter; `what` names it. Raises InvalidRequest."""
     try:

@@ -1,27 +1,11 @@
 """POST /v1/embeddings: pictures in the shape that OpenAI's clients and infinity's users send."""
 
-import base64
 from typing import Any
 
-from service import FloatArray
-from service.bodies import from_base64
-from service.errors import InvalidRequest, TooLarge, UnknownModel, each
+from service.bodies import check_count, from_base64
+from service.errors import InvalidRequest, UnknownModel, each
 from service.gallery import Gallery
-from service.schemas import EncodingFormat, OpenAIBody
-from service.settings import Settings
-
-
-def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
-    """Return embeddings (N, D) as JSON has them: numbers, or base64 of little-endian float32."""
-    if form == "float":
-        return list(embeddings.tolist())
-    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
-
-
-def check_count(images: int, settings: Settings) -> None:
-    """Raise TooLarge for more pictures than a request may have."""
-    if images > settings.max_images:
-        raise TooLarge(f"expected at most {settings.max_images} pictures, got {images}")
+from service.schemas import OpenAIBody, listed
 
 
 def embed(body: OpenAIBody, gallery: Gallery) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """JSON bodies as they come in, each checked in full before any of it is used, and answers as they go out."""
 
 import asyncio
+import base64
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
@@ -16,6 +17,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from service import FloatArray
 from service.bodies import read_body
 from service.errors import InvalidRequest
 from service.settings import Settings
@@ -320,6 +322,13 @@ async def read_json(request: Request, settings: Settings, form: TypeAdapter[M]) 
     if len(body) > _LONG:
         return await asyncio.to_thread(_parse, form, body)
     return _parse(form, body)
+
+
+def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
+    """Return embeddings (N, D) as JSON has them: numbers, or base64 of little-endian float32."""
+    if form == "float":
+        return list(embeddings.tolist())
+    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
 
 
 def _parse(form: TypeAdapter[M], body: bytes) -> M:

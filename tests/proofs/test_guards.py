@@ -83,7 +83,7 @@ REMOVALS = [
     Removal("api", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),
     Removal("api", "if len(queries) > gallery.settings.max_queries:", "if False:"),
     Removal("api", "app.add_exception_handler(ClientDisconnect, _on_disconnect)", "pass", "guard"),
-    Removal("openai", "if images > settings.max_images:", "if False:"),
+    Removal("bodies", "if images > settings.max_images:", "if False:"),
     Removal("bulk", "if len(data) > most:", "if False:"),
     Removal("bulk", "if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):", "if False:"),
     Removal("bulk", "if member.flag_bits & 1:", "if False:"),

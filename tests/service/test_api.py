@@ -73,6 +73,16 @@ def test_every_form_of_a_picture_gives_the_same_embedding(client: TestClient, en
     assert abs(np.linalg.norm(first["embeddings"][0]) - 1) < 1e-5
 
 
+def test_what_the_body_leaves_out_the_address_may_say(client: TestClient) -> None:
+    picture = as_base64(digit(0))
+    numbers = client.post("/embed", json={"images": [picture]}).json()["embeddings"][0]
+    text = client.post("/embed?encoding_format=base64", json={"images": [picture]}).json()["embeddings"][0]
+    assert np.allclose(np.frombuffer(base64.b64decode(text), "<f4"), numbers, atol=1e-6)
+    body = {"images": [picture], "encoding_format": "float"}
+    assert client.post("/embed?encoding_format=base64", json=body).json()["embeddings"][0] == numbers
+    assert len(client.post("/search?k=3", json={"id": "digits/00001"}).json()["hits"]) == 3
+
+
 def test_embed_takes_several(client: TestClient) -> None:
     files = [("file", (f"{n}.png", digit(n), "image/png")) for n in range(3)]
     many = client.post("/embed", files=files).json()["embeddings"]
