@@ -1,75 +1,298 @@
-"""FAISS: a rebuildable cache of the catalog's vectors."""
+"""FAISS: a rebuildable cache of the catalog's vectors, as codes in inverted lists.
 
-from collections.abc import Sequence
+Up to `exact_limit` the codes are float16 and every list is scanned; above it they are 8-bit and lie in the list of
+their nearest centroid (see approximation.py). Either way the index proposes candidates and the catalog's own vectors
+decide: float16 rounds by less than a known bound, so the exact index proposes all that can be among the best.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
 
 from service import FloatArray, IntArray
 from service.errors import InvalidQuery
+from service.store.snapshot import Array, Section, section
+
+_EXACT_LISTS = 16  # each core scans some of them
+_MOST_LISTS = 65_536
+# Of a cosine, by rounding one side to float16: half a unit in the last of 11 bits, and what lies below float16's
+# smallest normal number.
+_ROUNDING = 2**-11 * 1.01 + 1e-5
+_EXACT_SPARE = 24  # candidates beyond k at first
+_PARALLEL_LISTS = 2  # FAISS' parallel_mode: over queries and lists
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How an approximate index is laid out; all of it is learnt or measured on the store's own vectors.
+
+    Attributes:
+        centroids: (L, D) float32, unit rows; a vector lies in the list of the one most like it.
+        ranges: what FAISS' 8-bit quantiser learnt.
+        probes: lists that a search looks into.
+        spare: candidates for each wanted neighbour.
+        count: vectors in the store when it was made.
+        recall: recall@10 measured with these.
+    """
+
+    centroids: FloatArray
+    ranges: FloatArray
+    probes: int
+    spare: int
+    count: int
+    recall: float
 
 
 class FaissIndex:
-    """Exact inner-product search over (key, vector) pairs. Not for several threads at once.
+    """Candidates for inner-product search over (key, vector) pairs.
 
-    FAISS itself takes a wrong D without a word under `python -O`, stores NaN, and pads with −1: the
-    checks stand here.
+    Searches may run together; `add`, `remove` and `drop` exclude them and each other, and the caller sees to that.
+    FAISS itself takes a wrong D without a word under `python -O`, stores NaN, and pads with −1: `checked` looks.
     """
 
-    def __init__(self, dimension: int) -> None:
-        self._dimension = dimension
-        self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
+    def __init__(self, dimension: int, partition: Partition | None = None) -> None:
+        """Make an empty index: exact without a partition."""
+        self.dimension = dimension
+        self.partition = partition
+        self._coarse = faiss.IndexFlatIP(dimension)
+        kinds = faiss.ScalarQuantizer
+        if partition is None:
+            self._coarse.add(np.zeros((_EXACT_LISTS, dimension), np.float32))
+            self._index = self._make(kinds.QT_fp16, _EXACT_LISTS, residual=False)
+            self._all_lists = np.arange(_EXACT_LISTS, dtype=np.int64)[None]
+            self._index.parallel_mode = _PARALLEL_LISTS
+            self._index.nprobe = _EXACT_LISTS
+        else:
+            self._coarse.add(partition.centroids)
+            self._index = self._make(kinds.QT_8bit, len(partition.centroids), residual=True)
+            faiss.copy_array_to_vector(partition.ranges, self._index.sq.trained)
+            self._parameters = faiss.SearchParametersIVF(nprobe=partition.probes)  # type: ignore[call-arg]
+        self._index.is_trained = True
+        self._lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
+
+    def _make(self, kind: int, lists: int, residual: bool) -> Any:
+        product = faiss.METRIC_INNER_PRODUCT
+        return faiss.IndexIVFScalarQuantizer(self._coarse, self.dimension, lists, kind, product, residual)
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
-    def add(self, keys: Sequence[int], vectors: FloatArray) -> None:
-        """Add vectors (N, D) under keys that are not in the index yet."""
-        self._index.add_with_ids(self._checked(vectors), np.asarray(keys, np.int64))
+    def assign(self, keys: IntArray, vectors: FloatArray) -> IntArray:
+        """Return the list that each vector belongs into. Needs no exclusion. Cost: O(N · L · D)."""
+        if self.partition is None:
+            return keys % _EXACT_LISTS
+        if not len(keys):
+            return np.empty(0, np.int64)
+        lists: IntArray = self._coarse.search(np.ascontiguousarray(vectors, np.float32), 1)[1][:, 0]
+        return lists
 
-    def remove(self, keys: Sequence[int]) -> None:
-        """Remove keys; those that are not there are passed over. Cost: one pass over the index."""
-        if keys:
-            self._index.remove_ids(faiss.IDSelectorBatch(np.asarray(keys, np.int64)))
+    def add(self, keys: IntArray, vectors: FloatArray, lists: IntArray) -> None:
+        """Add vectors (N, D) under keys that are not in the index, into the lists that `assign` gave."""
+        if len(keys):
+            vectors = np.ascontiguousarray(vectors, np.float32)
+            keys, lists = np.ascontiguousarray(keys, np.int64), np.ascontiguousarray(lists, np.int64)
+            pointers = (faiss.swig_ptr(vectors), faiss.swig_ptr(keys), faiss.swig_ptr(lists))
+            self._index.add_core(len(keys), *pointers)
 
-    def search(self, queries: FloatArray, k: int, among: IntArray | None = None) -> tuple[FloatArray, IntArray]:
-        """Return the k stored vectors most like each query, best first, equal scores by key.
+    def remove(self, keys: IntArray, lists: IntArray) -> None:
+        """Remove keys from the lists that `assign` gave for their vectors. Cost: the length of those lists."""
+        missed = [key for key, number in zip(keys.tolist(), lists.tolist(), strict=True) if not self._take(key, number)]
+        if missed:  # a tie between centroids may be decided otherwise in another batch
+            self.drop(np.asarray(missed, np.int64))
+
+    def _take(self, key: int, number: int) -> bool:
+        size = self._lists.list_size(number)
+        ids = self._ids(number, size)
+        found = np.flatnonzero(ids == key)
+        if not len(found):
+            return False
+        last = size - 1
+        if found[0] != last:
+            self._lists.update_entry(number, int(found[0]), int(ids[last]), self._lists.get_single_code(number, last))
+        self._lists.resize(number, last)
+        self._index.ntotal -= 1
+        return True
+
+    def drop(self, keys: IntArray) -> None:
+        """Remove keys wherever they are; those that are not there are passed over. Cost: one pass over the index."""
+        if len(keys) and len(self):
+            self._index.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(keys, np.int64)))
+
+    def candidates(self, queries: FloatArray, k: int, among: Array | None = None) -> list[IntArray]:
+        """Return for each query the keys among which its k nearest are looked for.
+
+        Of an exact index these are all that can be among the k nearest. Of an approximate one they are
+        `spare` · k, from the lists of the nearest `probes` centroids, or from all lists with `among`.
 
         Args:
-            queries: (N, D), finite rows of L2 norm 1 (within 1e-3).
-            k: neighbours per query, 1 <= k. Fewer columns come back when fewer are stored.
-            among: look at these keys alone; all of them are stored, none twice.
+            queries: (N, D), as `checked` gives them.
+            k: 1 or more.
+            among: look at these keys alone: bits, the lowest of the first byte for key 0.
 
-        Returns:
-            scores: (N, K) cosine in [−1, 1], never increasing along a row.
-            keys: (N, K) int64.
-
-        Raises:
-            InvalidQuery: wrong D, non-finite or non-unit rows, or k < 1.
-
-        Cost: exact, O(N · count · D).
+        Cost: exact O(N · count · D).
         Source: Douze et al., The Faiss library, arXiv:2401.08281.
         """
-        queries = self._checked(queries)
-        if k < 1:
-            raise InvalidQuery(f"k must be 1 or more, not {k}")
-        k = min(k, len(self) if among is None else len(among))
-        if not k or not len(queries):
-            return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        selector = None if among is None else faiss.IDSelectorBatch(among)
-        chosen = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-        scores, keys = self._index.search(queries, k, params=chosen)
-        order = np.lexsort((keys, -scores), axis=1)
-        return (
-            np.clip(np.take_along_axis(scores, order, 1), -1, 1),
-            np.take_along_axis(keys, order, 1),
+        if not len(self):
+            return [np.empty(0, np.int64)] * len(queries)
+        selector: Any = None if among is None else faiss.IDSelectorBitmap(among)  # type: ignore[call-arg, arg-type]
+        if self.partition is not None:
+            wanted = min(self.partition.spare * k, len(self))
+            if selector is None:
+                keys = self._index.search(queries, wanted, params=self._parameters)[1]
+            else:
+                keys = self._scan(queries, wanted, selector)[1]
+            return [row[row >= 0] for row in keys]
+        wanted = k + _EXACT_SPARE
+        while True:
+            wanted = min(wanted, len(self))
+            scores, keys = self._scan(queries, wanted, selector)
+            if wanted == len(self):
+                break
+            # The k-th best has a true score of at least this less the rounding; what has a lower one is out.
+            least = scores[:, min(k, wanted) - 1] - 2 * _ROUNDING
+            if np.all((scores[:, -1] < least) | (keys[:, -1] < 0)):
+                break
+            wanted *= 4
+        least = scores[:, min(k, wanted) - 1 : min(k, wanted)] - 2 * _ROUNDING
+        return [row[good] for row, good in zip(keys, (keys >= 0) & (scores >= least), strict=True)]
+
+    def _scan(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, IntArray]:
+        """Look through all lists."""
+        number, lists = len(queries), self._lists.nlist
+        every = np.repeat(np.arange(lists, dtype=np.int64)[None], number, axis=0)
+        near = queries @ self._coarse_rows().T if self.partition is not None else np.zeros(every.shape, np.float32)
+        near = np.ascontiguousarray(near, np.float32)
+        scores, keys = np.empty((number, k), np.float32), np.empty((number, k), np.int64)
+        chosen = faiss.SearchParametersIVF(nprobe=lists, sel=selector)  # type: ignore[call-arg]
+        arrays = (every, near, scores, keys)
+        given = [faiss.swig_ptr(array) for array in arrays]
+        self._index.search_preassigned_c(
+            number, faiss.swig_ptr(queries), k, given[0], given[1], given[2], given[3], False, chosen
+        )
+        return scores, keys
+
+    def _coarse_rows(self) -> FloatArray:
+        assert self.partition is not None
+        return self.partition.centroids
+
+    def _ids(self, number: int, size: int) -> IntArray:
+        if not size:
+            return np.empty(0, np.int64)
+        ids: IntArray = faiss.rev_swig_ptr(self._lists.get_ids(number), size)
+        return ids
+
+    def _codes(self, number: int, size: int) -> Array:
+        if not size:
+            return np.empty(0, np.uint8)
+        codes: Array = faiss.rev_swig_ptr(self._lists.get_codes(number), size * self._lists.code_size)
+        return codes
+
+    # As arrays ---------------------------------------------------------------------------------------
+
+    def keys(self) -> IntArray:
+        """Return all keys, in order."""
+        parts = [self._ids(number, self._lists.list_size(number)) for number in range(self._lists.nlist)]
+        return np.sort(np.concatenate(parts))
+
+    def holds(self, keys: IntArray, vectors: FloatArray) -> bool:
+        """Whether these keys are there with the codes of these vectors."""
+        alike = FaissIndex(self.dimension, self.partition)
+        alike.add(keys, vectors, lists := self.assign(keys, vectors))
+        return all(
+            alike._code(key, n) == self._code(key, n) for key, n in zip(keys.tolist(), lists.tolist(), strict=True)
         )
 
-    def _checked(self, vectors: FloatArray) -> FloatArray:
-        if vectors.ndim != 2 or vectors.shape[1] != self._dimension:
-            raise InvalidQuery(f"expected vectors of {self._dimension} numbers, got shape {vectors.shape}")
-        if not np.isfinite(vectors).all():
-            raise InvalidQuery("a vector holds a number that is not finite")
-        if np.abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) > 1e-3:
-            raise InvalidQuery("a vector is not of length 1")
-        return np.ascontiguousarray(vectors, np.float32)
+    def _code(self, key: int, number: int) -> bytes | None:
+        size = self._lists.list_size(number)
+        found = np.flatnonzero(self._ids(number, size) == key)
+        return self._codes(number, size).reshape(size, -1)[found[0]].tobytes() if len(found) else None
+
+    def sections(self) -> tuple[dict[str, Any], list[Section]]:
+        """Return facts and sections for a snapshot; the pieces are views, to be written before anything changes."""
+        lengths = np.asarray([self._lists.list_size(number) for number in range(self._lists.nlist)], "<i8")
+        count = int(lengths.sum())
+        sections = [
+            section("lengths", lengths),
+            Section("keys", "<i8", (count,), self._pieces(self._ids, lengths)),
+            Section("codes", "|u1", (count, self._lists.code_size), self._pieces(self._codes, lengths)),
+        ]
+        facts: dict[str, Any] = {"dimension": self.dimension, "count": count}
+        if self.partition is not None:
+            one = self.partition
+            sections += [section("centroids", one.centroids), section("ranges", one.ranges)]
+            facts |= {"probes": one.probes, "spare": one.spare, "built": one.count, "recall": one.recall}
+        return facts, sections
+
+    def _pieces(self, read: Any, lengths: IntArray) -> Iterator[Array]:
+        for number, size in enumerate(lengths.tolist()):
+            yield read(number, size)
+
+    @classmethod
+    def of_arrays(cls, dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) -> "FaissIndex":
+        """Return the index that `sections` described.
+
+        Raises:
+            ValueError: the arrays are not those of an index of this dimension.
+        """
+        index = cls(dimension, _partition(dimension, facts, arrays))
+        lists, code_size = index._lists.nlist, index._lists.code_size
+        lengths, keys, codes = (arrays.get(name, np.empty(0)) for name in ("lengths", "keys", "codes"))
+        _expect(facts.get("dimension") == dimension, "dimension")
+        _expect(lengths.dtype == np.int64 and lengths.shape == (lists,) and bool((lengths >= 0).all()), "lengths")
+        _expect(keys.dtype == np.int64 and keys.shape == (facts.get("count"),), "keys")
+        _expect(bool((lengths <= len(keys)).all()) and int(lengths.sum()) == len(keys), "lengths")
+        _expect(codes.dtype == np.uint8 and codes.shape == (len(keys), code_size), "codes")
+        ends = np.cumsum(lengths)
+        for number, (size, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
+            if size:
+                one, many = keys[end - size : end], codes[end - size : end]
+                index._lists.add_entries(number, size, faiss.swig_ptr(one), faiss.swig_ptr(many))
+        index._index.ntotal = len(keys)
+        return index
+
+
+def checked(vectors: FloatArray, dimension: int) -> FloatArray:
+    """Return vectors as C-contiguous float32.
+
+    Raises:
+        InvalidQuery: not (N, D), not finite, or a row's L2 norm not 1 (within 1e-3).
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != dimension:
+        raise InvalidQuery(f"expected vectors of {dimension} numbers, got shape {vectors.shape}")
+    if not np.isfinite(vectors).all():
+        raise InvalidQuery("a vector holds a number that is not finite")
+    if np.abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) > 1e-3:
+        raise InvalidQuery("a vector is not of length 1")
+    return np.ascontiguousarray(vectors, np.float32)
+
+
+def bits(keys: Sequence[int] | IntArray) -> Array:
+    """Return keys as the bits that `candidates` takes."""
+    array = np.asarray(keys, np.int64)
+    flags = np.zeros(int(array.max(initial=0)) + 1, np.bool_)
+    flags[array] = True
+    return np.packbits(flags, bitorder="little")
+
+
+def _partition(dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) -> Partition | None:
+    if "centroids" not in arrays:
+        return None
+    centroids, ranges = arrays["centroids"], arrays.get("ranges", np.empty(0))
+    _expect(centroids.dtype == np.float32 and centroids.ndim == 2 and centroids.shape[1] == dimension, "centroids")
+    _expect(1 <= len(centroids) <= _MOST_LISTS and bool(np.isfinite(centroids).all()), "centroids")
+    _expect(
+        ranges.dtype == np.float32 and ranges.shape == (2 * dimension,) and bool(np.isfinite(ranges).all()), "ranges"
+    )
+    numbers = [facts.get(name) for name in ("probes", "spare", "built")]
+    probes, spare, built = (number if type(number) is int else 0 for number in numbers)
+    _expect(1 <= probes <= len(centroids) and 1 <= spare <= 1000 and built >= 1, "probes")
+    recall = facts.get("recall")
+    return Partition(centroids, ranges, probes, spare, built, recall if isinstance(recall, float) else 0.0)
+
+
+def _expect(good: bool, what: str) -> None:
+    if not good:
+        raise ValueError(f"its {what} are not those of an index")
