@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from service import FloatArray, IntArray
 from service.card import Card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import Hit, Item, NewItem, snapshot
+from service.store.approximation import approximate
 from service.store.catalog import FILE, Catalog, Change, Row, read_meta
 from service.store.commits import Commits
 from service.store.faiss_index import FaissIndex, bits, checked
@@ -28,6 +31,8 @@ SNAPSHOT = "index.snapshot"
 _CHANGES_A_SNAPSHOT = 50_000  # or a fifth of the store, when that is more
 _SAMPLED = 64  # codes of a snapshot that are compared with the catalog
 _ATTEMPTS = 50
+_QUIET_S, _MOST_QUIET_S = 1, 30
+_NICENESS = 10
 
 
 class EmbeddedStore:
@@ -89,10 +94,14 @@ class EmbeddedStore:
             if self._read_only:
                 self._commits.refuse("the store cannot be written: it was opened read-only")
             self._exact_limit = exact_limit
+            self._futile = 0  # vectors up to which an approximate index need not be tried again
             self._unsaved = 0
-            self._index, self._applied = self._load()
+            self._changed_at = 0.0
             self._closing = False
-            self._due = threading.Event()
+            self._due, self._settling = threading.Event(), threading.Lock()
+            self._index, self._applied = self._load()
+            if self._outgrown():
+                self._due.set()
             self._keeper = threading.Thread(target=self._keep, name="store keeper", daemon=True)
             if not self._read_only:
                 self._keeper.start()
@@ -159,7 +168,8 @@ class EmbeddedStore:
             self._index.add(keys, vectors, lists)
             self._applied = sequence
         self._unsaved += len(changes)
-        if self._unsaved >= max(_CHANGES_A_SNAPSHOT, len(self._index) // 5):
+        self._changed_at = time.monotonic()
+        if self._outgrown() or self._unsaved >= self._most_unsaved():
             self._due.set()
 
     def _assigned(self, pairs: list[tuple[int, FloatArray]]) -> tuple[IntArray, FloatArray, IntArray]:
@@ -271,9 +281,7 @@ class EmbeddedStore:
         except OSError as error:
             reason = f"{path} cannot be read: {error.strerror}"
         sequence = self._catalog.sequence()
-        index = FaissIndex(self._dimension)
-        for keys, vectors in self._catalog.vectors():
-            index.add(keys, vectors, index.assign(keys, vectors))
+        index = self._exact()
         if len(index):
             log.warning("the index was made anew from %d vectors: %s", len(index), reason)
         self._unsaved = len(index)
@@ -311,14 +319,86 @@ class EmbeddedStore:
             index.add(keys, vectors, index.assign(keys, vectors))
         return latest
 
+    def _outgrown(self) -> bool:
+        """Whether the index is of the wrong kind for so many vectors, or of one that was learnt on too few or many."""
+        count, partition = len(self._index), self._index.partition
+        if partition is None:
+            return count > max(self._exact_limit, self._futile)
+        return not partition.count // 2 <= count <= partition.count * 2
+
+    def _most_unsaved(self) -> int:
+        return max(_CHANGES_A_SNAPSHOT, len(self._index) // 5)
+
     def _keep(self) -> None:
-        """Take snapshots as changes come in, until the store closes."""
+        """Make indexes and take snapshots as changes come in, until the store closes."""
+        if sys.platform == "linux":  # this thread, and those that FAISS starts in it, after those who answer
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             self._due.wait()
             self._due.clear()
+            self._await_quiet()
             if self._closing:
                 return
-            self._save()
+            try:
+                self.settle()
+            except Exception:
+                log.exception("the index could not be looked after; it goes on as it is")
+
+    def _await_quiet(self) -> None:
+        """Wait for a second without changes, not for ever."""
+        start = time.monotonic()
+        while not self._closing and time.monotonic() < min(self._changed_at + _QUIET_S, start + _MOST_QUIET_S):
+            time.sleep(0.05)
+
+    def settle(self) -> None:
+        """Make the index and take the snapshot that are due, now rather than in the background.
+
+        Raises:
+            InvalidStore: the catalog cannot be read.
+        """
+        with self._settling:
+            if self._outgrown():
+                self._make_index()
+            if self._unsaved >= self._most_unsaved():
+                self._save()
+
+    def _make_index(self) -> None:
+        """Make the index anew, of the kind that its size asks for; searches and changes go on meanwhile."""
+        start, sequence, keys = time.monotonic(), self._catalog.sequence(), self._catalog.keys()
+        index: FaissIndex | None
+        if len(keys) <= self._exact_limit:
+            index = self._exact()
+        else:
+            index = approximate(self._catalog.vectors, keys, self._dimension, lambda: self._closing)
+        if self._closing:
+            return
+        if index is None:
+            self._futile = 2 * len(keys)
+            log.warning(
+                "an index that looks at a part of these %d vectors misses too many: all are looked at", len(keys)
+            )
+            if self._index.partition is None:
+                return
+            index = self._exact()
+        sequence = self._replay(index, sequence)
+        with self._commits.paused():
+            sequence = self._replay(index, sequence)
+            with self._turns.alone():
+                self._index, self._applied = index, sequence
+        seconds = time.monotonic() - start
+        if index.partition is not None:
+            learnt = index.partition
+            log.info(
+                "an approximate index of %d vectors is in use: %d of %d lists a search, recall@10 %.4f; made in %.0f s",
+                *(len(index), learnt.probes, len(learnt.centroids), learnt.recall, seconds),
+            )
+        self._unsaved = max(self._unsaved, self._most_unsaved())
+
+    def _exact(self) -> FaissIndex:
+        index = FaissIndex(self._dimension)
+        for keys, vectors in self._catalog.vectors():
+            index.add(keys, vectors, index.assign(keys, vectors))
+        return index
 
     def _save(self) -> None:
         """Take a snapshot. Changes wait while it is written, not while it goes to the disk; searches go on."""

@@ -6,7 +6,7 @@ decide: float16 rounds by less than a known bound, so the exact index proposes a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -69,7 +69,7 @@ class FaissIndex:
             self._coarse.add(partition.centroids)
             self._index = self._make(kinds.QT_8bit, len(partition.centroids), residual=True)
             faiss.copy_array_to_vector(partition.ranges, self._index.sq.trained)
-            self._parameters = faiss.SearchParametersIVF(nprobe=partition.probes)  # type: ignore[call-arg]
+            self._parameters = _probing(partition.probes)
         self._index.is_trained = True
         self._lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
 
@@ -158,6 +158,21 @@ class FaissIndex:
             wanted *= 4
         least = scores[:, min(k, wanted) - 1 : min(k, wanted)] - 2 * _ROUNDING
         return [row[good] for row, good in zip(keys, (keys >= 0) & (scores >= least), strict=True)]
+
+    def propose(self, queries: FloatArray, wanted: int, probes: int) -> IntArray:
+        """Return candidates (N, wanted) as an approximate index of so many probes would; -1 where there are fewer."""
+        keys: IntArray = self._index.search(queries, wanted, params=_probing(probes))[1]
+        return keys
+
+    def settled(self, probes: int, spare: int, recall: float) -> "FaissIndex":
+        """Return the same index with what was measured, its lists no larger than they must be."""
+        assert self.partition is not None
+        same = FaissIndex(self.dimension, replace(self.partition, probes=probes, spare=spare, recall=recall))
+        for number in range(self._lists.nlist):
+            if size := self._lists.list_size(number):
+                same._lists.add_entries(number, size, self._lists.get_ids(number), self._lists.get_codes(number))
+        same._index.ntotal = len(self)
+        return same
 
     def _scan(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, IntArray]:
         """Look through all lists."""
@@ -252,6 +267,10 @@ class FaissIndex:
                 index._lists.add_entries(number, size, faiss.swig_ptr(one), faiss.swig_ptr(many))
         index._index.ntotal = len(keys)
         return index
+
+
+def _probing(lists: int) -> Any:
+    return faiss.SearchParametersIVF(nprobe=lists)  # type: ignore[call-arg]
 
 
 def checked(vectors: FloatArray, dimension: int) -> FloatArray:
