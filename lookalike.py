@@ -153,6 +153,7 @@ def index(
     gallery = open_gallery(_settings(model=model, store=store))
     try:
         tally = index_source(pictures, gallery)
+        gallery.store.settle()
         notice = gallery.notice()
     finally:
         gallery.close()
@@ -181,7 +182,7 @@ def search(
         data = image.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
-    gallery = open_gallery(_settings(store=store), read_only=True)
+    gallery = open_gallery(_settings(store=store, read_only=True))
     hits = gallery.find([data], k)[0]
     gallery.close()
     if as_json:
@@ -198,9 +199,12 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the encoder: fp32, fp16, int8; the fastest if auto.")] = None,
+    read_only: Annotated[
+        bool | None, typer.Option("--read-only", help="Beside the process that changes the store; follows its changes.")
+    ] = None,
 ) -> None:
     """Serve search over HTTP, with a page, until Ctrl-C."""
-    settings = _settings(model=model, store=store, host=host, port=port, variant=variant)
+    settings = _settings(model=model, store=store, host=host, port=port, variant=variant, read_only=read_only)
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
     environment = {  # the keys are there already: only the environment holds them
@@ -254,13 +258,12 @@ def _check_serving(settings: Any) -> None:
     """Say here, in one sentence, what would otherwise be a traceback in the server's log."""
     from service.card import read_card
     from service.encoder import Encoder
-    from service.gallery import find_model
+    from service.gallery import find_model, open_store
     from service.keys import read_keys
-    from service.store.embedded import EmbeddedStore
 
     read_keys(settings)
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
+    open_store(settings, encoder).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

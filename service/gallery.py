@@ -280,14 +280,26 @@ class Gallery:
         return tones(np.stack(pixels)) if pixels else None
 
 
-def open_gallery(settings: Settings, read_only: bool = False) -> Gallery:
+def open_gallery(settings: Settings) -> Gallery:
     """Open the encoder and the store that the settings name.
 
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    return Gallery(encoder, EmbeddedStore(settings.store, encoder.card, encoder.dimension, read_only), settings)
+    return Gallery(encoder, open_store(settings, encoder), settings)
+
+
+def open_store(settings: Settings, encoder: Encoder) -> EmbeddedStore:
+    """Open the store that the settings name. Raises InvalidStore, StoreMismatch."""
+    return EmbeddedStore(
+        settings.store,
+        encoder.card,
+        encoder.dimension,
+        settings.read_only,
+        exact_limit=settings.exact_limit,
+        vector_type=settings.vector_type,
+    )
 
 
 def find_model(settings: Settings) -> Path:

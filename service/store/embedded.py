@@ -19,9 +19,10 @@ from service.store import Hit, Item, NewItem, snapshot
 from service.store.approximation import approximate
 from service.store.catalog import FILE, Catalog, Change, Row, read_meta
 from service.store.commits import Commits
-from service.store.faiss_index import FaissIndex, bits, checked
+from service.store.faiss_index import FaissIndex, checked
 from service.store.filters import Filter
 from service.store.folder import lock
+from service.store.selection import Selections
 from service.store.snapshot import DamagedSnapshot
 from service.store.turns import Turns
 
@@ -89,6 +90,7 @@ class EmbeddedStore:
         self._catalog = Catalog(self._folder, None if self._read_only else meta)
         try:
             self._check(self._catalog.meta)
+            self._selections = Selections(self._catalog)
             self._turns = Turns()
             self._commits = Commits(self._catalog, self._apply)
             if self._read_only:
@@ -207,14 +209,13 @@ class EmbeddedStore:
 
     def _attempt(self, queries: FloatArray, k: int, where: Filter | None) -> list[list[Hit]] | None:
         """The hits, or None where the catalog is ahead of the index in what they were made of."""
+        if where is not None:
+            self._selections.get(where)  # what takes long the first time must not keep changes waiting
         with self._turns.shared():
-            among = None
-            if where is not None:
-                latest, _, matching = self._catalog.matching(where, -1)
-                if latest > self._applied:
-                    return None
-                among = bits(matching)
-            candidates = self._index.candidates(queries, k, among)
+            selection = None if where is None else self._selections.get(where)
+            if selection is not None and selection.sequence > self._applied:
+                return None
+            candidates = self._index.candidates(queries, k, None if selection is None else selection.among)
             wanted = np.unique(np.concatenate(candidates))
             rows = self._catalog.rows(wanted)
             if len(rows) < len(wanted) or any(row.sequence > self._applied for row in rows.values()):

@@ -5,7 +5,7 @@ their nearest centroid (see approximation.py). Either way the index proposes can
 decide: float16 rounds by less than a known bound, so the exact index proposes all that can be among the best.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ _MOST_LISTS = 65_536
 # smallest normal number.
 _ROUNDING = 2**-11 * 1.01 + 1e-5
 _EXACT_SPARE = 24  # candidates beyond k at first
+_FEW = 256  # of keys: as many are read from the catalog in no time
+_LEAST_SEEN = 20_000  # of filtered keys in an approximate index
 _PARALLEL_LISTS = 2  # FAISS' parallel_mode: over queries and lists
 
 
@@ -44,6 +46,23 @@ class Partition:
     spare: int
     count: int
     recall: float
+
+
+class Among:
+    """The keys that a search is limited to.
+
+    Attributes:
+        bits: one for each key, the lowest of the first byte for key 0.
+        count: of keys.
+        keys: themselves, in order, where they are so few that each is a candidate; else None.
+    """
+
+    def __init__(self, bits: Array) -> None:
+        self.bits = bits
+        self.count = int(np.bitwise_count(bits).sum())
+        few = self.count <= _FEW
+        self.keys: IntArray | None = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if few else None
+        self.tally: tuple[FaissIndex, IntArray] | None = None  # how many are in each list; see FaissIndex._tally
 
 
 class FaissIndex:
@@ -121,34 +140,41 @@ class FaissIndex:
         if len(keys) and len(self):
             self._index.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(keys, np.int64)))
 
-    def candidates(self, queries: FloatArray, k: int, among: Array | None = None) -> list[IntArray]:
+    def candidates(self, queries: FloatArray, k: int, among: Among | None = None) -> list[IntArray]:
         """Return for each query the keys among which its k nearest are looked for.
 
         Of an exact index these are all that can be among the k nearest. Of an approximate one they are
-        `spare` · k, from the lists of the nearest `probes` centroids, or from all lists with `among`.
+        `spare` · k, from the lists of the nearest `probes` centroids. With `among` lists in which there is none of
+        them are passed over, and the search goes on until it has seen as many as it would have without, and at least
+        20,000: those that meet a filter may be anywhere.
 
         Args:
             queries: (N, D), as `checked` gives them.
             k: 1 or more.
-            among: look at these keys alone: bits, the lowest of the first byte for key 0.
+            among: look at these keys alone. It holds for the index as it is now: its lists are counted once.
 
         Cost: exact O(N · count · D).
         Source: Douze et al., The Faiss library, arXiv:2401.08281.
         """
         if not len(self):
             return [np.empty(0, np.int64)] * len(queries)
-        selector: Any = None if among is None else faiss.IDSelectorBitmap(among)  # type: ignore[call-arg, arg-type]
+        if among is not None and among.keys is not None:
+            return [among.keys] * len(queries)
+        selector: Any = None if among is None else faiss.IDSelectorBitmap(among.bits)  # type: ignore[call-arg, arg-type]
         if self.partition is not None:
             wanted = min(self.partition.spare * k, len(self))
-            if selector is None:
+            if among is None:
                 keys = self._index.search(queries, wanted, params=self._parameters)[1]
             else:
-                keys = self._scan(queries, wanted, selector)[1]
+                lists, near = self._promising(queries, among)
+                keys = self._scan(queries, min(wanted, among.count), lists, near, selector)[1]
             return [row[row >= 0] for row in keys]
+        every = np.repeat(self._all_lists, len(queries), axis=0)
+        near = np.zeros(every.shape, np.float32)
         wanted = k + _EXACT_SPARE
         while True:
             wanted = min(wanted, len(self))
-            scores, keys = self._scan(queries, wanted, selector)
+            scores, keys = self._scan(queries, wanted, every, near, selector)
             if wanted == len(self):
                 break
             # The k-th best has a true score of at least this less the rounding; what has a lower one is out.
@@ -174,24 +200,40 @@ class FaissIndex:
         same._index.ntotal = len(self)
         return same
 
-    def _scan(self, queries: FloatArray, k: int, selector: Any) -> tuple[FloatArray, IntArray]:
-        """Look through all lists."""
-        number, lists = len(queries), self._lists.nlist
-        every = np.repeat(np.arange(lists, dtype=np.int64)[None], number, axis=0)
-        near = queries @ self._coarse_rows().T if self.partition is not None else np.zeros(every.shape, np.float32)
-        near = np.ascontiguousarray(near, np.float32)
-        scores, keys = np.empty((number, k), np.float32), np.empty((number, k), np.int64)
-        chosen = faiss.SearchParametersIVF(nprobe=lists, sel=selector)  # type: ignore[call-arg]
-        arrays = (every, near, scores, keys)
-        given = [faiss.swig_ptr(array) for array in arrays]
-        self._index.search_preassigned_c(
-            number, faiss.swig_ptr(queries), k, given[0], given[1], given[2], given[3], False, chosen
-        )
-        return scores, keys
-
-    def _coarse_rows(self) -> FloatArray:
+    def _promising(self, queries: FloatArray, among: Among) -> tuple[IntArray, FloatArray]:
+        """The lists to look into for each query, nearest first, −1 where it needs no more; and how near they are."""
         assert self.partition is not None
-        return self.partition.centroids
+        near = queries @ self.partition.centroids.T
+        tally = self._tally(among)
+        enough = max(2 * self.partition.probes * len(self) // len(tally), _LEAST_SEEN)
+        order = np.argsort(-near, axis=1)
+        seen = np.cumsum(tally[order], axis=1)
+        order[(seen - tally[order] >= enough) | (tally[order] == 0)] = -1
+        used = np.argsort(order < 0, axis=1, kind="stable")[:, : max(int((order >= 0).sum(1).max()), 1)]
+        order = np.take_along_axis(order, used, 1)
+        return order, np.take_along_axis(near, np.maximum(order, 0), 1)
+
+    def _tally(self, among: Among) -> IntArray:
+        """How many of some keys are in each list."""
+        if among.tally is None or among.tally[0] is not self:
+            sizes = [self._lists.list_size(number) for number in range(self._lists.nlist)]
+            ids = np.concatenate([self._ids(number, size) for number, size in enumerate(sizes)])
+            met = among.bits[np.minimum(ids >> 3, len(among.bits) - 1)] >> (ids & 7).astype(np.uint8) & 1
+            met[ids >> 3 >= len(among.bits)] = 0
+            counts = np.diff(np.concatenate([[0], np.cumsum(met, dtype=np.int64)])[np.cumsum([0, *sizes])])
+            among.tally = (self, counts)
+        return among.tally[1]
+
+    def _scan(
+        self, queries: FloatArray, k: int, lists: IntArray, near: FloatArray, selector: Any
+    ) -> tuple[FloatArray, IntArray]:
+        """Look through lists, some for each query."""
+        lists, near = np.ascontiguousarray(lists, np.int64), np.ascontiguousarray(near, np.float32)
+        scores, keys = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        chosen = faiss.SearchParametersIVF(nprobe=lists.shape[1], sel=selector)  # type: ignore[call-arg]
+        pointers = [faiss.swig_ptr(array) for array in (lists, near, scores, keys)]
+        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), k, *pointers, False, chosen)
+        return scores, keys
 
     def _ids(self, number: int, size: int) -> IntArray:
         if not size:
@@ -286,14 +328,6 @@ def checked(vectors: FloatArray, dimension: int) -> FloatArray:
     if np.abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) > 1e-3:
         raise InvalidQuery("a vector is not of length 1")
     return np.ascontiguousarray(vectors, np.float32)
-
-
-def bits(keys: Sequence[int] | IntArray) -> Array:
-    """Return keys as the bits that `candidates` takes."""
-    array = np.asarray(keys, np.int64)
-    flags = np.zeros(int(array.max(initial=0)) + 1, np.bool_)
-    flags[array] = True
-    return np.packbits(flags, bitorder="little")
 
 
 def _partition(dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) -> Partition | None:
