@@ -3,13 +3,17 @@
 import ctypes
 import gc
 import logging
+import signal
+import threading
+import time
 
 import bentoml
 from starlette.types import Receive, Scope, Send
 
 from service import logs
 from service.api import create_app
-from service.gallery import open_gallery
+from service.errors import LookalikeError
+from service.gallery import open_gallery, succeed
 from service.guard import Guard
 from service.settings import Settings
 from service.slots import Slots
@@ -65,6 +69,8 @@ class Lookalike:
         settings = Settings()
         self.gallery = open_gallery(settings)
         app.state.gallery = self.gallery
+        if threading.current_thread() is threading.main_thread():  # where alone signals can be caught
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.take_up, daemon=True).start())
         app.state.slots = Slots(settings.max_waiting, settings.work_timeout_s)
         log.info(
             "serving %d pictures from %s with the encoder %s (%s) on %s",
@@ -79,6 +85,18 @@ class Lookalike:
         # Full collections of all that was loaded so far would stop everybody for 100 ms each.
         gc.collect()
         gc.freeze()
+
+    def take_up(self) -> None:
+        """Go over to the store's generation that counts by now; where that cannot be, go on and say why."""
+        earlier = self.gallery
+        try:
+            self.gallery = app.state.gallery = succeed(earlier)
+        except LookalikeError as error:
+            log.warning("no other generation of the store is taken up: %s", error)
+            return
+        log.info("serving %d pictures with the encoder %s", self.gallery.store.count(), self.gallery.card.name)
+        time.sleep(_times.work_timeout_s)  # who has begun with the earlier one ends with it
+        earlier.close()
 
     def __is_ready__(self) -> bool:
         """Ready is: a picture goes all the way to the index and back."""

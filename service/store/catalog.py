@@ -249,6 +249,10 @@ class Catalog:
         self._database.execute(query, (_dump(metadata), self._sequence, id))
         return Item(item.id, metadata, item.source, item.digest, item.variant)
 
+    def note(self, name: str, value: str) -> None:
+        """Let the catalog say something of itself."""
+        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
     # Reading -----------------------------------------------------------------------------------------
 
     @contextmanager
@@ -325,9 +329,21 @@ class Catalog:
         with self._reading() as database:
             return _items(database, "WHERE key > ? ORDER BY key LIMIT ?", after, limit)
 
+    def changed_items(self, since: int, limit: int, after: int) -> list[tuple[int, Item]]:
+        """Return up to `limit` items with keys above `after` that changed after a sequence number, in key order."""
+        with self._reading() as database:
+            where = "WHERE key > ? AND items.sequence > ? ORDER BY key LIMIT ?"
+            return _items(database, where, after, since, limit)
+
+    def removed(self, since: int) -> list[str]:
+        """Return the ids that were removed after a sequence number, some of which may be there again."""
+        with self._reading() as database:
+            query = "SELECT DISTINCT id FROM removed WHERE sequence > ?"
+            return [str(id) for (id,) in database.execute(query, (since,))]
+
     def thumbnail(self, id: str) -> bytes | None:
-        """Return an item's thumbnail, or None."""
-        return self._blob("SELECT thumbnail FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id)
+        """Return an item's thumbnail, or None; an item that came as an embedding has none."""
+        return self._blob("SELECT thumbnail FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id) or None
 
     def original(self, id: str) -> bytes | None:
         """Return an item's own bytes, or None where they were not kept."""
@@ -400,6 +416,11 @@ class Catalog:
         with self._reading() as database:
             blob = _one(database, query, id)
         return None if blob is None else bytes(blob)
+
+
+def has_catalog(folder: Path) -> bool:
+    """Whether there is a catalog in a folder."""
+    return (folder / FILE).exists()
 
 
 def read_meta(folder: Path) -> dict[str, str]:

@@ -21,14 +21,13 @@ from service.store.catalog import FILE, Catalog, Change, Row, read_meta
 from service.store.commits import Commits
 from service.store.faiss_index import FaissIndex, checked
 from service.store.filters import Filter
-from service.store.folder import lock
+from service.store.folder import current, lock
 from service.store.selection import Selections
-from service.store.snapshot import DamagedSnapshot
+from service.store.snapshot import SNAPSHOT, DamagedSnapshot
 from service.store.turns import Turns
 
 log = logging.getLogger("bentoml.lookalike")
 
-SNAPSHOT = "index.snapshot"
 _CHANGES_A_SNAPSHOT = 50_000  # or a fifth of the store, when that is more
 _SAMPLED = 64  # codes of a snapshot that are compared with the catalog
 _ATTEMPTS = 50
@@ -70,22 +69,26 @@ class EmbeddedStore:
 
         Cost: reads the snapshot and what changed since; without a snapshot that can be used, every vector once.
         """
-        self._folder, self._card, self._dimension, self._read_only = folder, card, dimension, read_only
-        self._guard = None if read_only else lock(folder)
+        self._home, self._card, self._dimension, self._read_only = folder, card, dimension, read_only
+        self._exact_limit, self._vector_type = exact_limit, vector_type
+        self._guards = [] if read_only else [lock(folder)]
         try:
-            self._open(exact_limit, vector_type)
+            self._folder = current(folder)
+            if self._folder != folder and not read_only:
+                self._guards.append(lock(self._folder))
+            self._open()
         except BaseException:
             self._release()
             raise
 
-    def _open(self, exact_limit: int, vector_type: str) -> None:
+    def _open(self) -> None:
         card = self._card
         meta = {
             "fingerprint": card.fingerprint,
             "dimension": str(self._dimension),
             "model": card.name,
             "model_folder": str(card.folder),
-            "vector_type": vector_type,
+            "vector_type": self._vector_type,
         }
         self._catalog = Catalog(self._folder, None if self._read_only else meta)
         try:
@@ -95,7 +98,6 @@ class EmbeddedStore:
             self._commits = Commits(self._catalog, self._apply)
             if self._read_only:
                 self._commits.refuse("the store cannot be written: it was opened read-only")
-            self._exact_limit = exact_limit
             self._futile = 0  # vectors up to which an approximate index need not be tried again
             self._unsaved = 0
             self._changed_at = 0.0
@@ -153,6 +155,14 @@ class EmbeddedStore:
     def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
         """See Store.set_metadata."""
         return self._commits.run(lambda _: self._catalog.change_metadata(id, change))
+
+    def facts(self) -> dict[str, str]:
+        """What the store says of itself: fingerprint, model, and what `note` wrote."""
+        return read_meta(self._folder)
+
+    def note(self, name: str, value: str) -> None:
+        """Let the store say something of itself. Durable when it returns."""
+        self._commits.run(lambda _: self._catalog.note(name, value))
 
     def _apply(self, changes: list[Change], sequence: int) -> None:
         """Bring the index to a commit. One thread at a time: Commits sees to that."""
@@ -414,6 +424,28 @@ class EmbeddedStore:
         except OSError as error:  # the catalog has it all
             log.warning("no snapshot of the index could be written to %s: %s", path, error.strerror or error)
 
+    def successor(self, card: Card, dimension: int) -> "EmbeddedStore":
+        """Open the generation that counts by now, beside this one.
+
+        Raises:
+            StoreMismatch: it holds embeddings of another encoder than `card`'s.
+            InvalidStore: damaged, or it is this very generation.
+        """
+        folder = current(self._home)
+        if folder == self._folder:
+            raise InvalidStore(f"{self._home}: no other generation counts than the one that is open")
+        return EmbeddedStore(folder, card, dimension, self._read_only, self._exact_limit, self._vector_type)
+
+    def inherit(self, earlier: "EmbeddedStore") -> None:
+        """Take over the folder of the store that this is the successor of, with its locks; that one only reads on."""
+        self._home = earlier._home
+        self._guards, earlier._guards = self._guards + earlier._guards, []
+
+    def refuse(self, reason: str) -> None:
+        """Take no change from now on, once those at work are done; searches go on."""
+        with self._commits.paused():
+            self._commits.refuse(reason)
+
     def close(self) -> None:
         """Take a snapshot if anything changed, close the catalog and let the next process in."""
         if self._closing:
@@ -430,9 +462,9 @@ class EmbeddedStore:
         self._release()
 
     def _release(self) -> None:
-        if self._guard is not None:
-            os.close(self._guard)
-            self._guard = None
+        for guard in self._guards:
+            os.close(guard)
+        self._guards = []
 
 
 def recorded_model(folder: Path) -> Path | None:
@@ -441,6 +473,7 @@ def recorded_model(folder: Path) -> Path | None:
     Raises:
         InvalidStore: it is damaged.
     """
+    folder = current(folder)
     if not (folder / FILE).exists():
         return None
     return Path(read_meta(folder)["model_folder"])

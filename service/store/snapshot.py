@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+SNAPSHOT = "index.snapshot"
 _MAGIC = b"LOOKSNAP"
 _NUMBER = np.dtype("<u4")
 _LARGEST_HEADER = 65_536

@@ -9,9 +9,10 @@ import pytest
 from service import FloatArray, IntArray
 from service.store import snapshot
 from service.store.approximation import approximate
-from service.store.embedded import SNAPSHOT, EmbeddedStore
+from service.store.embedded import EmbeddedStore
 from service.store.faiss_index import FaissIndex
 from service.store.filters import parse_filter
+from service.store.snapshot import SNAPSHOT
 from tests.service.test_store import card, item
 
 D = 32

@@ -13,8 +13,8 @@ import pytest
 
 from service.store import snapshot
 from service.store.catalog import FILE
-from service.store.embedded import SNAPSHOT, EmbeddedStore
-from service.store.snapshot import DamagedSnapshot, section
+from service.store.embedded import EmbeddedStore
+from service.store.snapshot import SNAPSHOT, DamagedSnapshot, section
 from tests.service.test_store import D, card, item, unit
 
 VECTORS = unit(40, D)

@@ -18,7 +18,8 @@ from service.card import Card, Preprocessing, read_card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import NewItem
 from service.store.catalog import FILE, Catalog
-from service.store.embedded import SNAPSHOT, EmbeddedStore, recorded_model
+from service.store.embedded import EmbeddedStore, recorded_model
+from service.store.snapshot import SNAPSHOT
 from tests.conftest import MODEL
 
 D = 8
