@@ -7,7 +7,7 @@ Every change draws the next number of one sequence: `items.sequence` is an item'
 import json
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,13 +76,12 @@ class Change(NamedTuple):
     new: FloatArray | None
 
 
-class Row(NamedTuple):
-    """What a search needs of an item: the number of its last change, too."""
+class Shown(NamedTuple):
+    """What a search shows of an item, metadata as JSON, and the number of the item's last change."""
 
     id: str
     metadata: str
     sequence: int
-    vector: bytes
 
 
 class Catalog:
@@ -285,26 +284,30 @@ class Catalog:
         with self._reading() as database:
             return _item(database, id)
 
-    def rows(self, keys: IntArray) -> dict[int, Row]:
-        """Return what a search needs of keys, those that are there, all of one moment.
+    def some_vectors(self, keys: IntArray, until: int) -> tuple[IntArray, FloatArray] | None:
+        """Return keys in order and their vectors (N, D), or None where one changed or went after `until`.
 
         Raises:
             InvalidStore: a vector does not have its checksum.
         """
         query = (
-            "SELECT key, id, metadata, items.sequence, vector, checksum FROM items JOIN vectors USING (key) "
-            "WHERE key IN (SELECT value FROM json_each(?))"
+            "SELECT key, vector, checksum, sequence FROM vectors "
+            "WHERE key IN (SELECT value FROM json_each(?)) ORDER BY key"
         )
-        found = {}
         with self._reading() as database:
-            for key, id, metadata, sequence, vector, checksum in database.execute(query, (json.dumps(keys.tolist()),)):
-                self._check_vector(key, vector, checksum)
-                found[key] = Row(id, metadata, sequence, vector)
-        return found
+            rows: list[Any] = database.execute(query, (json.dumps(keys.tolist()),)).fetchall()
+        if len(rows) < len(keys) or any(row[3] > until for row in rows):
+            return None
+        return self._checked([row[:3] for row in rows]) if rows else (keys, np.empty((0, 0), np.float32))
 
-    def matrix(self, blobs: Sequence[bytes]) -> FloatArray:
-        """Return vectors as they lie in the table as one (N, D) float32."""
-        return np.frombuffer(b"".join(blobs), self._dtype).reshape(len(blobs), -1).astype(np.float32)
+    def shown(self, keys: IntArray, until: int) -> dict[int, Shown] | None:
+        """Return what a search shows of keys, or None where one changed or went after `until`."""
+        query = "SELECT key, id, metadata, sequence FROM items WHERE key IN (SELECT value FROM json_each(?))"
+        with self._reading() as database:
+            found = {key: Shown(*rest) for key, *rest in database.execute(query, (json.dumps(keys.tolist()),))}
+        if len(found) < len(keys) or any(one.sequence > until for one in found.values()):
+            return None
+        return found
 
     def matching(self, where: Filter, since: int) -> tuple[int, IntArray, IntArray]:
         """Return which items meet a filter, of those that changed after a sequence number.
@@ -406,7 +409,8 @@ class Catalog:
     def _checked(self, rows: list[Any]) -> tuple[IntArray, FloatArray]:
         for key, blob, checksum in rows:
             self._check_vector(key, blob, checksum)
-        return np.asarray([row[0] for row in rows], np.int64), self.matrix([row[1] for row in rows])
+        vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(len(rows), -1)
+        return np.asarray([row[0] for row in rows], np.int64), vectors.astype(np.float32)
 
     def _check_vector(self, key: int, blob: bytes, checksum: int) -> None:
         if zlib.crc32(blob) != checksum or len(blob) != self._width:

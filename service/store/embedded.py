@@ -17,7 +17,7 @@ from service.card import Card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import Hit, Item, NewItem, snapshot
 from service.store.approximation import approximate
-from service.store.catalog import FILE, Catalog, Change, Row, read_meta
+from service.store.catalog import FILE, Catalog, Change, read_meta
 from service.store.commits import Commits
 from service.store.faiss_index import FaissIndex, checked
 from service.store.filters import Filter
@@ -226,21 +226,37 @@ class EmbeddedStore:
             if selection is not None and selection.sequence > self._applied:
                 return None
             candidates = self._index.candidates(queries, k, None if selection is None else selection.among)
-            wanted = np.unique(np.concatenate(candidates))
-            rows = self._catalog.rows(wanted)
-            if len(rows) < len(wanted) or any(row.sequence > self._applied for row in rows.values()):
+            vectors = self._catalog.some_vectors(np.unique(np.concatenate(candidates)), self._applied)
+            if vectors is None:
                 return None
-        return [self._ranked(query, keys, rows, k) for query, keys in zip(queries, candidates, strict=True)]
+            ranked = [self._ranked(query, own, *vectors, k) for query, own in zip(queries, candidates, strict=True)]
+            best = np.unique(np.concatenate([keys for keys, _ in ranked]))
+            shown = self._catalog.shown(best, self._applied)
+            if shown is None:
+                return None
+        facts = {key: (one.id, json.loads(one.metadata)) for key, one in shown.items()}
+        return [
+            [
+                Hit(facts[key][0], score, facts[key][1])
+                for key, score in zip(keys.tolist(), scores.tolist(), strict=True)
+            ]
+            for keys, scores in ranked
+        ]
 
-    def _ranked(self, query: FloatArray, keys: IntArray, rows: dict[int, Row], k: int) -> list[Hit]:
-        """The best k of some keys, by the catalog's own vectors. Equal vectors have equal scores to the last bit."""
-        if not len(keys):
-            return []
-        found = [rows[key] for key in keys.tolist()]
-        products = self._catalog.matrix([row.vector for row in found]) * query.astype(np.float64)
+    def _ranked(
+        self, query: FloatArray, own: IntArray, keys: IntArray, vectors: FloatArray, k: int
+    ) -> tuple[IntArray, FloatArray]:
+        """The best k of a query's own candidates by the catalog's vectors, and their scores.
+
+        Equal vectors have equal scores to the last bit: each is summed by itself, in float64.
+        """
+        if not len(own):
+            return own, np.empty(0, np.float32)
+        own = np.sort(own)
+        products = vectors[np.searchsorted(keys, own)] * query.astype(np.float64)
         scores = np.clip(products.sum(1).astype(np.float32), -1, 1)
-        best = np.lexsort((keys, -scores))[:k]
-        return [Hit(found[n].id, float(scores[n]), json.loads(found[n].metadata)) for n in best.tolist()]
+        best = np.lexsort((own, -scores))[:k]
+        return own[best], scores[best]
 
     def _follow(self) -> None:
         """Bring the index of a reader to what the writer has committed by now."""

@@ -7,7 +7,7 @@ decide: float16 rounds by less than a known bound, so the exact index proposes a
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -16,15 +16,16 @@ from service import FloatArray, IntArray
 from service.errors import InvalidQuery
 from service.store.snapshot import Array, Section, section
 
-_EXACT_LISTS = 16  # each core scans some of them
+# So that growing means to copy one of them. One core scans them all: FAISS could share them out, but its threads wait
+# for each other, and where anybody else is at work that takes 8 ms.
+_EXACT_LISTS = 16
 _MOST_LISTS = 65_536
 # Of a cosine, by rounding one side to float16: half a unit in the last of 11 bits, and what lies below float16's
 # smallest normal number.
 _ROUNDING = 2**-11 * 1.01 + 1e-5
 _EXACT_SPARE = 24  # candidates beyond k at first
 _FEW = 256  # of keys: as many are read from the catalog in no time
-_LEAST_SEEN = 20_000  # of filtered keys in an approximate index
-_PARALLEL_LISTS = 2  # FAISS' parallel_mode: over queries and lists
+_LEAST_SEEN = 10_000  # of filtered keys in an approximate index
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Partition:
     recall: float
 
 
+class _Tally(NamedTuple):
+    """Some keys as an index has them: how many are in each list (L,), and the codes of few side by side."""
+
+    of: "FaissIndex"
+    counts: IntArray
+    codes: Any
+
+
 class Among:
     """The keys that a search is limited to.
 
@@ -62,7 +71,7 @@ class Among:
         self.count = int(np.bitwise_count(bits).sum())
         few = self.count <= _FEW
         self.keys: IntArray | None = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if few else None
-        self.tally: tuple[FaissIndex, IntArray] | None = None  # how many are in each list; see FaissIndex._tally
+        self.tally: _Tally | None = None
 
 
 class FaissIndex:
@@ -77,17 +86,13 @@ class FaissIndex:
         self.dimension = dimension
         self.partition = partition
         self._coarse = faiss.IndexFlatIP(dimension)
-        kinds = faiss.ScalarQuantizer
         if partition is None:
             self._coarse.add(np.zeros((_EXACT_LISTS, dimension), np.float32))
-            self._index = self._make(kinds.QT_fp16, _EXACT_LISTS, residual=False)
+            self._index = self._make(faiss.ScalarQuantizer.QT_fp16, _EXACT_LISTS, residual=False)
             self._all_lists = np.arange(_EXACT_LISTS, dtype=np.int64)[None]
-            self._index.parallel_mode = _PARALLEL_LISTS
-            self._index.nprobe = _EXACT_LISTS
         else:
             self._coarse.add(partition.centroids)
-            self._index = self._make(kinds.QT_8bit, len(partition.centroids), residual=True)
-            faiss.copy_array_to_vector(partition.ranges, self._index.sq.trained)
+            self._index = self._quantised(len(partition.centroids))
             self._parameters = _probing(partition.probes)
         self._index.is_trained = True
         self._lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
@@ -95,6 +100,14 @@ class FaissIndex:
     def _make(self, kind: int, lists: int, residual: bool) -> Any:
         product = faiss.METRIC_INNER_PRODUCT
         return faiss.IndexIVFScalarQuantizer(self._coarse, self.dimension, lists, kind, product, residual)
+
+    def _quantised(self, lists: int) -> Any:
+        """Empty lists of 8-bit residuals."""
+        assert self.partition is not None
+        index = self._make(faiss.ScalarQuantizer.QT_8bit, lists, residual=True)
+        faiss.copy_array_to_vector(self.partition.ranges, index.sq.trained)
+        index.is_trained = True
+        return index
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
@@ -146,7 +159,7 @@ class FaissIndex:
         Of an exact index these are all that can be among the k nearest. Of an approximate one they are
         `spare` · k, from the lists of the nearest `probes` centroids. With `among` lists in which there is none of
         them are passed over, and the search goes on until it has seen as many as it would have without, and at least
-        20,000: those that meet a filter may be anywhere.
+        10,000: those that meet a filter may be anywhere.
 
         Args:
             queries: (N, D), as `checked` gives them.
@@ -166,15 +179,17 @@ class FaissIndex:
             if among is None:
                 keys = self._index.search(queries, wanted, params=self._parameters)[1]
             else:
-                lists, near = self._promising(queries, among)
-                keys = self._scan(queries, min(wanted, among.count), lists, near, selector)[1]
+                tally = self._tally(among)
+                lists, near = self._promising(queries, tally.counts)
+                where = (self._index, selector) if tally.codes is None else (tally.codes, None)
+                keys = _scan(where[0], queries, min(wanted, among.count), lists, near, where[1])[1]
             return [row[row >= 0] for row in keys]
         every = np.repeat(self._all_lists, len(queries), axis=0)
         near = np.zeros(every.shape, np.float32)
         wanted = k + _EXACT_SPARE
         while True:
             wanted = min(wanted, len(self))
-            scores, keys = self._scan(queries, wanted, every, near, selector)
+            scores, keys = _scan(self._index, queries, wanted, every, near, selector)
             if wanted == len(self):
                 break
             # The k-th best has a true score of at least this less the rounding; what has a lower one is out.
@@ -200,40 +215,39 @@ class FaissIndex:
         same._index.ntotal = len(self)
         return same
 
-    def _promising(self, queries: FloatArray, among: Among) -> tuple[IntArray, FloatArray]:
+    def _promising(self, queries: FloatArray, counts: IntArray) -> tuple[IntArray, FloatArray]:
         """The lists to look into for each query, nearest first, −1 where it needs no more; and how near they are."""
         assert self.partition is not None
-        near = queries @ self.partition.centroids.T
-        tally = self._tally(among)
-        enough = max(2 * self.partition.probes * len(self) // len(tally), _LEAST_SEEN)
+        # One query is not worth BLAS' threads, which wait for each other: where anybody else is at work, for 8 ms.
+        near = np.einsum("nd,ld->nl", queries, self.partition.centroids, optimize=len(queries) > 1)
+        enough = max(2 * self.partition.probes * len(self) // len(counts), _LEAST_SEEN)
         order = np.argsort(-near, axis=1)
-        seen = np.cumsum(tally[order], axis=1)
-        order[(seen - tally[order] >= enough) | (tally[order] == 0)] = -1
+        met = counts[order]
+        order[(np.cumsum(met, axis=1) - met >= enough) | (met == 0)] = -1
         used = np.argsort(order < 0, axis=1, kind="stable")[:, : max(int((order >= 0).sum(1).max()), 1)]
         order = np.take_along_axis(order, used, 1)
         return order, np.take_along_axis(near, np.maximum(order, 0), 1)
 
-    def _tally(self, among: Among) -> IntArray:
-        """How many of some keys are in each list."""
-        if among.tally is None or among.tally[0] is not self:
+    def _tally(self, among: Among) -> _Tally:
+        """See _Tally; made once for a selection. Cost: reads all keys of the index."""
+        if among.tally is None or among.tally.of is not self:
             sizes = [self._lists.list_size(number) for number in range(self._lists.nlist)]
             ids = np.concatenate([self._ids(number, size) for number, size in enumerate(sizes)])
-            met = among.bits[np.minimum(ids >> 3, len(among.bits) - 1)] >> (ids & 7).astype(np.uint8) & 1
-            met[ids >> 3 >= len(among.bits)] = 0
-            counts = np.diff(np.concatenate([[0], np.cumsum(met, dtype=np.int64)])[np.cumsum([0, *sizes])])
-            among.tally = (self, counts)
-        return among.tally[1]
-
-    def _scan(
-        self, queries: FloatArray, k: int, lists: IntArray, near: FloatArray, selector: Any
-    ) -> tuple[FloatArray, IntArray]:
-        """Look through lists, some for each query."""
-        lists, near = np.ascontiguousarray(lists, np.int64), np.ascontiguousarray(near, np.float32)
-        scores, keys = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-        chosen = faiss.SearchParametersIVF(nprobe=lists.shape[1], sel=selector)  # type: ignore[call-arg]
-        pointers = [faiss.swig_ptr(array) for array in (lists, near, scores, keys)]
-        self._index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), k, *pointers, False, chosen)
-        return scores, keys
+            known = ids >> 3 < len(among.bits)
+            met = np.zeros(len(ids), np.bool_)
+            met[known] = among.bits[ids[known] >> 3] >> (ids[known] & 7).astype(np.uint8) & 1
+            ends = np.cumsum([0, *sizes])
+            counts = np.diff(np.concatenate([[0], np.cumsum(met, dtype=np.int64)])[ends])
+            codes = None
+            if counts.sum() <= _LEAST_SEEN:
+                codes = self._quantised(len(sizes))
+                for number in np.flatnonzero(counts).tolist():
+                    own = met[ends[number] : ends[number + 1]]
+                    keys = self._ids(number, sizes[number])[own]
+                    rows = self._codes(number, sizes[number]).reshape(sizes[number], -1)[own]
+                    codes.invlists.add_entries(number, len(keys), faiss.swig_ptr(keys), faiss.swig_ptr(rows))
+            among.tally = _Tally(self, counts, codes)
+        return among.tally
 
     def _ids(self, number: int, size: int) -> IntArray:
         if not size:
@@ -309,6 +323,18 @@ class FaissIndex:
                 index._lists.add_entries(number, size, faiss.swig_ptr(one), faiss.swig_ptr(many))
         index._index.ntotal = len(keys)
         return index
+
+
+def _scan(
+    index: Any, queries: FloatArray, k: int, lists: IntArray, near: FloatArray, selector: Any
+) -> tuple[FloatArray, IntArray]:
+    """Look through lists of an index, some for each query."""
+    lists, near = np.ascontiguousarray(lists, np.int64), np.ascontiguousarray(near, np.float32)
+    scores, keys = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    chosen = faiss.SearchParametersIVF(nprobe=lists.shape[1], sel=selector)  # type: ignore[call-arg]
+    pointers = [faiss.swig_ptr(array) for array in (lists, near, scores, keys)]
+    index.search_preassigned_c(len(queries), faiss.swig_ptr(queries), k, *pointers, False, chosen)
+    return scores, keys
 
 
 def _probing(lists: int) -> Any:

@@ -11,7 +11,7 @@ from service.store.catalog import Catalog
 from service.store.faiss_index import Among
 from service.store.filters import Filter
 
-_KEPT = 64  # filters; a bit for each key
+_KEPT = 32  # filters; each costs a bit for each key, and up to 3 MB for codes of its own
 
 
 @dataclass(frozen=True)
