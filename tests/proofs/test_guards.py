@@ -85,7 +85,7 @@ REMOVALS = [
     Removal("store/embedded", 'if facts.get("fingerprint") != self._card.fingerprint:', "if False:", "snapshot"),
     Removal("store/embedded", "if not np.array_equal(index.keys(), keys):", "if False:", "snapshot"),
     Removal("store/embedded", "if not all(index.holds(*chunk)", "if not all(True", "snapshot"),
-    Removal("store/embedded", "checked(np.stack([item.embedding for item", "len([item", "store"),
+    Removal("store/embedded", "        checked(np.stack(", "        print(np.stack(", "store"),
     Removal("store/commits", "                raise InvalidStore(self._refusal)", "                pass", "commits"),
     Removal("store/commits", "self.refuse(f", "str(f", "commits"),
     Removal("store/catalog", "if zlib.crc32(blob) != checksum or", "if", "store"),

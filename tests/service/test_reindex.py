@@ -1,13 +1,10 @@
 """Another encoder for a store: a generation beside the one that is served, which then takes its place."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 from service.batch import index_source, reindex
-from service.card import fingerprint, read_card
 from service.encoder import Encoder
 from service.errors import InvalidRequest, InvalidStore, StoreMismatch
 from service.gallery import open_gallery, succeed
@@ -15,23 +12,12 @@ from service.settings import Settings
 from service.sources import open_source
 from service.store.embedded import EmbeddedStore
 from service.store.folder import current
-from tests.conftest import MODEL, encoded, scene
+from tests.conftest import MODEL, another_encoder, encoded, scene
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """The shipped encoder under another preprocessing: another embedding space."""
-    folder = Path(shutil.copytree(MODEL, tmp_path / "other"))
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
-    card = json.loads((folder / "card.json").read_text())
-    (folder / "card.json").unlink()
-    for variant in folder.glob("model.*.onnx"):
-        variant.unlink()
-    plain = read_card(folder)
-    card |= {"name": "other", "fingerprint": fingerprint(plain.model, plain.preprocessing), "sha256": {}}
-    (folder / "card.json").write_text(json.dumps(card))
-    return folder
+    return another_encoder(tmp_path / "other")
 
 
 @pytest.fixture
