@@ -1,0 +1,195 @@
+"""What benchmarks/search.py searches: vectors, queries, their true neighbours, and every program's index, all kept."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.peers import D, Peer, chunks, percents
+from benchmarks.server import MODEL
+from service import FloatArray, IntArray
+from service.card import read_card
+from service.store import NewItem
+from service.store.embedded import EmbeddedStore
+
+QUERIES = 1000
+FILTERS = (1, 50)  # percent of the items that meet one
+_CENTRES = 5000
+_NOISE = 0.6  # its length beside a centre's 1
+_BLOCK = 50_000
+_GROUP = 1024  # items a commit, as `lookalike store import` has them
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A folder of them.
+
+    Attributes:
+        folder: where all is kept; made when it is not there.
+        exact_limit: of the store.
+    """
+
+    folder: Path
+    exact_limit: int
+
+    @property
+    def vectors(self) -> Path:
+        """File of float32, (count, D) unit rows."""
+        return self.folder / "vectors.f32"
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return self.vectors.stat().st_size // (4 * D)
+
+    @property
+    def queries(self) -> FloatArray:
+        """(1000, D) unit rows that are none of the vectors."""
+        queries: FloatArray = np.load(self.folder / "queries.npy")
+        return queries
+
+    @property
+    def store(self) -> Path:
+        """Folder of the store."""
+        return self.folder / "store"
+
+    def write(self, blocks: Iterator[FloatArray], queries: FloatArray) -> None:
+        """Take vectors and queries in, unless they are there."""
+        if (self.folder / "queries.npy").exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.vectors.open("wb") as file:
+            for block in blocks:
+                file.write(_unit(block).tobytes())
+        np.save(self.folder / "queries.npy", _unit(queries))
+
+    def truth(self, percent: int = 100) -> IntArray:
+        """Return the ids of the true 10 nearest of each query among those that meet a filter, by looking at all."""
+        path = self.folder / f"truth-{percent}.npy"
+        if not path.exists():
+            self._find_truth()
+        found: IntArray = np.load(path)
+        return found
+
+    def _find_truth(self) -> None:
+        queries = self.queries
+        best = {
+            percent: (np.empty((QUERIES, 0), np.float32), np.empty((QUERIES, 0), np.int64))
+            for percent in (100, *FILTERS)
+        }
+        for numbers, rows in tqdm(chunks(self.vectors), "true neighbours", leave=False):
+            scores = queries @ rows.T
+            for percent, (known, ids) in best.items():
+                meets = percents(numbers) < percent
+                both = np.concatenate([known, scores[:, meets]], 1)
+                every = np.concatenate([ids, np.broadcast_to(numbers[meets], (QUERIES, int(meets.sum())))], 1)
+                top = np.argpartition(-both, 9, axis=1)[:, :10]
+                best[percent] = (np.take_along_axis(both, top, 1), np.take_along_axis(every, top, 1))
+        for percent, (_, ids) in best.items():
+            np.save(self.folder / f"truth-{percent}.npy", ids)
+
+    def open(self) -> EmbeddedStore:
+        """Open the store."""
+        return EmbeddedStore(self.store, read_card(MODEL), D, exact_limit=self.exact_limit)
+
+    def fill(self) -> dict[str, float]:
+        """Make the store, unless it is there; return how that went: vectors/s, seconds, peak bytes."""
+        return self._once("ours", lambda: apart(_fill, self))
+
+    def make(self, peer: Peer) -> dict[str, float]:
+        """Make a peer's index, unless it is there; return how that went."""
+        return self._once(peer.name, lambda: apart(_make, peer, self.vectors, self.folder / peer.name))
+
+    def opened(self, peer: Peer) -> Peer:
+        """Return a peer ready to search, its index made before if it is not there."""
+        self.make(peer)
+        peer.load(self.folder / peer.name)
+        return peer
+
+    def _once(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(make()))
+        told: dict[str, float] = json.loads(path.read_text())
+        return told
+
+
+def synthetic(folder: Path, count: int, exact_limit: int) -> Collection:
+    """Return clustered vectors: around 5,000 centres, with noise."""
+    rng = np.random.default_rng(0)
+    centres = _unit(rng.standard_normal((_CENTRES, D), np.float32))
+
+    def some(size: int) -> FloatArray:
+        noise = rng.standard_normal((size, D), np.float32) * np.float32(_NOISE / D**0.5)
+        drawn: FloatArray = centres[rng.integers(0, _CENTRES, size)] + noise
+        return drawn
+
+    collection = Collection(folder, exact_limit)
+    queries = some(QUERIES)
+    sizes = (min(_BLOCK, count - start) for start in range(0, count, _BLOCK))
+    collection.write((some(size) for size in sizes), queries)
+    return collection
+
+
+def item(number: int, vector: FloatArray) -> NewItem:
+    """Return an item without a picture."""
+    return NewItem(
+        str(number), {"percent": int(percents(np.asarray(number)))}, None, "0" * 64, "fp32", vector, b"", None
+    )
+
+
+def held(name: str) -> int:
+    """Return what Linux says of this process' memory, in bytes: VmHWM is its peak, RssAnon what it holds now."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+
+def apart(work: Callable[..., R], *args: Any) -> R:
+    """Do work in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _unit(rows: FloatArray) -> FloatArray:
+    unit: FloatArray = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def _fill(collection: Collection) -> dict[str, float]:
+    start = time.perf_counter()
+    store = collection.open()
+    before = store.count()
+    for numbers, rows in chunks(collection.vectors):
+        for first in range(0, len(rows), _GROUP):
+            some = slice(first, first + _GROUP)
+            pairs = zip(numbers[some].tolist(), rows[some], strict=True)
+            store.add([item(number, vector) for number, vector in pairs])
+    added = time.perf_counter()
+    store.settle()
+    store.close()
+    told = {"rate": (store.count() - before) / (added - start), "seconds": time.perf_counter() - start}
+    os.sync()
+    return told | {"peak": float(held("VmHWM"))}
+
+
+def _make(peer: Peer, vectors: Path, folder: Path) -> dict[str, float]:
+    folder.mkdir(exist_ok=True)
+    start = time.perf_counter()
+    peer.make(vectors, folder)
+    seconds = time.perf_counter() - start
+    return {"rate": vectors.stat().st_size / (4 * D) / seconds, "seconds": seconds, "peak": float(held("VmHWM"))}

@@ -1,0 +1,490 @@
+"""Search in a million vectors, beside bare FAISS, hnswlib, usearch, LanceDB and Milvus Lite: a table of every bar."""
+
+import http.client
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import typer
+
+from benchmarks.collection import FILTERS, QUERIES, Collection, apart, folder_bytes, held, item, synthetic
+from benchmarks.peers import D, Faiss, Hnswlib, Lancedb, Milvus, Peer, Usearch, chunks
+from benchmarks.server import MODEL, serving
+from service import FloatArray, IntArray
+from service.store.embedded import EmbeddedStore
+from service.store.filters import Filter, parse_filter
+from service.store.snapshot import SNAPSHOT
+
+_BLOCK = 50  # queries in a row; programs take turns, so that the host's other work hits all of them alike
+_HTTP_CALLS = 200
+_MANY = 64
+_RATE = 100  # searches per second beside changes, far below what the store can
+_QUIET_S, _PEER_S, _MOST_S = 20, 20, 150
+_TOGETHER = 32  # pictures a commit, as POST /images has them
+_REMOVERS = 8
+
+Search = Callable[[FloatArray], Any]
+"""Finds the 10 nearest of each row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        what: was measured.
+        ours, theirs: figures; none of theirs where the bar is a number.
+        peer: whose figure theirs is.
+        bar: in words, empty where there is none.
+        kept: whether ours meets it.
+        unit: behind both figures.
+    """
+
+    what: str
+    ours: float
+    peer: str = ""
+    theirs: float | None = None
+    bar: str = ""
+    kept: bool | None = None
+    unit: str = ""
+
+    def __str__(self) -> str:
+        theirs = "" if self.theirs is None else f"{_short(self.theirs)}{self.unit}"
+        ratio = "" if not self.theirs else _short(self.ours / self.theirs)
+        verdict = "" if self.kept is None else "kept" if self.kept else "**MISSED**"
+        cells = (self.what, f"{_short(self.ours)}{self.unit}", self.peer, theirs, ratio, self.bar, verdict)
+        return "| " + " | ".join(cells) + " |"
+
+
+class Changed(NamedTuple):
+    """99th percentiles in ms without and with changes; how many changes were made, in how many seconds."""
+
+    quiet: float
+    busy: float
+    done: int
+    seconds: float
+
+
+class Part(StrEnum):
+    """What may be asked for alone."""
+
+    INDEX = "index"
+    ENGINE = "engine"
+    HTTP = "http"
+    FILTER = "filter"
+    BYTES = "bytes"
+    RESTART = "restart"
+    CHURN = "churn"
+    REAL = "real"
+    SMALL = "small"
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Folder for vectors and indexes; what is there is used again.")],
+    count: Annotated[int, typer.Option(min=20_000, help="Vectors.")] = 1_000_000,
+    only: Annotated[list[Part] | None, typer.Option(help="These parts of the table; may be given again.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder with mnist, for the part `real`.")] = None,
+) -> None:
+    """Print the table. Exit code 1 when a bar is missed."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    collection = synthetic(work / f"synthetic-{count}", count, exact_limit=min(100_000, count // 2))
+    parts: dict[Part, Callable[[], list[Row]]] = {
+        Part.INDEX: lambda: _index(collection),
+        Part.ENGINE: lambda: _engine(collection, [Hnswlib(), Usearch(), Lancedb()], f"{count:,} synthetic"),
+        Part.FILTER: lambda: _filtered(collection),
+        Part.HTTP: lambda: _http(collection),
+        Part.BYTES: lambda: _bytes(collection),
+        Part.RESTART: lambda: _restart(collection),
+        Part.CHURN: lambda: _churn(collection),
+        Part.REAL: lambda: [] if data_root is None else _engine(_mnist(work, data_root), [Hnswlib()], "mnist/train"),
+        Part.SMALL: lambda: _engine(_small(work), [Milvus()], "20,000 synthetic"),
+    }
+    collection.fill()
+    rows = [row for part, measure in parts.items() if not only or part in only for row in measure()]
+    from benchmarks.machine import describe  # here: torch would count in processes that measure their memory
+
+    print(f"\n{describe()}\n\n| what | Lookalike | peer | its figure | ours / its | bar | |")
+    print("|---|---:|---|---:|---:|---|---|", *rows, sep="\n")
+    raise typer.Exit(1 if any(row.kept is False for row in rows) else 0)
+
+
+# Parts ------------------------------------------------------------------------------------------
+
+
+def _index(collection: Collection) -> list[Row]:
+    """Bulk add, and the memory that it took."""
+    ours, most = collection.fill(), 2 * 4 * D * collection.count / 1e6  # MB
+    # Of fewer vectors, what any such process needs is the larger part.
+    kept = ours["peak"] / 1e6 <= most if collection.count >= 1_000_000 else None
+    rows = [
+        Row("bulk add, vectors/s", ours["rate"], bar="≥ 20,000", kept=ours["rate"] >= 20_000),
+        Row("indexing, s, until nothing is left to do", ours["seconds"]),
+        Row("indexing, peak memory, MB", ours["peak"] / 1e6, bar=f"≤ {most:,.0f}", kept=kept),
+    ]
+    for peer in (Faiss(collection.store), Hnswlib(), Usearch(), Lancedb()):
+        theirs = collection.make(peer)
+        trained = ", lists given" if isinstance(peer, Faiss) else ""
+        rows += [
+            Row("indexing, s", ours["seconds"], peer.name + trained, theirs["seconds"]),
+            Row("indexing, peak memory, MB", ours["peak"] / 1e6, peer.name, theirs["peak"] / 1e6),
+        ]
+    return rows
+
+
+def _engine(collection: Collection, peers: list[Peer], what: str) -> list[Row]:
+    """Recall and p50 of one query."""
+    collection.fill()
+    queries, truth = collection.queries, collection.truth()
+    with closing(collection.open()) as store:
+        searches: dict[str, Search] = {"ours": lambda some: _ids(store, some)}
+        approximate = collection.count > collection.exact_limit
+        for peer in [Faiss(collection.store), *peers] if approximate else peers:
+            collection.opened(peer)
+            bare = isinstance(peer, Faiss)
+            searches[peer.name] = _steady(peer, peer.efforts[0] if bare else _enough(peer, queries, truth))
+        recalls = {name: _recall(_one_by_one(search, queries), truth) for name, search in searches.items()}
+        times = _take_turns(searches, queries)
+    mine, took = recalls.pop("ours"), times.pop("ours")
+    rows = [Row(f"recall@10, {what}", mine, bar="≥ 0.99", kept=mine >= 0.99)]
+    rows += [Row(f"recall@10, {what}", mine, name, recall) for name, recall in recalls.items()]
+    if collection.count >= 100_000:
+        rows += [Row(f"p50 of a query, {what}", took, bar="≤ 1 ms", kept=took <= 1, unit=" ms")]
+    for name, other in times.items():
+        bar, kept = ("≤ FAISS + 0.4 ms", took <= other + 0.4) if name == Faiss.name else ("", None)
+        rows += [Row(f"p50 of a query, {what}", took, name, other, bar, kept, " ms")]
+    return rows
+
+
+def _filtered(collection: Collection) -> list[Row]:
+    """Recall and p50 of one query with a filter, beside one without."""
+    queries, rows = collection.queries, []
+    bare, lance = Faiss(collection.store), Lancedb()
+    peers = [collection.opened(peer) for peer in (bare, lance)]
+    with closing(collection.open()) as store:
+        for percent in FILTERS:
+            where, truth = parse_filter({"percent": {"$lt": percent}}), collection.truth(percent)
+            start = time.perf_counter()
+            _ids(store, queries[:1], where)
+            first = time.perf_counter() - start
+            searches: dict[str, Search] = {
+                "ours": lambda some, where=where: _ids(store, some, where),  # type: ignore[misc]
+                "ours unfiltered": lambda some: _ids(store, some),
+            }
+            for peer in peers:
+                searches[peer.name] = _steady(peer, _enough(peer, queries, truth, percent), percent)
+            recall = _recall(_one_by_one(searches["ours"], queries), truth)
+            times = _take_turns(searches, queries)
+            took, plain = times.pop("ours"), times.pop("ours unfiltered")
+            what = f"p50, filter that {percent} % meet"
+            rows += [
+                Row(f"recall@10, filter that {percent} % meet", recall, bar="≥ 0.99", kept=recall >= 0.99),
+                Row(what, took, "ours, no filter", plain, "≤ 5 ×", took <= 5 * plain, " ms"),
+                *(Row(what, took, name, other, unit=" ms") for name, other in times.items()),
+                Row(f"first query with a filter that {percent} % meet, s", first),
+            ]
+    return rows
+
+
+def _http(collection: Collection) -> list[Row]:
+    """POST /search by vector, one at a time and 64 in a call."""
+    queries, bare = collection.queries, Faiss(collection.store)
+    collection.opened(bare)
+    with closing(collection.open()) as store:
+        engine = _take_turns({"ours": lambda some: _ids(store, some)}, queries)["ours"]
+    asks = [json.dumps({"vector": query.tolist(), "k": 10}).encode() for query in queries]
+    lots = [queries[start : start + _MANY] for start in range(0, QUERIES - _MANY, _MANY)]
+    many = [json.dumps({"queries": [{"vector": query.tolist()} for query in lot], "k": 10}).encode() for lot in lots]
+    with _serving(collection) as port:
+        client = http.client.HTTPConnection("127.0.0.1", port)
+        one = _median([_post(client, asks[number % len(asks)]) for number in range(20 + _HTTP_CALLS * 5)][20:])
+        calls = []
+        for number in range(_HTTP_CALLS):
+            which = number % len(lots)
+            calls.append((_post(client, many[which]), _clocked(_steady(bare, bare.probes), lots[which])))
+        client.close()
+    ours, theirs = (_MANY / _median([pair[which] for pair in calls[10:]]) * 1000 for which in (0, 1))
+    return [
+        Row("HTTP /search, c = 1, p50", one, "ours, engine", engine, "≤ engine + 1.5 ms", one <= engine + 1.5, " ms"),
+        Row("HTTP /search, 64 in a call, queries/s", ours, "faiss", theirs, "≥ 0.5 ×", ours >= 0.5 * theirs),
+    ]
+
+
+def _bytes(collection: Collection) -> list[Row]:
+    """What a vector takes on disk and in memory."""
+    count = collection.count
+    disk, memory = folder_bytes(collection.store) / count, apart(_memory_of_ours, collection) / count
+    rows = [
+        Row("bytes a vector on disk", disk),
+        Row("bytes a vector in memory", memory, bar="≤ 400", kept=memory <= 400),
+    ]
+    for peer in (Faiss(collection.store), Hnswlib(), Usearch(), Lancedb()):
+        collection.make(peer)
+        theirs = apart(_memory_of, peer, collection) / count
+        rows += [
+            Row("bytes a vector on disk", disk, peer.name, folder_bytes(collection.folder / peer.name) / count),
+            Row("bytes a vector in memory", memory, peer.name, theirs),
+        ]
+    return rows
+
+
+def _restart(collection: Collection) -> list[Row]:
+    """Seconds from the command to /readyz, with a snapshot and without."""
+    ready = []
+    snapshot, aside = collection.store / SNAPSHOT, collection.store / "aside"
+    for present in (True, False):
+        if not present:
+            snapshot.rename(aside)
+        try:
+            start = time.perf_counter()
+            with _serving(collection):
+                ready.append(time.perf_counter() - start)
+        finally:
+            if not present:
+                aside.replace(snapshot)
+    collection.make(bare := Faiss(collection.store))
+    start = time.perf_counter()
+    collection.opened(bare)
+    loaded = time.perf_counter() - start
+    start = time.perf_counter()
+    flat = faiss.IndexScalarQuantizer(D, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    for _, rows in chunks(collection.vectors):
+        flat.add(rows)
+    rebuilt = time.perf_counter() - start
+    return [
+        Row(
+            "ready after restart, from snapshot", ready[0], "faiss, read_index", loaded, "≤ 10 s", ready[0] <= 10, " s"
+        ),
+        Row(
+            "ready after restart, exact index rebuilt", ready[1], "faiss, add", rebuilt, "≤ 60 s", ready[1] <= 60, " s"
+        ),
+    ]
+
+
+def _churn(collection: Collection) -> list[Row]:
+    """Searches beside adds and deletes."""
+    changes = min(100_000, collection.count // 10)
+    copy = replace(collection, folder=collection.folder / "changing")
+    shutil.rmtree(copy.folder, ignore_errors=True)
+    copy.folder.mkdir()
+    for name in ("vectors.f32", "queries.npy"):
+        (copy.folder / name).hardlink_to(collection.folder / name)
+    shutil.copytree(collection.store, copy.store)
+    quiet, busy, done, seconds = apart(_change_ours, copy, changes)
+    shutil.rmtree(copy.folder)
+    bare = Faiss(collection.store)
+    collection.make(bare)
+    their_quiet, their_busy, their_done, their_seconds = apart(_change_faiss, bare, collection)
+    what, ratio = f"{changes:,} adds + {changes:,} deletes", busy / quiet
+    kept = ratio <= 3 and done == 2 * changes
+    rates = done / seconds, their_done / their_seconds
+    return [
+        Row(f"search p99 during {what}", busy, "ours, quiet", quiet, "≤ 3 ×", kept, " ms"),
+        Row("search p99 during changes / quiet", ratio, "faiss, a lock", their_busy / their_quiet),
+        Row(f"changes/s, {done:,} done", rates[0], "faiss, a lock, in memory", rates[1]),
+    ]
+
+
+def _mnist(work: Path, data_root: Path) -> Collection:
+    """Embeddings of mnist/train, queries of mnist/test, by models/mnist; an approximate index of them."""
+    from service.batch import embed_source
+    from service.settings import Settings
+    from service.sources import open_source
+
+    collection = Collection(work / "mnist", 1000)
+    if not collection.folder.exists():
+        read = []
+        for half in ("train", "test"):
+            out = work / f"mnist-{half}"
+            embed_source(open_source(f"mnist/{half}", data_root), MODEL, out, Settings())
+            column = pq.read_table(out, columns=["embedding"])["embedding"].combine_chunks()
+            read.append(np.asarray(column.flatten(), np.float32).reshape(-1, D))
+        collection.write(iter([read[0]]), read[1][:QUERIES])
+    return collection
+
+
+def _small(work: Path) -> Collection:
+    """So few that the store looks at every one."""
+    return synthetic(work / "small", 20_000, exact_limit=100_000)
+
+
+# Searching and timing ---------------------------------------------------------------------------
+
+
+def _ids(store: EmbeddedStore, queries: FloatArray, where: Filter | None = None) -> IntArray:
+    found = store.search(queries, 10, where)
+    return np.asarray([[int(hit.id) for hit in hits] for hits in found], np.int64)
+
+
+def _steady(peer: Peer, effort: int, below: int | None = None) -> Search:
+    return lambda queries: peer.search(queries, effort, below)
+
+
+def _enough(peer: Peer, queries: FloatArray, truth: IntArray, below: int | None = None) -> int:
+    """The least effort that finds 0.99 of the nearest, else the most."""
+    good = (each for each in peer.efforts if _recall(peer.search(queries, each, below), truth) >= 0.99)
+    return next(good, peer.efforts[-1])
+
+
+def _recall(found: IntArray, truth: IntArray) -> float:
+    return float(np.mean([np.isin(own, row).mean() for own, row in zip(truth, found, strict=True)]))
+
+
+def _one_by_one(search: Search, queries: FloatArray) -> IntArray:
+    return np.concatenate([search(query[None]) for query in queries])
+
+
+def _take_turns(searches: dict[str, Search], queries: FloatArray) -> dict[str, float]:
+    """Median milliseconds of one query."""
+    times: dict[str, list[float]] = {name: [] for name in searches}
+    for start in range(0, len(queries), _BLOCK):
+        for name, search in searches.items():
+            search(queries[start : start + 1])  # wakes it
+            times[name] += (_clocked(search, query[None]) for query in queries[start : start + _BLOCK])
+    return {name: _median(each) for name, each in times.items()}
+
+
+def _clocked(search: Search, queries: FloatArray) -> float:
+    start = time.perf_counter()
+    search(queries)
+    return (time.perf_counter() - start) * 1000
+
+
+def _post(client: http.client.HTTPConnection, body: bytes) -> float:
+    """Milliseconds of a search over HTTP."""
+    start = time.perf_counter()
+    client.request("POST", "/search", body, {"Content-Type": "application/json"})
+    answer = client.getresponse()
+    content = answer.read()
+    took = (time.perf_counter() - start) * 1000
+    if answer.status != 200:
+        raise RuntimeError(content.decode())
+    return took
+
+
+def _serving(collection: Collection) -> AbstractContextManager[int]:
+    told = {"LOOKALIKE_EXACT_LIMIT": str(collection.exact_limit)}
+    return serving(collection.store, collection.folder / "service.log", told, patience_s=300)
+
+
+def _median(times: list[float]) -> float:
+    return float(np.median(times))
+
+
+def _short(figure: float) -> str:
+    if figure >= 100:
+        return f"{figure:,.0f}"
+    return f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}" if figure >= 1.1 else f"{figure:.3f}"
+
+
+# In processes of their own ----------------------------------------------------------------------
+
+
+def _memory_of_ours(collection: Collection) -> float:
+    before = held("RssAnon")
+    with closing(collection.open()) as store:
+        for query in collection.queries:
+            _ids(store, query[None])
+        return held("RssAnon") - before
+
+
+def _memory_of(peer: Peer, collection: Collection) -> float:
+    before = held("RssAnon")
+    peer.load(collection.folder / peer.name)
+    for query in collection.queries:
+        peer.search(query[None], peer.efforts[-1])
+    return held("RssAnon") - before
+
+
+def _change_ours(collection: Collection, changes: int) -> Changed:
+    """One client adds 32 items a commit, eight delete one item each, as fast as they go."""
+    with closing(collection.open()) as store:
+        items = [item(collection.count + number, row) for number, row in enumerate(_first(collection, changes))]
+
+        def adding() -> Iterator[int]:
+            for start in range(0, changes, _TOGETHER):
+                yield len(store.add(items[start : start + _TOGETHER]))
+
+        def removing(first: int) -> Iterator[int]:
+            for number in range(first, changes, _REMOVERS):
+                yield int(store.remove(str(number)))
+
+        jobs = [adding(), *(removing(first) for first in range(_REMOVERS))]
+        return _beside(lambda some: _ids(store, some), collection.queries, jobs, _MOST_S)
+
+
+def _change_faiss(bare: Faiss, collection: Collection) -> Changed:
+    """The same in memory alone, all of it behind one lock."""
+    bare.load(collection.folder / bare.name)
+    rows, lock = _first(collection, 20_000), threading.Lock()
+
+    def adding() -> Iterator[int]:
+        for start in range(0, len(rows), _TOGETHER):
+            some = rows[start : start + _TOGETHER]
+            with lock:
+                bare.index.add_with_ids(some, np.arange(start, start + len(some)) + collection.count)
+            yield len(some)
+
+    def removing() -> Iterator[int]:
+        for number in range(len(rows)):
+            with lock:
+                bare.index.remove_ids(np.asarray([number]))
+            yield 1
+
+    def search(queries: FloatArray) -> IntArray:
+        with lock:
+            return bare.search(queries, bare.probes)
+
+    return _beside(search, collection.queries, [adding(), removing()], _PEER_S)
+
+
+def _first(collection: Collection, count: int) -> FloatArray:
+    return np.fromfile(collection.vectors, "<f4", count * D).reshape(-1, D)
+
+
+def _beside(search: Search, queries: FloatArray, jobs: list[Iterator[int]], most_s: float) -> Changed:
+    """Search at a steady rate, for a while in quiet and then beside jobs that yield how much they have done."""
+    stopped, done = threading.Event(), [0] * len(jobs)
+
+    def work(number: int) -> None:
+        for more in jobs[number]:
+            done[number] += more
+            if stopped.is_set():
+                return
+
+    def ask_steadily(seconds: float, unless: Callable[[], bool]) -> float:
+        """99th percentile in milliseconds, from when a search was due: a stall counts for all that it delays."""
+        times: list[float] = []
+        begun = due = time.perf_counter()
+        while due < begun + seconds and not unless():
+            time.sleep(max(due - time.perf_counter(), 0))
+            search(queries[len(times) % len(queries)][None])
+            times.append(time.perf_counter() - due)
+            due += 1 / _RATE
+        return float(np.percentile(times, 99)) * 1000
+
+    ask_steadily(2, lambda: False)
+    quiet = ask_steadily(_QUIET_S, lambda: False)
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        start = time.perf_counter()
+        working = [pool.submit(work, number) for number in range(len(jobs))]
+        busy = ask_steadily(most_s, lambda: all(each.done() for each in working))
+        stopped.set()
+        for each in working:
+            each.result()
+        return Changed(quiet, busy, sum(done), time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    typer.run(main)
