@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make serve` and `make test`.
-# They need Python 3.11 or newer with venv, and a package index.
+# They need Python 3.11 or newer with venv, and a package index; `make test` a C++ compiler, too (docs/decisions/0005).
 
 PYTHON ?= python3
 HOST   ?= 127.0.0.1
@@ -8,8 +8,8 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients figures container setup \
-        setup-serve lock clean
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients bench-search figures container \
+        setup setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,9 @@ guards: setup ## take out one guard at a time, and see a test notice
 
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
+
+bench-search: setup ## the store beside other programs, in WORK=folder; COUNT=100000 for a quick look, ARGS="--only http"
+	.venv/bin/python -m benchmarks.search --work $(or $(WORK),data/search) --count $(or $(COUNT),1000000) $(ARGS)
 
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200
