@@ -22,7 +22,7 @@ from service.store.embedded import EmbeddedStore
 
 QUERIES = 1000
 FILTERS = (1, 50)  # percent of the items that meet one
-_CENTRES = 5000
+_A_CENTRE = 200  # vectors around each
 _NOISE = 0.6  # its length beside a centre's 1
 _BLOCK = 50_000
 _GROUP = 1024  # items a commit, as `lookalike store import` has them
@@ -125,13 +125,13 @@ class Collection:
 
 
 def synthetic(folder: Path, count: int, exact_limit: int) -> Collection:
-    """Return clustered vectors: around 5,000 centres, with noise."""
+    """Return clustered vectors: 200 around each centre, with noise."""
     rng = np.random.default_rng(0)
-    centres = _unit(rng.standard_normal((_CENTRES, D), np.float32))
+    centres = _unit(rng.standard_normal((max(count // _A_CENTRE, 1), D), np.float32))
 
     def some(size: int) -> FloatArray:
         noise = rng.standard_normal((size, D), np.float32) * np.float32(_NOISE / D**0.5)
-        drawn: FloatArray = centres[rng.integers(0, _CENTRES, size)] + noise
+        drawn: FloatArray = centres[rng.integers(0, len(centres), size)] + noise
         return drawn
 
     collection = Collection(folder, exact_limit)
