@@ -31,7 +31,7 @@ _BLOCK = 50  # queries in a row; programs take turns, so that the host's other w
 _HTTP_CALLS = 200
 _MANY = 64
 _RATE = 100  # searches per second beside changes, far below what the store can
-_QUIET_S, _PEER_S, _MOST_S = 20, 20, 150
+_QUIET_S, _PEER_S, _MOST_S = 20, 20, 160
 _TOGETHER = 32  # pictures a commit, as POST /images has them
 _REMOVERS = 8
 
