@@ -198,9 +198,21 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the encoder: fp32, fp16, int8; the fastest if auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto for cuda where it works.")] = None,
+    no_store: Annotated[bool | None, typer.Option("--no-store", help="Embed alone and keep nothing.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; more than one only with --no-store.")] = None,
 ) -> None:
     """Serve search over HTTP, with a page, until Ctrl-C."""
-    settings = _settings(model=model, store=store, host=host, port=port, variant=variant)
+    settings = _settings(
+        model=model,
+        store=store,
+        host=host,
+        port=port,
+        variant=variant,
+        device=device,
+        no_store=no_store,
+        workers=workers,
+    )
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
     environment = {  # the keys are there already: only the environment holds them
@@ -259,8 +271,11 @@ def _check_serving(settings: Any) -> None:
     from service.store.embedded import EmbeddedStore
 
     read_keys(settings)
+    if settings.workers > 1 and not settings.no_store:
+        raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
+    if not settings.no_store:
+        EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

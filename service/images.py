@@ -16,7 +16,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 THUMBNAIL_SIDE = 128
 
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves this many times the side that is
-# needed. One rule for every route, so the same bytes give the same pixels everywhere.
+# needed. One rule for every route, so the same bytes give the same pixels everywhere: what an encoder sees never
+# depends on whether somebody also wanted a thumbnail.
 _DRAFT_MARGIN = 2
 
 _MOST_SCANS = 64  # usual are 10
@@ -44,13 +45,13 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     Args:
         data: a JPEG, PNG, WebP, GIF (first frame) or BMP file.
         side: the side in pixels that will be needed; a JPEG may come back smaller than it is stored,
-            but its short edge never below twice max(side, THUMBNAIL_SIDE) unless it is stored so.
+            but its short edge never below twice that side unless it is stored so.
         limits: checked on the header, before anything is decoded.
 
     Raises:
         EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
 
-    Cost: 12 MP JPEG 53 ms, against 217 ms at full size.
+    Cost: JPEG of 500×375, 108 KB: 0.8 ms for a side of 32, 1.8 ms at full size.
     """
     if not data:
         raise EmptyPicture("expected the bytes of a picture, got none")
@@ -62,7 +63,7 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
             _check_size(*picture.size, limits)
             if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:  # Pillow unpacks in Python
                 raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
-            least = _DRAFT_MARGIN * max(side, THUMBNAIL_SIDE)
+            least = _DRAFT_MARGIN * side
             picture.draft(None, (least, least))  # None: any mode; for a JPEG alone
             picture.load()
             return _to_rgb(_upright(picture))
@@ -110,8 +111,19 @@ def decode_pixels(data: bytes, preprocessing: Preprocessing, limits: Limits) -> 
     return to_pixels(decode(data, preprocessing.side, limits), preprocessing)
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    """Return the picture as a WebP file whose long side is at most THUMBNAIL_SIDE."""
+def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
+    """Return the picture as a WebP file whose long side is at most THUMBNAIL_SIDE.
+
+    Args:
+        data: the picture's file.
+        picture: the same decoded; where it came back too small for this, the file is decoded once more.
+        limits: as for `decode`.
+
+    Raises:
+        As `decode`.
+    """
+    if min(picture.size) < _DRAFT_MARGIN * THUMBNAIL_SIDE and data.startswith(b"\xff\xd8"):
+        picture = decode(data, THUMBNAIL_SIDE, limits)
     small = picture.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
