@@ -240,7 +240,9 @@ def info(
         "fingerprint": card.fingerprint,
         "dimension": encoder.dimension,
         "side": card.preprocessing.side,
-        **{key: value for key, value in card.facts.items() if key not in ("name", "fingerprint", "dimension")},
+        **{
+            key: value for key, value in card.facts.items() if key not in ("name", "fingerprint", "dimension", "canary")
+        },
     }
     if as_json:
         print(json.dumps(facts))

@@ -53,8 +53,8 @@ class Fronted(bentoml.Service):  # type: ignore[misc]  # BentoML has no types
     """A service whose requests do not go through what BentoML puts before every route.
 
     Its tracing opens three spans a request though nobody collects them, and its timeout keeps 5 KB of every request
-    until a timer fires: together a third of what a small encoder takes (docs/decisions/0010). With an exporter of traces
-    in BentoML's configuration, requests go through both.
+    until a timer fires (docs/decisions/0010). With an exporter of traces in BentoML's configuration, requests go
+    through both.
     """
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:

@@ -73,8 +73,8 @@ class Batcher:
 def _resolve(encode: Encode, batch: list[_Job], halved: bool = False) -> bool:
     """Give every caller of a batch its embedding or its error; False where memory was too short for the batch.
 
-    What failed is tried in halves, until an error has reached only the caller it belongs to. A batch that memory was too
-    short for is halved once: what fails again then is not a matter of its size.
+    What failed is tried in halves, until an error has reached only the caller it belongs to. A batch that memory was
+    too short for is halved once: what fails again then is not a matter of its size.
     """
     try:
         embeddings = encode([pixels for pixels, _ in batch])

@@ -118,9 +118,16 @@ class Card:
 
     @property
     def canary(self) -> FloatArray | None:
-        """The embedding (D,) of the canary picture by model.onnx when it was exported, where the card tells it."""
+        """The embedding (D,) of the canary picture by model.onnx when it was exported, where the card tells it.
+
+        Raises:
+            InvalidModel: it tells something else there.
+        """
         text = self.facts.get("canary")
-        return None if text is None else np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+        try:
+            return None if text is None else np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+        except (ValueError, TypeError) as error:
+            raise InvalidModel(f"{self.folder / CARD_FILE}: canary: expected float32 numbers in base64") from error
 
     @property
     def tones(self) -> list[float] | None:

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,7 +184,7 @@ def _check_parts(data: bytes) -> None:
         return
     if data.count(b"\xff\xda") > _MOST_SCANS:
         raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
-    if data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
+    if len(data) > _MOST_MARKS and data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
         raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
 
 
@@ -195,14 +196,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         visible = picture.convert("RGBA")
         white = Image.new("RGBA", visible.size, "white")
         return Image.alpha_composite(white, visible).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # metadata that cannot be read says nothing about which way is up
-        return picture
+    # Metadata that cannot be read says nothing about which way is up.
+    with suppress(Exception):
+        ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def _begins_like_a_picture(data: bytes) -> bool:

@@ -1,25 +1,43 @@
 """Logs as JSON lines on stderr: whatever a client sends, it stays one line and one value."""
 
+import json
 import logging
 import sys
-
-from pythonjsonlogger.json import JsonFormatter
+import time
 
 access = logging.getLogger("bentoml.access")
+
+# What every record has; the rest is what the call gave as extra.
+_USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName", "color_message"}
+
+
+class _JsonLines(logging.Formatter):
+    """A record as one JSON object: time, level, logger, message, what was given as extra, traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second: tuple[int, str] = (0, "")
+
+    def format(self, record: logging.LogRecord) -> str:
+        second = int(record.created)
+        if second != self._second[0]:
+            self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second)))
+        content = {
+            "time": self._second[1],
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        content |= {name: value for name, value in vars(record).items() if name not in _USUAL}
+        if record.exc_info:
+            content["exc_info"] = self.formatException(record.exc_info)
+        return json.dumps(content, default=str)
 
 
 def handler() -> logging.Handler:
     """Return what writes one JSON object a line to stderr."""
     made = logging.StreamHandler(sys.stderr)
-    made.setFormatter(
-        JsonFormatter(
-            "{asctime}{levelname}{name}{message}",
-            style="{",
-            datefmt="%Y-%m-%dT%H:%M:%S%z",
-            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
-            json_ensure_ascii=True,
-        )
-    )
+    made.setFormatter(_JsonLines())
     return made
 
 
