@@ -221,6 +221,7 @@ def serve(
     }
     print(f"Lookalike on http://{settings.host}:{settings.port}  (Ctrl-C stops it)", flush=True)
     command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
+    command += ["--timeout-graceful-shutdown", "18"]  # service/lifetime.py leaves soon after
     os.execve(bentoml, command, {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **environment})
 
 

@@ -15,8 +15,8 @@ log = logging.getLogger("bentoml.lookalike")
 
 _SEEN_S = 1.0  # whoever asks /readyz, a load balancer, sees that it is not before connections are refused
 _LAST_S = 24.0  # requests that have not ended by then never will
-_LOOK_S = 0.5  # how often a worker looks for its parent
-_ORPHAN_S = 1.2  # what an orphan's requests have to end
+_LOOK_S = 0.25  # how often a worker looks for its parent
+_ORPHAN_S = 1.0  # what an orphan's requests have to end
 
 
 class Lifetime:
