@@ -1,31 +1,26 @@
 """What ordinary requests feel of slow clients: latency in quiet, beside slow uploads, beside half-sent headers."""
 
 import asyncio
-import os
 import re
 import resource
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import numpy as np
-import psutil
 import sklearn.datasets
 import typer
 
 from benchmarks.machine import describe
+from benchmarks.servers import OURS, serving
 
-_LOOKALIKE = Path(sys.executable).with_name("lookalike")
 _MODEL = Path(__file__).parent.parent / "models" / "mnist"
 _PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"  # 640x427, a real photograph
 _RATE = 50  # ordinary requests per second, far below what the service can
@@ -73,7 +68,8 @@ def main(
     ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive us
     _allow_files(2 * max(uploads, idle) + 200)
-    with TemporaryDirectory() as folder, _service(Path(folder)) as port:
+    server = replace(OURS, environment={"LOOKALIKE_BODY_TIMEOUT_S": str(_BODY_TIMEOUT_S)})
+    with TemporaryDirectory() as folder, serving(server, _MODEL, "fp32", Path(folder)) as port:
         asyncio.run(_measure(port, phases, seconds / _TURNS))
     raise typer.Exit(0 if _report(phases) else 1)
 
@@ -82,43 +78,6 @@ def _allow_files(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else hard, hard))
-
-
-@contextmanager
-def _service(folder: Path) -> Iterator[int]:
-    """Run `lookalike serve` with an empty store; yield its port once it is ready. No process of it stays."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [str(_LOOKALIKE), "serve", "--model", str(_MODEL), "--store", str(folder / "store"), "--port", str(port)]
-    told = {"LOOKALIKE_VARIANT": "fp32", "LOOKALIKE_BODY_TIMEOUT_S": str(_BODY_TIMEOUT_S)}
-    log = folder / "log"
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=os.environ | told, stdout=output, stderr=output, start_new_session=True)
-    tree = [psutil.Process(server.pid)]
-    try:
-        _wait_until_ready(server, port, log)
-        tree += tree[0].children(recursive=True)  # noted now: the worker outlives a parent that dies
-        yield port
-    finally:
-        if server.poll() is None:
-            tree += [process for process in tree[0].children(recursive=True) if process not in tree]
-            server.terminate()
-        for process in psutil.wait_procs(tree, timeout=20)[1]:
-            process.kill()
-        server.wait()
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5).close()
-            return
-        except OSError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the service did not become ready:\n{log.read_text()}") from None
-        time.sleep(0.2)
 
 
 async def _measure(port: int, phases: list[Phase], turn_s: float) -> None:
