@@ -167,6 +167,8 @@ class _Exchange:
 
 def _check_path(scope: Scope) -> None:
     """Raise InvalidRequest for a path that is not UTF-8 or has control characters, which could forge a log's line."""
+    if b"%" not in scope.get("raw_path", b"%") and scope["path"].isascii() and scope["path"].isprintable():
+        return
     try:
         path = unquote_to_bytes(scope.get("raw_path") or scope["path"].encode()).decode()
     except UnicodeDecodeError as error:

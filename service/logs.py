@@ -10,6 +10,8 @@ access = logging.getLogger("bentoml.access")
 # What every record has; the rest is what the call gave as extra.
 _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName", "color_message"}
 
+_encode = json.JSONEncoder(default=str).encode
+
 
 class _JsonLines(logging.Formatter):
     """A record as one JSON object: time, level, logger, message, what was given as extra, traceback."""
@@ -31,7 +33,7 @@ class _JsonLines(logging.Formatter):
         content |= {name: value for name, value in vars(record).items() if name not in _USUAL}
         if record.exc_info:
             content["exc_info"] = self.formatException(record.exc_info)
-        return json.dumps(content, default=str)
+        return _encode(content)
 
 
 def handler() -> logging.Handler:
@@ -42,7 +44,13 @@ def handler() -> logging.Handler:
 
 
 def write_json_lines() -> None:
-    """Let what BentoML, uvicorn and we log be written so, in place of BentoML's own form."""
+    """Let what BentoML, uvicorn and we log be written so, in place of BentoML's own form.
+
+    No record looks for its place in the source, its thread and its process: no line tells them, and together they cost
+    as much as the line.
+    """
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    logging._srcfile = None  # type: ignore[attr-defined]  # so the logging documentation says
     ours = handler()
     for name in ("", "bentoml", "uvicorn.error", "circus"):
         logger = logging.getLogger(name)

@@ -94,7 +94,7 @@ class Place:
         try:
             for future in futures:
                 if not future.done():
-                    await asyncio.wait([asyncio.wrap_future(future)])
+                    await _done(future)
         finally:
             for future in futures:
                 future.cancel()
@@ -105,6 +105,19 @@ class Place:
             then(None)
         else:
             self._work.add_done_callback(then)
+
+
+async def _done(future: "Future[Any]") -> None:
+    """Wait for a future that a thread resolves, whatever it comes to."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(_wake, waiter))
+    await waiter
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class _Watch:
