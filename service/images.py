@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from service import PixelArray
 from service.card import Preprocessing
@@ -62,6 +63,7 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(*picture.size, limits)
+            _check_scans(data, picture)
             if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:  # Pillow unpacks in Python
                 raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
             least = _DRAFT_MARGIN * side
@@ -169,9 +171,8 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 def _check_parts(data: bytes) -> None:
     """Refuse a file that is small and asks for much work.
 
-    Each scan of a progressive JPEG goes over the whole picture again. Pillow reads segments and fill bytes of a JPEG,
-    and chunks of a PNG, one by one, in Python, while everybody else waits. A JPEG's marks do not occur within the data
-    of a scan, where ff 00 stands for ff.
+    Pillow reads segments and fill bytes of a JPEG, and chunks of a PNG, one by one, in Python, while everybody else
+    waits. A JPEG's marks do not occur within the data of a scan, where ff 00 stands for ff.
     """
     if data.startswith(b"\x89PNG"):
         place = 8
@@ -182,10 +183,22 @@ def _check_parts(data: bytes) -> None:
         raise TooLarge(f"the picture has more than {_MOST_CHUNKS} chunks")
     if not data.startswith(b"\xff\xd8"):
         return
-    if data.count(b"\xff\xda") > _MOST_SCANS:
-        raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
     if len(data) > _MOST_MARKS and data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
         raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
+
+
+def _check_scans(data: bytes, picture: Image.Image) -> None:
+    """Refuse a JPEG of too many scans: each goes over the whole picture again.
+
+    Most have one, of all their components, and libjpeg refuses any further one there. It is where Pillow stopped
+    reading; to count the marks of a whole file would take a twentieth of its decoding.
+    """
+    if not isinstance(picture, JpegImageFile):
+        return
+    header = data[picture.fp.tell() - 8 - 2 * picture.layers :]  # type: ignore[union-attr]  # it is open
+    alone = header[:2] == b"\xff\xda" and header[4] == picture.layers and "progressive" not in picture.info
+    if not alone and data.count(b"\xff\xda") > _MOST_SCANS:
+        raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
