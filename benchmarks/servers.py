@@ -43,7 +43,7 @@ class Server:
 _raw = partial(raw, "/embed")
 OURS = Server("Lookalike, `lookalike serve`", f"{_BIN}/lookalike serve --port {{port}}", "/readyz", _raw)
 _FASTAPI = _UVICORN + "benchmarks.peers.fastapi_pool:app"
-BARE = Server("Lookalike, bare uvicorn", _UVICORN + "--factory benchmarks.bare:build", "/info", _raw)
+BARE = Server("Lookalike, bare uvicorn", _UVICORN + "benchmarks.bare:guarded", "/info", _raw)
 PEERS = (
     Server("plain FastAPI, thread pool", _FASTAPI, "/health", _raw),
     Server(

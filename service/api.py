@@ -91,11 +91,12 @@ class _DirectRoute(APIRoute):
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["query_string"] or self.dependant.path_params or scope["method"] not in self.methods:
+        if scope["query_string"] or self.dependant.path_params or scope["method"] not in (self.methods or ()):
             await super().handle(scope, receive, send)
         else:
             response: Response = await self.endpoint(Request(scope, receive, send))
             await response(scope, receive, send)
+
 
 K = Annotated[int, Query(ge=1, description="Hits a query, at most.")]
 Fingerprint = Annotated[

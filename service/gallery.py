@@ -50,8 +50,8 @@ class Gallery:
         self.settings = settings
         self._store = store
         self._batcher = Batcher(encoder.lanes, encoder.max_batch)
-        # As many pictures are decoded at a time as there are cores: more would only cost memory.
-        self._decoders = ThreadPoolExecutor(cores(), "decode")
+        # One more than cores: while one waits for the interpreter, another decodes. Yet more would only cost memory.
+        self._decoders = ThreadPoolExecutor(cores() + 1, "decode")
         self._notice: tuple[int, str | None] = (0, None)
 
     @property

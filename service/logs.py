@@ -49,8 +49,8 @@ def write_json_lines() -> None:
     No record looks for its place in the source, its thread and its process: no line tells them, and together they cost
     as much as the line.
     """
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
-    logging._srcfile = None  # type: ignore[attr-defined]  # so the logging documentation says
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # as the logging documentation says
     ours = handler()
     for name in ("", "bentoml", "uvicorn.error", "circus"):
         logger = logging.getLogger(name)

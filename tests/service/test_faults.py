@@ -123,7 +123,8 @@ def test_a_provider_that_is_lost_makes_it_not_ready_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(app_module, "_settings", Settings(no_store=True, model=MODEL, variant="fp32"))
-    with TestClient(app_module.Lookalike.to_asgi()) as client, caplog.at_level(logging.INFO, "bentoml.lookalike"):
+    service: Any = app_module.Lookalike
+    with TestClient(service.to_asgi()) as client, caplog.at_level(logging.INFO, "bentoml.lookalike"):
         assert client.get("/readyz").status_code == 200
         lane = app_module.app.state.gallery.encoder._graphs[0]
         session = lane._session
