@@ -125,8 +125,8 @@ def create_app() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    app.router.route_class = _DirectRoute
     fastapi_swagger.patch_fastapi(app, redirect_from_root_to_docs=False)  # /docs, its scripts from the package
+    app.router.route_class = _DirectRoute
     describe(app)
     app.add_exception_handler(LookalikeError, _on_lookalike_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -401,7 +401,7 @@ async def _embed(request: Request, images: Sequence[bytes | str]) -> FloatArray:
     async with _slots(request).place(request.receive) as place:
         begun = [_begin(gallery, image) for image in images]
         await place.wait(begun)
-    return np.stack(each("picture", begun, Future.result))
+    return np.array(each("picture", begun, Future.result))
 
 
 def _check_fingerprint(gallery: Gallery, fingerprint: str | None) -> None:

@@ -68,9 +68,8 @@ class Guard:
         metrics.count(scope["method"], scope["state"].get("route", "other"), status, seconds)
         if scope["path"] in _QUIET and status == 200:
             return
-        logs.access.info(
-            "request",
-            extra={
+        logs.request(
+            {
                 "request_id": exchange.request_id,
                 "client": (scope.get("client") or ("",))[0],
                 "method": scope["method"],
@@ -79,7 +78,7 @@ class Guard:
                 "bytes_in": exchange.received,
                 "bytes_out": exchange.sent,
                 "duration_ms": round(1e3 * seconds, 2),
-            },
+            }
         )
 
     def take(self, size: int) -> None:

@@ -4,13 +4,24 @@ import json
 import logging
 import sys
 import time
+from typing import Any
 
 access = logging.getLogger("bentoml.access")
 
 # What every record has; the rest is what the call gave as extra.
-_USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName", "color_message"}
+_PLAIN = vars(logging.makeLogRecord({}))
+_USUAL = _PLAIN.keys() | {"message", "taskName", "color_message"}
 
 _encode = json.JSONEncoder(default=str).encode
+
+
+class Line(logging.LogRecord):
+    """A record of a request: what LogRecord would look up of its place and process costs more than the line."""
+
+    def __init__(self, message: str, fields: dict[str, Any]) -> None:
+        self.__dict__.update(_PLAIN, name=access.name, levelno=logging.INFO, levelname="INFO", msg=message)
+        self.__dict__.update(fields, created=time.time())
+        self.fields = fields
 
 
 class _JsonLines(logging.Formatter):
@@ -24,16 +35,25 @@ class _JsonLines(logging.Formatter):
         second = int(record.created)
         if second != self._second[0]:
             self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(second)))
-        content = {
+        content: dict[str, Any] = {
             "time": self._second[1],
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
         }
-        content |= {name: value for name, value in vars(record).items() if name not in _USUAL}
+        if isinstance(record, Line):
+            content |= record.fields
+        else:
+            content |= {name: value for name, value in vars(record).items() if name not in _USUAL}
         if record.exc_info:
             content["exc_info"] = self.formatException(record.exc_info)
         return _encode(content)
+
+
+def request(fields: dict[str, Any]) -> None:
+    """Write the line of a request that was answered."""
+    if access.isEnabledFor(logging.INFO):
+        access.handle(Line("request", fields))
 
 
 def handler() -> logging.Handler:
@@ -44,13 +64,7 @@ def handler() -> logging.Handler:
 
 
 def write_json_lines() -> None:
-    """Let what BentoML, uvicorn and we log be written so, in place of BentoML's own form.
-
-    No record looks for its place in the source, its thread and its process: no line tells them, and together they cost
-    as much as the line.
-    """
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # as the logging documentation says
+    """Let what BentoML, uvicorn and we log be written so, in place of BentoML's own form."""
     ours = handler()
     for name in ("", "bentoml", "uvicorn.error", "circus"):
         logger = logging.getLogger(name)

@@ -2,9 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -29,38 +28,20 @@ class Slots:
         self._count = 0
         self._counting = threading.Lock()
 
-    @asynccontextmanager
-    async def place(self, receive: Receive | None = None) -> AsyncIterator["Place"]:
-        """Give a request a place for as long as the block runs.
+    def place(self, receive: Receive | None = None) -> "Place":
+        """Return a place that a request has for as long as an `async with` of it runs.
 
         Args:
             receive: of the request, whose body is in; tells when the caller has gone.
 
-        Raises:
+        Raises, on entering:
             Busy: as many as may wait are at work or waiting; nothing was begun.
+
+        Raises, on leaving:
             TimedOut: the block took too long. Python stops no thread: what one is at holds the place to its end.
             ClientDisconnect: nobody waits for the answer any more; what was not begun is not begun.
         """
-        with self._counting:
-            if self._count >= self._max_waiting:
-                raise Busy(f"{self._count} requests are waiting already; try again in a second")
-            self._count += 1
-        metrics.requests_at_work.inc()
-        place = Place(self._threads)
-        watch = None
-        try:
-            async with asyncio.timeout(self._timeout_s) as timeout:
-                if receive is not None:
-                    watch = _Watch(receive, timeout)
-                yield place
-        except TimeoutError as error:
-            if watch is not None and watch.gone:
-                raise ClientDisconnect from error
-            raise TimedOut(f"the work took longer than {self._timeout_s:g} s") from error
-        finally:
-            if watch is not None:
-                watch.end()
-            place.leave(self._leave)
+        return Place(self, self._threads, self._timeout_s, receive)
 
     async def run(self, work: Callable[[], R], receive: Receive | None = None) -> R:
         """Do work that blocks in a place of its own and return what it returns. Raises as `place`."""
@@ -71,18 +52,54 @@ class Slots:
         """Let what runs end, and begin nothing more."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _leave(self, _: "Future[Any] | None" = None) -> None:
+    def enter(self) -> None:
+        """Count one more. Raises Busy."""
+        with self._counting:
+            if self._count >= self._max_waiting:
+                raise Busy(f"{self._count} requests are waiting already; try again in a second")
+            self._count += 1
+        metrics.requests_at_work.inc()
+
+    def leave(self, _: "Future[Any] | None" = None) -> None:
+        """Count one less."""
         metrics.requests_at_work.dec()
         with self._counting:
             self._count -= 1
 
 
 class Place:
-    """One request's, from when its body is in to when its answer is known."""
+    """One request's, from when its body is in to when its answer is known. See Slots.place."""
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self._threads = threads
+    def __init__(self, slots: Slots, threads: ThreadPoolExecutor, timeout_s: float, receive: Receive | None) -> None:
+        self._slots, self._threads, self._timeout_s, self._receive = slots, threads, timeout_s, receive
         self._work: Future[Any] | None = None
+        self._timeout = asyncio.timeout(timeout_s)
+        self._watch: asyncio.Task[None] | None = None
+        self._gone = False
+
+    async def __aenter__(self) -> "Place":
+        self._slots.enter()
+        await self._timeout.__aenter__()
+        if self._receive is not None:
+            self._timer = asyncio.get_running_loop().call_later(_UNWATCHED_S, self._begin_watch)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            if self._gone:
+                raise ClientDisconnect from late
+            raise TimedOut(f"the work took longer than {self._timeout_s:g} s") from late
+        finally:
+            if self._receive is not None:
+                self._timer.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
+            if self._work is None:
+                self._slots.leave()
+            else:
+                self._work.add_done_callback(self._slots.leave)
 
     async def run(self, work: Callable[[], R]) -> R:
         """Do work that blocks on a thread and return what it returns."""
@@ -95,16 +112,20 @@ class Place:
             for future in futures:
                 if not future.done():
                     await _done(future)
-        finally:
+        except asyncio.CancelledError:
             for future in futures:
                 future.cancel()
+            raise
 
-    def leave(self, then: "Callable[[Future[Any] | None], None]") -> None:
-        """Call `then` now, or when the thread that this request left behind has ended."""
-        if self._work is None:
-            then(None)
-        else:
-            self._work.add_done_callback(then)
+    def _begin_watch(self) -> None:
+        self._watch = asyncio.create_task(self._look_out())
+
+    async def _look_out(self) -> None:
+        assert self._receive is not None
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._timeout.reschedule(0)
 
 
 async def _done(future: "Future[Any]") -> None:
@@ -118,27 +139,3 @@ async def _done(future: "Future[Any]") -> None:
 def _wake(waiter: "asyncio.Future[None]") -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-class _Watch:
-    """Ends a place's time when the caller has gone."""
-
-    def __init__(self, receive: Receive, timeout: asyncio.Timeout) -> None:
-        self.gone = False
-        self._receive, self._timeout = receive, timeout
-        self._task: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(_UNWATCHED_S, self._begin)
-
-    def _begin(self) -> None:
-        self._task = asyncio.create_task(self._look_out())
-
-    async def _look_out(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
-        self._timeout.reschedule(0)
-
-    def end(self) -> None:
-        self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
