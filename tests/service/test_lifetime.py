@@ -121,8 +121,9 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
         time.sleep(0.5)
         server.kill()
         begun = time.monotonic()
-        psutil.wait_procs(workers, timeout=10)
-        assert time.monotonic() - begun < 2
+        while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+            assert time.monotonic() - begun < 2
+            time.sleep(0.02)
         crowd.join()  # the port is closed
     again = subprocess.run(
         [LOOKALIKE, "index", "digits[:2]", "--model", MODEL, "--store", tmp_path / "store"],
