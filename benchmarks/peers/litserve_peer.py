@@ -4,7 +4,6 @@ The picture comes in a form: faster here than base64 in JSON. One worker, its de
 """
 
 import os
-from typing import Any
 
 import litserve
 import numpy as np
@@ -23,8 +22,8 @@ class Embedding(litserve.LitAPI):  # type: ignore[misc]  # it has no types
         """Open the session."""
         self.session = ort.InferenceSession(os.environ["PEER_MODEL"], providers=["CPUExecutionProvider"])
 
-    def decode_request(self, request: Any) -> PixelArray:
-        """Return pixels (3, S, S) of one request."""
+    def decode_request(self, request: litserve.Request) -> PixelArray:
+        """Return pixels (3, S, S) of one request, of which only the form comes here."""
         picture = Image.open(request["image"].file).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
         return np.asarray(picture).transpose(2, 0, 1)
 
