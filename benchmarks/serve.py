@@ -280,6 +280,8 @@ def _measure(rows: list[Row], seconds: float, turns: int, work: Path) -> Figures
                         rate = _SHARE * figures.results[_TINY16][0].per_s if _SHAPES[name].open_loop else None
                         requests = _requests(server, pictures, _SHAPES[name], Path(temporary))
                         result = _ask(port, requests, _SHAPES[name], seconds, rate)
+                        if not result.good:
+                            raise RuntimeError(f"{server.name} embeds nothing: {result}")
                         figures.results[Key(encoder, server.name, name)].append(result)
                         print(f"turn {turn + 1}: {encoder}, {server.name}, {name}: {result}", file=sys.stderr)
     return figures

@@ -123,7 +123,8 @@ def running(command: Sequence[str], ready: str, environment: dict[str, str], log
         if server.poll() is None:
             tree += [process for process in first.children(recursive=True) if process not in tree]
             server.terminate()
-        for process in psutil.wait_procs(tree, timeout=20)[1]:
+        psutil.wait_procs([first], timeout=20)
+        for process in psutil.wait_procs(tree, timeout=2)[1]:
             process.kill()
         server.wait()
 

@@ -9,7 +9,6 @@ import litserve
 import numpy as np
 import onnxruntime as ort
 from PIL import Image
-from starlette.requests import Request
 
 from service import FloatArray, PixelArray
 
@@ -23,8 +22,8 @@ class Embedding(litserve.LitAPI):  # type: ignore[misc]  # it has no types
         """Open the session."""
         self.session = ort.InferenceSession(os.environ["PEER_MODEL"], providers=["CPUExecutionProvider"])
 
-    def decode_request(self, request: Request) -> PixelArray:
-        """Return pixels (3, S, S) of one request."""
+    def decode_request(self, request: litserve.Request) -> PixelArray:
+        """Return pixels (3, S, S) of one request, of which only the form comes here."""
         picture = Image.open(request["image"].file).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
         return np.asarray(picture).transpose(2, 0, 1)
 
@@ -40,7 +39,7 @@ class Embedding(litserve.LitAPI):  # type: ignore[misc]  # it has no types
         """Return them one by one."""
         return list(output)
 
-    def encode_response(self, output: FloatArray):  # type: ignore[no-untyped-def]  # noqa: ANN201  # it would check it
+    def encode_response(self, output: FloatArray) -> dict[str, list[float]]:
         """Return one as JSON."""
         return {"embedding": output.tolist()}
 
