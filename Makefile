@@ -8,8 +8,8 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients figures container setup \
-        setup-serve lock clean
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients bench-serve soak figures container \
+        setup setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,12 @@ guards: setup ## take out one guard at a time, and see a test notice
 
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
+
+bench-serve: setup ## measure the service beside its peers and limits; LONG=1 for three turns
+	.venv/bin/python -m benchmarks.serve $(if $(LONG),--turns 3)
+
+soak: setup ## ten minutes of mixed load: memory, threads and descriptors; LONG=1 for thirty
+	.venv/bin/python -m benchmarks.soak --minutes $(if $(LONG),30,10)
 
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200

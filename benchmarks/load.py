@@ -24,7 +24,7 @@ import typer
 import uvloop
 
 _TICK_S = 0.001  # of libuv's clock
-_GRACE_S = 3.0  # for the answers that are due when the time is over
+_GRACE_S = 3.0  # for the answers that are due when the time is over; who gets none by then has waited that long
 
 
 @dataclass
@@ -33,7 +33,8 @@ class Result:
 
     Attributes:
         seconds: of measuring.
-        good: answers with a status below 300; per_s: of them a second.
+        good: answers with a status below 300, in an open loop those to requests that were due in this time;
+            per_s: of them a second.
         p50_ms, p99_ms, longest_ms: their latency, in an open loop from when a request was due; NaN for none.
         statuses: answers by status.
         errors: requests that got no answer, by kind.
@@ -51,21 +52,37 @@ class Result:
     client_share: float
 
 
-def raw(path: str, photo: bytes) -> bytes:
-    """Return a POST whose body is a picture."""
-    return _post(path, "image/jpeg", photo)
+def raw(path: str, photo: bytes, method: str = "POST") -> bytes:
+    """Return a request whose body is a picture."""
+    return request(path, "image/jpeg", photo, method)
 
 
 def form(path: str, field: str, photos: Sequence[bytes]) -> bytes:
     """Return a POST of a multipart form that holds pictures in one field."""
     part = '--limit\r\nContent-Disposition: form-data; name="%s"; filename="%d.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
     parts = [(part % (field, number)).encode() + photo + b"\r\n" for number, photo in enumerate(photos)]
-    return _post(path, "multipart/form-data; boundary=limit", b"".join([*parts, b"--limit--\r\n"]))
+    return request(path, "multipart/form-data; boundary=limit", b"".join([*parts, b"--limit--\r\n"]))
 
 
-def _post(path: str, kind: str, body: bytes) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+def request(path: str, kind: str = "", body: bytes = b"", method: str = "POST") -> bytes:
+    """Return a request with a body of some media type; without a body, none."""
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n" if kind else ""
+    return head.encode() + b"\r\n" + body
+
+
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> str:
+    """Send one request, read its answer, and return the status. Raises EOFError or OSError for want of one."""
+    writer.write(request)
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    await reader.readexactly(_length(head))
+    return head[9:12].decode()
+
+
+def _length(head: bytes) -> int:
+    """Return the Content-Length that a head in small letters names, or 0."""
+    _, found, rest = head.partition(b"\r\ncontent-length:")
+    return int(rest[: rest.index(b"\r")]) if found else 0
 
 
 def run(
@@ -108,6 +125,7 @@ class _Client:
         self._contents = cycle(contents)
         self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
+        self._opening: set[asyncio.Task[None]] = set()
         self._waiting: deque[float] = deque()  # when requests were due that found no connection free
         self._latencies: list[float] = []
         self._statuses: Counter[str] = Counter()
@@ -119,6 +137,7 @@ class _Client:
         self._due = time.perf_counter()
         self._from = self._due + warm_up
         self._until = self._from + seconds
+        self._end = self._until + _GRACE_S
         for _ in range(connections):
             await self._connect()
         if self._rate is not None:
@@ -127,7 +146,7 @@ class _Client:
         begun = time.process_time()
         await asyncio.sleep(self._until - time.perf_counter())
         used = (time.process_time() - begun) / seconds
-        while any(one.busy for one in self._connections) and time.perf_counter() < self._until + _GRACE_S:
+        while self._unanswered() and time.perf_counter() < self._end:
             await asyncio.sleep(0.01)
         self._give_up()
         p50, p99, longest = (_quantile(self._latencies, share) for share in (0.5, 0.99, 1))
@@ -138,10 +157,9 @@ class _Client:
     def free(self, connection: "_Connection") -> None:
         """Let a connection that waits for nothing send the next request."""
         now = time.perf_counter()
-        if now >= self._until:
-            return
         if self._rate is None:
-            connection.send(next(self._contents), now)
+            if now < self._until:
+                connection.send(next(self._contents), now)
         elif self._waiting:
             connection.send(next(self._contents), self._waiting.popleft())
         else:
@@ -160,13 +178,16 @@ class _Client:
         self._connections.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
-        if connection.busy:
+        now = time.perf_counter()
+        if connection.busy and now >= self._from:
             self._errors["connection lost"] += 1
-        if time.perf_counter() < self._until:
-            self._opening = self._loop.create_task(self._connect())
+        if now < (self._until if self._rate is None else self._end):
+            task = self._loop.create_task(self._connect())
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
 
     async def _connect(self) -> None:
-        while time.perf_counter() < self._until:
+        while time.perf_counter() < self._end:
             try:
                 _, connection = await self._loop.create_connection(lambda: _Connection(self), "127.0.0.1", self._port)
             except OSError as error:
@@ -188,11 +209,14 @@ class _Client:
         if now < self._until:
             self._loop.call_later(_TICK_S, self._arrive)
 
+    def _unanswered(self) -> list[float]:
+        """Return when those requests were due that wait for a connection or an answer."""
+        return [one.due for one in self._connections if one.busy] + list(self._waiting)
+
     def _give_up(self) -> None:
         """Count what was never answered; in an open loop it has waited since it was due."""
         now = time.perf_counter()
-        due = [one.due for one in self._connections if one.busy] + list(self._waiting)
-        late = [now - moment for moment in due if self._from <= moment < self._until]
+        late = [now - due for due in self._unanswered() if self._from <= due < self._until]
         if late:
             self._errors["unanswered"] += len(late)
         if self._rate is not None:
@@ -228,9 +252,7 @@ class _Connection(asyncio.Protocol):
             head = self._head[:end].lower()
             self._status = head[9:12].decode()
             self._closing = b"\r\nconnection: close" in head
-            _, found, rest = head.partition(b"\r\ncontent-length:")
-            length = int(rest[: rest.index(b"\r")]) if found else 0
-            self._missing = end + length - len(self._head)
+            self._missing = end + _length(head) - len(self._head)
             self._head = b""
         if self._missing == 0:
             self.busy = False

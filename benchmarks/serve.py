@@ -102,13 +102,18 @@ class Figures:
             key=lambda pair: pair[1],
         )
 
-    def statuses(self, key: Key) -> str:
-        """Return all answers by status, and what got none."""
+    def cell(self, key: Key) -> str:
+        """Return requests a second and p99 in words; "" where they were not measured."""
+        if key not in self.results:
+            return ""
+        return f"{self.median(key, 'per_s'):.0f} req/s, p99 {self.median(key, 'p99_ms'):.0f} ms"
+
+    def answers(self, key: Key) -> Counter[str]:
+        """Return how many answers there were by status, and how many requests got none by kind."""
         total: Counter[str] = Counter()
         for result in self.results[key]:
-            total.update(result.statuses)
-            total.update(result.errors)
-        return ", ".join(f"{status}: {count}" for status, count in total.items())
+            total.update(result.statuses | result.errors)
+        return total
 
 
 # The numbers to reach -----------------------------------------------------------------------------
@@ -152,18 +157,19 @@ def _int8(figures: Figures) -> list[Line]:
 
 
 def _p99(figures: Figures) -> list[Line]:
-    ours, *theirs = (figures.median(Key("tiny", server.name, "open"), "p99_ms") for server in _EVERYBODY)
-    best = min(theirs)
+    keys = _keys("tiny", _EVERYBODY, "open")
+    ours, *theirs = (figures.median(key, "p99_ms") for key in keys)
+    best, good = min(theirs), figures.answers(keys[0]).keys() == {"200"}  # refusals come soon, and are no feat
     what = "tiny encoder, p99 at 70 % of own peak"
     return [
-        Line(what, f"{ours:.1f} ms", "", "", "≤ 25 ms", ours <= 25),
+        Line(what, f"{ours:.1f} ms", "", "", "≤ 25 ms", good and ours <= 25),
         Line(
             "the same, against every peer at that rate",
             f"{ours:.1f} ms",
             f"{best:.1f} ms",
             f"{ours / best:.2f}",
             "< 1",
-            ours < best,
+            good and ours < best,
         ),
     ]
 
@@ -180,16 +186,16 @@ def _forms(figures: Figures) -> list[Line]:
 def _overload(figures: Figures) -> list[Line]:
     peak, crowd = figures.median(_TINY16, "per_s"), Key("tiny", OURS.name, "c=256")
     before, after = (figures.median(_TINY1._replace(shape=shape), "p50_ms") for shape in ("c=1", "c=1 after"))
-    seen = {status for result in figures.results[crowd] for status in (*result.statuses, *result.errors)}
+    answers = figures.answers(crowd)
     return [
         _line("256 connections against 16, goodput, req/s", figures.median(crowd, "per_s"), peak, 0.7),
         Line(
             "answers to 256 connections",
-            figures.statuses(crowd),
+            _listed(answers),
             "",
             "",
             "only 200, 429, 503",
-            seen <= {"200", "429", "503"},
+            answers.keys() <= {"200", "429", "503"},
         ),
         Line(
             "p50 at c = 1, within 5 s of that",
@@ -200,6 +206,10 @@ def _overload(figures: Figures) -> list[Line]:
             after <= 1.5 * before,
         ),
     ]
+
+
+def _listed(answers: Counter[str]) -> str:
+    return ", ".join(f"{status}: {count}" for status, count in answers.items())
 
 
 def _beside_tuned(figures: Figures, encoder: str) -> Line:
@@ -290,10 +300,12 @@ def _measure(rows: list[Row], seconds: float, turns: int, work: Path) -> Figures
 def _measure_limits(
     figures: Figures, encoder: str, model: Path, variant: str, pictures: list[bytes], seconds: float
 ) -> None:
-    figures.limits[encoder, "decoding as the service does, 2 threads"].append(limits.decoding(model, pictures, seconds))
+    figures.limits[encoder, "decoding alone, as the service does, 2 threads"].append(
+        limits.decoding(model, pictures, seconds)
+    )
     for batch in (16, 32):
         rate = limits.inference(model, variant, batch, seconds)
-        figures.limits[encoder, f"onnxruntime, 2 threads, batch {batch}"].append(rate)
+        figures.limits[encoder, f"onnxruntime alone, 2 threads, batch {batch}"].append(rate)
     figures.limits[encoder, "bare loop"].append(limits.bare_loop(model, variant, pictures, seconds))
 
 
@@ -321,15 +333,21 @@ def _ask(port: int, requests: list[Path], shape: Shape, seconds: float, rate: fl
 
 
 def _print_figures(figures: Figures) -> None:
-    print("| encoder | server | asked | req/s | p50, ms | p99, ms | answers | client, of a core |")
+    """Print servers by encoders, then limits by encoders, then all that was measured."""
+    encoders = list(dict.fromkeys(encoder for encoder, _ in figures.limits))
+    print(f"| 16 connections | {' | '.join(encoders)} |\n|---|{'---|' * len(encoders)}")
+    for server in (*PEERS, TUNED, BARE, OURS):
+        cells = [figures.cell(Key(encoder, server.name, "c=16")) for encoder in encoders]
+        if any(cells):
+            print(f"| {server.name} | {' | '.join(cells)} |")
+    for limit in dict.fromkeys(limit for _, limit in figures.limits):
+        print(f"| limit: {limit} | {' | '.join(f'{figures.limit(one, limit):.0f} /s' for one in encoders)} |")
+    print("\n| encoder | server | asked | req/s | p50, ms | p99, ms | answers | client, of a core |")
     print("|---|---|---|---:|---:|---:|---|---:|")
     for key in figures.results:
         per_s, p50, p99, share = (figures.median(key, what) for what in ("per_s", "p50_ms", "p99_ms", "client_share"))
         print(f"| {key.encoder} | {key.server} | {key.shape} | {per_s:.1f} | {p50:.1f} | {p99:.1f} ", end="")
-        print(f"| {figures.statuses(key)} | {share:.2f} |")
-    print("\n| encoder | limit | pictures/s |\n|---|---|---:|")
-    for encoder, name in figures.limits:
-        print(f"| {encoder} | {name} | {figures.limit(encoder, name):.0f} |")
+        print(f"| {_listed(figures.answers(key))} | {share:.2f} |")
     print()
 
 

@@ -1,7 +1,6 @@
 """What ordinary requests feel of slow clients: latency in quiet, beside slow uploads, beside half-sent headers."""
 
 import asyncio
-import re
 import resource
 import signal
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import sklearn.datasets
 import typer
 
+from benchmarks.load import ask
 from benchmarks.machine import describe
 from benchmarks.servers import OURS, serving
 
@@ -101,7 +101,7 @@ async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
         try:
             async with asyncio.timeout(30):
                 connection = connection or await asyncio.open_connection("127.0.0.1", port)
-                status = await _ask(*connection, request)
+                status = await ask(*connection, request)
         except (OSError, EOFError) as error:
             status, connection = type(error).__name__, None
         phase.latencies.append(time.perf_counter() - due)
@@ -110,14 +110,6 @@ async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
         due += 1 / _RATE
     if connection:
         connection[1].close()
-
-
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> str:
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-    await reader.readexactly(int(length[1]) if length else 0)
-    return head.split()[1].decode()
 
 
 # Slow clients -----------------------------------------------------------------------------------
