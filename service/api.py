@@ -140,7 +140,7 @@ def create_app() -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> FileResponse:
-        _ = _gallery(request).store
+        _gallery_with_store(request)
         return FileResponse(_PAGE / "index.html")
 
     @app.get("/metrics", include_in_schema=False)
@@ -235,8 +235,7 @@ def _add_search(app: FastAPI) -> None:
         In JSON also several at once: the answer to `queries` is `results`. What the body leaves out of `threshold`,
         `filter`, `include`, `fingerprint` and, for a single query, `k`, the address may say.
         """
-        gallery = _gallery(request)
-        _ = gallery.store
+        gallery = _gallery_with_store(request)
         queries: list[ByImage | ByVector | ById | bytes]
         where = None if filter is None else parse_filter(parse_json_object(filter, "filter"))
         several = False
@@ -269,7 +268,7 @@ def _add_search(app: FastAPI) -> None:
 
 
 def _add_items(app: FastAPI) -> None:
-    @app.get("/images", responses=answers(schemas.Page, 400, *WORK))
+    @app.get("/images", responses=answers(schemas.Page, 400, 404, *WORK))
     async def list_images(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -287,7 +286,7 @@ def _add_items(app: FastAPI) -> None:
     @app.post(
         "/images",
         openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
-        responses=answers(None, *BODY, *WORK, 403, 409)
+        responses=answers(None, *BODY, *WORK, 403, 404, 409)
         | {200: {"description": "A line a picture.", "content": ndjson()}},
     )
     async def add_images(request: Request, fingerprint: Fingerprint = None) -> Response:
@@ -297,8 +296,7 @@ def _add_items(app: FastAPI) -> None:
         line of JSON for each picture, as it reaches the store or will not: one that failed may be sent again, and so
         may one that did not.
         """
-        gallery = _gallery(request)
-        _ = gallery.store
+        gallery = _gallery_with_store(request)
         _check_fingerprint(gallery, fingerprint)
         kind = content_type(request)
         pictures: bulk.Archive | bulk.Uploads
@@ -330,13 +328,13 @@ def _add_items(app: FastAPI) -> None:
     @app.put(
         "/images/{id:item}",
         openapi_extra=body(picture_body(metadata="metadata")),
-        responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 409, 422, success=(200, 201)),
+        responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404, 409, 422, success=(200, 201)),
     )
     async def put_image(
         request: Request, id: str, metadata: Metadata = None, fingerprint: Fingerprint = None
     ) -> Response:
         """Add a picture under an id of yours, or replace it; `metadata` is a JSON object."""
-        gallery = _gallery(request)
+        gallery = _gallery_with_store(request)
         id = gallery.check_id(id)
         _check_fingerprint(gallery, fingerprint)
         image, fields = await read_one_picture(request, gallery.settings)
@@ -382,6 +380,13 @@ def _add_items(app: FastAPI) -> None:
 
 def _gallery(request: Request) -> Gallery:
     gallery: Gallery = request.app.state.gallery
+    return gallery
+
+
+def _gallery_with_store(request: Request) -> Gallery:
+    """The gallery, before a body is read for it. Raises NoStore."""
+    gallery = _gallery(request)
+    _ = gallery.store
     return gallery
 
 
