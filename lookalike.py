@@ -13,6 +13,9 @@ from service.errors import InvalidRequest, LookalikeError
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
+store_cli = typer.Typer(no_args_is_help=True, help="Look after a store: check it, take it out and in as Parquet.")
+cli.add_typer(store_cli, name="store")
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -23,6 +26,7 @@ Source = Annotated[
 ]
 DataRoot = Annotated[Path, typer.Option(help="Where named sets lie, in torchvision's layout.")]
 Model = Annotated[Path, typer.Option(help="Folder of the encoder.")]
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -153,6 +157,7 @@ def index(
     gallery = open_gallery(_settings(model=model, store=store))
     try:
         tally = index_source(pictures, gallery)
+        gallery.store.settle()
         notice = gallery.notice()
     finally:
         gallery.close()
@@ -163,6 +168,21 @@ def index(
     if notice:
         print(f"note: {notice}", file=sys.stderr)
     raise typer.Exit(1 if tally.bad else 0)
+
+
+@cli.command()
+def reindex(
+    model: Model,
+    store: StoreFolder,
+) -> None:
+    """Embed a store's pictures anew with another encoder, beside a service that goes on meanwhile."""
+    from service.batch import reindex as run
+
+    count = run(model, _settings(store=store))
+    print(
+        f"{store}: {count} pictures are of the encoder {model} now; a running service takes them up on SIGHUP",
+        file=sys.stderr,
+    )
 
 
 @cli.command()
@@ -181,7 +201,7 @@ def search(
         data = image.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
-    gallery = open_gallery(_settings(store=store), read_only=True)
+    gallery = open_gallery(_settings(store=store, read_only=True))
     hits = gallery.find([data], k)[0]
     gallery.close()
     if as_json:
@@ -201,6 +221,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto for cuda where it works.")] = None,
     no_store: Annotated[bool | None, typer.Option("--no-store", help="Embed alone and keep nothing.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; more than one only with --no-store.")] = None,
+    read_only: Annotated[
+        bool | None, typer.Option("--read-only", help="Beside the process that changes the store; follows its changes.")
+    ] = None,
 ) -> None:
     """Serve search over HTTP, with a page, until Ctrl-C."""
     settings = _settings(
@@ -212,6 +235,7 @@ def serve(
         device=device,
         no_store=no_store,
         workers=workers,
+        read_only=read_only,
     )
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
@@ -223,6 +247,56 @@ def serve(
     command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
     command += ["--timeout-graceful-shutdown", "18"]  # service/lifetime.py leaves soon after
     os.execve(bentoml, command, {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **environment})
+
+
+@store_cli.command()
+def check(store: StoreFolder) -> None:
+    """Read everything in a store and name what is wrong; exit code 1 where anything is."""
+    from service.store.examination import examine
+    from service.store.folder import current
+
+    problems = 0
+    for problem in examine(current(store)):
+        print(problem)
+        problems += 1
+    print(f"{store}: {problems or 'no'} problem{'s' * (problems != 1)} found", file=sys.stderr)
+    raise typer.Exit(1 if problems else 0)
+
+
+@store_cli.command("export")
+def export_store(
+    store: StoreFolder, out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write.")]
+) -> None:
+    """Write a store's items as Parquet: embeddings, metadata and pictures. A service may go on meanwhile."""
+    from service.exchange import export_store as run
+    from service.gallery import open_gallery
+
+    gallery = open_gallery(_settings(store=store, read_only=True))
+    try:
+        count = run(gallery, out)
+    finally:
+        gallery.close()
+    print(f"{out}: {count} items written", file=sys.stderr)
+
+
+@store_cli.command("import")
+def import_items(
+    source: Annotated[Path, typer.Argument(metavar="PARQUET", help="A .parquet file, or a folder of them.")],
+    store: StoreFolder,
+    model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
+) -> None:
+    """Add the items of Parquet files: of `store export`, of `embed`, or made elsewhere: id and embedding at least."""
+    from service.exchange import import_items as run
+    from service.gallery import open_gallery
+
+    gallery = open_gallery(_settings(model=model, store=store))
+    try:
+        tally = run(source, gallery)
+        gallery.store.settle()
+    finally:
+        gallery.close()
+    print(f"{store}: {tally.done} items added, {tally.known} there already, {tally.bad} cannot be", file=sys.stderr)
+    raise typer.Exit(1 if tally.bad else 0)
 
 
 @cli.command()
@@ -269,16 +343,15 @@ def _check_serving(settings: Any) -> None:
     """Say here, in one sentence, what would otherwise be a traceback in the server's log."""
     from service.card import read_card
     from service.encoder import Encoder
-    from service.gallery import find_model
+    from service.gallery import find_model, open_store
     from service.keys import read_keys
-    from service.store.embedded import EmbeddedStore
 
     read_keys(settings)
     if settings.workers > 1 and not settings.no_store:
         raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
     if not settings.no_store:
-        EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
+        open_store(settings, encoder).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -3,7 +3,10 @@
 import ctypes
 import gc
 import logging
+import signal
 import sys
+import threading
+import time
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
@@ -12,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import logs, metrics
 from service.api import create_app
 from service.errors import LookalikeError
-from service.gallery import Gallery, open_gallery
+from service.gallery import Gallery, open_gallery, succeed
 from service.guard import Guard
 from service.lifetime import Lifetime
 from service.settings import Settings
@@ -92,8 +95,22 @@ class Lookalike:
     def __init__(self) -> None:
         _give_large_blocks_back()
         self.gallery = open_service(_settings)
+        if threading.current_thread() is threading.main_thread():  # where alone signals can be caught
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.take_up, daemon=True).start())
         self._lifetime = Lifetime(alone=_settings.workers == 1)
         self._failed = ""
+
+    def take_up(self) -> None:
+        """Go over to the store's generation that counts by now; where that cannot be, go on and say why."""
+        earlier = self.gallery
+        try:
+            self.gallery = app.state.gallery = succeed(earlier)
+        except LookalikeError as error:
+            log.warning("no other generation of the store is taken up: %s", error)
+            return
+        log.info("serving %d pictures with the encoder %s", self.gallery.store.count(), self.gallery.card.name)
+        time.sleep(_settings.work_timeout_s)  # who has begun with the earlier one ends with it
+        earlier.close()
 
     def __is_ready__(self) -> bool:
         """Ready is: the canary goes all the way to the index and comes to what it was, and nobody said stop."""

@@ -16,11 +16,14 @@ from tqdm import tqdm
 from service.card import read_card
 from service.embeddings import FAILURES, META, part_path, read_facts
 from service.encoder import Encoder
-from service.errors import InvalidOutput, InvalidSource, LookalikeError, NoEmbedding
+from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, NoEmbedding
 from service.gallery import Gallery
 from service.images import decode_pixels
 from service.settings import Settings
 from service.sources import Source
+from service.store.catalog import Catalog
+from service.store.embedded import EmbeddedStore
+from service.store.folder import current, following, publish
 
 _CHUNK = 64
 _PART_ROWS = 8192
@@ -92,10 +95,10 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
     with _progress("embedding", len(source), known) as bar:
         for start in range(known, len(source), _PART_ROWS):
             table, part = embed_part(range(start, min(start + _PART_ROWS, len(source))), bar)
-            _write_parquet(table, part_path(out, start // _PART_ROWS))
+            write_parquet(table, part_path(out, start // _PART_ROWS))
             parts.append(part)
     failed = [failure for part in parts for failure in part["failures"]]
-    _write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / FAILURES)
+    write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / FAILURES)
     return Tally(len(source) - known, known, len(failed))
 
 
@@ -128,6 +131,46 @@ def index_source(source: Source, gallery: Gallery) -> Tally:
                 bar.write(f"skipped {source.ids[position]}: {error}", file=sys.stderr)
             bar.update(len(chunk))
     return Tally(len(source) - known - bad, known, bad)
+
+
+def reindex(model: Path, settings: Settings) -> int:
+    """Embed a store's pictures anew with another encoder, into its next generation; return how many it has then.
+
+    The store is read as it lies there, and a service may go on changing it: what changed meanwhile is taken over at
+    the end, and what changes after that when the generation is taken into use. An interrupted job goes on where it
+    stopped when it is run again.
+
+    Raises:
+        InvalidModel: no such encoder.
+        InvalidRequest: the store is that encoder's already.
+        StoreMismatch: an interrupted job of still another encoder lies there.
+        InvalidStore: no store; another process is at it; or some pictures are neither kept nor where they came from.
+            Nothing is published then.
+    """
+    home = settings.store
+    source, folder = current(home), following(home)
+    encoder = Encoder(read_card(model), settings.device, settings.variant)
+    earlier = Catalog(source, None)
+    try:
+        if earlier.meta["fingerprint"] == encoder.card.fingerprint:
+            raise InvalidRequest(f"{home}: is of the encoder {encoder.card.name} already")
+        gallery = Gallery(encoder, EmbeddedStore(folder, encoder.card, encoder.dimension), settings)
+        try:
+            since = int(gallery.store.facts().get("follows", -1))
+            gallery.store.note("earlier", "" if source == home else source.name)
+            with _progress("embedding anew", 0, 0) as bar:
+                while since < earlier.sequence():
+                    since = gallery.follow(earlier, since, bar.update)
+                    gallery.store.note("follows", str(since))
+            gallery.store.note("follows", str(max(since, 0)))
+            gallery.store.settle()
+            count = gallery.store.count()
+        finally:
+            gallery.close()
+    finally:
+        earlier.close()
+    publish(home, folder)
+    return count
 
 
 def _read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, T | LookalikeError]]]:
@@ -192,7 +235,7 @@ def _finished_parts(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]
     return parts
 
 
-def _write_parquet(table: pa.Table, path: Path) -> None:
+def write_parquet(table: pa.Table, path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

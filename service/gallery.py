@@ -15,10 +15,21 @@ from service import FloatArray, PixelArray, cores, metrics
 from service.batcher import Batcher
 from service.card import Card, read_card, suits
 from service.encoder import Encoder
-from service.errors import InvalidQuery, InvalidRequest, ItemNotFound, LookalikeError, NoEmbedding, NoStore, each, kept
+from service.errors import (
+    InvalidQuery,
+    InvalidRequest,
+    InvalidStore,
+    ItemNotFound,
+    LookalikeError,
+    NoEmbedding,
+    NoStore,
+    each,
+    kept,
+)
 from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.settings import Settings
-from service.store import Hit, Item, NewItem, Store
+from service.store import Hit, Item, NewItem
+from service.store.catalog import Catalog, has_catalog
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.filters import Filter
 
@@ -26,6 +37,7 @@ Query = bytes | Future[FloatArray] | str | Sequence[float]
 """What to look for: the bytes of a picture, its embedding to come, the id of an item, or a vector."""
 
 _SAMPLED_THUMBNAILS = 100
+_FOLLOWED_AT_ONCE = 64
 _SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
 _MOST_DEPTH = 32  # of metadata; SQLite's own JSON functions end at 1000
 
@@ -45,7 +57,7 @@ _Numbered = tuple[int, tuple[str, ReadPicture, dict[str, Any], str | None]]
 class Gallery:
     """The searchable collection. Every method blocks and may be called from any thread."""
 
-    def __init__(self, encoder: Encoder, store: Store | None, settings: Settings) -> None:
+    def __init__(self, encoder: Encoder, store: EmbeddedStore | None, settings: Settings) -> None:
         self.encoder = encoder
         self.settings = settings
         self._store = store
@@ -60,7 +72,7 @@ class Gallery:
         return self.encoder.card
 
     @property
-    def store(self) -> Store:
+    def store(self) -> EmbeddedStore:
         """Where items live. Raises NoStore where the service runs without one."""
         if self._store is None:
             raise NoStore("this service runs without a store (--no-store): it embeds and keeps nothing")
@@ -182,7 +194,8 @@ class Gallery:
         """Return an item's thumbnail, a WebP file. Raises ItemNotFound."""
         data = self.store.thumbnail(id)
         if data is None:
-            raise _no_item()
+            self.get(id)
+            raise ItemNotFound("this item came as an embedding, without a picture")
         return data
 
     def original(self, id: str) -> bytes:
@@ -299,6 +312,65 @@ class Gallery:
         if self._store is not None:
             self._store.search(embedding[None], 1)
 
+    def follow(self, earlier: Catalog, since: int, told: Callable[[int], object] = lambda _: None) -> int:
+        """Take over what changed in an earlier generation of the store, its pictures embedded anew.
+
+        Args:
+            earlier: its catalog.
+            since: the sequence number up to which all is here; −1 for nothing.
+            told: gets the numbers of items looked at.
+
+        Returns:
+            The sequence number up to which all is here now. What is here already is passed over.
+
+        Raises:
+            InvalidStore: for some items there is neither a kept picture nor one with their digest where they came
+                from; the others are taken over.
+        """
+        latest = earlier.sequence()
+        for id in earlier.removed(since):
+            if earlier.get(id) is None:
+                self.store.remove(id)
+        failed: list[str] = []
+        last = 0
+        while rows := earlier.changed_items(since, _FOLLOWED_AT_ONCE, last):
+            last = rows[-1][0]
+            fresh = []
+            for _, item in rows:
+                have = self.store.get(item.id)
+                if have is None or have.digest != item.digest:
+                    try:
+                        fresh.append((item.id, self.read(_picture(earlier, item)), item.metadata, item.source))
+                    except LookalikeError as error:
+                        failed.append(f"{item.id}: {error}")
+                elif have.metadata != item.metadata:
+                    self.store.set_metadata(item.id, lambda _, new=item.metadata: new)  # type: ignore[misc]
+            outcomes: dict[int, bool | LookalikeError] = {}
+            self._add_group(list(enumerate(fresh)), outcomes)
+            failed += [f"{fresh[n][0]}: {error}" for n, error in outcomes.items() if isinstance(error, LookalikeError)]
+            told(len(rows))
+        if failed:
+            raise InvalidStore(f"{len(failed)} items cannot be embedded anew; {failed[0]}")
+        return latest
+
+    def catch_up(self) -> None:
+        """Take over what changed in the earlier generation, if there is one, after this one was made of it.
+
+        Raises:
+            InvalidStore: as `follow`.
+        """
+        facts = self.store.facts()
+        folder = self.settings.store / facts.get("earlier", "")
+        if "earlier" not in facts or not has_catalog(folder):
+            return
+        earlier = Catalog(folder, None)
+        try:
+            since = int(facts["follows"])
+            if earlier.sequence() > since:
+                self.store.note("follows", str(self.follow(earlier, since)))
+        finally:
+            earlier.close()
+
     def close(self) -> None:
         """Finish what waits and let go of the store."""
         self._decoders.shutdown()
@@ -321,15 +393,58 @@ class Gallery:
         return tones(np.stack(pixels)) if pixels else None
 
 
-def open_gallery(settings: Settings, read_only: bool = False) -> Gallery:
+def open_gallery(settings: Settings) -> Gallery:
     """Open the encoder and the store that the settings name.
 
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    store = EmbeddedStore(settings.store, encoder.card, encoder.dimension, read_only) if not settings.no_store else None
-    return Gallery(encoder, store, settings)
+    gallery = Gallery(encoder, None if settings.no_store else open_store(settings, encoder), settings)
+    if not (settings.no_store or settings.read_only):
+        try:
+            gallery.catch_up()
+        except BaseException:
+            gallery.close()
+            raise
+    return gallery
+
+
+def succeed(gallery: Gallery) -> Gallery:
+    """Open the generation of a gallery's store that counts by now, with the encoder that made it.
+
+    The given gallery still answers what was asked of it, and refuses changes; it is for the caller to close.
+
+    Raises:
+        InvalidModel, InvalidStore, StoreMismatch: then the given gallery goes on as it was.
+    """
+    settings = gallery.settings
+    encoder = Encoder(
+        read_card(find_model(settings.model_copy(update={"model": None}))), settings.device, settings.variant
+    )
+    following = Gallery(encoder, gallery.store.successor(encoder.card, encoder.dimension), settings)
+    try:
+        if not settings.read_only:
+            following.catch_up()  # nearly all, while changes go on
+            gallery.store.refuse("the store is being replaced by one of another encoder; try again")
+            following.catch_up()
+    except BaseException:
+        following.close()
+        raise
+    following.store.inherit(gallery.store)
+    return following
+
+
+def open_store(settings: Settings, encoder: Encoder) -> EmbeddedStore:
+    """Open the store that the settings name. Raises InvalidStore, StoreMismatch."""
+    return EmbeddedStore(
+        settings.store,
+        encoder.card,
+        encoder.dimension,
+        settings.read_only,
+        exact_limit=settings.exact_limit,
+        vector_type=settings.vector_type,
+    )
 
 
 def find_model(settings: Settings) -> Path:
@@ -356,6 +471,20 @@ def check_id(id: str, most_bytes: int) -> str:
     if id.endswith(("/thumbnail", "/content")):
         raise InvalidRequest("id: must not end in /thumbnail or /content, which name an item's pictures")
     return id
+
+
+def _picture(catalog: Catalog, item: Item) -> bytes:
+    """The bytes of an item's picture, as they were kept or from where they came. Raises ItemNotFound."""
+    data = catalog.original(item.id)
+    if data is not None:
+        return data
+    try:
+        data = Path(item.source or "").read_bytes()
+    except OSError:
+        raise ItemNotFound(f"its picture was not kept and cannot be read from {item.source}") from None
+    if hashlib.sha256(data).hexdigest() != item.digest:
+        raise ItemNotFound(f"its picture was not kept, and {item.source} has another by now")
+    return data
 
 
 def _merged(target: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,9 @@ class Settings(BaseSettings):
         variant: of the encoder: "auto" for the fastest here, "fp32", "fp16" or "int8".
         host, port: where the service listens.
         keep_originals: whether the store keeps the pictures' own bytes.
+        read_only: open the store beside the process that changes it; every change is refused.
+        exact_limit: pictures up to which a search looks at every one; above it, at a part with a measured recall.
+        vector_type: float32 or float16, of vectors on disk, in a store that is new.
         api_keys: "read:KEY" and "write:KEY", with commas between; none and no api_keys_file: no key is asked for.
         api_keys_file: a file of them, one a line.
         metrics_public: whether /metrics answers without a key.
@@ -44,6 +47,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=3000, ge=1, le=65535)
     keep_originals: bool = True
+    read_only: bool = False
+    exact_limit: int = Field(default=100_000, ge=1000)
+    vector_type: str = Field(default="float32", pattern="^(float32|float16)$")
     api_keys: SecretStr = SecretStr("")
     api_keys_file: Path | None = None
     metrics_public: bool = False

@@ -1,6 +1,7 @@
 """What the tests stand on: the shipped encoder, real pictures, and a plain word about what is missing here."""
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -81,6 +82,20 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=chromium, args=[f"--{flag}" for flag in flags])
         yield browser
         browser.close()
+
+
+def another_encoder(folder: Path) -> Path:
+    """Write the shipped encoder under another preprocessing, so another embedding space, and return its folder."""
+    shutil.copytree(MODEL, folder)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
+    facts = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").unlink()
+    for variant in folder.glob("model.*.onnx"):
+        variant.unlink()
+    facts |= {"name": "other", "fingerprint": read_card(folder).fingerprint, "sha256": {}}
+    (folder / "card.json").write_text(json.dumps(facts))
+    return folder
 
 
 def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> bytes:

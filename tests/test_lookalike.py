@@ -145,3 +145,20 @@ def test_the_training_verbs_say_what_they_need() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "run `make setup`" in done.stderr
+
+
+def test_a_store_goes_out_as_parquet_and_into_another(store: Path, tmp_path: Path) -> None:
+    done = run("store", "export", "--store", store, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, f"{tmp_path / 'out'}: 200 items written\n")
+    copy = tmp_path / "copy"
+    done = run("store", "import", tmp_path / "out", "--store", copy, "--model", MODEL)
+    assert done.returncode == 0
+    assert done.stderr == f"{copy}: 200 items added, 0 there already, 0 cannot be\n"
+    done = run("store", "check", "--store", copy)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"{copy}: no problems found\n")
+    (copy / "index.snapshot").write_bytes(b"")
+    done = run("store", "check", "--store", copy)
+    assert done.returncode == 1
+    assert "index.snapshot: it does not begin like a snapshot" in done.stdout
+    assert "no store there" in refused("store", "check", "--store", tmp_path / "nowhere")
+    assert "is of the encoder mnist already" in refused("reindex", "--model", MODEL, "--store", copy)

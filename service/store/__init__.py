@@ -100,6 +100,10 @@ class Store(Protocol):
         """Return the number of items."""
         ...
 
+    def settle(self) -> None:
+        """Do now what would be done in the background, so that searches are as fast as they will be."""
+        ...
+
     def close(self) -> None:
         """Let go of the files."""
         ...

@@ -1,173 +1,486 @@
 """Store = catalog + index, in one process."""
 
-import fcntl
+import json
+import logging
 import os
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import apsw
 import numpy as np
 
-from service import FloatArray
+from service import FloatArray, IntArray
 from service.card import Card
-from service.errors import InvalidStore, StoreMismatch
-from service.store import Hit, Item, NewItem
-from service.store.catalog import FILE, Catalog
-from service.store.faiss_index import FaissIndex
+from service.errors import InvalidQuery, InvalidStore, StoreMismatch
+from service.store import Hit, Item, NewItem, snapshot
+from service.store.approximation import approximate
+from service.store.catalog import FILE, Catalog, Change, read_meta
+from service.store.commits import Commits
+from service.store.faiss_index import FaissIndex, checked
 from service.store.filters import Filter
+from service.store.folder import current, lock
+from service.store.selection import Selections
+from service.store.snapshot import SNAPSHOT, DamagedSnapshot
+from service.store.turns import Turns
 
-_LOCK = "LOCK"
+log = logging.getLogger("bentoml.lookalike")
+
+_CHANGES_A_SNAPSHOT = 50_000  # or a fifth of the store, when that is more
+_SAMPLED = 64  # codes of a snapshot that are compared with the catalog
+_ATTEMPTS = 50
+_QUIET_S, _MOST_QUIET_S = 1, 30
+_NICENESS = 10
 
 
 class EmbeddedStore:
-    """A folder with a catalog; the index is made from it in memory when the store opens.
+    """A folder with a catalog and a snapshot of its index; the index itself is in memory.
 
-    One lock around everything: changes exclude searches, as FAISS demands.
+    Changes go through one group commit and reach the index right after it, which excludes searches for the moment.
+    Searches run together. A search whose candidates changed between the commit and the index starts again, so that
+    what it returns is the store as it was at one moment. Snapshots are taken by a thread of the store's own.
     """
 
-    def __init__(self, folder: Path, card: Card, dimension: int, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        card: Card,
+        dimension: int,
+        read_only: bool = False,
+        exact_limit: int = 100_000,
+        vector_type: str = "float32",
+    ) -> None:
         """Open a store, or make an empty one where there is none.
 
         Args:
             folder: of the store.
             card: the encoder whose embeddings it holds.
             dimension: D.
-            read_only: open an existing store without the right to change it.
+            read_only: open an existing store without the right to change it, beside a process that does; searches
+                follow that one's changes.
+            exact_limit: vectors up to which searches look at every one.
+            vector_type: float32 or float16, of vectors on disk in a new store; an older one keeps its own.
 
         Raises:
             StoreMismatch: it holds embeddings of another encoder.
             InvalidStore: damaged, in use by another process, or read_only and not there.
 
-        Cost: reads every vector once.
+        Cost: reads the snapshot and what changed since; without a snapshot that can be used, every vector once.
         """
-        self._guard: int | None = None
-        if not read_only:
-            self._guard = _lock(folder)
+        self._home, self._card, self._dimension, self._read_only = folder, card, dimension, read_only
+        self._exact_limit, self._vector_type = exact_limit, vector_type
+        self._guards = [] if read_only else [lock(folder)]
         try:
-            self._open(folder, card, dimension, read_only)
+            self._folder = current(folder)
+            if self._folder != folder and not read_only:
+                self._guards.append(lock(self._folder))
+            self._open()
         except BaseException:
             self._release()
             raise
 
-    def _open(self, folder: Path, card: Card, dimension: int, read_only: bool) -> None:
+    def _open(self) -> None:
+        card = self._card
         meta = {
             "fingerprint": card.fingerprint,
-            "dimension": str(dimension),
+            "dimension": str(self._dimension),
             "model": card.name,
             "model_folder": str(card.folder),
+            "vector_type": self._vector_type,
         }
-        self._catalog = Catalog(folder, None if read_only else meta)
-        have = self._catalog.meta
-        if have["fingerprint"] != card.fingerprint:
+        self._catalog = Catalog(self._folder, None if self._read_only else meta)
+        try:
+            self._check(self._catalog.meta)
+            self._selections = Selections(self._catalog)
+            self._turns = Turns()
+            self._commits = Commits(self._catalog, self._apply)
+            if self._read_only:
+                self._commits.refuse("the store cannot be written: it was opened read-only")
+            self._futile = 0  # vectors up to which an approximate index need not be tried again
+            self._unsaved = 0
+            self._changed_at = 0.0
+            self._closing = False
+            self._due, self._settling = threading.Event(), threading.Lock()
+            self._index, self._applied = self._load()
+            if self._outgrown():
+                self._due.set()
+            self._keeper = threading.Thread(target=self._keep, name="store keeper", daemon=True)
+            if not self._read_only:
+                self._keeper.start()
+        except BaseException:
             self._catalog.close()
+            raise
+
+    def _check(self, have: dict[str, str]) -> None:
+        card = self._card
+        if have["fingerprint"] != card.fingerprint:
             raise StoreMismatch(
-                f"{folder}: built by the encoder {have['model']} ({have['fingerprint'][:12]}…), "
+                f"{self._folder}: built by the encoder {have['model']} ({have['fingerprint'][:12]}…), "
                 f"not by {card.name} ({card.fingerprint[:12]}…); name that encoder with --model, or another --store"
             )
-        self._index = FaissIndex(dimension)
-        for keys, vectors in self._catalog.vectors():
-            self._index.add(keys, vectors)
-        self._exclusive = threading.Lock()
+        if have["dimension"] != str(self._dimension):
+            raise InvalidStore(
+                f"{self._catalog.path}: damaged: it says that its vectors have {have['dimension']} numbers, "
+                f"the encoder {card.name} gives {self._dimension}; the file is left as it is"
+            )
+
+    # Changing ----------------------------------------------------------------------------------------
 
     def add(self, items: Sequence[NewItem]) -> list[bool]:
-        """See Store.add. The index follows the catalog's commit."""
+        """See Store.add. Raises InvalidQuery for an embedding that is none, then nothing is added."""
         latest = {item.id: item for item in items}  # an id given twice keeps its last picture
-        with self._exclusive:
-            with _writing():
-                added = self._catalog.add(list(latest.values()))
-            self._index.remove([key for key, new in added if not new])
-            keys = [key for key, _ in added]
-            self._index.add(keys, np.stack([item.embedding for item in latest.values()]))
-        new = dict(zip(latest, (new for _, new in added), strict=True))
+        if not latest:
+            return []
+        checked(np.stack([item.embedding for item in latest.values()]), self._dimension)
+
+        def work(changes: list[Change]) -> dict[str, bool]:
+            changes += (self._catalog.put(item) for item in latest.values())
+            return {id: change.old is None for id, change in zip(latest, changes, strict=True)}
+
+        new = self._commits.run(work)
         return [new[item.id] for item in items]
 
     def remove(self, id: str) -> bool:
         """See Store.remove."""
-        with self._exclusive:
-            with _writing():
-                key = self._catalog.remove(id)
-            if key is not None:
-                self._index.remove([key])
-        return key is not None
+
+        def work(changes: list[Change]) -> bool:
+            change = self._catalog.remove(id)
+            changes += [change] if change is not None else []
+            return change is not None
+
+        return self._commits.run(work)
 
     def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
         """See Store.set_metadata."""
-        with self._exclusive:
-            item = self._catalog.get(id)
-            if item is None:
-                return None
-            changed = replace(item, metadata=change(item.metadata))
-            with _writing():
-                self._catalog.set_metadata(id, changed.metadata)
-        return changed
+        return self._commits.run(lambda _: self._catalog.change_metadata(id, change))
+
+    def facts(self) -> dict[str, str]:
+        """What the store says of itself: fingerprint, model, and what `note` wrote."""
+        return read_meta(self._folder)
+
+    def note(self, name: str, value: str) -> None:
+        """Let the store say something of itself. Durable when it returns."""
+        self._commits.run(lambda _: self._catalog.note(name, value))
+
+    def _apply(self, changes: list[Change], sequence: int) -> None:
+        """Bring the index to a commit. One thread at a time: Commits sees to that."""
+        first: dict[int, Change] = {}
+        last: dict[int, Change] = {}
+        for change in changes:
+            first.setdefault(change.key, change)
+            last[change.key] = change
+        old = [(key, change.old) for key, change in first.items() if change.old is not None]
+        new = [(key, change.new) for key, change in last.items() if change.new is not None]
+        gone, gone_from = self._assigned(old)[::2]
+        keys, vectors, lists = self._assigned(new)
+        with self._turns.alone():
+            self._index.remove(gone, gone_from)
+            self._index.add(keys, vectors, lists)
+            self._applied = sequence
+        self._unsaved += len(changes)
+        self._changed_at = time.monotonic()
+        if self._outgrown() or self._unsaved >= self._most_unsaved():
+            self._due.set()
+
+    def _assigned(self, pairs: list[tuple[int, FloatArray]]) -> tuple[IntArray, FloatArray, IntArray]:
+        keys = np.asarray([key for key, _ in pairs], np.int64)
+        vectors = np.stack([vector for _, vector in pairs]) if pairs else np.empty((0, self._dimension), np.float32)
+        return keys, vectors, self._index.assign(keys, vectors)
+
+    # Searching ---------------------------------------------------------------------------------------
 
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
-        """See Store.search, FaissIndex.search for what a query must be."""
-        with self._exclusive:
-            scores, keys = self._index.search(queries, k, None if where is None else self._catalog.keys(where))
-            items = self._catalog.by_keys(sorted({int(key) for key in keys.flat}))
+        """See Store.search.
+
+        Raises:
+            InvalidQuery: wrong D, non-finite or non-unit rows, or k < 1.
+            InvalidStore: the catalog cannot be read.
+        """
+        queries = checked(queries, self._dimension)
+        if k < 1:
+            raise InvalidQuery(f"k must be 1 or more, not {k}")
+        if not len(queries):
+            return []
+        if self._read_only:
+            self._follow()
+        found = self._attempt(queries, k, where)
+        for _ in range(_ATTEMPTS):
+            if found is not None:
+                return found
+            if self._read_only:
+                self._follow()
+                found = self._attempt(queries, k, where)
+            else:
+                with self._commits.paused():
+                    found = self._attempt(queries, k, where)
+        raise InvalidStore(f"{self._folder}: the index and the catalog differ; `lookalike store check` says where")
+
+    def _attempt(self, queries: FloatArray, k: int, where: Filter | None) -> list[list[Hit]] | None:
+        """The hits, or None where the catalog is ahead of the index in what they were made of."""
+        if where is not None:
+            self._selections.get(where)  # what takes long the first time must not keep changes waiting
+        with self._turns.shared():
+            selection = None if where is None else self._selections.get(where)
+            if selection is not None and selection.sequence > self._applied:
+                return None
+            candidates = self._index.candidates(queries, k, None if selection is None else selection.among)
+            vectors = self._catalog.some_vectors(np.unique(np.concatenate(candidates)), self._applied)
+            if vectors is None:
+                return None
+            ranked = [self._ranked(query, own, *vectors, k) for query, own in zip(queries, candidates, strict=True)]
+            best = np.unique(np.concatenate([keys for keys, _ in ranked]))
+            shown = self._catalog.shown(best, self._applied)
+            if shown is None:
+                return None
+        facts = {key: (one.id, json.loads(one.metadata)) for key, one in shown.items()}
         return [
             [
-                Hit(items[int(key)].id, float(score), items[int(key)].metadata)
-                for score, key in zip(row_scores, row_keys, strict=True)
+                Hit(facts[key][0], score, facts[key][1])
+                for key, score in zip(keys.tolist(), scores.tolist(), strict=True)
             ]
-            for row_scores, row_keys in zip(scores, keys, strict=True)
+            for keys, scores in ranked
         ]
+
+    def _ranked(
+        self, query: FloatArray, own: IntArray, keys: IntArray, vectors: FloatArray, k: int
+    ) -> tuple[IntArray, FloatArray]:
+        """The best k of a query's own candidates by the catalog's vectors, and their scores.
+
+        Equal vectors have equal scores to the last bit: each is summed by itself, in float64.
+        """
+        if not len(own):
+            return own, np.empty(0, np.float32)
+        own = np.sort(own)
+        products = vectors[np.searchsorted(keys, own)] * query.astype(np.float64)
+        scores = np.clip(products.sum(1).astype(np.float32), -1, 1)
+        best = np.lexsort((own, -scores))[:k]
+        return own[best], scores[best]
+
+    def _follow(self) -> None:
+        """Bring the index of a reader to what the writer has committed by now."""
+        if self._catalog.sequence() == self._applied:
+            return
+        with self._commits.paused(), self._turns.alone():
+            self._applied = self._replay(self._index, self._applied)
+
+    # Reading -----------------------------------------------------------------------------------------
 
     def get(self, id: str) -> Item | None:
         """See Store.get."""
-        with self._exclusive:
-            return self._catalog.get(id)
+        return self._catalog.get(id)
 
     def embedding(self, id: str) -> FloatArray | None:
         """See Store.embedding."""
-        with self._exclusive:
-            return self._catalog.vector(id)
+        return self._catalog.vector(id)
 
     def thumbnail(self, id: str) -> bytes | None:
         """See Store.thumbnail."""
-        with self._exclusive:
-            return self._catalog.thumbnail(id)
+        return self._catalog.thumbnail(id)
 
     def original(self, id: str) -> bytes | None:
         """See Store.original."""
-        with self._exclusive:
-            return self._catalog.original(id)
+        return self._catalog.original(id)
 
     def scan(self, limit: int, after: int = 0) -> tuple[list[Item], int | None]:
         """See Store.scan."""
-        with self._exclusive:
-            rows = self._catalog.scan(limit + 1, after)
+        rows = self._catalog.scan(limit + 1, after)
         return [item for _, item in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
 
     def count(self) -> int:
         """See Store.count."""
-        with self._exclusive:
-            return len(self._index)
+        if self._read_only:
+            self._follow()
+        return len(self._index)
+
+    # The index and its snapshot ----------------------------------------------------------------------
+
+    def _load(self) -> tuple[FaissIndex, int]:
+        """The index from its snapshot and what changed since, else from the catalog; and what it is up to."""
+        path = self._folder / SNAPSHOT
+        try:
+            return self._from_snapshot(path)
+        except FileNotFoundError:
+            reason = "there is no snapshot of it"
+        except (DamagedSnapshot, ValueError) as error:
+            reason = f"{path} cannot be used: {error}"
+        except OSError as error:
+            reason = f"{path} cannot be read: {error.strerror}"
+        sequence = self._catalog.sequence()
+        index = self._exact()
+        if len(index):
+            log.warning("the index was made anew from %d vectors: %s", len(index), reason)
+        self._unsaved = len(index)
+        if self._read_only:  # a writer may have gone on meanwhile
+            sequence = self._replay(index, sequence)
+        return index, sequence
+
+    def _from_snapshot(self, path: Path) -> tuple[FaissIndex, int]:
+        facts, arrays = snapshot.read(path)
+        if facts.get("fingerprint") != self._card.fingerprint:
+            raise DamagedSnapshot("it is of another encoder's store")
+        sequence = facts.get("sequence")
+        if not isinstance(sequence, int) or not 0 <= sequence <= self._catalog.sequence():
+            raise DamagedSnapshot("it is of a later state than the catalog, which may have come from a backup")
+        index = FaissIndex.of_arrays(self._dimension, facts, arrays)
+        del arrays
+        before = sequence
+        sequence = self._replay(index, sequence)
+        self._unsaved = sequence - before
+        keys = self._catalog.keys()
+        if not np.array_equal(index.keys(), keys):
+            raise DamagedSnapshot("it holds other items than the catalog")
+        some = np.random.default_rng().permutation(keys[:-_SAMPLED])[:_SAMPLED]
+        some = np.concatenate([some, keys[-_SAMPLED:]])
+        if not all(index.holds(*chunk) for chunk in self._catalog.vectors(some)):
+            raise DamagedSnapshot("it holds other vectors than the catalog")
+        return index, sequence
+
+    def _replay(self, index: FaissIndex, since: int) -> int:
+        """Bring an index that nobody else uses from one sequence number to the catalog's; return that."""
+        latest = self._catalog.sequence()
+        changed = self._catalog.changed(since)
+        index.drop(changed)
+        for keys, vectors in self._catalog.vectors(changed):
+            index.add(keys, vectors, index.assign(keys, vectors))
+        return latest
+
+    def _outgrown(self) -> bool:
+        """Whether the index is of the wrong kind for so many vectors, or of one that was learnt on too few or many."""
+        count, partition = len(self._index), self._index.partition
+        if partition is None:
+            return count > max(self._exact_limit, self._futile)
+        return not partition.count // 2 <= count <= partition.count * 2
+
+    def _most_unsaved(self) -> int:
+        return max(_CHANGES_A_SNAPSHOT, len(self._index) // 5)
+
+    def _keep(self) -> None:
+        """Make indexes and take snapshots as changes come in, until the store closes."""
+        if sys.platform == "linux":  # this thread, and those that FAISS starts in it, after those who answer
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        while True:
+            self._due.wait()
+            self._due.clear()
+            self._await_quiet()
+            if self._closing:
+                return
+            try:
+                self.settle()
+            except Exception:
+                log.exception("the index could not be looked after; it goes on as it is")
+
+    def _await_quiet(self) -> None:
+        """Wait for a second without changes, not for ever."""
+        start = time.monotonic()
+        while not self._closing and time.monotonic() < min(self._changed_at + _QUIET_S, start + _MOST_QUIET_S):
+            time.sleep(0.05)
+
+    def settle(self) -> None:
+        """Make the index and take the snapshot that are due, now rather than in the background.
+
+        Raises:
+            InvalidStore: the catalog cannot be read.
+        """
+        with self._settling:
+            if self._outgrown():
+                self._make_index()
+            if self._unsaved >= self._most_unsaved():
+                self._save()
+
+    def _make_index(self) -> None:
+        """Make the index anew, of the kind that its size asks for; searches and changes go on meanwhile."""
+        start, sequence, keys = time.monotonic(), self._catalog.sequence(), self._catalog.keys()
+        index: FaissIndex | None
+        if len(keys) <= self._exact_limit:
+            index = self._exact()
+        else:
+            index = approximate(self._catalog.vectors, keys, self._dimension, lambda: self._closing)
+        if self._closing:
+            return
+        if index is None:
+            self._futile = 2 * len(keys)
+            log.warning(
+                "an index that looks at a part of these %d vectors misses too many: all are looked at", len(keys)
+            )
+            if self._index.partition is None:
+                return
+            index = self._exact()
+        sequence = self._replay(index, sequence)
+        with self._commits.paused():
+            sequence = self._replay(index, sequence)
+            with self._turns.alone():
+                self._index, self._applied = index, sequence
+        seconds = time.monotonic() - start
+        if index.partition is not None:
+            learnt = index.partition
+            log.info(
+                "an approximate index of %d vectors is in use: %d of %d lists a search, recall@10 %.4f; made in %.0f s",
+                *(len(index), learnt.probes, len(learnt.centroids), learnt.recall, seconds),
+            )
+        self._unsaved = max(self._unsaved, self._most_unsaved())
+
+    def _exact(self) -> FaissIndex:
+        index = FaissIndex(self._dimension)
+        for keys, vectors in self._catalog.vectors():
+            index.add(keys, vectors, index.assign(keys, vectors))
+        return index
+
+    def _save(self) -> None:
+        """Take a snapshot. Changes wait while it is written, not while it goes to the disk; searches go on."""
+        path = self._folder / SNAPSHOT
+        try:
+            with self._commits.paused():
+                facts, sections = self._index.sections()
+                facts |= {"fingerprint": self._card.fingerprint, "sequence": self._applied}
+                temporary = snapshot.write(path, facts, sections)
+                self._unsaved = 0
+            snapshot.publish(temporary, path)
+        except OSError as error:  # the catalog has it all
+            log.warning("no snapshot of the index could be written to %s: %s", path, error.strerror or error)
+
+    def successor(self, card: Card, dimension: int) -> "EmbeddedStore":
+        """Open the generation that counts by now, beside this one.
+
+        Raises:
+            StoreMismatch: it holds embeddings of another encoder than `card`'s.
+            InvalidStore: damaged, or it is this very generation.
+        """
+        folder = current(self._home)
+        if folder == self._folder:
+            raise InvalidStore(f"{self._home}: no other generation counts than the one that is open")
+        return EmbeddedStore(folder, card, dimension, self._read_only, self._exact_limit, self._vector_type)
+
+    def inherit(self, earlier: "EmbeddedStore") -> None:
+        """Take over the folder of the store that this is the successor of, with its locks; that one only reads on."""
+        self._home = earlier._home
+        self._guards, earlier._guards = self._guards + earlier._guards, []
+
+    def refuse(self, reason: str) -> None:
+        """Take no change from now on, once those at work are done; searches go on."""
+        with self._commits.paused():
+            self._commits.refuse(reason)
 
     def close(self) -> None:
-        """Close the catalog and let the next process in."""
-        with self._exclusive:
+        """Take a snapshot if anything changed, close the catalog and let the next process in."""
+        if self._closing:
+            return
+        self._closing = True
+        self._due.set()
+        if not self._read_only:
+            self._keeper.join()
+            if self._unsaved:
+                self._save()
+        with self._commits.paused(), self._turns.alone():
+            self._commits.refuse("the store is closed")
             self._catalog.close()
-            self._release()
+        self._release()
 
     def _release(self) -> None:
-        if self._guard is not None:
-            os.close(self._guard)
-            self._guard = None
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Turn SQLite's errors into ours: a full disk, or a store opened for reading only."""
-    try:
-        yield
-    except apsw.Error as error:
-        raise InvalidStore(f"the store cannot be written: {error}") from error
+        for guard in self._guards:
+            os.close(guard)
+        self._guards = []
 
 
 def recorded_model(folder: Path) -> Path | None:
@@ -176,31 +489,7 @@ def recorded_model(folder: Path) -> Path | None:
     Raises:
         InvalidStore: it is damaged.
     """
+    folder = current(folder)
     if not (folder / FILE).exists():
         return None
-    catalog = Catalog(folder, None)
-    catalog.close()
-    return Path(catalog.meta["model_folder"])
-
-
-def _lock(folder: Path) -> int:
-    """Take the folder's lock for this process; the system lets go of it however the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        strangers = [path.name for path in folder.iterdir() if path.name != _LOCK]
-        if strangers and not (folder / FILE).exists():
-            raise InvalidStore(f"{folder}: is not a store and not empty (it has {strangers[0]}); name another --store")
-        guard = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InvalidStore(f"{folder}: cannot be used as a store: {error.strerror}") from error
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(guard, 32).decode(errors="replace").strip()
-        os.close(guard)
-        raise InvalidStore(
-            f"{folder}: in use by process {holder}; add pictures to a served store with PUT /images/ID"
-        ) from error
-    os.ftruncate(guard, 0)
-    os.write(guard, str(os.getpid()).encode())
-    return guard
+    return Path(read_meta(folder)["model_folder"])

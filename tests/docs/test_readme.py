@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from playwright.sync_api import Browser
 
-from lookalike import cli
+from lookalike import cli, store_cli
 from service.api import create_app
 from tests.conftest import ROOT, missing
 from tests.serving import LOOKALIKE, serving
@@ -105,7 +105,13 @@ def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
 
 def test_every_verb_is_in_the_readme() -> None:
     names = {command.name or command.callback.__name__ for command in cli.registered_commands if command.callback}
-    assert names == {"pretrain", "export", "import", "evaluate", "embed", "index", "search", "serve", "info"}
+    assert names == {"pretrain", "export", "import", "evaluate", "embed", "index", "reindex", "search", "serve", "info"}
+    names |= {
+        f"store {command.name or command.callback.__name__}"
+        for command in store_cli.registered_commands
+        if command.callback
+    }
+    assert {"store check", "store export", "store import"} <= names
     for name in names:
         assert re.search(rf"`lookalike {name} ", README), name
 

@@ -88,6 +88,17 @@ REMOVALS = [
     Removal("gallery", 'id = unicodedata.normalize("NFC", id)', "pass", "gallery"),
     Removal("store/filters", "    if budget[0] < 0:\n        raise", "    if False:\n        raise", "filters"),
     Removal("store/filters", "1 <= len(wanted) <= _MOST_VALUES", "True", "filters"),
+    # store/: what is believed, and when
+    Removal("store/snapshot", "if file.read() != _number(checksum):", "if False:", "snapshot"),
+    Removal("store/snapshot", "if size != len(start)", "if False and size != len(start)", "snapshot"),
+    Removal("store/embedded", 'if facts.get("fingerprint") != self._card.fingerprint:', "if False:", "snapshot"),
+    Removal("store/embedded", "if not np.array_equal(index.keys(), keys):", "if False:", "snapshot"),
+    Removal("store/embedded", "if not all(index.holds(*chunk)", "if not all(True", "snapshot"),
+    Removal("store/embedded", "        checked(np.stack(", "        print(np.stack(", "store"),
+    Removal("store/commits", "                raise InvalidStore(self._refusal)", "                pass", "commits"),
+    Removal("store/commits", "self.refuse(f", "str(f", "commits"),
+    Removal("store/catalog", "if zlib.crc32(blob) != checksum or", "if", "store"),
+    Removal("store/folder", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "store"),
     # api.py, openai.py, bulk.py
     Removal("api", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),
     Removal("api", "if len(queries) > gallery.settings.max_queries:", "if False:"),

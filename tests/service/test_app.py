@@ -1,5 +1,6 @@
 """The real process: ready when searchable, gone when told, its store free again."""
 
+import json
 import os
 import signal
 import socket
@@ -11,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MODEL
-from tests.serving import LOOKALIKE, free_port
+from tests.conftest import MODEL, another_encoder
+from tests.serving import LOOKALIKE, free_port, serving
 
 
 def get(address: str) -> tuple[int, bytes]:
@@ -55,3 +56,51 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
         [LOOKALIKE, "index", "digits[:2]", "--store", store], capture_output=True, text=True, check=False
     )
     assert again.returncode == 0, again.stderr
+
+
+def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) -> None:
+    other = another_encoder(tmp_path / "other")
+    with serving(tmp_path, "digits[:20]") as url:
+        worker = int((tmp_path / "store" / "LOCK").read_text())
+        assert b'"model":"mnist"' in get(f"{url}/info")[1]
+
+        def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+            command = [LOOKALIKE, *arguments, "--store", tmp_path / "store"]
+            return subprocess.run(command, capture_output=True, text=True, check=False)
+
+        refused = run("index", "digits[:30]", "--model", MODEL)
+        assert refused.returncode == 2
+        assert f"in use by process {worker}; add pictures to a served store with POST /images" in refused.stderr
+        assert run("store", "check").returncode == 0
+        done = run("reindex", "--model", other)
+        assert done.returncode == 0, done.stderr
+        assert b'"model":"mnist"' in get(f"{url}/info")[1]
+        os.kill(worker, signal.SIGHUP)
+        deadline = time.monotonic() + 30
+        while b'"model":"other"' not in get(f"{url}/info")[1]:
+            assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
+            time.sleep(0.1)
+        assert b'"count":20' in get(f"{url}/info")[1]
+        picture = get(f"{url}/images/digits/00007/content")[1]
+        request = urllib.request.Request(f"{url}/images/added", picture, {"Content-Type": "image/png"}, method="PUT")
+        assert urllib.request.urlopen(request, timeout=10).status == 201
+        assert b'"count":21' in get(f"{url}/info")[1]
+
+
+def test_a_reader_serves_beside_the_writer_and_sees_its_changes(tmp_path: Path) -> None:
+    with serving(tmp_path, "digits[:20]") as url:
+        (tmp_path / "reader").mkdir()
+        (tmp_path / "reader" / "store").symlink_to(tmp_path / "store")
+        with serving(tmp_path / "reader", read_only="true") as reader:
+            picture = get(f"{url}/images/digits/00007/content")[1]
+            for address, status in ((reader, 503), (url, 201)):
+                request = urllib.request.Request(f"{address}/images/new", picture, method="PUT")
+                request.add_header("Content-Type", "image/png")
+                try:
+                    got = urllib.request.urlopen(request, timeout=10).status
+                except urllib.error.HTTPError as error:
+                    got = error.code
+                assert got == status
+            search = urllib.request.Request(f"{reader}/search?k=2", picture, {"Content-Type": "image/png"})
+            hits = json.loads(urllib.request.urlopen(search, timeout=10).read())["hits"]
+            assert [hit["id"] for hit in hits] == ["digits/00007", "new"]

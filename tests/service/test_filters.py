@@ -143,3 +143,27 @@ def test_a_filtered_search_is_the_search_of_what_is_left(store: EmbeddedStore) -
 
 def store_dimension(store: EmbeddedStore) -> int:
     return int(store._catalog.meta["dimension"])
+
+
+def test_a_filter_that_was_asked_before_knows_what_changed_since(store: EmbeddedStore) -> None:
+    rows = np.random.default_rng(1).standard_normal((600, store_dimension(store))).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    model: dict[str, dict[str, Any]] = {}
+
+    def put(n: int, metadata: dict[str, Any]) -> None:
+        store.add([NewItem(f"{n}", metadata, None, "d", "fp32", rows[n], b"t", None)])
+        model[f"{n}"] = metadata
+
+    for n in range(600):  # so many that they are not all candidates anyway
+        put(n, {"odd": n % 2 == 1})
+    for step in range(40):
+        store.set_metadata(f"{step}", lambda metadata: {"odd": not metadata["odd"]})
+        model[f"{step}"] = {"odd": not model[f"{step}"]["odd"]}
+        assert store.remove(f"{step + 100}")
+        del model[f"{step + 100}"]
+        put(step + 200, {"odd": True})
+        for content in ({"odd": True}, {"odd": False}, {"$not": {"odd": True}}, {"odd": {"$in": [True, step]}}):
+            (hits,) = store.search(rows[step : step + 1], 10, parse_filter(content))
+            kept = [id for id, metadata in model.items() if meets(metadata, content)]
+            best = sorted(kept, key=lambda id: -float(rows[int(id)] @ rows[step]))[:10]
+            assert [hit.id for hit in hits] == best

@@ -1,5 +1,6 @@
 """The store against a model of it: a dict and plain NumPy."""
 
+import shutil
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from service import FloatArray
-from service.card import Card, Preprocessing
+from service.card import Card, Preprocessing, read_card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import NewItem
 from service.store.catalog import FILE, Catalog
 from service.store.embedded import EmbeddedStore, recorded_model
-from service.store.faiss_index import FaissIndex
+from service.store.snapshot import SNAPSHOT
+from tests.conftest import MODEL
 
 D = 8
 
@@ -37,31 +39,6 @@ def item(id: str, embedding: FloatArray, **metadata: Any) -> NewItem:
     return NewItem(id, metadata, None, "digest of " + id, "fp32", embedding, b"thumbnail of " + id.encode(), None)
 
 
-def test_index_equals_plain_numpy() -> None:
-    vectors, queries = unit(300, D), unit(20, D, seed=1)
-    index = FaissIndex(D)
-    index.add(range(1000, 1300), vectors)
-    scores, keys = index.search(queries, 7)
-    expected = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :7]
-    assert np.array_equal(keys, expected + 1000)
-    assert np.allclose(scores, np.take_along_axis(queries @ vectors.T, expected, 1), atol=1e-6)
-
-
-def test_equal_scores_come_in_the_order_of_keys() -> None:
-    index = FaissIndex(D)
-    same = np.repeat(unit(1, D), 5, axis=0)
-    index.add([50, 10, 40, 20, 30], same)
-    assert index.search(same[:1], 5)[1].tolist() == [[10, 20, 30, 40, 50]]
-    assert index.search(same[:1], 5)[0].max() <= 1
-
-
-def test_fewer_columns_when_fewer_are_stored() -> None:
-    index = FaissIndex(D)
-    assert index.search(unit(2, D), 3)[1].shape == (2, 0)
-    index.add([1], unit(1, D))
-    assert index.search(unit(2, D), 3)[1].tolist() == [[1], [1]]
-
-
 @pytest.mark.parametrize(
     ("queries", "k", "says"),
     [
@@ -74,11 +51,58 @@ def test_fewer_columns_when_fewer_are_stored() -> None:
         (unit(1, D), -1, "k must be 1 or more"),
     ],
 )
-def test_queries_that_cannot_be(queries: FloatArray, k: int, says: str) -> None:
-    index = FaissIndex(D)
-    index.add([1], unit(1, D))
+def test_queries_that_cannot_be(tmp_path: Path, queries: FloatArray, k: int, says: str) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item("a", unit(D))])
     with pytest.raises(InvalidQuery, match=says):
-        index.search(queries, k)
+        store.search(queries, k)
+    store.close()
+
+
+def test_embeddings_that_cannot_be_are_not_added(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    for bad in (unit(D) * 2, np.full(D, np.nan, np.float32)):
+        with pytest.raises(InvalidQuery):
+            store.add([item("good", unit(D)), item("bad", bad)])
+    assert store.count() == 0
+    assert store.get("good") is None
+    store.close()
+
+
+def test_a_search_equals_plain_numpy(tmp_path: Path) -> None:
+    vectors, queries = unit(300, D), unit(20, D, seed=1)
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item(str(n), vector) for n, vector in enumerate(vectors)])
+    scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    for row, hits in zip(scores, store.search(queries, 7), strict=True):
+        assert [int(hit.id) for hit in hits] == np.argsort(-row, kind="stable")[:7].tolist()
+        assert np.allclose([hit.score for hit in hits], np.sort(row)[::-1][:7], atol=1e-6)
+    store.close()
+
+
+def test_equal_scores_come_in_the_order_of_adding(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    same, other = unit(2, D)
+    for n in range(500):  # more than a search looks at first
+        store.add([item(f"{n}", same if n % 5 else other)])
+    store.add([item("1", other)])  # replaced, and again: it keeps its place
+    store.add([item("1", same)])
+    expected = [str(n) for n in range(500) if n % 5]
+    for k in (1, 3, 100, 400):
+        hits = store.search(same[None], k)[0]
+        assert [hit.id for hit in hits] == expected[:k]
+        assert len({hit.score for hit in hits}) == 1
+        assert hits[0].score <= 1
+    store.close()
+
+
+def test_fewer_hits_when_fewer_are_stored(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    assert store.search(unit(2, D), 3) == [[], []]
+    store.add([item("a", unit(D))])
+    assert [[hit.id for hit in hits] for hits in store.search(unit(2, D), 3)] == [["a"], ["a"]]
+    assert store.search(np.empty((0, D), np.float32), 3) == []
+    store.close()
 
 
 def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(tmp_path: Path) -> None:
@@ -168,7 +192,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"not a database, but long enough to be looked at" * 100)
-    with pytest.raises(InvalidStore, match="not a catalog that can be used"):
+    with pytest.raises(InvalidStore, match="damaged: file is not a database; the file is left as it is"):
         EmbeddedStore(tmp_path, card(), D)
 
 
@@ -184,14 +208,17 @@ def test_a_damaged_vector_is_named(store_folder: Path) -> None:
     database.close()
     with pytest.raises(InvalidStore, match=f"the vector of key {key} is damaged"):
         EmbeddedStore(store_folder, card(), D)
+    (store_folder / SNAPSHOT).unlink()
+    with pytest.raises(InvalidStore, match=f"the vector of key {key} is damaged"):
+        EmbeddedStore(store_folder, card(), D)
 
 
 def test_every_commit_is_on_disk(store_folder: Path) -> None:
     store_folder.mkdir(parents=True)
-    catalog = Catalog(store_folder, {"fingerprint": "f", "dimension": "8"})
-    pragma = {
-        name: catalog._one(f"PRAGMA {name}") for name in ("synchronous", "journal_mode", "foreign_keys", "page_size")
-    }
+    meta = {"fingerprint": "f", "dimension": "8", "vector_type": "float32", "model": "m", "model_folder": "/m"}
+    catalog = Catalog(store_folder, meta)
+    names = ("synchronous", "journal_mode", "foreign_keys", "page_size")
+    pragma = {name: next(catalog._database.execute(f"PRAGMA {name}"))[0] for name in names}
     assert pragma == {"synchronous": 2, "journal_mode": "wal", "foreign_keys": 1, "page_size": 16384}
     catalog.close()
 
@@ -257,22 +284,39 @@ TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 
 
-def test_a_store_of_the_first_schema_is_brought_up_to_date_and_keeps_all(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path, card(), D)
-    store.add([item("a", unit(D), year=2025)])
+GOLDEN = Path(__file__).parent / "golden_store" / FILE
+
+
+@pytest.mark.parametrize("schema", ["1", "2"])
+def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_path: Path, schema: str) -> None:
+    shutil.copy(GOLDEN, tmp_path / FILE)
+    database = apsw.Connection(str(tmp_path / FILE))
+    before = list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key"))
+    vectors = list(database.execute("SELECT key, vector, checksum, sequence FROM vectors ORDER BY key"))
+    pictures = list(database.execute("SELECT * FROM pictures ORDER BY key"))
+    if schema == "1":
+        for statement in ("ALTER TABLE items DROP COLUMN variant", "UPDATE meta SET value = '1' WHERE name = 'schema'"):
+            database.execute(statement).fetchall()
+    database.close()
+    assert len(before) == len(vectors) == len(pictures) == 20
+    encoder = read_card(MODEL)
+    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 3; `lookalike index` or `serve`"):
+        EmbeddedStore(tmp_path, encoder, 256, read_only=True)
+    assert recorded_model(tmp_path) == Path("/models/mnist")
+    store = EmbeddedStore(tmp_path, encoder, 256)
+    found = store.get("digits/00007")
+    assert found is not None
+    assert (found.metadata, found.variant) == ({"label": "7"}, "fp32" if schema == "1" else "int8")
+    for key, vector, *_ in vectors:
+        hits = store.search(np.frombuffer(vector, np.float32)[None], 1)[0]
+        assert (hits[0].id, round(hits[0].score, 5)) == (before[key - 1][1], 1)
+    store.add([replace(item("b", unit(256, seed=1)), variant="int8")])
+    store.remove("b")
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
-    for statement in ("ALTER TABLE items DROP COLUMN variant", "UPDATE meta SET value = '1' WHERE name = 'schema'"):
-        database.execute(statement).fetchall()
+    assert list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key")) == before
+    columns = "key, vector, checksum, sequence"
+    assert list(database.execute(f"SELECT {columns} FROM vectors ORDER BY key")) == vectors
+    assert list(database.execute("SELECT * FROM pictures ORDER BY key")) == pictures
+    assert list(database.execute("SELECT sequence, key, id FROM removed")) == [(22, 21, "b")]
     database.close()
-    with pytest.raises(InvalidStore, match="schema 1, this version reads 2; `lookalike index` or `serve` brings it"):
-        EmbeddedStore(tmp_path, card(), D, read_only=True)
-    store = EmbeddedStore(tmp_path, card(), D)
-    found = store.get("a")
-    assert found is not None
-    assert (found.metadata, found.variant) == ({"year": 2025}, "fp32")
-    store.add([replace(item("b", unit(D, seed=1)), variant="int8")])
-    store.close()
-    store = EmbeddedStore(tmp_path, card(), D, read_only=True)
-    assert [found.variant for found in store.scan(9)[0]] == ["fp32", "int8"]
-    store.close()

@@ -1,0 +1,139 @@
+"""An index that looks at a part of the store: learnt on the store's own vectors, used when its recall is measured.
+
+Centroids by spherical k-means on a sample; the vectors in the list of their nearest centroid, as 8-bit residuals. How
+many lists a search looks into is chosen by recall@10 on vectors that were held out of the sample.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import faiss
+import numpy as np
+
+from service import FloatArray, IntArray
+from service.store.faiss_index import FaissIndex, Partition
+
+LEAST_RECALL = 0.99
+_NEIGHBOURS = 10  # recall is measured at
+_HELD_OUT = 500
+_SAMPLED_A_LIST = 32
+_ROUNDS = 8
+_SPARES = (2, 4, 8, 16)
+_MARGIN = 0.1  # of the quantiser's range on either side, for vectors that were not in the sample
+
+Vectors = Callable[[IntArray | None], Iterator[tuple[IntArray, FloatArray]]]
+"""All keys and vectors, or those of some keys, chunk by chunk; as Catalog.vectors."""
+
+
+def approximate(
+    vectors: Vectors, keys: IntArray, dimension: int, stopped: Callable[[], bool], seed: int = 0
+) -> FaissIndex | None:
+    """Return an approximate index of vectors with a recall@10 of 0.99 or more, or None.
+
+    Args:
+        vectors: what to index.
+        keys: of all of them; those that are gone by the time they are read are passed over.
+        dimension: D.
+        stopped: asked now and then whether to give up.
+        seed: of the samples.
+
+    Returns:
+        The index; its partition says what was measured. None where `stopped` says so, or where looking at a part
+        of these vectors does not find enough: the lower end of the recall's 95 % interval stays below 0.99.
+
+    Cost: O(count · √count · D); memory of the index twice, and of the sample: 32 vectors a list in float32.
+    Source: Jégou, Douze, Schmid, Product quantization for nearest neighbor search, TPAMI 2011 (the inverted lists).
+    """
+    lists = 2 ** round(math.log2(4 * math.sqrt(len(keys))))
+    order = np.random.default_rng(seed).permutation(len(keys))
+    held_keys = np.sort(keys[order[:_HELD_OUT]])
+    held = _all(vectors, held_keys)
+    sample = _all(vectors, keys[order[_HELD_OUT : _HELD_OUT + _SAMPLED_A_LIST * lists]])[1]
+    if len(sample) < lists or not len(held[0]):
+        return None
+    centroids = _centroids(sample, lists, stopped, seed)
+    if centroids is None:
+        return None
+    index = FaissIndex(dimension, Partition(centroids, _ranges(sample, centroids), 1, 1, len(keys), 0.0))
+    del sample
+    nearest = _Nearest(*held)
+    for some, block in vectors(None):
+        if stopped():
+            return None
+        index.add(some, block, index.assign(some, block))
+        nearest.look_at(some, block)
+    for spare in _SPARES:
+        for probes in _steps(lists):
+            if stopped():
+                return None
+            recall = nearest.recall(index.propose(held[1], spare * _NEIGHBOURS + 1, probes))
+            if recall[0] >= LEAST_RECALL:
+                return index.settled(probes, spare, recall[1])
+    return None
+
+
+def _steps(lists: int) -> list[int]:
+    """Numbers of lists to try: 1, 2, 3, 4, 6, 8, 12 …, not all."""
+    steps = {step for power in range(20) for step in (2**power, 3 * 2**power // 2)}
+    return sorted(step for step in steps if 1 <= step <= lists // 2)
+
+
+def _all(vectors: Vectors, keys: IntArray) -> tuple[IntArray, FloatArray]:
+    chunks = list(vectors(keys))
+    if not chunks:
+        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+    return np.concatenate([chunk[0] for chunk in chunks]), np.concatenate([chunk[1] for chunk in chunks])
+
+
+def _centroids(sample: FloatArray, lists: int, stopped: Callable[[], bool], seed: int) -> FloatArray | None:
+    """Spherical k-means: (L, D), unit rows; None where it is stopped."""
+    rng = np.random.default_rng(seed)
+    centroids = sample[rng.permutation(len(sample))[:lists]].copy()
+    for _ in range(_ROUNDS):
+        if stopped():
+            return None
+        nearest = _nearest(sample, centroids)
+        order = np.argsort(nearest, kind="stable")
+        members, starts = np.unique(nearest[order], return_index=True)
+        centroids = sample[rng.permutation(len(sample))[:lists]].copy()  # a list that nobody is in begins anew
+        centroids[members] = np.add.reduceat(sample[order], starts, axis=0)
+        centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(centroids, np.float32)
+
+
+def _nearest(vectors: FloatArray, centroids: FloatArray) -> IntArray:
+    flat = faiss.IndexFlatIP(centroids.shape[1])
+    flat.add(centroids)
+    nearest: IntArray = flat.search(vectors, 1)[1][:, 0]
+    return nearest
+
+
+def _ranges(sample: FloatArray, centroids: FloatArray) -> FloatArray:
+    """Of each number of the residuals the least, then the width: what FAISS' 8-bit quantiser wants."""
+    rest = sample - centroids[_nearest(sample, centroids)]
+    least, most = rest.min(0), rest.max(0)
+    margin = _MARGIN * (most - least) + 1e-6
+    return np.concatenate([least - margin, most - least + 2 * margin]).astype(np.float32)
+
+
+class _Nearest:
+    """The true nearest of some vectors, each without itself, found by looking at every vector."""
+
+    def __init__(self, keys: IntArray, queries: FloatArray) -> None:
+        self._own, self._queries = keys, queries
+        self._scores = np.full((len(keys), _NEIGHBOURS), -np.inf, np.float32)
+        self._keys = np.full((len(keys), _NEIGHBOURS), -1, np.int64)
+
+    def look_at(self, keys: IntArray, vectors: FloatArray) -> None:
+        """Take vectors (N, D) into account."""
+        scores = self._queries @ vectors.T
+        scores[self._own[:, None] == keys] = -np.inf
+        scores = np.concatenate([self._scores, scores], axis=1)
+        best = np.argpartition(-scores, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
+        every = np.concatenate([self._keys, np.broadcast_to(keys, (len(self._own), len(keys)))], axis=1)
+        self._scores, self._keys = np.take_along_axis(scores, best, 1), np.take_along_axis(every, best, 1)
+
+    def recall(self, proposed: IntArray) -> tuple[float, float]:
+        """The share of the true nearest that were proposed: the lower end of its 95 % interval, and the mean."""
+        shares = np.asarray([np.isin(own, row).mean() for own, row in zip(self._keys, proposed, strict=True)])
+        return float(shares.mean() - 1.96 * shares.std() / math.sqrt(len(shares))), float(shares.mean())
