@@ -95,6 +95,11 @@ class Figures:
         """Return the median of a limit, in pictures a second."""
         return statistics.median(self.limits[encoder, name])
 
+    def spread(self, encoder: str, name: str) -> str:
+        """Return a limit with its least and most: turns that differ much were not measured on a quiet machine."""
+        values = self.limits[encoder, name]
+        return f"{self.limit(encoder, name):.0f} /s ({min(values):.0f} to {max(values):.0f})"
+
     def best_peer(self, encoder: str) -> tuple[str, float]:
         """Return the peer with the most requests a second, and how many."""
         return max(
@@ -341,7 +346,7 @@ def _print_figures(figures: Figures) -> None:
         if any(cells):
             print(f"| {server.name} | {' | '.join(cells)} |")
     for limit in dict.fromkeys(limit for _, limit in figures.limits):
-        print(f"| limit: {limit} | {' | '.join(f'{figures.limit(one, limit):.0f} /s' for one in encoders)} |")
+        print(f"| limit: {limit} | {' | '.join(figures.spread(one, limit) for one in encoders)} |")
     print("\n| encoder | server | asked | req/s | p50, ms | p99, ms | answers | client, of a core |")
     print("|---|---|---|---:|---:|---:|---|---:|")
     for key in figures.results:
