@@ -33,7 +33,7 @@ _MODEL = Path(__file__).parent.parent / "models" / "mnist"
 _ITEMS = 200  # ids that come and go
 _EVERY_S = 5
 _LAST = 0.8  # of the time, in which memory is fitted: before it pools and caches fill
-_LEAST_MINUTES = 6  # BentoML's timers keep something of each request for a minute: that fills in the first fifth
+_LEAST_MINUTES = 6  # what pools and caches take in the first minutes must lie in the first fifth
 _MOST_MB = 1.0  # per 10,000 requests
 _LOOSE = 2  # threads or descriptors more at the end that are no trend
 
