@@ -307,6 +307,8 @@ class EmbeddedStore:
             reason = f"{path} cannot be used: {error}"
         except OSError as error:
             reason = f"{path} cannot be read: {error.strerror}"
+        if not self._read_only:  # once the catalog has gone on, nobody could tell that it is not of this store's past
+            self._discard(path)
         sequence = self._catalog.sequence()
         index = self._exact()
         if len(index):
@@ -315,6 +317,13 @@ class EmbeddedStore:
         if self._read_only:  # a writer may have gone on meanwhile
             sequence = self._replay(index, sequence)
         return index, sequence
+
+    def _discard(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            snapshot.sync(path.parent)
+        except OSError as error:
+            raise InvalidStore(f"{path}: cannot be used, and not removed either: {error.strerror}") from error
 
     def _from_snapshot(self, path: Path) -> tuple[FaissIndex, int]:
         facts, arrays = snapshot.read(path)
