@@ -164,7 +164,7 @@ class _File(apsw.VFSFile):
             self._disk.at_work(self._name, "write")
             self._content.write(newsize, None)
 
-    def xSync(self, flags: int) -> None:  # noqa: N802
+    def xSync(self, flags: int) -> None:  # noqa: ARG002, N802
         with self._using:
             self._disk.at_work(self._name, "sync")
             self._content.sync()

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,9 +59,9 @@ def test_kills(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             assert found in ({}, fixed()), name
         for thread in range(THREADS):
             before, now = _of(thread, state), _of(thread, found)
-            change = doubtful.get(thread)
-            assert now in (before, before if change is None else after(before, change)), (
-                f"{name}: thread {thread}: expected {before} or that and {change}, found {now}"
+            under_way = doubtful.get(thread)
+            assert now in (before, before if under_way is None else after(before, under_way)), (
+                f"{name}: thread {thread}: expected {before} or that and {under_way}, found {now}"
             )
             through += now != before
         assert all(found[id] == kept for id, kept in state.items() if id.startswith("fixed")), name
@@ -71,7 +72,7 @@ def test_kills(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert len(POINTS) - len(missed) >= 12, f"never came to {missed}"
 
 
-def _killed(folder: Path, cycle: int, point: str, chance: random.Random) -> tuple[list[list[object]], bool]:
+def _killed(folder: Path, cycle: int, point: str, chance: random.Random) -> tuple[list[list[Any]], bool]:
     """What the writer said before it was killed, and whether it came to the point."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
@@ -94,15 +95,15 @@ def _killed(folder: Path, cycle: int, point: str, chance: random.Random) -> tupl
     return [json.loads(line) for line in output.splitlines()], in_time
 
 
-def _read(lines: list[list[object]]) -> tuple[list[Change], dict[int, Change]]:
+def _read(lines: list[list[Any]]) -> tuple[list[Change], dict[int, Change]]:
     """Changes that were acknowledged, and of each thread the one that was not."""
     done: list[Change] = []
     begun: dict[int, Change] = {}
     for what, *words in lines:
         if what == "begin":
-            begun[words[0]] = words[2]  # type: ignore[index, assignment]
+            begun[words[0]] = words[2]
         elif what == "done":
-            done.append(begun.pop(words[0]))  # type: ignore[arg-type]
+            done.append(begun.pop(words[0]))
     return done, begun
 
 

@@ -24,7 +24,8 @@ CHANGES = 25  # at most, between two losses
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("synchronous", ["FULL", "NORMAL", "OFF"])
 def test_power_loss(tmp_path: Path, synchronous: str) -> None:
-    lost, cuts, state = 0, 0, None
+    lost, cuts = 0, 0
+    state: State | None = None
     folder = tmp_path
     for cycle in range(CYCLES):
         chance = random.Random(cycle)
@@ -45,7 +46,9 @@ def test_power_loss(tmp_path: Path, synchronous: str) -> None:
         good = now in ([state] if doubtful is None else [state, after(state, doubtful)])
         assert good or synchronous != "FULL", f"cycle {cycle}: expected {state} or that and {doubtful}, found {now}"
         lost, state = lost + (not good), now
-    print(f"\nsynchronous={synchronous}: {lost} of {CYCLES} power losses lost what was acknowledged; {cuts} came in work")
+    print(
+        f"\nsynchronous={synchronous}: {lost} of {CYCLES} power losses lost what was acknowledged; {cuts} came in work"
+    )
     assert cuts > CYCLES / 2
     assert synchronous == "FULL" or lost, "this test cannot fail"
 

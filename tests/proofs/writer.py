@@ -184,7 +184,7 @@ def main() -> None:
         jump()
     if os.environ.get("LOOKALIKE_SNAPSHOTS") == "1":
         vars(embedded)["_QUIET_S"] = 0.0
-        EmbeddedStore._most_unsaved = lambda self: 7  # type: ignore[method-assign]
+        EmbeddedStore._most_unsaved = lambda _: 7  # type: ignore[assignment, method-assign]
     store = opened(folder)
     made.set()
     store._catalog._database.execute("PRAGMA wal_autocheckpoint = 8").fetchall()

@@ -197,7 +197,7 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         EmbeddedStore(tmp_path, card(), D)
 
 
-@pytest.mark.parametrize("damaged", [lambda vector: b"\1" + vector[1:], lambda vector: "text", lambda vector: 7])
+@pytest.mark.parametrize("damaged", [lambda vector: b"\1" + vector[1:], lambda _: "text", lambda _: 7])
 def test_a_damaged_vector_is_named(store_folder: Path, damaged: Callable[[bytes], object]) -> None:
     store = EmbeddedStore(store_folder, card(), D)
     store.add([item("a", unit(D))])
