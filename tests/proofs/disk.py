@@ -99,6 +99,11 @@ class Disk(apsw.VFS):
                     found[name] = content.torn(chance)
             return {Path(name).name: data for name, data in found.items()}
 
+    def after_kill(self) -> dict[str, bytes]:
+        """Return names and contents of what is found when the process ends now and the power stays."""
+        with self._using:
+            return {Path(name).name: bytes(content.seen) for name, content in self._files.items()}
+
     def at_work(self, name: str, what: str) -> None:
         """Count, and let `before` have its say."""
         self.count += 1

@@ -11,16 +11,13 @@ import os
 import random
 import re
 import shutil
-import sys
-import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import faiss
 import numpy as np
 import pytest
 
@@ -28,6 +25,7 @@ from service.store.catalog import FILE
 from service.store.embedded import EmbeddedStore
 from service.store.faiss_index import FaissIndex, Partition
 from service.store.snapshot import SNAPSHOT
+from tests.proofs.child import in_child
 from tests.proofs.truth import SEEDS, VECTORS, D, Kept, State, after, do, held, new_item, opened
 
 pytestmark = pytest.mark.proof
@@ -44,7 +42,7 @@ KINDS = ["bits", "cut", "swap", "zeros", "foreign", "splice", "numbers", "header
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with a snapshot of an index of either kind, and another store's, named `other`."""
     made = tmp_path_factory.mktemp(request.param)
-    assert _run(lambda: _make(made, request.param)) == 0
+    assert in_child(lambda: _make(made, request.param)) == 0
     return made
 
 
@@ -56,7 +54,7 @@ def test_damaged_snapshots(folder: Path) -> None:
         numbers = range(first, min(first + BATCH, MUTATIONS // 3))
         told = folder / "told"
         told.write_text("")
-        status = _run(partial(_load, folder, whole, other, numbers))
+        status = in_child(partial(_load, folder, whole, other, numbers))
         lines = told.read_text().splitlines()
         if status != 0:
             number = numbers[len(lines)]
@@ -123,25 +121,6 @@ def _other_header(data: bytes, chance: random.Random) -> bytes:
 
 
 # What is done in children ------------------------------------------------------------------------
-
-
-def _run(work: Callable[[], None]) -> int:
-    """Fork, work, and return how that ended: 0, or minus the signal."""
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            faiss.omp_set_num_threads(1)  # OpenMP's own threads stay in the parent
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-    ended = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else os.WEXITSTATUS(ended)
 
 
 def _contents(count: int, start: int) -> State:

@@ -59,7 +59,8 @@ class Watched(EmbeddedStore):
         with self._catalog._reading() as database:
             for key, _ in database.execute("SELECT key, id FROM removed WHERE sequence > ?", (since,)):
                 latest.pop(key, None)
-            query = "SELECT key, id, digest, metadata ->> 'n' FROM items WHERE sequence > ? ORDER BY key"  # a new key is the last
+            # In the order of keys: so a new one comes last, as it does in a search.
+            query = "SELECT key, id, digest, metadata ->> 'n' FROM items WHERE sequence > ? ORDER BY key"
             for key, id, digest, n in database.execute(query, (since,)):
                 latest[key] = (id, Kept(int(digest), n))
         self.states.append((sequence, latest))
