@@ -119,16 +119,16 @@ def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedSto
     store.close()
 
 
-def test_what_was_committed_and_did_not_reach_the_index_is_found_all_the_same(store: EmbeddedStore) -> None:
+def test_what_was_committed_and_did_not_reach_the_index_is_found_all_the_same(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.add([item("a", unit(D)), item("b", unit(D, seed=1))])
-    inner = store._index
 
-    class Full(type(inner)):  # type: ignore[misc]
-        def add(self, *_: object) -> None:
-            self.__class__ = type(inner)
-            raise MemoryError("no room")
+    def no_room(*_: object) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no room")
 
-    inner.__class__ = Full
+    monkeypatch.setattr(store._index, "add", no_room)
     with pytest.raises(MemoryError):
         store.add([item("a", unit(D, seed=2)), item("c", unit(D, seed=3))])
     assert store.count() == 3
