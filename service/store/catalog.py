@@ -183,9 +183,11 @@ class Catalog:
     def part(self) -> Iterator[None]:
         """All of the block's changes or none, within a transaction that goes on either way."""
         self._database.execute("SAVEPOINT part").fetchall()
+        before = self._sequence
         try:
             yield
         except BaseException:
+            self._sequence = before
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK TO part; RELEASE part").fetchall()
             raise
@@ -412,8 +414,9 @@ class Catalog:
         vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(len(rows), -1)
         return np.asarray([row[0] for row in rows], np.int64), vectors.astype(np.float32)
 
-    def _check_vector(self, key: int, blob: bytes, checksum: int) -> None:
-        if zlib.crc32(blob) != checksum or len(blob) != self._width:
+    def _check_vector(self, key: int, blob: Any, checksum: int) -> None:
+        # In a damaged page anything may stand where a blob should.
+        if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._width:
             raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
 
     def _blob(self, query: str, id: str) -> bytes | None:

@@ -97,7 +97,7 @@ REMOVALS = [
     Removal("store/embedded", "        checked(np.stack(", "        print(np.stack(", "store"),
     Removal("store/commits", "                raise InvalidStore(self._refusal)", "                pass", "commits"),
     Removal("store/commits", "self.refuse(f", "str(f", "commits"),
-    Removal("store/catalog", "if zlib.crc32(blob) != checksum or", "if", "store"),
+    Removal("store/catalog", "zlib.crc32(blob) != checksum or", "", "store"),
     Removal("store/folder", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "store"),
     # api.py, openai.py, bulk.py
     Removal("api", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),

@@ -119,6 +119,27 @@ def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedSto
     store.close()
 
 
+def test_what_was_committed_and_did_not_reach_the_index_is_found_all_the_same(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([item("a", unit(D)), item("b", unit(D, seed=1))])
+
+    def no_room(*_: object) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(store._index, "add", no_room)
+    with pytest.raises(MemoryError):
+        store.add([item("a", unit(D, seed=2)), item("c", unit(D, seed=3))])
+    assert store.count() == 3
+    for seed, id in ((1, "b"), (2, "a"), (3, "c")):
+        hits = store.search(unit(1, D, seed=seed), 3)[0]
+        assert (len(hits), hits[0].id) == (3, id)
+    with pytest.raises(InvalidStore, match="read-only until"):
+        store.remove("a")
+    store.close()
+
+
 def test_a_closed_store_says_so(store: EmbeddedStore) -> None:
     store.add([item("a", unit(D))])
     store.close()
