@@ -8,7 +8,7 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients bench-serve soak figures container \
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards store-proofs slow-clients bench-serve soak figures container \
         setup setup-serve lock clean
 
 help: ## show this list
@@ -44,6 +44,11 @@ fuzz-pictures: setup ## 2,000 mutated pictures, or LONG=1 for 20,000
 
 guards: setup ## take out one guard at a time, and see a test notice
 	.venv/bin/python -m pytest -m proof --numprocesses auto tests/proofs/test_guards.py
+
+store-proofs: setup ## kills, power cuts, full disks, damaged snapshots, writers and searches at once
+	.venv/bin/python -m pytest -m proof --numprocesses auto --dist loadfile tests/proofs/test_kill.py \
+	  tests/proofs/test_power_loss.py tests/proofs/test_disk_errors.py tests/proofs/test_damaged_snapshots.py \
+	  tests/proofs/test_many_at_once.py
 
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
