@@ -94,10 +94,11 @@ class Lookalike:
 
     def __init__(self) -> None:
         _give_large_blocks_back()
-        self.gallery = open_service(_settings)
+        settings = Settings()
+        self.gallery = open_service(settings)
         if threading.current_thread() is threading.main_thread():  # where alone signals can be caught
             signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.take_up, daemon=True).start())
-        self._lifetime = Lifetime(alone=_settings.workers == 1)
+        self._lifetime = Lifetime(alone=settings.workers == 1)
         self._failed = ""
 
     def take_up(self) -> None:
@@ -109,7 +110,7 @@ class Lookalike:
             log.warning("no other generation of the store is taken up: %s", error)
             return
         log.info("serving %d pictures with the encoder %s", self.gallery.store.count(), self.gallery.card.name)
-        time.sleep(_settings.work_timeout_s)  # who has begun with the earlier one ends with it
+        time.sleep(earlier.settings.work_timeout_s)  # who has begun with the earlier one ends with it
         earlier.close()
 
     def __is_ready__(self) -> bool:

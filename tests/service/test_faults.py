@@ -20,7 +20,6 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from service import app as app_module
-from service.settings import Settings
 from tests.conftest import MODEL, encoded, scene
 from tests.serving import LOOKALIKE, running, status_of
 
@@ -122,7 +121,8 @@ def test_a_model_folder_that_changes_is_not_what_is_served(tmp_path: Path) -> No
 def test_a_provider_that_is_lost_makes_it_not_ready_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(app_module, "_settings", Settings(no_store=True, model=MODEL, variant="fp32"))
+    for name, value in {"NO_STORE": "true", "MODEL": str(MODEL), "VARIANT": "fp32"}.items():
+        monkeypatch.setenv(f"LOOKALIKE_{name}", value)
     service: Any = app_module.Lookalike
     with TestClient(service.to_asgi()) as client, caplog.at_level(logging.INFO, "bentoml.lookalike"):
         assert client.get("/readyz").status_code == 200

@@ -11,7 +11,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.testclient import TestClient
 
 from service import app as app_module
-from service.settings import Settings
 from tests.conftest import MODEL, encoded, scene
 
 PICTURE = encoded(scene())
@@ -22,7 +21,8 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     """What BentoML's tracer provider gives away."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(app_module, "_settings", Settings(no_store=True, model=MODEL, variant="fp32"))
+    for name, value in {"NO_STORE": "true", "MODEL": str(MODEL), "VARIANT": "fp32"}.items():
+        monkeypatch.setenv(f"LOOKALIKE_{name}", value)
     BentoMLContainer.tracer_provider.set(provider)
     yield exporter
     BentoMLContainer.tracer_provider.reset()
