@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +31,9 @@ def serving(folder: Path, pictures: str = "", **settings: str) -> Iterator[str]:
     Args:
         folder: for the store, and for the log, serve.log.
         pictures: a source to index first.
-        settings: as text, like environment variables.
+        settings: as text, like environment variables; a name in capitals is one.
     """
-    named = {f"LOOKALIKE_{name.upper()}": value for name, value in settings.items()}
-    environment = {**os.environ, "LOOKALIKE_VARIANT": "fp32", **named}  # the fastest differs from machine to machine
+    environment = _environment(settings)
     chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
     if pictures:
         index = [str(LOOKALIKE), "index", pictures, *chosen]
@@ -61,6 +60,40 @@ def serving(folder: Path, pictures: str = "", **settings: str) -> Iterator[str]:
     assert server.wait() == 0, log.read_text()
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is still open"
+
+
+@contextmanager
+def killed(folder: Path, **settings: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Serve as `serving` does; yield the address and what kills every process at once, which the end does anyway."""
+    port, log = free_port(), folder / "serve.log"
+    command = [str(LOOKALIKE), "serve", "--model", str(MODEL), "--store", str(folder / "store"), "--port", str(port)]
+    with log.open("ab") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=_environment(settings))
+    tree: list[psutil.Process] = []
+
+    def kill() -> None:
+        if server.poll() is None:  # else they were killed before
+            tree.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
+            for process in tree:
+                process.suspend()  # so that nobody has a word about another's end
+            for process in tree:
+                process.kill()
+            server.wait()
+
+    try:
+        _wait_until_ready(f"http://127.0.0.1:{port}/readyz", server, log)
+        yield f"http://127.0.0.1:{port}", kill
+    finally:
+        kill()
+    assert not psutil.wait_procs(tree, timeout=10)[1], "a process of the service outlived it"
+    assert len(tree) > 1, "the worker was not among those that were killed"
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is still open"
+
+
+def _environment(settings: Mapping[str, str]) -> dict[str, str]:
+    named = {name if name.isupper() else f"LOOKALIKE_{name.upper()}": value for name, value in settings.items()}
+    return {**os.environ, "LOOKALIKE_VARIANT": "fp32", **named}  # the fastest differs from machine to machine
 
 
 def _wait_until_ready(url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
