@@ -30,7 +30,7 @@ from tests.proofs.truth import SEEDS, VECTORS, D, Kept, State, after, do, held, 
 
 pytestmark = pytest.mark.proof
 
-MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "300"))  # the long form is 10,000
+MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "300"))  # the long form is 10,000; a third each
 BATCH = 25  # files to a child
 COUNT = 100  # so few that every code is compared with the catalog when a snapshot is loaded
 LARGE = 1500  # of these only some are
