@@ -8,8 +8,9 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards store-proofs slow-clients bench-serve soak figures container \
-        setup setup-serve lock clean
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http \
+        power-loss disk-errors damaged-snapshots many-at-once bench-serve soak figures container setup setup-serve lock \
+        clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,9 +34,9 @@ check: setup ## lint, types, import rules
 survive: setup ## kill a training run 20 times with -9, and see it end as if nothing had been
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
-proofs: fuzz-api fuzz-pictures guards slow-clients ## the four below
-
 # The short forms are CI's; LONG=1 is what is measured before a release.
+proofs: fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once ## all below
+
 fuzz-api: setup ## requests made from our OpenAPI document, against the real service; LONG=1 for 500 of each, three seeds
 	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
 
@@ -45,13 +46,26 @@ fuzz-pictures: setup ## 2,000 mutated pictures, or LONG=1 for 20,000
 guards: setup ## take out one guard at a time, and see a test notice
 	.venv/bin/python -m pytest -m proof --numprocesses auto tests/proofs/test_guards.py
 
-store-proofs: setup ## kills, power cuts, full disks, damaged snapshots, writers and searches at once
-	.venv/bin/python -m pytest -m proof --numprocesses auto --dist loadfile tests/proofs/test_kill.py \
-	  tests/proofs/test_power_loss.py tests/proofs/test_disk_errors.py tests/proofs/test_damaged_snapshots.py \
-	  tests/proofs/test_many_at_once.py
-
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
+
+kills: setup ## kill -9 a process that writes a store, at 25 named points and at random; LONG=1 for 500 times
+	$(if $(LONG),LOOKALIKE_KILLS=500) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill.py
+
+kills-http: setup ## kill -9 the whole service under load, and let its clock jump by a day; LONG=1 for 50 times
+	$(if $(LONG),LOOKALIKE_KILLS=50) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
+
+power-loss: setup ## a disk that loses and tears what was not synced; LONG=1 for 300 times each
+	$(if $(LONG),LOOKALIKE_POWER_LOSSES=300) .venv/bin/python -m pytest -m proof -s tests/proofs/test_power_loss.py
+
+disk-errors: setup ## EIO and ENOSPC at 25 of the first 200 writes and syncs; LONG=1 for each of them
+	$(if $(LONG),LOOKALIKE_ERRORS_STEP=1) .venv/bin/python -m pytest -m proof -s tests/proofs/test_disk_errors.py
+
+damaged-snapshots: setup ## 300 damaged snapshots, half with the right checksum; LONG=1 for 10,000
+	$(if $(LONG),LOOKALIKE_MUTATIONS=10000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_damaged_snapshots.py
+
+many-at-once: setup ## 4 writers and 8 readers against plain NumPy for 10 s; LONG=1 for 10 minutes
+	$(if $(LONG),LOOKALIKE_SECONDS=600) .venv/bin/python -m pytest -m proof -s tests/proofs/test_many_at_once.py
 
 bench-serve: setup ## measure the service beside its peers and limits; LONG=1 for three turns
 	.venv/bin/python -m benchmarks.serve $(if $(LONG),--turns 3)

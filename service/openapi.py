@@ -203,7 +203,7 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         schemas_[name]["properties"]["vector"] |= {
             "minItems": size,
             "maxItems": size,
-            "contains": {"not": {"const": 0}},
+            "not": {"items": {"const": 0}},
         }
     for name in ("ById", "SearchById"):
         schemas_[name]["properties"]["id"] |= {"minLength": 1, "maxLength": settings.max_id_bytes, "pattern": _ID}

@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,7 +33,7 @@ def serving(folder: Path, pictures: str = "", **settings: str) -> Iterator[str]:
     Args:
         folder: for the store, and for the log, serve.log.
         pictures: a source to index first.
-        settings: as text, like environment variables.
+        settings: as text, like environment variables; a name in capitals is one.
     """
     chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
     if pictures:
@@ -76,6 +76,32 @@ def running(folder: Path, *flags: str, **settings: str) -> Iterator[tuple["subpr
             worker.kill()
 
 
+@contextmanager
+def killed(folder: Path, **settings: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Serve the store in a folder; yield the address and what kills every process at once, which the end does anyway."""
+    tree: list[psutil.Process] = []
+    chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
+    with running(folder, *chosen, **settings) as (server, address, _):
+
+        def kill() -> None:
+            if server.poll() is None:  # else they were killed before
+                tree.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
+                for process in tree:
+                    process.suspend()  # so that nobody has a word about another's end
+                for process in tree:
+                    process.kill()
+                server.wait()
+
+        try:
+            yield address, kill
+        finally:
+            kill()
+    assert not psutil.wait_procs(tree, timeout=10)[1], "a process of the service outlived it"
+    assert len(tree) > 1, "the worker was not among those that were killed"
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", urlsplit(address).port or 0)) != 0, f"{address} is still open"
+
+
 def status_of(url: str) -> int:
     """Return the status of a GET. Raises OSError without an answer."""
     try:
@@ -97,6 +123,6 @@ def wait_until_ready(address: str, server: "subprocess.Popen[bytes]", log: Path)
         time.sleep(0.1)
 
 
-def _environment(settings: dict[str, str]) -> dict[str, str]:
-    named = {f"LOOKALIKE_{name.upper()}": value for name, value in settings.items()}
+def _environment(settings: Mapping[str, str]) -> dict[str, str]:
+    named = {name if name.isupper() else f"LOOKALIKE_{name.upper()}": value for name, value in settings.items()}
     return {**os.environ, "LOOKALIKE_VARIANT": "fp32", **named}  # the fastest differs from machine to machine

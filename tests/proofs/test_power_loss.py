@@ -79,8 +79,9 @@ def _until_the_power_goes(
         except InvalidStore:
             assert found is not None
             return found, state, None, True
-        pages = chance.choice([4, 16, 1000])
-        for pragma in (f"synchronous = {synchronous}", f"wal_autocheckpoint = {pages}"):
+        pragmas = [f"wal_autocheckpoint = {chance.choice([4, 16, 1000])}"]
+        pragmas += [] if synchronous == "FULL" else [f"synchronous = {synchronous}"]  # FULL is the store's own
+        for pragma in pragmas:
             store._catalog._database.execute(f"PRAGMA {pragma}").fetchall()
         for _ in range(chance.randrange(CHANGES)):
             doubtful = some_change(chance, IDS)
