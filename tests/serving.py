@@ -78,7 +78,7 @@ def running(folder: Path, *flags: str, **settings: str) -> Iterator[tuple["subpr
 
 @contextmanager
 def killed(folder: Path, **settings: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serve the store in a folder; yield the address and what kills every process at once, which the end does anyway."""
+    """Serve the store in a folder; yield the address and what kills every process at once, as the end does."""
     tree: list[psutil.Process] = []
     chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
     with running(folder, *chosen, **settings) as (server, address, _):
