@@ -426,8 +426,8 @@ def succeed(gallery: Gallery) -> Gallery:
     try:
         if not settings.read_only:
             following.catch_up()  # nearly all, while changes go on
-            gallery.store.refuse("the store is being replaced by one of another encoder; try again")
-            following.catch_up()
+            with gallery.store.retiring("the store was replaced by one of another encoder; try again"):
+                following.catch_up()
     except BaseException:
         following.close()
         raise

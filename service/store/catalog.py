@@ -26,6 +26,7 @@ VECTOR_TYPES = {"float32": "<f4", "float16": "<f2"}
 _META = {"fingerprint", "dimension", "vector_type", "model", "model_folder"}
 _CHUNK = 8192  # rows read at a time
 _CACHE_KB = 16_384  # of a connection
+_MAPPED = 1 << 40  # bytes of the file, at most, that are read without a copy; see docs/decisions/0012
 
 # Pictures stand in a table of their own, so that reading all vectors never reads a picture.
 _TABLES = """
@@ -135,6 +136,8 @@ class Catalog:
         connection = apsw.Connection(str(self.path), flags=flags)
         connection.set_busy_timeout(5000)
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}").fetchall()
+        if not writable:
+            connection.execute(f"PRAGMA mmap_size = {_MAPPED}").fetchall()
         return connection
 
     def _prepare(self, meta: dict[str, str]) -> None:

@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -466,9 +467,11 @@ class EmbeddedStore:
         self._home = earlier._home
         self._guards, earlier._guards = self._guards + earlier._guards, []
 
-    def refuse(self, reason: str) -> None:
-        """Take no change from now on, once those at work are done; searches go on."""
+    @contextmanager
+    def retiring(self, reason: str) -> Iterator[None]:
+        """Let changes wait for the end of the block. If it ends well they are refused from then on; searches go on."""
         with self._commits.paused():
+            yield
             self._commits.refuse(reason)
 
     def close(self) -> None:

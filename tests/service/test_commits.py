@@ -107,6 +107,21 @@ def test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on(store: 
     store.close()
 
 
+def test_a_store_that_could_not_be_replaced_takes_changes_again(store: EmbeddedStore) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(InvalidRequest), store.retiring("replaced"):
+            waiting = pool.submit(store.add, [item("a", unit(D))])
+            assert store.search(unit(1, D), 5) == [[]]
+            raise InvalidRequest("the other store could not take over")
+        assert waiting.result(10) == [True]
+        with store.retiring("replaced"):
+            waiting = pool.submit(store.remove, "a")
+        with pytest.raises(InvalidStore, match="replaced"):
+            waiting.result(10)
+    assert store.search(unit(1, D), 5)[0][0].id == "a"
+    store.close()
+
+
 def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedStore) -> None:
     def apply(changes: list[Change], sequence: int) -> None:
         raise MemoryError("no room")
