@@ -115,9 +115,9 @@ def test_a_store_that_could_not_be_replaced_takes_changes_again(store: EmbeddedS
             raise InvalidRequest("the other store could not take over")
         assert waiting.result(10) == [True]
         with store.retiring("replaced"):
-            waiting = pool.submit(store.remove, "a")
+            late = pool.submit(store.remove, "a")
         with pytest.raises(InvalidStore, match="replaced"):
-            waiting.result(10)
+            late.result(10)
     assert store.search(unit(1, D), 5)[0][0].id == "a"
     store.close()
 
