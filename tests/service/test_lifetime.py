@@ -149,14 +149,21 @@ def test_a_killed_worker_is_replaced(flags: list[str], tmp_path: Path) -> None:
         assert embed(address) == 200
 
 
+def metrics(address: str) -> str:
+    return str(urllib.request.urlopen(address + "/metrics").read().decode())
+
+
 def test_without_a_store_several_workers_embed_and_count_together(tmp_path: Path) -> None:
     with running(tmp_path, "--no-store", "--workers", "2") as (_, address, _):
+        lanes = 'lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"}'
+        deadline = time.monotonic() + 60
+        while f"{lanes} 2.0" not in metrics(address):  # ready is: one of them is
+            assert time.monotonic() < deadline, metrics(address)
+            time.sleep(0.1)
         for _ in range(40):
             assert embed(address) == 200  # each on a connection of its own: both workers take some
         for _ in range(4):
-            text = urllib.request.urlopen(address + "/metrics").read().decode()
-            assert 'lookalike_requests_total{method="POST",route="/embed",status="200"} 40.0' in text
-        assert 'lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"} 2.0' in text
+            assert 'lookalike_requests_total{method="POST",route="/embed",status="200"} 40.0' in metrics(address)
         assert json.load(urllib.request.urlopen(address + "/info"))["count"] is None
         for path in ("/", "/images", "/images/7"):
             with pytest.raises(urllib.error.HTTPError) as caught:
