@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make serve` and `make test`.
-# They need Python 3.11 or newer with venv, and a package index; `make test` a C++ compiler, too (docs/decisions/0005).
+# They need Python 3.11 or newer with venv, and a package index.
 
 PYTHON ?= python3
 HOST   ?= 127.0.0.1
@@ -8,8 +8,9 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients bench-search figures container \
-        setup setup-serve lock clean
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http \
+        power-loss disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container setup setup-serve lock \
+        clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -33,9 +34,9 @@ check: setup ## lint, types, import rules
 survive: setup ## kill a training run 20 times with -9, and see it end as if nothing had been
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
-proofs: fuzz-api fuzz-pictures guards slow-clients ## the four below
-
 # The short forms are CI's; LONG=1 is what is measured before a release.
+proofs: fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once ## all below
+
 fuzz-api: setup ## requests made from our OpenAPI document, against the real service; LONG=1 for 500 of each, three seeds
 	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
 
@@ -48,8 +49,32 @@ guards: setup ## take out one guard at a time, and see a test notice
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
 
-bench-search: setup ## the store beside other programs, in WORK=folder; COUNT=100000 for a quick look, ARGS="--only http"
-	.venv/bin/python -m benchmarks.search --work $(or $(WORK),data/search) --count $(or $(COUNT),1000000) $(ARGS)
+kills: setup ## kill -9 a process that writes a store, at 25 named points and at random; LONG=1 for 500 times
+	$(if $(LONG),LOOKALIKE_KILLS=500) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill.py
+
+kills-http: setup ## kill -9 the whole service under load, and let its clock jump by a day; LONG=1 for 50 times
+	$(if $(LONG),LOOKALIKE_KILLS=50) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
+
+power-loss: setup ## a disk that loses and tears what was not synced; LONG=1 for 300 times each
+	$(if $(LONG),LOOKALIKE_POWER_LOSSES=300) .venv/bin/python -m pytest -m proof -s tests/proofs/test_power_loss.py
+
+disk-errors: setup ## EIO and ENOSPC at 25 of the first 200 writes and syncs; LONG=1 for each of them
+	$(if $(LONG),LOOKALIKE_ERRORS_STEP=1) .venv/bin/python -m pytest -m proof -s tests/proofs/test_disk_errors.py
+
+damaged-snapshots: setup ## 300 damaged snapshots, half with the right checksum; LONG=1 for 10,000
+	$(if $(LONG),LOOKALIKE_MUTATIONS=10000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_damaged_snapshots.py
+
+many-at-once: setup ## 4 writers and 8 readers against plain NumPy for 10 s; LONG=1 for 10 minutes
+	$(if $(LONG),LOOKALIKE_SECONDS=600) .venv/bin/python -m pytest -m proof -s tests/proofs/test_many_at_once.py
+
+bench-serve: setup ## measure the service beside its peers and limits; LONG=1 for three turns
+	.venv/bin/python -m benchmarks.serve $(if $(LONG),--turns 3)
+
+bench-search: .venv-bench/.done ## the store beside other programs, in WORK=folder; COUNT=100000 for a quick look, ARGS="--only http"
+	.venv-bench/bin/python -m benchmarks.search --work $(or $(WORK),data/search) --count $(or $(COUNT),1000000) $(ARGS)
+
+soak: setup ## ten minutes of mixed load: memory, threads and descriptors; LONG=1 for thirty
+	.venv/bin/python -m benchmarks.soak --minutes $(if $(LONG),30,10)
 
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200
@@ -62,10 +87,11 @@ setup: .venv/.done ## make .venv: training, serving and test tools
 
 .venv-serve/.done: requirements/serve-cpu.txt pyproject.toml
 .venv/.done: requirements/dev.txt pyproject.toml
+.venv-bench/.done: requirements/bench-search.txt pyproject.toml
 
-# One recipe for both: an environment is a folder plus a lock; the project itself comes without
+# One recipe for all: an environment is a folder plus a lock; the project itself comes without
 # dependencies, because the lock holds them all. The mark is written last, so a broken set-up is redone.
-.venv-serve/.done .venv/.done:
+.venv-serve/.done .venv/.done .venv-bench/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(@D)/bin/uv pip install --quiet --python $(@D) --require-hashes -r $<
@@ -74,10 +100,11 @@ setup: .venv/.done ## make .venv: training, serving and test tools
 
 lock: setup-serve ## compile requirements/*.txt anew from pyproject.toml (hashes, no index address)
 	for set in "serve-cpu --extra cpu" "serve-gpu --extra gpu" "train --extra cpu --extra train" \
-	    "dev --extra cpu --extra train --extra dev"; do \
+	    "dev --extra cpu --extra train --extra dev" \
+	    "bench-search --extra cpu --extra train --extra dev --extra bench-search"; do \
 	  name=$${set%% *}; .venv-serve/bin/uv pip compile pyproject.toml $${set#* } --group build \
 	    --python-version 3.11 --generate-hashes --no-header --quiet --upgrade -o requirements/$$name.txt || exit 2; \
 	done
 
-clean: ## remove both environments and what serving made
-	rm -rf .venv .venv-serve .lookalike
+clean: ## remove the environments and what serving made
+	rm -rf .venv .venv-serve .venv-bench .lookalike

@@ -218,12 +218,25 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the encoder: fp32, fp16, int8; the fastest if auto.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto for cuda where it works.")] = None,
+    no_store: Annotated[bool | None, typer.Option("--no-store", help="Embed alone and keep nothing.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; more than one only with --no-store.")] = None,
     read_only: Annotated[
         bool | None, typer.Option("--read-only", help="Beside the process that changes the store; follows its changes.")
     ] = None,
 ) -> None:
     """Serve search over HTTP, with a page, until Ctrl-C."""
-    settings = _settings(model=model, store=store, host=host, port=port, variant=variant, read_only=read_only)
+    settings = _settings(
+        model=model,
+        store=store,
+        host=host,
+        port=port,
+        variant=variant,
+        device=device,
+        no_store=no_store,
+        workers=workers,
+        read_only=read_only,
+    )
     _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
     environment = {  # the keys are there already: only the environment holds them
@@ -232,6 +245,7 @@ def serve(
     }
     print(f"Lookalike on http://{settings.host}:{settings.port}  (Ctrl-C stops it)", flush=True)
     command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
+    command += ["--timeout-graceful-shutdown", "18"]  # service/lifetime.py leaves soon after
     os.execve(bentoml, command, {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **environment})
 
 
@@ -301,7 +315,9 @@ def info(
         "fingerprint": card.fingerprint,
         "dimension": encoder.dimension,
         "side": card.preprocessing.side,
-        **{key: value for key, value in card.facts.items() if key not in ("name", "fingerprint", "dimension")},
+        **{
+            key: value for key, value in card.facts.items() if key not in ("name", "fingerprint", "dimension", "canary")
+        },
     }
     if as_json:
         print(json.dumps(facts))
@@ -331,8 +347,11 @@ def _check_serving(settings: Any) -> None:
     from service.keys import read_keys
 
     read_keys(settings)
+    if settings.workers > 1 and not settings.no_store:
+        raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    open_store(settings, encoder).close()
+    if not settings.no_store:
+        open_store(settings, encoder).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.peers import D, Peer, chunks, percents
-from benchmarks.server import MODEL
+from benchmarks.search_peers import D, Peer, chunks, percents
 from service import FloatArray, IntArray
 from service.card import read_card
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore
 
+MODEL = Path(__file__).parent.parent / "models" / "mnist"
 QUERIES = 1000
 FILTERS = (1, 50)  # percent of the items that meet one
 _A_CENTRE = 200  # vectors around each

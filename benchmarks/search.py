@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import typer
 
-from benchmarks.collection import FILTERS, QUERIES, Collection, apart, folder_bytes, held, item, synthetic
-from benchmarks.peers import D, Faiss, Hnswlib, Lancedb, Milvus, Peer, Usearch, chunks
-from benchmarks.server import MODEL, serving
+from benchmarks.collection import FILTERS, MODEL, QUERIES, Collection, apart, folder_bytes, held, item, synthetic
+from benchmarks.search_peers import D, Faiss, Hnswlib, Lancedb, Milvus, Peer, Usearch, chunks
+from benchmarks.servers import OURS, free_port, running
 from service import FloatArray, IntArray
 from service.store.embedded import EmbeddedStore
 from service.store.filters import Filter, parse_filter
@@ -373,9 +373,17 @@ def _post(client: http.client.HTTPConnection, body: bytes) -> float:
     return took
 
 
-def _serving(collection: Collection) -> AbstractContextManager[int]:
-    told = {"LOOKALIKE_EXACT_LIMIT": str(collection.exact_limit)}
-    return serving(collection.store, collection.folder / "service.log", told, patience_s=300)
+@contextmanager
+def _serving(collection: Collection) -> Iterator[int]:
+    port = free_port()
+    told = {
+        "LOOKALIKE_EXACT_LIMIT": str(collection.exact_limit),
+        "LOOKALIKE_MODEL": str(MODEL),
+        "LOOKALIKE_STORE": str(collection.store),
+    }
+    command, ready = OURS.command.format(port=port).split(), f"http://127.0.0.1:{port}{OURS.ready}"
+    with running(command, ready, told, collection.folder / "service.log", patience_s=300):
+        yield port
 
 
 def _median(times: list[float]) -> float:

@@ -1,7 +1,6 @@
 """What ordinary requests feel of slow clients: latency in quiet, beside slow uploads, beside half-sent headers."""
 
 import asyncio
-import re
 import resource
 import signal
 import sys
@@ -9,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -18,9 +17,11 @@ import numpy as np
 import sklearn.datasets
 import typer
 
+from benchmarks.load import ask
 from benchmarks.machine import describe
-from benchmarks.server import serving
+from benchmarks.servers import OURS, serving
 
+_MODEL = Path(__file__).parent.parent / "models" / "mnist"
 _PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"  # 640x427, a real photograph
 _RATE = 50  # ordinary requests per second, far below what the service can
 _TURNS = 3  # phases take turns, so that the host's other work hits all of them alike
@@ -67,8 +68,8 @@ def main(
     ]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive us
     _allow_files(2 * max(uploads, idle) + 200)
-    told = {"LOOKALIKE_VARIANT": "fp32", "LOOKALIKE_BODY_TIMEOUT_S": str(_BODY_TIMEOUT_S)}
-    with TemporaryDirectory() as folder, serving(Path(folder) / "store", Path(folder) / "log", told) as port:
+    server = replace(OURS, environment={"LOOKALIKE_BODY_TIMEOUT_S": str(_BODY_TIMEOUT_S)})
+    with TemporaryDirectory() as folder, serving(server, _MODEL, "fp32", Path(folder)) as port:
         asyncio.run(_measure(port, phases, seconds / _TURNS))
     raise typer.Exit(0 if _report(phases) else 1)
 
@@ -100,7 +101,7 @@ async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
         try:
             async with asyncio.timeout(30):
                 connection = connection or await asyncio.open_connection("127.0.0.1", port)
-                status = await _ask(*connection, request)
+                status = await ask(*connection, request)
         except (OSError, EOFError) as error:
             status, connection = type(error).__name__, None
         phase.latencies.append(time.perf_counter() - due)
@@ -109,14 +110,6 @@ async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
         due += 1 / _RATE
     if connection:
         connection[1].close()
-
-
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> str:
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-    await reader.readexactly(int(length[1]) if length else 0)
-    return head.split()[1].decode()
 
 
 # Slow clients -----------------------------------------------------------------------------------

@@ -5,70 +5,89 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-import numpy as np
+from service import FloatArray, PixelArray, metrics
+from service.errors import OutOfMemory
 
-from service import FloatArray, PixelArray
-
+Encode = Callable[[Sequence[PixelArray]], FloatArray]
 _Job = tuple[PixelArray, "Future[FloatArray]"]
 
 
 class Batcher:
-    """Greedy: one thread runs whatever waits, up to the largest batch, as soon as it is free.
+    """Greedy: each lane runs whatever waits, up to the largest batch, as soon as it is free.
 
     Nobody waits for a batch to fill: under light load a batch is one picture, under heavy load the
-    pictures that came while the last batch ran.
+    pictures that came while the last batch ran. A lane is a thread and what encodes on it, one for each device.
     """
 
-    def __init__(self, encode: Callable[[Sequence[PixelArray]], FloatArray], max_batch: int = 64) -> None:
-        """Start the thread. `encode` takes 1 to max_batch pixels (S, S, 3) and returns (N, D)."""
-        self._encode = encode
+    def __init__(self, lanes: Sequence[Encode], max_batch: int) -> None:
+        """Start the threads. Each lane takes 1 to max_batch pixels (S, S, 3) and returns (N, D)."""
         self._max_batch = max_batch
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, args=(encode,), name=f"lane-{number}", daemon=True)
+            for number, encode in enumerate(lanes)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def encode(self, pixels: Sequence[PixelArray]) -> FloatArray:
-        """Embed the caller's pixels, together with whoever else is waiting. Blocks; call from any thread.
+    def submit(self, pixels: PixelArray, future: "Future[FloatArray]") -> None:
+        """Have pixels (S, S, 3) embedded together with whoever else is waiting; call from any thread.
 
-        Returns:
-            (N, D) float32 in the caller's order.
-
-        Raises:
-            What `encode` raised for these pixels; other callers' pixels have no part in it.
+        Args:
+            pixels: of one picture.
+            future: gets the embedding (D,), or what the lane raised for these pixels; other callers' pixels have no
+                part in it. Cancelled before its batch begins, it is passed over.
         """
-        jobs: list[_Job] = [(one, Future()) for one in pixels]
-        for job in jobs:
-            self._waiting.put(job)
-        return np.stack([future.result() for _, future in jobs])
+        metrics.pictures_waiting.inc()
+        self._waiting.put((pixels, future))
 
     def close(self) -> None:
-        """Finish what waits, then end the thread."""
-        self._waiting.put(None)
-        self._thread.join()
+        """Finish what waits, then end the threads."""
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _run(self) -> None:
-        closing = False
+    def _run(self, encode: Encode) -> None:
+        most, closing = self._max_batch, False
         while not closing:
             batch: list[_Job] = []
             job = self._waiting.get()
             while job is not None:
-                batch.append(job)
-                if len(batch) == self._max_batch or self._waiting.empty():
+                metrics.pictures_waiting.dec()
+                if job[1].set_running_or_notify_cancel():  # else its caller has gone
+                    batch.append(job)
+                if len(batch) == most:
                     break
-                job = self._waiting.get()
+                try:
+                    job = self._waiting.get_nowait()
+                except queue.Empty:
+                    break
             closing = job is None
             if batch:
-                self._resolve(batch)
+                metrics.batch_size.observe(len(batch))
+                if not _resolve(encode, batch):
+                    most = max(1, len(batch) // 2)
 
-    def _resolve(self, batch: list[_Job]) -> None:
-        try:
-            embeddings = self._encode([pixels for pixels, _ in batch])
-        except Exception as error:  # it belongs to the callers, whatever it is
-            if len(batch) == 1:
-                batch[0][1].set_exception(error)
-            else:  # one by one, so that it reaches only the caller it belongs to
-                for job in batch:
-                    self._resolve([job])
-            return
-        for (_, future), embedding in zip(batch, embeddings, strict=True):
-            future.set_result(embedding)
+
+def _resolve(encode: Encode, batch: list[_Job], halved: bool = False) -> bool:
+    """Give every caller of a batch its embedding or its error; False where memory was too short for the batch.
+
+    What failed is tried in halves, until an error has reached only the caller it belongs to. A batch that memory was
+    too short for is halved once: what fails again then is not a matter of its size.
+    """
+    try:
+        embeddings = encode([pixels for pixels, _ in batch])
+    except Exception as error:  # it belongs to the callers, whatever it is
+        no_memory = isinstance(error, OutOfMemory)
+        if len(batch) == 1 or (no_memory and halved):
+            for _, future in batch:
+                future.set_exception(error)
+        else:
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                _resolve(encode, half, halved=no_memory)
+        return not no_memory
+    for (_, future), embedding in zip(batch, embeddings, strict=True):
+        future.set_result(embedding)
+    return True

@@ -4,6 +4,7 @@ import io
 import json
 import zipfile
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from service import logs
@@ -123,12 +124,9 @@ def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
 async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
     """Add pictures to the gallery; yield a JSON line for each, when it is in the store or will not be."""
 
-    def add(group: range) -> list[dict[str, Any]]:
-        return _add(gallery, pictures.read(group.start, group.stop))
-
     for group in _groups(pictures.sizes):
         try:
-            lines = await slots.run(add, group)
+            lines = await slots.run(partial(_add, gallery, pictures, group))
         except LookalikeError as error:  # no slot, no time, or a store that cannot be written
             lines = [_failure(None, error)] * len(group)
         except Exception as error:  # the answer is a 200 already: its lines must tell
@@ -149,7 +147,8 @@ def _groups(sizes: Sequence[int]) -> Iterator[range]:
     yield range(start, len(sizes))
 
 
-def _add(gallery: Gallery, candidates: Sequence[Candidate]) -> list[dict[str, Any]]:
+def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[dict[str, Any]]:
+    candidates = pictures.read(group.start, group.stop)
     lines: dict[int, dict[str, Any]] = {}
     good = []
     for number, (id, data, metadata) in enumerate(candidates):

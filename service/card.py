@@ -1,5 +1,6 @@
 """models/NAME as data: the preprocessing beside the weights, and the card with the encoder's facts."""
 
+import base64
 import hashlib
 import json
 import math
@@ -7,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from service import FloatArray
 from service.errors import InvalidModel
 
 MODEL_FILE = "model.onnx"
@@ -111,6 +115,19 @@ class Card:
     preprocessing: Preprocessing
     facts: dict[str, Any]
     variants: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def canary(self) -> FloatArray | None:
+        """The embedding (D,) of the canary picture by model.onnx when it was exported, where the card tells it.
+
+        Raises:
+            InvalidModel: it tells something else there.
+        """
+        text = self.facts.get("canary")
+        try:
+            return None if text is None else np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
+        except (ValueError, TypeError) as error:
+            raise InvalidModel(f"{self.folder / CARD_FILE}: canary: expected float32 numbers in base64") from error
 
     @property
     def tones(self) -> list[float] | None:

@@ -6,8 +6,8 @@
                      ├ TooLarge       └ TooLarge (pixels, sides)         ▼
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
-Around them: InvalidRequest (what a request or a flag says), InvalidModel (models/NAME), InvalidOutput (--out); over
-HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded and TimedOut.
+Around them: InvalidRequest (what a request or a flag says), InvalidModel (models/NAME), OutOfMemory, InvalidOutput
+(--out); over HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded, NoStore and TimedOut.
 `status` is what HTTP answers, `code` the word a program reads. At the command line every one of them
 is one sentence on stderr and exit code 2.
 """
@@ -112,6 +112,20 @@ class StoreMismatch(LookalikeError):
 
     status = 409
     code = "store_mismatch"
+
+
+class NoStore(LookalikeError):
+    """A service without a store is asked for something that only a store has."""
+
+    status = 404
+    code = "no_store"
+
+
+class OutOfMemory(LookalikeError):
+    """The device has no memory for this batch."""
+
+    status = 503
+    code = "out_of_memory"
 
 
 class InvalidOutput(LookalikeError):

@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import os
-import threading
 import unicodedata
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from service import FloatArray, PixelArray
+from service import FloatArray, PixelArray, cores, metrics
 from service.batcher import Batcher
 from service.card import Card, read_card, suits
 from service.encoder import Encoder
@@ -23,6 +22,7 @@ from service.errors import (
     ItemNotFound,
     LookalikeError,
     NoEmbedding,
+    NoStore,
     each,
     kept,
 )
@@ -33,8 +33,8 @@ from service.store.catalog import Catalog, has_catalog
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.filters import Filter
 
-Query = bytes | str | Sequence[float]
-"""What to look for: the bytes of a picture, the id of an item, or a vector."""
+Query = bytes | Future[FloatArray] | str | Sequence[float]
+"""What to look for: the bytes of a picture, its embedding to come, the id of an item, or a vector."""
 
 _SAMPLED_THUMBNAILS = 100
 _FOLLOWED_AT_ONCE = 64
@@ -57,13 +57,13 @@ _Numbered = tuple[int, tuple[str, ReadPicture, dict[str, Any], str | None]]
 class Gallery:
     """The searchable collection. Every method blocks and may be called from any thread."""
 
-    def __init__(self, encoder: Encoder, store: EmbeddedStore, settings: Settings) -> None:
+    def __init__(self, encoder: Encoder, store: EmbeddedStore | None, settings: Settings) -> None:
         self.encoder = encoder
-        self.store = store
         self.settings = settings
-        self._batcher = Batcher(encoder.encode)
-        # As many pictures are decoded at a time as there are cores: more would only cost memory.
-        self._decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
+        self._store = store
+        self._batcher = Batcher(encoder.lanes, encoder.max_batch)
+        # One more than cores: while one waits for the interpreter, another decodes. Yet more would only cost memory.
+        self._decoders = ThreadPoolExecutor(cores() + 1, "decode")
         self._notice: tuple[int, str | None] = (0, None)
 
     @property
@@ -71,31 +71,63 @@ class Gallery:
         """The encoder's card."""
         return self.encoder.card
 
+    @property
+    def store(self) -> EmbeddedStore:
+        """Where items live. Raises NoStore where the service runs without one."""
+        if self._store is None:
+            raise NoStore("this service runs without a store (--no-store): it embeds and keeps nothing")
+        return self._store
+
     def read(self, data: bytes) -> ReadPicture:
-        """Decode image bytes.
+        """Decode image bytes, on the caller's thread.
 
         Raises:
             EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
         """
-        with self._decoding:
-            picture = decode(data, self.card.preprocessing.side, self.settings.limits)
-            return ReadPicture(data, to_pixels(picture, self.card.preprocessing), thumbnail(picture))
+        picture = decode(data, self.card.preprocessing.side, self.settings.limits)
+        small = thumbnail(data, picture, self.settings.limits)
+        return ReadPicture(data, to_pixels(picture, self.card.preprocessing), small)
+
+    def embed_soon(self, data: bytes | Callable[[], bytes]) -> Future[FloatArray]:
+        """Begin to embed a picture; call from any thread, it does not block.
+
+        Args:
+            data: its bytes, or what gives them where that is work, too.
+
+        Returns:
+            Its embedding (D,) to come, or an error as of `read`, or NoEmbedding. Cancelled before its batch begins,
+            nothing more is done for it.
+        """
+        future: Future[FloatArray] = Future()
+        self._decoders.submit(self._decode, data, future)
+        return future
+
+    def _decode(self, data: bytes | Callable[[], bytes], future: Future[FloatArray]) -> None:
+        if future.cancelled():
+            return
+        try:
+            with metrics.decode_seconds.time():
+                pixels = self.read_pixels(data if isinstance(data, bytes) else data())
+        except Exception as error:  # it is the caller's, whatever it is
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+            return
+        self._batcher.submit(pixels, future)
 
     def embed(self, images: Sequence[bytes]) -> FloatArray:
         """Return the embeddings (N, D) of image bytes. Raises as `read`; of several pictures it names every bad one."""
-        return self._batcher.encode(each("picture", images, self.read_pixels))
+        return np.stack(each("picture", [self.embed_soon(image) for image in images], Future.result))
 
     def read_pixels(self, data: bytes) -> PixelArray:
-        """Decode image bytes to pixels (S, S, 3) alone. Raises as `read`."""
-        with self._decoding:
-            return decode_pixels(data, self.card.preprocessing, self.settings.limits)
+        """Decode image bytes to pixels (S, S, 3) alone, on the caller's thread. Raises as `read`."""
+        return decode_pixels(data, self.card.preprocessing, self.settings.limits)
 
     def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
         """Add or replace one picture; True where it was new. Raises as `read`.
 
         The id is as check_id gives it, the metadata as check_metadata does.
         """
-        return self.add_read([(id, self.read(data), metadata, None)])[0]
+        return self.add_read([(id, self._decoders.submit(self.read, data).result(), metadata, None)])[0]
 
     def add_many(self, pictures: Sequence[tuple[str, bytes, dict[str, Any]]]) -> list[bool | LookalikeError]:
         """Add or replace pictures, (id, bytes, metadata) each; the good ones in one commit.
@@ -105,9 +137,10 @@ class Gallery:
         """
         outcomes: dict[int, bool | LookalikeError] = {}
         read = []
-        for number, (id, data, metadata) in enumerate(pictures):
+        reading = [self._decoders.submit(self.read, data) for _, data, _ in pictures]
+        for number, (id, _, metadata) in enumerate(pictures):
             try:
-                read.append((number, (id, self.read(data), metadata, None)))
+                read.append((number, (id, reading[number].result(), metadata, None)))
             except LookalikeError as error:
                 outcomes[number] = kept(error)
         self._add_group(read, outcomes)
@@ -132,7 +165,7 @@ class Gallery:
         Raises:
             NoEmbedding: for one of them; none is stored.
         """
-        embeddings = self._batcher.encode([picture.pixels for _, picture, _, _ in pictures])
+        embeddings = self._encode([picture.pixels for _, picture, _, _ in pictures])
         keep = self.settings.keep_originals
         return self.store.add(
             [
@@ -195,8 +228,8 @@ class Gallery:
         """Return for each query the k items most like it, best first.
 
         Args:
-            queries: pictures as bytes; vectors of D finite numbers, not all 0, made unit length here; ids of items,
-                which are left out of their own hits.
+            queries: pictures as bytes or as what embed_soon gave for them; vectors of D finite numbers, not all 0,
+                made unit length here; ids of items, which are left out of their own hits.
             k: 1 to max_k; with several queries 1 to max_k_of_many.
             threshold: hits have at least this score.
             where: only items whose metadata meets it.
@@ -208,23 +241,19 @@ class Gallery:
         if not 1 <= k <= most:
             got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
             raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
-        prepared = each("query", queries, self._prepare)
-        pictures = [number for number, one in enumerate(prepared) if one.dtype == np.uint8]
-        if pictures:
-            embeddings = self._batcher.encode([np.asarray(prepared[number], np.uint8) for number in pictures])
-            for number, embedding in zip(pictures, embeddings, strict=True):
-                prepared[number] = embedding
+        begun = [self.embed_soon(query) if isinstance(query, bytes) else query for query in queries]
+        vectors = each("query", begun, self._vector)
         by_id = any(isinstance(query, str) for query in queries)
-        found = self.store.search(np.stack(prepared), k + by_id, where)
+        found = self.store.search(np.stack(vectors), k + by_id, where)
         return [
             [hit for hit in hits if hit.score >= threshold and not (isinstance(query, str) and hit.id == query)][:k]
             for query, hits in zip(queries, found, strict=True)
         ]
 
-    def _prepare(self, query: Query) -> PixelArray | FloatArray:
-        """The pixels of a picture, or the unit vector of anything else."""
-        if isinstance(query, bytes):
-            return self.read_pixels(query)
+    def _vector(self, query: Future[FloatArray] | str | Sequence[float]) -> FloatArray:
+        """The unit vector to look for."""
+        if isinstance(query, Future):
+            return query.result()
         if isinstance(query, str):
             embedding = self.store.embedding(query)
             if embedding is None:
@@ -275,8 +304,13 @@ class Gallery:
         return self._notice[1]
 
     def probe(self) -> None:
-        """Take the canary all the way to the index and back; raises where that cannot be done."""
-        self.store.search(self._batcher.encode([self.encoder.canary]), 1)
+        """Take the canary through the encoder and to the index; raises where it does not come to what it was.
+
+        It waits in no line: a service that has much to do is ready all the same.
+        """
+        embedding = self.encoder.probe()
+        if self._store is not None:
+            self._store.search(embedding[None], 1)
 
     def follow(self, earlier: Catalog, since: int, told: Callable[[int], object] = lambda _: None) -> int:
         """Take over what changed in an earlier generation of the store, its pictures embedded anew.
@@ -339,8 +373,16 @@ class Gallery:
 
     def close(self) -> None:
         """Finish what waits and let go of the store."""
+        self._decoders.shutdown()
         self._batcher.close()
-        self.store.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _encode(self, pixels: Sequence[PixelArray]) -> list[FloatArray]:
+        futures: list[Future[FloatArray]] = [Future() for _ in pixels]
+        for one, future in zip(pixels, futures, strict=True):
+            self._batcher.submit(one, future)
+        return [future.result() for future in futures]
 
     def _tones(self) -> list[float] | None:
         pixels = []
@@ -358,8 +400,8 @@ def open_gallery(settings: Settings) -> Gallery:
         InvalidModel, InvalidStore, StoreMismatch.
     """
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    gallery = Gallery(encoder, open_store(settings, encoder), settings)
-    if not settings.read_only:
+    gallery = Gallery(encoder, None if settings.no_store else open_store(settings, encoder), settings)
+    if not (settings.no_store or settings.read_only):
         try:
             gallery.catch_up()
         except BaseException:
@@ -384,8 +426,8 @@ def succeed(gallery: Gallery) -> Gallery:
     try:
         if not settings.read_only:
             following.catch_up()  # nearly all, while changes go on
-            gallery.store.refuse("the store is being replaced by one of another encoder; try again")
-            following.catch_up()
+            with gallery.store.retiring("the store was replaced by one of another encoder; try again"):
+                following.catch_up()
     except BaseException:
         following.close()
         raise
@@ -411,7 +453,7 @@ def find_model(settings: Settings) -> Path:
     A store that came from another machine names a folder that is not here; whether the encoder we take
     instead is the right one, its fingerprint decides.
     """
-    recorded = recorded_model(settings.store)
+    recorded = None if settings.no_store else recorded_model(settings.store)
     return settings.model or (recorded if recorded and recorded.is_dir() else Path("models/mnist"))
 
 

@@ -68,9 +68,8 @@ class Guard:
         metrics.count(scope["method"], scope["state"].get("route", "other"), status, seconds)
         if scope["path"] in _QUIET and status == 200:
             return
-        logs.access.info(
-            "request",
-            extra={
+        logs.request(
+            {
                 "request_id": exchange.request_id,
                 "client": (scope.get("client") or ("",))[0],
                 "method": scope["method"],
@@ -79,7 +78,7 @@ class Guard:
                 "bytes_in": exchange.received,
                 "bytes_out": exchange.sent,
                 "duration_ms": round(1e3 * seconds, 2),
-            },
+            }
         )
 
     def take(self, size: int) -> None:
@@ -167,6 +166,8 @@ class _Exchange:
 
 def _check_path(scope: Scope) -> None:
     """Raise InvalidRequest for a path that is not UTF-8 or has control characters, which could forge a log's line."""
+    if b"%" not in scope.get("raw_path", b"%") and scope["path"].isascii() and scope["path"].isprintable():
+        return
     try:
         path = unquote_to_bytes(scope.get("raw_path") or scope["path"].encode()).decode()
     except UnicodeDecodeError as error:

@@ -2,10 +2,12 @@
 
 import io
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from service import PixelArray
 from service.card import Preprocessing
@@ -16,7 +18,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 THUMBNAIL_SIDE = 128
 
 # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves this many times the side that is
-# needed. One rule for every route, so the same bytes give the same pixels everywhere.
+# needed. One rule for every route, so the same bytes give the same pixels everywhere: what an encoder sees never
+# depends on whether somebody also wanted a thumbnail.
 _DRAFT_MARGIN = 2
 
 _MOST_SCANS = 64  # usual are 10
@@ -44,13 +47,13 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     Args:
         data: a JPEG, PNG, WebP, GIF (first frame) or BMP file.
         side: the side in pixels that will be needed; a JPEG may come back smaller than it is stored,
-            but its short edge never below twice max(side, THUMBNAIL_SIDE) unless it is stored so.
+            but its short edge never below twice that side unless it is stored so.
         limits: checked on the header, before anything is decoded.
 
     Raises:
         EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
 
-    Cost: 12 MP JPEG 53 ms, against 217 ms at full size.
+    Cost: JPEG of 500×375, 108 KB: 0.8 ms for a side of 32, 1.8 ms at full size.
     """
     if not data:
         raise EmptyPicture("expected the bytes of a picture, got none")
@@ -60,9 +63,10 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(*picture.size, limits)
+            _check_scans(data, picture)
             if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:  # Pillow unpacks in Python
                 raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
-            least = _DRAFT_MARGIN * max(side, THUMBNAIL_SIDE)
+            least = _DRAFT_MARGIN * side
             picture.draft(None, (least, least))  # None: any mode; for a JPEG alone
             picture.load()
             return _to_rgb(_upright(picture))
@@ -110,8 +114,19 @@ def decode_pixels(data: bytes, preprocessing: Preprocessing, limits: Limits) -> 
     return to_pixels(decode(data, preprocessing.side, limits), preprocessing)
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    """Return the picture as a WebP file whose long side is at most THUMBNAIL_SIDE."""
+def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
+    """Return the picture as a WebP file whose long side is at most THUMBNAIL_SIDE.
+
+    Args:
+        data: the picture's file.
+        picture: the same decoded; where it came back too small for this, the file is decoded once more.
+        limits: as for `decode`.
+
+    Raises:
+        As `decode`.
+    """
+    if min(picture.size) < _DRAFT_MARGIN * THUMBNAIL_SIDE and data.startswith(b"\xff\xd8"):
+        picture = decode(data, THUMBNAIL_SIDE, limits)
     small = picture.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -156,9 +171,8 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 def _check_parts(data: bytes) -> None:
     """Refuse a file that is small and asks for much work.
 
-    Each scan of a progressive JPEG goes over the whole picture again. Pillow reads segments and fill bytes of a JPEG,
-    and chunks of a PNG, one by one, in Python, while everybody else waits. A JPEG's marks do not occur within the data
-    of a scan, where ff 00 stands for ff.
+    Pillow reads segments and fill bytes of a JPEG, and chunks of a PNG, one by one, in Python, while everybody else
+    waits. A JPEG's marks do not occur within the data of a scan, where ff 00 stands for ff.
     """
     if data.startswith(b"\x89PNG"):
         place = 8
@@ -169,10 +183,22 @@ def _check_parts(data: bytes) -> None:
         raise TooLarge(f"the picture has more than {_MOST_CHUNKS} chunks")
     if not data.startswith(b"\xff\xd8"):
         return
-    if data.count(b"\xff\xda") > _MOST_SCANS:
-        raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
-    if data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
+    if len(data) > _MOST_MARKS and data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
         raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
+
+
+def _check_scans(data: bytes, picture: Image.Image) -> None:
+    """Refuse a JPEG of too many scans: each goes over the whole picture again.
+
+    Most have one, of all their components, and libjpeg refuses any further one there. It is where Pillow stopped
+    reading; to count the marks of a whole file would take a twentieth of its decoding.
+    """
+    if not isinstance(picture, JpegImageFile):
+        return
+    header = data[picture.fp.tell() - 8 - 2 * picture.layers :]  # type: ignore[union-attr]  # it is open
+    alone = header[:2] == b"\xff\xda" and header[4] == picture.layers and "progressive" not in picture.info
+    if not alone and data.count(b"\xff\xda") > _MOST_SCANS:
+        raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -183,14 +209,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         visible = picture.convert("RGBA")
         white = Image.new("RGBA", visible.size, "white")
         return Image.alpha_composite(white, visible).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # metadata that cannot be read says nothing about which way is up
-        return picture
+    # Metadata that cannot be read says nothing about which way is up.
+    with suppress(Exception):
+        ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def _begins_like_a_picture(data: bytes) -> bool:

@@ -2,17 +2,18 @@
 
 from typing import Any
 
-from service.bodies import check_count, from_base64
-from service.errors import InvalidRequest, UnknownModel, each
+from service import FloatArray
+from service.bodies import check_count
+from service.errors import InvalidRequest, UnknownModel
 from service.gallery import Gallery
 from service.schemas import OpenAIBody, listed
 
 
-def embed(body: OpenAIBody, gallery: Gallery) -> dict[str, Any]:
-    """Embed what an OpenAI client sent.
+def pictures(body: OpenAIBody, gallery: Gallery) -> list[str]:
+    """Return the pictures that an OpenAI client sent, in base64 or as data URIs.
 
     Raises:
-        UnknownModel; InvalidRequest: dimensions other than the encoder's; and as Gallery.embed.
+        UnknownModel; InvalidRequest: dimensions other than the encoder's; TooLarge: more than a request may have.
     """
     if body.model != gallery.card.name:
         raise UnknownModel(f"model: expected {gallery.card.name}, the one that runs here")
@@ -20,8 +21,12 @@ def embed(body: OpenAIBody, gallery: Gallery) -> dict[str, Any]:
         raise InvalidRequest(f"dimensions: expected {gallery.encoder.dimension}")
     texts = [body.input] if isinstance(body.input, str) else body.input
     check_count(len(texts), gallery.settings)
-    images = each("picture", texts, lambda text: from_base64(text, gallery.settings.max_image_bytes))
-    rows = listed(gallery.embed(images), body.encoding_format)
+    return texts
+
+
+def answer(body: OpenAIBody, gallery: Gallery, embeddings: FloatArray) -> dict[str, Any]:
+    """Return what an OpenAI client expects for embeddings (N, D)."""
+    rows = listed(embeddings, body.encoding_format)
     return {
         "object": "list",
         "data": [{"object": "embedding", "index": number, "embedding": row} for number, row in enumerate(rows)],

@@ -200,11 +200,7 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
     schemas_ = document["components"]["schemas"]
     for name in ("ByVector", "SearchByVector"):
         size = gallery.encoder.dimension
-        schemas_[name]["properties"]["vector"] |= {
-            "minItems": size,
-            "maxItems": size,
-            "contains": {"not": {"const": 0}},
-        }
+        schemas_[name]["properties"]["vector"] |= {"minItems": size, "maxItems": size}
     for name in ("ById", "SearchById"):
         schemas_[name]["properties"]["id"] |= {"minLength": 1, "maxLength": settings.max_id_bytes, "pattern": _ID}
     for name in ("SearchById", "SearchByImage", "SearchByVector", "SearchMany"):

@@ -5,6 +5,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
+from service import metrics
 from service.errors import LookalikeError
 
 _RETRY_AFTER_S = {429: "1", 503: "5"}
@@ -35,6 +36,7 @@ def problem(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     """Return an error answer. No word of it is the client's."""
+    metrics.errors.labels(code).inc()
     request_id = scope.get("state", {}).get("request_id", "")
     if scope["path"].startswith("/v1/"):
         kind = "server_error" if status >= 500 else "invalid_request_error"

@@ -236,7 +236,7 @@ class Info(BaseModel):
     model: str
     fingerprint: str
     dimension: int
-    count: int
+    count: int | None
     variant: str
     provider: str
     preprocessing: dict[str, Any]
@@ -325,9 +325,9 @@ async def read_json(request: Request, settings: Settings, form: TypeAdapter[M]) 
 
 
 def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
-    """Return embeddings (N, D) as JSON has them: numbers, or base64 of little-endian float32."""
+    """Return embeddings (N, D) as JSON has them: arrays of numbers, or base64 of little-endian float32."""
     if form == "float":
-        return list(embeddings.tolist())
+        return list(embeddings)
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
 
 

@@ -14,6 +14,8 @@ class Settings(BaseSettings):
     Attributes:
         model: the encoder's folder; None takes the one the store was built with, else models/mnist.
         store: the store's folder; made when it is not there.
+        no_store: whether to embed alone and keep nothing.
+        workers: processes that serve; more than one only without a store, which has one writer.
         device: "auto", "cpu" or "cuda".
         variant: of the encoder: "auto" for the fastest here, "fp32", "fp16" or "int8".
         host, port: where the service listens.
@@ -38,6 +40,8 @@ class Settings(BaseSettings):
 
     model: Path | None = None
     store: Path = Path(".lookalike/store")
+    no_store: bool = False
+    workers: int = Field(default=1, ge=1, le=64)
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda)$")
     variant: str = Field(default="auto", pattern="^(auto|fp32|fp16|int8)$")
     host: str = "127.0.0.1"

@@ -1,18 +1,22 @@
-"""Work off the event loop: a few threads, a bounded number of requests waiting for one, a time for each."""
+"""Places for requests at work: a bounded number of them, a time for each, and none for a caller that has gone."""
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from service import metrics
 from service.errors import Busy, TimedOut
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
-# More than cores: most of them wait for their batch while the encoder runs it.
+# More than cores: they wait for the disk, for one another's commits and for pictures that are being embedded.
 _THREADS = 32
+_UNWATCHED_S = 0.02  # most requests end sooner, and looking out for their callers would cost more than it saves
 
 
 class Slots:
@@ -24,29 +28,114 @@ class Slots:
         self._count = 0
         self._counting = threading.Lock()
 
-    async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Do the work on a thread and return what it returns.
+    def place(self, receive: Receive | None = None) -> "Place":
+        """Return a place that a request has for as long as an `async with` of it runs.
 
-        Raises:
+        Args:
+            receive: of the request, whose body is in; tells when the caller has gone.
+
+        Raises, on entering:
             Busy: as many as may wait are at work or waiting; nothing was begun.
-            TimedOut: it took too long. Python stops no thread: it holds its slot to its end, its result is lost.
+
+        Raises, on leaving:
+            TimedOut: the block took too long. Python stops no thread: what one is at holds the place to its end.
+            ClientDisconnect: nobody waits for the answer any more; what was not begun is not begun.
         """
-        with self._counting:
-            if self._count >= self._max_waiting:
-                raise Busy(f"{self._count} requests are waiting already; try again in a second")
-            self._count += 1
-        future = self._threads.submit(work, *args, **kwargs)
-        future.add_done_callback(self._leave)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await asyncio.wrap_future(future)
-        except TimeoutError as error:
-            raise TimedOut(f"the work took longer than {self._timeout_s:g} s") from error
+        return Place(self, self._threads, self._timeout_s, receive)
+
+    async def run(self, work: Callable[[], R], receive: Receive | None = None) -> R:
+        """Do work that blocks in a place of its own and return what it returns. Raises as `place`."""
+        async with self.place(receive) as place:
+            return await place.run(work)
 
     def close(self) -> None:
         """Let what runs end, and begin nothing more."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _leave(self, _: "Future[Any]") -> None:
+    def enter(self) -> None:
+        """Count one more. Raises Busy."""
+        with self._counting:
+            if self._count >= self._max_waiting:
+                raise Busy(f"{self._count} requests are waiting already; try again in a second")
+            self._count += 1
+        metrics.requests_at_work.inc()
+
+    def leave(self, _: "Future[Any] | None" = None) -> None:
+        """Count one less."""
+        metrics.requests_at_work.dec()
         with self._counting:
             self._count -= 1
+
+
+class Place:
+    """One request's, from when its body is in to when its answer is known. See Slots.place."""
+
+    def __init__(self, slots: Slots, threads: ThreadPoolExecutor, timeout_s: float, receive: Receive | None) -> None:
+        self._slots, self._threads, self._timeout_s, self._receive = slots, threads, timeout_s, receive
+        self._work: Future[Any] | None = None
+        self._timeout = asyncio.timeout(timeout_s)
+        self._watch: asyncio.Task[None] | None = None
+        self._gone = False
+
+    async def __aenter__(self) -> "Place":
+        self._slots.enter()
+        await self._timeout.__aenter__()
+        if self._receive is not None:
+            self._timer = asyncio.get_running_loop().call_later(_UNWATCHED_S, self._begin_watch)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            if self._gone:
+                raise ClientDisconnect from late
+            raise TimedOut(f"the work took longer than {self._timeout_s:g} s") from late
+        finally:
+            if self._receive is not None:
+                self._timer.cancel()
+            if self._watch is not None:
+                self._watch.cancel()
+            if self._work is None:
+                self._slots.leave()
+            else:
+                self._work.add_done_callback(self._slots.leave)
+
+    async def run(self, work: Callable[[], R]) -> R:
+        """Do work that blocks on a thread and return what it returns."""
+        self._work = future = self._threads.submit(work)
+        return await asyncio.wrap_future(future)
+
+    async def wait(self, futures: "Sequence[Future[Any]]") -> None:
+        """Wait until all are done, well or not; those not begun yet are cancelled when the time is over."""
+        try:
+            for future in futures:
+                if not future.done():
+                    await _done(future)
+        except asyncio.CancelledError:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _begin_watch(self) -> None:
+        self._watch = asyncio.create_task(self._look_out())
+
+    async def _look_out(self) -> None:
+        assert self._receive is not None
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._timeout.reschedule(0)
+
+
+async def _done(future: "Future[Any]") -> None:
+    """Wait for a future that a thread resolves, whatever it comes to."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    future.add_done_callback(lambda _: loop.call_soon_threadsafe(_wake, waiter))
+    await waiter
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)

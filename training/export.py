@@ -1,5 +1,6 @@
 """Checkpoint → models/NAME: ONNX with its preprocessing and card, checked against torch on real pictures."""
 
+import base64
 import hashlib
 import json
 import tempfile
@@ -110,6 +111,7 @@ def export(
         "dimension": dimension,
         "fingerprint": card.fingerprint,
         "sha256": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+        "canary": _canary_embedding(card),
         "quality": quality,
         **facts,
     }
@@ -190,6 +192,15 @@ def to_onnx(encoder: Encoder, side: int) -> bytes:
             verbose=False,
         )
         return path.read_bytes()
+
+
+def _canary_embedding(card: Card) -> str:
+    """The embedding by which a service knows that its encoder still works, in base64 of float32."""
+    from service.encoder import Encoder as OnnxEncoder
+    from service.encoder import canary
+
+    embedding = OnnxEncoder(card, device="cpu").encode(canary(card.preprocessing.side)[None])[0]
+    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
 
 
 def _random_pixels(side: int) -> np.ndarray[Any, Any]:

@@ -26,6 +26,7 @@ VECTOR_TYPES = {"float32": "<f4", "float16": "<f2"}
 _META = {"fingerprint", "dimension", "vector_type", "model", "model_folder"}
 _CHUNK = 8192  # rows read at a time
 _CACHE_KB = 16_384  # of a connection
+_MAPPED = 1 << 40  # bytes of the file, at most, that are read without a copy; see docs/decisions/0012
 
 # Pictures stand in a table of their own, so that reading all vectors never reads a picture.
 _TABLES = """
@@ -135,6 +136,8 @@ class Catalog:
         connection = apsw.Connection(str(self.path), flags=flags)
         connection.set_busy_timeout(5000)
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}").fetchall()
+        if not writable:
+            connection.execute(f"PRAGMA mmap_size = {_MAPPED}").fetchall()
         return connection
 
     def _prepare(self, meta: dict[str, str]) -> None:
@@ -183,9 +186,11 @@ class Catalog:
     def part(self) -> Iterator[None]:
         """All of the block's changes or none, within a transaction that goes on either way."""
         self._database.execute("SAVEPOINT part").fetchall()
+        before = self._sequence
         try:
             yield
         except BaseException:
+            self._sequence = before
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK TO part; RELEASE part").fetchall()
             raise
@@ -412,8 +417,9 @@ class Catalog:
         vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(len(rows), -1)
         return np.asarray([row[0] for row in rows], np.int64), vectors.astype(np.float32)
 
-    def _check_vector(self, key: int, blob: bytes, checksum: int) -> None:
-        if zlib.crc32(blob) != checksum or len(blob) != self._width:
+    def _check_vector(self, key: int, blob: Any, checksum: int) -> None:
+        # In a damaged page anything may stand where a blob should.
+        if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._width:
             raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
 
     def _blob(self, query: str, id: str) -> bytes | None:

@@ -79,6 +79,11 @@ class Commits:
         with self._committing:
             yield
 
+    @property
+    def refused(self) -> bool:
+        """Whether no change is taken any more."""
+        return self._refusal is not None
+
     def refuse(self, reason: str) -> None:
         """Take no change from now on. The first reason stays."""
         self._refusal = self._refusal or reason

@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -203,13 +204,13 @@ class EmbeddedStore:
             raise InvalidQuery(f"k must be 1 or more, not {k}")
         if not len(queries):
             return []
-        if self._read_only:
+        if self._commits.refused:
             self._follow()
         found = self._attempt(queries, k, where)
         for _ in range(_ATTEMPTS):
             if found is not None:
                 return found
-            if self._read_only:
+            if self._commits.refused:
                 self._follow()
                 found = self._attempt(queries, k, where)
             else:
@@ -259,7 +260,7 @@ class EmbeddedStore:
         return own[best], scores[best]
 
     def _follow(self) -> None:
-        """Bring the index of a reader to what the writer has committed by now."""
+        """Bring the index to what is committed by now: by a writer elsewhere, or by a commit that ended in an error."""
         if self._catalog.sequence() == self._applied:
             return
         with self._commits.paused(), self._turns.alone():
@@ -290,7 +291,7 @@ class EmbeddedStore:
 
     def count(self) -> int:
         """See Store.count."""
-        if self._read_only:
+        if self._commits.refused:
             self._follow()
         return len(self._index)
 
@@ -307,6 +308,8 @@ class EmbeddedStore:
             reason = f"{path} cannot be used: {error}"
         except OSError as error:
             reason = f"{path} cannot be read: {error.strerror}"
+        if not self._read_only:  # once the catalog has gone on, nobody could tell that it is not of this store's past
+            self._discard(path)
         sequence = self._catalog.sequence()
         index = self._exact()
         if len(index):
@@ -315,6 +318,13 @@ class EmbeddedStore:
         if self._read_only:  # a writer may have gone on meanwhile
             sequence = self._replay(index, sequence)
         return index, sequence
+
+    def _discard(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            snapshot.sync(path.parent)
+        except OSError as error:
+            raise InvalidStore(f"{path}: cannot be used, and not removed either: {error.strerror}") from error
 
     def _from_snapshot(self, path: Path) -> tuple[FaissIndex, int]:
         facts, arrays = snapshot.read(path)
@@ -457,9 +467,11 @@ class EmbeddedStore:
         self._home = earlier._home
         self._guards, earlier._guards = self._guards + earlier._guards, []
 
-    def refuse(self, reason: str) -> None:
-        """Take no change from now on, once those at work are done; searches go on."""
+    @contextmanager
+    def retiring(self, reason: str) -> Iterator[None]:
+        """Let changes wait for the end of the block. If it ends well they are refused from then on; searches go on."""
         with self._commits.paused():
+            yield
             self._commits.refuse(reason)
 
     def close(self) -> None:

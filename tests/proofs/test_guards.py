@@ -63,7 +63,16 @@ REMOVALS = [
     Removal("problems", 'headers["WWW-Authenticate"] = "Bearer"', "pass"),
     # slots.py: how much work
     Removal("slots", "if self._count >= self._max_waiting:", "if False:", "slots"),
-    Removal("slots", "async with asyncio.timeout(self._timeout_s):", "if True:", "slots"),
+    Removal("slots", "asyncio.timeout(timeout_s)", "asyncio.timeout(None)", "slots"),
+    Removal("slots", "self._timeout.reschedule(0)", "pass", "slots"),
+    Removal("slots", "                future.cancel()", "                pass", "slots"),
+    # batcher.py, encoder.py: whom it harms
+    Removal("batcher", "if job[1].set_running_or_notify_cancel():", "if True:", "batcher"),
+    Removal("batcher", "if len(batch) == 1 or (no_memory and halved):", "if True:", "batcher"),
+    Removal("batcher", "(no_memory and halved)", "False", "batcher"),
+    Removal("batcher", "most = max(1, len(batch) // 2)", "pass", "batcher"),
+    Removal("encoder", "_alike(embedding, card.canary, _LEAST_KNOWN_COSINE)", "True", "encoder"),
+    Removal("encoder", "_alike(embedding, self._known, _LEAST_OWN_COSINE)", "True", "encoder"),
     # schemas.py, gallery.py, store/filters.py: what a request may say
     Removal("schemas", 'extra="forbid"', 'extra="ignore"'),
     Removal("schemas", "elif part in _FIELDS:", "else:"),
@@ -88,7 +97,7 @@ REMOVALS = [
     Removal("store/embedded", "        checked(np.stack(", "        print(np.stack(", "store"),
     Removal("store/commits", "                raise InvalidStore(self._refusal)", "                pass", "commits"),
     Removal("store/commits", "self.refuse(f", "str(f", "commits"),
-    Removal("store/catalog", "if zlib.crc32(blob) != checksum or", "if", "store"),
+    Removal("store/catalog", "zlib.crc32(blob) != checksum or", "", "store"),
     Removal("store/folder", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "store"),
     # api.py, openai.py, bulk.py
     Removal("api", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),

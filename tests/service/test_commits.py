@@ -107,6 +107,21 @@ def test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on(store: 
     store.close()
 
 
+def test_a_store_that_could_not_be_replaced_takes_changes_again(store: EmbeddedStore) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(InvalidRequest), store.retiring("replaced"):
+            waiting = pool.submit(store.add, [item("a", unit(D))])
+            assert store.search(unit(1, D), 5) == [[]]
+            raise InvalidRequest("the other store could not take over")
+        assert waiting.result(10) == [True]
+        with store.retiring("replaced"):
+            late = pool.submit(store.remove, "a")
+        with pytest.raises(InvalidStore, match="replaced"):
+            late.result(10)
+    assert store.search(unit(1, D), 5)[0][0].id == "a"
+    store.close()
+
+
 def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedStore) -> None:
     def apply(changes: list[Change], sequence: int) -> None:
         raise MemoryError("no room")
@@ -116,6 +131,27 @@ def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedSto
         commits.run(lambda _: None)
     with pytest.raises(InvalidStore, match="cannot be written: no room; it is read-only until"):
         commits.run(lambda _: None)
+    store.close()
+
+
+def test_what_was_committed_and_did_not_reach_the_index_is_found_all_the_same(
+    store: EmbeddedStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([item("a", unit(D)), item("b", unit(D, seed=1))])
+
+    def no_room(*_: object) -> None:
+        monkeypatch.undo()
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(store._index, "add", no_room)
+    with pytest.raises(MemoryError):
+        store.add([item("a", unit(D, seed=2)), item("c", unit(D, seed=3))])
+    assert store.count() == 3
+    for seed, id in ((1, "b"), (2, "a"), (3, "c")):
+        hits = store.search(unit(1, D, seed=seed), 3)[0]
+        assert (len(hits), hits[0].id) == (3, id)
+    with pytest.raises(InvalidStore, match="read-only until"):
+        store.remove("a")
     store.close()
 
 

@@ -1,5 +1,10 @@
 """Pixels → unit embeddings; a graph outside the contract is refused by name."""
 
+import base64
+import hashlib
+import subprocess
+import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +14,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from service import FloatArray
 from service.batcher import Batcher
 from service.card import Card, Preprocessing, read_card
-from service.encoder import Encoder
+from service.encoder import Encoder, canary
 from service.errors import InvalidModel, NoEmbedding
-from tests.conftest import MODEL
+from tests.conftest import MODEL, ROOT
 
 SIDE = 4
 CONFIG = {"size": {"width": SIDE, "height": SIDE}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
@@ -72,8 +78,8 @@ def test_a_uint8_graph_gets_pixels_as_they_are() -> None:
 
 
 def test_which_output_is_the_embedding() -> None:
-    assert Encoder(card(flat_graph(outputs=("other", "embedding"))), device="cpu")._graph._output == "embedding"
-    assert Encoder(card(flat_graph(outputs=("nest", "only"))), device="cpu")._graph._output == "only"
+    assert Encoder(card(flat_graph(outputs=("other", "embedding"))), device="cpu")._graphs[0]._output == "embedding"
+    assert Encoder(card(flat_graph(outputs=("nest", "only"))), device="cpu")._graphs[0]._output == "only"
     with pytest.raises(InvalidModel, match="or a single 2-D one; it has one, two"):
         Encoder(card(flat_graph(outputs=("one", "two"))), device="cpu")
 
@@ -82,10 +88,14 @@ def test_a_picture_without_an_embedding_is_named_and_harms_nobody() -> None:
     encoder = Encoder(card(flat_graph(TensorProto.UINT8, "pixels", ("embedding",))), device="cpu")
     with pytest.raises(NoEmbedding, match="gives this picture no embedding"):
         encoder.encode(np.zeros((1, SIDE, SIDE, 3), np.uint8))
-    batcher = Batcher(encoder.encode)
-    assert np.array_equal(batcher.encode(list(PIXELS)), encoder.encode(PIXELS))
+    batcher = Batcher(encoder.lanes, encoder.max_batch)
+    pictures = [*PIXELS, np.zeros((SIDE, SIDE, 3), np.uint8)]
+    futures: list[Future[FloatArray]] = [Future() for _ in pictures]
+    for pixels, future in zip(pictures, futures, strict=True):
+        batcher.submit(pixels, future)
+    assert np.allclose(np.stack([future.result(10) for future in futures[:-1]]), encoder.encode(PIXELS), atol=1e-6)
     with pytest.raises(NoEmbedding):
-        batcher.encode([PIXELS[0], np.zeros((SIDE, SIDE, 3), np.uint8)])
+        futures[-1].result(10)
     batcher.close()
 
 
@@ -178,3 +188,111 @@ def test_a_variant_that_is_another_encoder_is_refused() -> None:
         Encoder(broken, "cpu", "auto")
     with pytest.raises(InvalidModel, match="has no variant fp16; it has fp32, int8"):
         Encoder(foreign, "cpu", "fp16")
+
+
+def text(embedding: FloatArray) -> str:
+    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
+
+
+def test_the_canary_must_be_what_the_card_tells() -> None:
+    plain = card(flat_graph())
+    known = Encoder(plain, "cpu").encode(canary(SIDE)[None])[0]
+    Encoder(replace(plain, facts={"canary": text(known)}), "cpu")
+    turned = known.copy()
+    turned[:10] *= -1
+    with pytest.raises(InvalidModel, match="another embedding of the canary picture here"):
+        Encoder(replace(plain, facts={"canary": text(turned)}), "cpu")
+    for nonsense in ("no base64", "AAA=", 7):
+        with pytest.raises(InvalidModel, match="canary: expected float32 numbers in base64"):
+            Encoder(replace(plain, facts={"canary": nonsense}), "cpu")
+    assert read_card(MODEL).canary is not None
+
+
+def test_the_canary_is_one_picture_everywhere() -> None:
+    assert [hashlib.sha256(canary(side).tobytes()).hexdigest()[:8] for side in (28, 224)] == ["d4b6eedc", "2cc1a69d"]
+    assert canary(28).std() > 50
+
+
+def test_a_probe_notices_a_graph_that_has_changed_or_is_gone() -> None:
+    encoder = Encoder(card(flat_graph()), "cpu")
+    assert np.allclose(encoder.probe(), encoder.encode(canary(SIDE)[None])[0], atol=1e-6)
+    factors = np.linspace(0.5, 1.5, 3 * SIDE * SIDE)
+    encoder._graphs[0]._session = Encoder(card(scaled_graph(factors)), "cpu")._graphs[0]._session
+    encoder._graphs[0]._type, encoder._graphs[0]._input, encoder._graphs[0]._output = np.uint8, "pixels", "embedding"
+    with pytest.raises(InvalidModel, match="another embedding than at the start"):
+        encoder.probe()
+    del encoder._graphs[0]._session
+    with pytest.raises(InvalidModel, match="inference failed"):
+        encoder.probe()
+
+
+def test_a_batch_that_memory_is_too_short_for_is_halved() -> None:
+    """In a process with little memory: a graph that needs 30 MB a picture, really."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["OutOfMemory", "16", "8", "8"]
+
+
+SHORT_OF_MEMORY = """
+import resource, time
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event
+import numpy as np
+import psutil
+from onnx import TensorProto, helper
+from service.batcher import Batcher
+from service.card import Card, Preprocessing
+from service.encoder import Encoder, canary
+from service.errors import OutOfMemory
+
+SIDE, ROW = 4, 10_000_000
+nodes = [
+    helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT),
+    helper.make_node("Flatten", ["cast"], ["flat"]),
+    helper.make_node("ReduceMean", ["flat", "one"], ["mean"], keepdims=1),
+    helper.make_node("Expand", ["mean", "row"], ["wide"]),
+    helper.make_node("ReduceMean", ["wide", "one"], ["narrow"], keepdims=1),
+    helper.make_node("Add", ["flat", "narrow"], ["embedding"]),
+]
+graph = helper.make_graph(
+    nodes,
+    "wide",
+    [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 3, SIDE, SIDE])],
+    [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", 48])],
+    [
+        helper.make_tensor("one", TensorProto.INT64, [1], [1]),
+        helper.make_tensor("row", TensorProto.INT64, [2], [1, ROW]),
+    ],
+)
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+config = {"size": {"width": SIDE, "height": SIDE}, "do_rescale": False, "do_normalize": False}
+import service.encoder
+service.encoder._LARGEST_BATCH["cpu"] = 1  # so that the warm-up keeps no memory for more
+encoder = Encoder(Card(Path("t"), "t", "f" * 64, model, Preprocessing.from_config(config, "t"), {}), "cpu")
+now = psutil.Process().memory_info().vms
+resource.setrlimit(resource.RLIMIT_AS, (now + 480_000_000, now + 480_000_000))
+pixels = np.random.default_rng(0).integers(0, 256, (16, SIDE, SIDE, 3), dtype=np.uint8)
+batches, go = [], Event()
+def lane(batch):
+    go.wait(60)
+    batches.append(len(batch))
+    try:
+        return encoder.encode(batch)
+    except OutOfMemory:
+        print("OutOfMemory")
+        raise
+batcher = Batcher([lane], 16)
+first, futures = Future(), [Future() for _ in pixels]
+batcher.submit(pixels[0], first)
+while batcher._waiting.qsize():
+    time.sleep(0.01)
+for one, future in zip(pixels, futures):
+    batcher.submit(one, future)
+go.set()
+embeddings = [future.result(60) for future in futures]
+assert np.allclose(embeddings[3], encoder.encode(pixels[3:4])[0], atol=1e-5)
+print(*batches[1:])
+"""

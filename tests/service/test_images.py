@@ -1,5 +1,6 @@
 """Bytes → picture → pixels, one row for every kind of bytes."""
 
+import io
 import struct
 import zlib
 from typing import Any
@@ -115,7 +116,7 @@ def test_exif_that_makes_no_sense_is_passed_over() -> None:
 def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same() -> None:
     picture = scene(1200, 900)
     small = decode(encoded(picture, "JPEG", quality=95), 28, LIMITS)
-    assert small.size == (600, 450)  # half: both edges still at least twice the thumbnail's side
+    assert small.size == (150, 113)  # an eighth: both edges still at least twice the side
     config = preprocessing(28)
     assert np.abs(to_pixels(small, config).astype(int) - to_pixels(picture, config)).mean() < 1
 
@@ -157,12 +158,17 @@ def test_size_of_width_and_height_squeezes() -> None:
 
 
 def test_thumbnail_is_small_and_keeps_tiny_pictures_exactly() -> None:
-    import io
+    def of(data: bytes) -> Image.Image:
+        return Image.open(io.BytesIO(thumbnail(data, decode(data, 28, LIMITS), LIMITS)))
 
-    large = Image.open(io.BytesIO(thumbnail(scene(640, 480))))
-    assert large.size == (128, 96)
+    large = scene(1280, 960)
+    for format in ("PNG", "JPEG"):  # a JPEG comes from decode() smaller than a thumbnail
+        small = of(encoded(large, format))
+        assert small.size == (128, 96)
+        expected = np.asarray(large.resize((128, 96), Image.Resampling.BICUBIC), int)
+        assert np.abs(np.asarray(small.convert("RGB"), int) - expected).mean() < 4
     tiny = scene(8, 8)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(thumbnail(tiny)))), np.asarray(tiny))
+    assert np.array_equal(np.asarray(of(encoded(tiny))), np.asarray(tiny))
 
 
 def test_tones_count_every_pixel_once() -> None:

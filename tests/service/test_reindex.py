@@ -52,7 +52,7 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
         assert following.find([picture], 1)[0][0].id == id
         assert following.find([picture], 1)[0][0].score > 0.9999
     # Only the new one takes changes, and it has the folder.
-    with pytest.raises(InvalidStore, match="being replaced by one of another encoder"):
+    with pytest.raises(InvalidStore, match="replaced by one of another encoder"):
         served.add("late", encoded(scene()), {})
     served.close()
     following.add("new", encoded(scene()), {})

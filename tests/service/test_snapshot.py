@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,40 @@ def test_a_catalog_of_a_backup_is_believed_and_its_later_snapshot_is_not(folder:
     store = EmbeddedStore(folder, card(), D)
     assert finds_all(store)
     store.close()
+
+
+def left_by_a_kill(folder: Path, copy: Path) -> EmbeddedStore:
+    """The store as it is found when the process that has it open ends now."""
+    shutil.copytree(folder, copy)
+    return EmbeddedStore(copy, card(), D)
+
+
+def test_a_snapshot_of_a_later_state_is_not_believed_once_the_catalog_is_as_late(folder: Path, tmp_path: Path) -> None:
+    first, second, *others = unit(2002, D, seed=1)
+    store = EmbeddedStore(folder, card(), D)
+    store.add([item(f"more{n}", vector) for n, vector in enumerate(others)])  # more than a sample is likely to hit
+    store.close()
+    backup = (folder / FILE).read_bytes()
+    store = EmbeddedStore(folder, card(), D)
+    store.add([item("p0", first)])
+    store.close()
+    (folder / FILE).write_bytes(backup)
+    store = EmbeddedStore(folder, card(), D)
+    store.add([item("p0", second)])
+    killed = left_by_a_kill(folder, tmp_path / "copy")
+    assert killed.search(second[None], 1)[0][0].id == "p0"
+    killed.close()
+    store.close()
+
+
+def test_what_was_refused_half_way_leaves_the_snapshot_right(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = EmbeddedStore(folder, card(), D)
+    store.remove("p0")
+    with pytest.raises(UnicodeEncodeError):
+        store.add([item("new", VECTORS[0]), item("half", VECTORS[0], name="\ud800")])
+    store.close()
+    EmbeddedStore(folder, card(), D).close()
+    assert warnings(caplog) == []
 
 
 def test_without_room_for_a_snapshot_the_store_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

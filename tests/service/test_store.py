@@ -2,6 +2,7 @@
 
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,8 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         EmbeddedStore(tmp_path, card(), D)
 
 
-def test_a_damaged_vector_is_named(store_folder: Path) -> None:
+@pytest.mark.parametrize("damaged", [lambda vector: b"\1" + vector[1:], lambda _: "text", lambda _: 7])
+def test_a_damaged_vector_is_named(store_folder: Path, damaged: Callable[[bytes], object]) -> None:
     store = EmbeddedStore(store_folder, card(), D)
     store.add([item("a", unit(D))])
     store.close()
@@ -204,7 +206,7 @@ def test_a_damaged_vector_is_named(store_folder: Path) -> None:
     rows: list[Any] = database.execute("SELECT key, vector, checksum FROM vectors").fetchall()
     ((key, vector, checksum),) = rows
     assert zlib.crc32(vector) == checksum
-    database.execute("UPDATE vectors SET vector = ?", (b"\1" + vector[1:],)).fetchall()
+    database.execute("UPDATE vectors SET vector = ?", (damaged(vector),)).fetchall()
     database.close()
     with pytest.raises(InvalidStore, match=f"the vector of key {key} is damaged"):
         EmbeddedStore(store_folder, card(), D)

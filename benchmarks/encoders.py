@@ -1,0 +1,42 @@
+"""Encoders with random weights for measuring servers: how fast they are does not depend on what they have learnt."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.photos import photos
+from service.card import CARD_FILE
+from service.images import Limits, decode_pixels
+from training.backbones import build_backbone
+from training.export import Encoder, export, square_preprocessing
+from training.variants import Pictures
+
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_BUILT = {  # by name: backbone, S, length of the shortest edge before the crop
+    "tiny": ("small-cnn", 32, 32),
+    "resnet18": ("resnet18", 224, 256),
+}
+
+
+def build(name: str, work: Path) -> Path:
+    """Return the model folder of an encoder, made by the project's own export if it is not there yet.
+
+    Args:
+        name: "tiny", our small CNN for 32 pixels, cheap beside decoding; or "resnet18", torchvision's for 224.
+        work: the folder it lies in.
+
+    The variants are calibrated with half of some crops of the benchmark's photographs, and measured on the other half.
+    """
+    folder = work / name
+    if (folder / CARD_FILE).exists():
+        return folder
+    backbone, side, edge = _BUILT[name]
+    torch.manual_seed(0)
+    network = build_backbone(backbone, 3, side)
+    encoder = Encoder(network.module, torch.tensor(_MEAN), torch.tensor(_STD), 3)
+    preprocessing = square_preprocessing(side, edge, 2)
+    pixels = np.stack([decode_pixels(photo, preprocessing, Limits()) for photo in photos(64)])
+    pictures = Pictures(pixels[:32], pixels[32:], pixels[:0], None)
+    export(encoder, pictures, preprocessing, {"method": "random weights", "backbone": backbone}, folder)
+    return folder

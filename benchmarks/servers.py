@@ -1,0 +1,144 @@
+"""The servers that are measured: how each is started, asked and, for certain, ended."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from benchmarks.load import form, raw
+from service.card import VARIANTS, read_card
+
+_BIN = Path(sys.executable).parent
+_UVICORN = f"{_BIN}/uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "
+
+
+@dataclass(frozen=True)
+class Server:
+    """One way to embed pictures over HTTP.
+
+    Attributes:
+        name: in tables.
+        command: with {port} in it.
+        ready: path that answers 200 when it is.
+        ask: makes a request of the bytes of a picture.
+        environment: for the command.
+    """
+
+    name: str
+    command: str
+    ready: str
+    ask: Callable[[bytes], bytes]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+_raw = partial(raw, "/embed")
+OURS = Server("Lookalike, `lookalike serve`", f"{_BIN}/lookalike serve --port {{port}}", "/readyz", _raw)
+_FASTAPI = _UVICORN + "benchmarks.peers.fastapi_pool:app"
+BARE = Server("Lookalike, bare uvicorn", _UVICORN + "benchmarks.bare:guarded", "/info", _raw)
+PEERS = (
+    Server("plain FastAPI, thread pool", _FASTAPI, "/health", _raw),
+    Server(
+        "LitServe, batch 16",
+        f"{sys.executable} -m benchmarks.peers.litserve_peer",
+        "/health",
+        lambda photo: form("/embed", "image", [photo]),
+    ),
+    Server(
+        "BentoML, typed pictures, batchable",
+        f"{_BIN}/bentoml serve benchmarks.peers.bentoml_batchable:Peer --port {{port}}",
+        "/readyz",
+        lambda photo: form("/embed", "pictures", [photo]),
+    ),
+)
+# The best that was found for any peer on two cores: two processes, in each as many runs as there are requests.
+TUNED = Server("FastAPI tuned: 2 processes", f"{_FASTAPI} --workers 2", "/health", _raw, {"PEER_THREADS": "1"})
+
+
+@contextmanager
+def serving(server: Server, model: Path, variant: str, folder: Path) -> Iterator[int]:
+    """Run a server with a variant of an encoder until the end of the block; yield its port.
+
+    Args:
+        server: one of the above.
+        model: a model folder.
+        variant: one that it has.
+        folder: an empty one, for a store and a log.
+    """
+    port = free_port()
+    environment = {
+        "LOOKALIKE_MODEL": str(model),
+        "LOOKALIKE_VARIANT": variant,
+        "LOOKALIKE_STORE": str(folder / "store"),
+        "PEER_MODEL": str(model / VARIANTS[variant]),
+        "PEER_SIDE": str(read_card(model).preprocessing.side),
+        "PEER_PORT": str(port),
+        "BENTOML_DO_NOT_TRACK": "True",
+    }
+    command = server.command.format(port=port).split()
+    ready = f"http://127.0.0.1:{port}{server.ready}"
+    with running(command, ready, environment | server.environment, folder / "log"):
+        yield port
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(
+    command: Sequence[str], ready: str, environment: dict[str, str], log: Path, patience_s: float = 60
+) -> Iterator[psutil.Process]:
+    """Run a server until the end of the block; yield its first process once it is ready. No process of it stays.
+
+    Args:
+        command: of the server.
+        ready: a URL that answers 200 when it is.
+        environment: beside our own.
+        log: a file for what it prints.
+        patience_s: time to become ready.
+
+    Raises:
+        RuntimeError: it ends, or does not become ready in time; with its log.
+    """
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, env=os.environ | environment, stdout=output, stderr=output, start_new_session=True
+        )
+    first = psutil.Process(server.pid)
+    tree = [first]
+    try:
+        _wait_until_ready(server, ready, log, patience_s)
+        tree += first.children(recursive=True)  # noted now: workers may outlive a parent that dies
+        yield first
+    finally:
+        if server.poll() is None:
+            tree += [process for process in first.children(recursive=True) if process not in tree]
+            server.terminate()
+        psutil.wait_procs([first], timeout=20)
+        for process in psutil.wait_procs(tree, timeout=2)[1]:
+            process.kill()
+        server.wait()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not become ready:\n{log.read_text()}") from None
+        time.sleep(0.2)

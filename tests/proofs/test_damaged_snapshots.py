@@ -1,0 +1,221 @@
+"""Thousands of damaged snapshots, loaded: made anew, refused, or as good as the whole one; no signal, no wrong answer.
+
+To half of them nothing more is done, and their checksum tells. In the others the checksum is made right again, as
+nobody but an enemy would, so that their content is really used. `mutant(whole, other, number)` is the same bytes on
+every run, so a number in a message is enough to have the file again.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+
+from service.store.catalog import FILE
+from service.store.embedded import EmbeddedStore
+from service.store.faiss_index import FaissIndex, Partition
+from service.store.snapshot import SNAPSHOT
+from tests.proofs.child import in_child
+from tests.proofs.truth import SEEDS, VECTORS, D, Kept, State, after, assert_finds, do, held, new_item, opened
+
+pytestmark = pytest.mark.proof
+
+MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "300"))  # the long form is 10,000; a third each
+BATCH = 25  # files to a child
+COUNT = 100  # so few that every code is compared with the catalog when a snapshot is loaded
+LARGE = 1500  # of these only some are
+LISTS = 8
+KINDS = ["bits", "cut", "swap", "zeros", "foreign", "splice", "numbers", "header"]
+
+
+@pytest.fixture(scope="module", params=["exact", "approximate", "large"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a snapshot of an index of either kind, and another store's, named `other`."""
+    made = tmp_path_factory.mktemp(request.param)
+    assert in_child(lambda: _make(made, request.param)) == 0
+    return made
+
+
+@pytest.mark.timeout(3600)
+def test_damaged_snapshots(folder: Path) -> None:
+    whole, other = (folder / SNAPSHOT).read_bytes(), (folder / "other").read_bytes()
+    outcomes = Counter[str]()
+    for first in range(0, MUTATIONS // 3, BATCH):
+        numbers = range(first, min(first + BATCH, MUTATIONS // 3))
+        told = folder / "told"
+        told.write_text("")
+        status = in_child(partial(_load, folder, whole, other, numbers))
+        lines = told.read_text().splitlines()
+        if status != 0:
+            number = numbers[len(lines)]
+            pytest.fail(f"mutant {number} ({mutant(whole, other, number)[1]}): ended with {status}")
+        outcomes.update(lines)
+    print(f"\n{folder.name}: " + "".join(f"\n{count:5} {name}" for name, count in sorted(outcomes.items())))
+    assert sum(outcomes.values()) == MUTATIONS // 3
+    index = sum(count for name, count in outcomes.items() if name.startswith("mended, used") or "other" in name)
+    assert index > 0.1 * MUTATIONS // 3, "hardly any damage got as far as the index"
+
+
+def mutant(whole: bytes, other: bytes, number: int) -> tuple[bytes, str]:
+    """Return a damaged snapshot, and what was done to it."""
+    chance = random.Random(number)
+    kind, mended = KINDS[number // 2 % len(KINDS)], number % 2 == 1
+    data = bytearray(whole[:-4] if mended else whole)
+    start = chance.choice([0, int.from_bytes(whole[8:12], "little") + 12])  # of anything, or of the arrays
+    at = chance.randrange(start, len(data))
+    length = min(chance.choice([1, 4, 8, 64, 512]), len(data) - at)
+    match kind:
+        case "bits":
+            for _ in range(chance.choice([1, 1, 2, 20])):
+                data[chance.randrange(start, len(data))] ^= 1 << chance.randrange(8)
+        case "cut":
+            del data[at : at + chance.choice([length, len(data)])]
+        case "swap":
+            to = chance.randrange(start, len(data) - length + 1)
+            data[at : at + length], data[to : to + length] = data[to : to + length], data[at : at + length]
+        case "zeros":
+            data[at : at + length] = bytes([chance.choice([0, 255])]) * length
+        case "foreign":
+            at = chance.choice([at, 0])
+            data[at:] = other[at:-4] if chance.random() < 0.7 else chance.randbytes(len(data) - at)
+        case "splice":
+            data[at:at] = chance.randbytes(length)
+        case "numbers":  # the arrays hold numbers of 8 and 4 bytes
+            at = start + (at - start) // 8 * 8
+            value = chance.choice([-(2**63), -1, 0, 1, COUNT, 2**31, 2**40, 2**63 - 1])
+            data[at : at + 8] = value.to_bytes(8, "little", signed=True)
+        case "header":
+            data = bytearray(_other_header(bytes(data), chance))
+    if mended:
+        data += zlib.crc32(data).to_bytes(4, "little")
+    return bytes(data), f"{kind}{', mended' * mended}"
+
+
+def _other_header(data: bytes, chance: random.Random) -> bytes:
+    """The same file with something else in its header, of the right length."""
+    length = int.from_bytes(data[8:12], "little")
+    header = json.loads(data[12 : 12 + length])
+    value: object = chance.choice([None, -1, 0, 1, 2, 3, 17, 2**40, 2**62, 1.5, "7", [], {}, True])
+    if chance.random() < 0.5:
+        header["facts"][chance.choice(sorted(header["facts"]))] = value
+    else:
+        one = chance.choice(header["arrays"])
+        if chance.random() < 0.5:
+            one[chance.choice(["name", "dtype"])] = chance.choice(
+                ["keys", "codes", "lengths", "<f4", "<i8", "|u1", value]
+            )
+        else:
+            one["shape"] = chance.choice([one["shape"][::-1], [value], [*one["shape"], 1], [8, 2**20], value])
+    text = json.dumps(header).encode()
+    return data[:8] + len(text).to_bytes(4, "little") + text + data[12 + length :]
+
+
+# What is done in children ------------------------------------------------------------------------
+
+
+def _contents(count: int, start: int) -> State:
+    return {f"p{n}": Kept((n * 7 + start) % SEEDS, n % 10) for n in range(count)}
+
+
+def _make(folder: Path, kind: str) -> None:
+    for path, start in ((folder, 0), (folder / "another", 5)):
+        store = opened(path)
+        state = _contents(LARGE if kind == "large" else COUNT, start)
+        store.add([new_item(id, *kept) for id, kept in state.items()])
+        if kind == "approximate":
+            store._index = _approximate(store)
+        store.close()
+    (folder / "another" / SNAPSHOT).rename(folder / "other")
+
+
+def _approximate(store: EmbeddedStore) -> FaissIndex:
+    """An index of few lists that looks into all: what it finds is what there is, if nothing is wrong with it."""
+    centroids = VECTORS[:LISTS]
+    ranges = np.repeat(np.asarray([-2, 4], np.float32), D)
+    index = FaissIndex(D, Partition(centroids, ranges, LISTS, 1000, COUNT, 1.0))
+    for keys, vectors in store._catalog.vectors():
+        index.add(keys, vectors, index.assign(keys, vectors))
+    return index
+
+
+def _load(folder: Path, whole: bytes, other: bytes, numbers: Iterable[int]) -> None:
+    """Load some mutants, and write a line about each."""
+    for number in numbers:
+        data, done = mutant(whole, other, number)
+        count = LARGE if folder.name.startswith("large") else COUNT
+        with TemporaryDirectory() as copy, (folder / "told").open("a") as told:
+            shutil.copy(folder / FILE, copy)
+            (Path(copy) / SNAPSHOT).write_bytes(data)
+            try:
+                outcome = _loaded(Path(copy), number, _contents(count, 0))
+            except AssertionError as error:
+                raise AssertionError(f"mutant {number} ({done})") from error
+            assert outcome.startswith("made anew") or done.endswith("mended") or data == whole, f"{number} ({done})"
+            told.write(f"{'mended' if done.endswith('mended') else 'as it came'}, {outcome}\n")
+
+
+def _loaded(folder: Path, number: int, state: State) -> str:
+    warnings = Warnings()
+    logging.getLogger("bentoml.lookalike").addHandler(warnings)
+    store = opened(folder, read_only=number % 4 < 2)
+    logging.getLogger("bentoml.lookalike").removeHandler(warnings)
+    partition = store._index.partition
+    outcome, whole = "used", not warnings.texts
+    if warnings.texts:
+        outcome, whole = "made anew: " + re.sub(r"\d+", "N", warnings.texts[0].partition("cannot be used: ")[2]), True
+    elif partition is not None and (partition.probes < LISTS or partition.spare * 7 < COUNT):
+        outcome, whole = "used, looks at a part", False  # no mistake of such an index, if what it finds is right
+    elif len(state) == LARGE:
+        whole = False  # a code that is not compared may be wrong: its item is not found, what is found is right
+    if whole:
+        _assert_same(store, state)
+    _assert_right(store, state)
+    if number % 4 >= 2:
+        for change in (["put", {"p3": [1, 1], "new": [2, 2]}], ["remove", "p5"]):
+            do(store, change)
+            state = after(state, change)
+        _assert_right(store, state)
+        if whole:
+            _assert_same(store, state)
+    store.close()
+    return outcome
+
+
+def _assert_same(store: EmbeddedStore, state: State) -> None:
+    """See that the store holds and finds just that; the many items of a large one are not looked at one by one."""
+    if len(state) < LARGE:
+        assert held(store) == state
+    assert store.count() == len(state)
+    assert_finds(store, state, 7)
+
+
+class Warnings(logging.Handler):
+    """What a store says of its snapshot."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _assert_right(store: EmbeddedStore, state: State) -> None:
+    """See that what is found is there, as like as is said, in the right order."""
+    order = {id: n for n, id in enumerate(state)}
+    for query, hits in zip(VECTORS, store.search(VECTORS, 7), strict=True):
+        for hit in hits:
+            assert abs(hit.score - float(query @ VECTORS[state[hit.id].seed])) < 1e-6
+            assert hit.metadata == {"n": state[hit.id].n}
+        ranks = [(-hit.score, order[hit.id]) for hit in hits]
+        assert ranks == sorted(set(ranks))

@@ -1,0 +1,142 @@
+"""What may go wrong while the service runs, and whom it harms."""
+
+import json
+import logging
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+from starlette.testclient import TestClient
+
+from service import app as app_module
+from tests.conftest import MODEL, encoded, scene
+from tests.serving import LOOKALIKE, running, status_of
+
+PICTURES = [encoded(scene(200, 150, seed=number), "JPEG") for number in range(31)]
+
+
+def ask(address: str, data: bytes) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address + "/embed", data), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def write_model(folder: Path, side: int = 8, slow: int = 0) -> Path:
+    """An encoder whose embedding is its input, so that a black picture has none; `slow` makes it take its time."""
+    size = 3 * side * side
+    nodes = [helper.make_node("Cast", ["pixels"], ["cast"], to=TensorProto.FLOAT)]
+    nodes.append(helper.make_node("Flatten", ["cast"], ["h0"]))
+    nodes += [helper.make_node("MatMul", [f"h{n}", "eye"], [f"h{n + 1}"]) for n in range(slow)]
+    nodes.append(helper.make_node("Identity", [f"h{slow}"], ["embedding"]))
+    graph = helper.make_graph(
+        nodes,
+        "flat",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 3, side, side])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", size])],
+        [onnx.numpy_helper.from_array(np.eye(size, dtype=np.float32), "eye")],
+    )
+    folder.mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    config = {"size": {"width": side, "height": side}, "do_rescale": False, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_poisoned_picture_in_a_batch_harms_one_caller(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "flat", slow=300)  # slow, so that the 32 meet in batches
+    poison = encoded(Image.new("RGB", (20, 20)))
+    with running(tmp_path, "--no-store", "--model", str(model)) as (_, address, _):
+        alone = [ask(address, data)[1]["embeddings"][0] for data in PICTURES]
+        together = threading.Barrier(32)
+
+        def meet(data: bytes) -> tuple[int, dict[str, Any]]:
+            together.wait(30)
+            return ask(address, data)
+
+        for _ in range(5):
+            with ThreadPoolExecutor(32) as pool:
+                answers = list(pool.map(meet, [*PICTURES, poison]))
+            assert [status for status, _ in answers] == [200] * 31 + [422]
+            assert answers[-1][1]["code"] == "no_embedding"
+            for (_, answer), expected in zip(answers, alone, strict=False):
+                assert np.abs(np.subtract(answer["embeddings"][0], expected)).max() < 1e-5
+        metrics = urllib.request.urlopen(address + "/metrics").read().decode()
+        sizes = {
+            line.split('le="')[1].split('"')[0]: float(line.split()[1])
+            for line in metrics.splitlines()
+            if line.startswith("lookalike_batch_size_bucket")
+        }
+        assert sizes["+Inf"] > sizes["1.0"]  # there were batches of more than one
+        assert 'lookalike_errors_total{code="no_embedding"} 5.0' in metrics
+
+
+def test_a_full_queue_answers_429_and_the_rest_as_ever(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "flat", slow=300)
+    with running(tmp_path, "--no-store", "--model", str(model), max_waiting="4") as (_, address, _):
+        with ThreadPoolExecutor(48) as pool:
+            answers = list(pool.map(lambda number: ask(address, PICTURES[number % 31]), range(600)))
+        seen = Counter(status for status, _ in answers)
+        assert set(seen) == {200, 429}, seen
+        assert {answer["code"] for status, answer in answers if status == 429} == {"busy"}
+        assert status_of(address + "/readyz") == 200
+        assert ask(address, PICTURES[0])[0] == 200  # and nothing of it stays
+        assert "lookalike_requests_at_work 0.0" in urllib.request.urlopen(address + "/metrics").read().decode()
+
+
+def test_a_model_folder_that_changes_is_not_what_is_served(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    with running(tmp_path, "--model", str(model), "--store", str(tmp_path / "store")) as (server, address, log):
+        before = ask(address, PICTURES[0])
+        shutil.rmtree(model)
+        write_model(model)
+        assert ask(address, PICTURES[0]) == before
+        assert status_of(address + "/readyz") == 200
+        server.terminate()
+        assert server.wait(25) == 0, log.read_text()
+    refused = subprocess.run(
+        [LOOKALIKE, "serve", "--model", model, "--store", tmp_path / "store"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "built by the encoder mnist" in refused.stderr
+
+
+def test_a_provider_that_is_lost_makes_it_not_ready_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"NO_STORE": "true", "MODEL": str(MODEL), "VARIANT": "fp32"}.items():
+        monkeypatch.setenv(f"LOOKALIKE_{name}", value)
+    service: Any = app_module.Lookalike
+    with TestClient(service.to_asgi()) as client, caplog.at_level(logging.INFO, "bentoml.lookalike"):
+        assert client.get("/readyz").status_code == 200
+        lane = app_module.app.state.gallery.encoder._graphs[0]
+        session = lane._session
+        del lane._session
+        for _ in range(3):
+            assert client.get("/readyz").status_code == 503
+        assert client.post("/embed", content=PICTURES[0]).status_code == 500
+        assert "lookalike_ready 0.0" in client.get("/metrics").text
+        lane._session = session
+        assert client.get("/readyz").status_code == 200
+        assert client.post("/embed", content=PICTURES[0]).status_code == 200
+    told = [record.getMessage() for record in caplog.records if "ready" in record.getMessage()]
+    assert len(told) == 2
+    assert told[0].startswith("not ready: mnist: inference failed: ")
+    assert told[1] == "ready again"

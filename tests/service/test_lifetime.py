@@ -1,0 +1,181 @@
+"""Real processes: what is accepted is answered, whoever is killed."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from tests.conftest import MODEL, encoded, scene
+from tests.serving import LOOKALIKE, free_port, running, status_of, wait_until_ready
+
+PHOTO = encoded(scene(500, 375), "JPEG", quality=95)
+
+
+def embed(address: str, connection: http.client.HTTPConnection | None = None) -> int:
+    """Ask once and return the status, on a connection of its own or on a given one."""
+    own = connection or http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+    own.request("POST", "/embed", PHOTO)
+    answer = own.getresponse()
+    answer.read()
+    return answer.status
+
+
+class Crowd:
+    """Clients that ask again and again, half of them on connections that they keep, until they are refused."""
+
+    def __init__(self, address: str, size: int = 8) -> None:
+        self.address = address
+        self.seen: Counter[str] = Counter()
+        self.threads = [threading.Thread(target=self._ask, args=(number % 2 == 0,)) for number in range(size)]
+        for thread in self.threads:
+            thread.start()
+
+    def _ask(self, keeps: bool) -> None:
+        kept = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=30)
+        with suppress(ConnectionRefusedError):
+            while True:
+                try:
+                    self.seen[str(embed(self.address, kept if keeps else None))] += 1
+                except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+                    self.seen["closed"] += 1  # an idle connection at its end, or one that was in the line
+                    kept.close()
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path) -> None:
+    with running(tmp_path, "--no-store") as (server, address, log):
+        crowd = Crowd(address)
+        time.sleep(1)
+        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
+        assert status_of(address + "/readyz") == 200
+        begun = time.monotonic()
+        server.terminate()
+        readiness = []
+        while server.poll() is None:  # not ready at once, while requests are still answered
+            with suppress(OSError):
+                readiness.append(status_of(address + "/readyz"))
+            time.sleep(0.05)
+        assert time.monotonic() - begun < 25
+        assert server.wait() == 0, log.read_text()
+        crowd.join()
+        connection.close()
+        assert 503 in readiness
+        assert readiness.index(503) <= 2, readiness
+        lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+        accepted = Counter(str(line["status"]) for line in lines if line.get("path") == "/embed")
+        assert set(accepted) == {"200"}
+        assert crowd.seen["200"] == accepted["200"] > 100
+        assert "Traceback" not in log.read_text()
+
+
+def test_a_request_that_is_coming_in_is_answered_after_sigterm(tmp_path: Path) -> None:
+    with running(tmp_path, "--no-store") as (server, address, log):
+        host, port = urlsplit(address).netloc.split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(PHOTO))
+            slow.sendall(PHOTO[:1000])
+            time.sleep(0.3)
+            server.terminate()
+            time.sleep(3)
+            assert server.poll() is None, log.read_text()
+            with pytest.raises(OSError):  # refused, or reset
+                embed(address)
+            slow.sendall(PHOTO[1000:])
+            assert slow.recv(100).startswith(b"HTTP/1.1 200")
+        assert server.wait(25) == 0
+
+
+def test_a_request_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
+    with running(tmp_path, "--no-store", body_timeout_s="300") as (server, address, _):
+        host, port = urlsplit(address).netloc.split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+            time.sleep(0.3)
+            begun = time.monotonic()
+            server.terminate()
+            assert server.wait(40) == 0
+            assert time.monotonic() - begun < 25
+
+
+def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    with running(tmp_path, "--store", str(tmp_path / "store")) as (server, address, _):
+        workers = psutil.Process(server.pid).children(recursive=True)
+        crowd = Crowd(address, 4)
+        time.sleep(0.5)
+        server.kill()
+        begun = time.monotonic()
+        while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+            assert time.monotonic() - begun < 2
+            time.sleep(0.02)
+        crowd.join()  # the port is closed
+    again = subprocess.run(
+        [LOOKALIKE, "index", "digits[:2]", "--model", MODEL, "--store", tmp_path / "store"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr  # and so the store's lock is free
+
+
+@pytest.mark.parametrize("flags", [["--store"], ["--no-store", "--workers", "2"]])
+def test_a_killed_worker_is_replaced(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, str(tmp_path / "store")] if flags == ["--store"] else flags
+    with running(tmp_path, *flags) as (server, address, log):
+        parent = psutil.Process(server.pid)
+        before = {child.pid for child in parent.children()}
+        os.kill(max(before), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while {child.pid for child in parent.children()} <= before or len(parent.children()) < len(before):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        wait_until_ready(address, server, log)
+        assert embed(address) == 200
+
+
+def metrics(address: str) -> str:
+    return str(urllib.request.urlopen(address + "/metrics").read().decode())
+
+
+def test_without_a_store_several_workers_embed_and_count_together(tmp_path: Path) -> None:
+    with running(tmp_path, "--no-store", "--workers", "2") as (_, address, _):
+        lanes = 'lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"}'
+        deadline = time.monotonic() + 60
+        while f"{lanes} 2.0" not in metrics(address):  # ready is: one of them is
+            assert time.monotonic() < deadline, metrics(address)
+            time.sleep(0.1)
+        for _ in range(40):
+            assert embed(address) == 200  # each on a connection of its own: both workers take some
+        for _ in range(4):
+            assert 'lookalike_requests_total{method="POST",route="/embed",status="200"} 40.0' in metrics(address)
+        assert json.load(urllib.request.urlopen(address + "/info"))["count"] is None
+        for path in ("/", "/images", "/images/7"):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(address + path)
+            assert caught.value.code == 404
+            assert json.load(caught.value)["code"] == "no_store"
+        assert not (tmp_path / ".lookalike").exists()
+
+
+def test_several_workers_need_no_store() -> None:
+    refused = subprocess.run(
+        [LOOKALIKE, "serve", "--workers", "2", "--port", str(free_port())], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == "lookalike: --workers 2 needs --no-store: a store has one writer\n"

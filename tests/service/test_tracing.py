@@ -1,0 +1,47 @@
+"""Spans are made where somebody collects them, and nowhere else."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from bentoml._internal.configuration.containers import BentoMLContainer
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.testclient import TestClient
+
+from service import app as app_module
+from tests.conftest import MODEL, encoded, scene
+
+PICTURE = encoded(scene())
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    """What BentoML's tracer provider gives away."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for name, value in {"NO_STORE": "true", "MODEL": str(MODEL), "VARIANT": "fp32"}.items():
+        monkeypatch.setenv(f"LOOKALIKE_{name}", value)
+    BentoMLContainer.tracer_provider.set(provider)
+    yield exporter
+    BentoMLContainer.tracer_provider.reset()
+
+
+def embed() -> None:
+    service: Any = app_module.Lookalike
+    with TestClient(service.to_asgi()) as client:
+        assert client.post("/embed", content=PICTURE).status_code == 200
+        assert client.get("/images").json()["code"] == "no_store"
+
+
+def test_without_an_exporter_no_span_is_made(spans: InMemorySpanExporter) -> None:
+    embed()
+    assert not spans.get_finished_spans()
+
+
+def test_with_an_exporter_requests_are_traced(spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENTOML_CONFIG_OVERRIDES", '{"services": {"tracing": {"exporter_type": "otlp"}}}')
+    embed()
+    paths = {(span.attributes or {}).get("http.target") for span in spans.get_finished_spans()}
+    assert {"/embed", "/images"} <= paths
