@@ -173,16 +173,16 @@ def _unit(rows: FloatArray) -> FloatArray:
 def _fill(collection: Collection) -> dict[str, float]:
     start = time.perf_counter()
     store = collection.open()
-    before = store.count()
     for numbers, rows in chunks(collection.vectors):
         for first in range(0, len(rows), _GROUP):
             some = slice(first, first + _GROUP)
             pairs = zip(numbers[some].tolist(), rows[some], strict=True)
             store.add([item(number, vector) for number, vector in pairs])
-    added = time.perf_counter()
+    added = time.perf_counter() - start
     store.settle()
+    rate = store.count() / added
     store.close()
-    told = {"rate": (store.count() - before) / (added - start), "seconds": time.perf_counter() - start}
+    told = {"rate": rate, "seconds": time.perf_counter() - start}
     os.sync()
     return told | {"peak": float(held("VmHWM"))}
 
