@@ -95,7 +95,9 @@ def main(
     work: Annotated[Path, typer.Option(help="Folder for vectors and indexes; what is there is used again.")],
     count: Annotated[int, typer.Option(min=20_000, help="Vectors.")] = 1_000_000,
     only: Annotated[list[Part] | None, typer.Option(help="These parts of the table; may be given again.")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder with mnist, for the part `real`.")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="Folder with MNIST/raw and cifar10-jpeg/*.zip, for the part `real`.")
+    ] = None,
 ) -> None:
     """Print the table. Exit code 1 when a bar is missed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -108,7 +110,7 @@ def main(
         Part.BYTES: lambda: _bytes(collection),
         Part.RESTART: lambda: _restart(collection),
         Part.CHURN: lambda: _churn(collection),
-        Part.REAL: lambda: [] if data_root is None else _engine(_mnist(work, data_root), [Hnswlib()], "mnist/train"),
+        Part.REAL: lambda: [] if data_root is None else _real(work, data_root),
         Part.SMALL: lambda: _engine(_small(work), [Milvus()], "20,000 synthetic"),
     }
     collection.fill()
@@ -296,22 +298,25 @@ def _churn(collection: Collection) -> list[Row]:
     ]
 
 
-def _mnist(work: Path, data_root: Path) -> Collection:
-    """Embeddings of mnist/train, queries of mnist/test, by models/mnist; an approximate index of them."""
+def _real(work: Path, data_root: Path) -> list[Row]:
+    """As `_engine`: embeddings of a data set's train half, queries of its test half, by our encoder for it."""
     from service.batch import embed_source
     from service.settings import Settings
     from service.sources import open_source
 
-    collection = Collection(work / "mnist", 1000)
-    if not collection.folder.exists():
-        read = []
-        for half in ("train", "test"):
-            out = work / f"mnist-{half}"
-            embed_source(open_source(f"mnist/{half}", data_root), MODEL, out, Settings())
-            column = pq.read_table(out, columns=["embedding"])["embedding"].combine_chunks()
-            read.append(np.asarray(column.flatten(), np.float32).reshape(-1, D))
-        collection.write(iter([read[0]]), read[1][:QUERIES])
-    return collection
+    rows = []
+    for name, source in (("mnist", "mnist/{}"), ("cifar10", f"{data_root}/cifar10-jpeg/{{}}.zip")):
+        collection = Collection(work / name, 1000)
+        if not collection.folder.exists():
+            read = []
+            for half in ("train", "test"):
+                out = work / f"{name}-{half}"
+                embed_source(open_source(source.format(half), data_root), MODEL.parent / name, out, Settings())
+                column = pq.read_table(out, columns=["embedding"])["embedding"].combine_chunks()
+                read.append(np.asarray(column.flatten(), np.float32).reshape(-1, D))
+            collection.write(iter([read[0]]), read[1][:QUERIES])
+        rows += _engine(collection, [Hnswlib()], f"{name}/train")
+    return rows
 
 
 def _small(work: Path) -> Collection:
