@@ -2,15 +2,21 @@
 
 import json
 import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from benchmarks.search_peers import D, Peer, chunks, percents
@@ -106,6 +112,22 @@ class Collection:
         """Make the store, unless it is there; return how that went: vectors/s, seconds, peak bytes."""
         return self._once("ours", lambda: apart(_fill, self))
 
+    def imported(self) -> dict[str, float]:
+        """Let `lookalike store import` fill a store from Parquet, once; return how that went: seconds, peak bytes."""
+        return self._once("import", self._import)
+
+    def _import(self) -> dict[str, float]:
+        with TemporaryDirectory(dir=self.folder) as made:
+            parquet = Path(made) / "vectors.parquet"
+            schema = pa.schema({"id": pa.string(), "embedding": pa.list_(pa.float32(), D)})
+            with pq.ParquetWriter(parquet, schema) as file:
+                for numbers, rows in chunks(self.vectors):
+                    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
+                    file.write_table(pa.table([pa.array(numbers).cast(pa.string()), embeddings], schema))
+            lookalike = Path(sys.executable).with_name("lookalike")
+            command = [lookalike, "store", "import", parquet, "--store", Path(made) / "store", "--model", MODEL]
+            return apart(_run, command, {"LOOKALIKE_EXACT_LIMIT": str(self.exact_limit)})
+
     def make(self, peer: Peer) -> dict[str, float]:
         """Make a peer's index, unless it is there; return how that went."""
         return self._once(peer.name, lambda: apart(_make, peer, self.vectors, self.folder / peer.name))
@@ -193,3 +215,11 @@ def _make(peer: Peer, vectors: Path, folder: Path) -> dict[str, float]:
     peer.make(vectors, folder)
     seconds = time.perf_counter() - start
     return {"rate": vectors.stat().st_size / (4 * D) / seconds, "seconds": seconds, "peak": float(held("VmHWM"))}
+
+
+def _run(command: list[str | Path], environment: dict[str, str]) -> dict[str, float]:
+    """Run a command. In a small process: of a child's peak, Linux says at least what its parent had held."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True, env=os.environ | environment)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0}
