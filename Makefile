@@ -8,9 +8,9 @@ MODEL  ?= models/mnist
 IMAGES ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http \
-        power-loss disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container setup setup-serve lock \
-        clean
+.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss \
+        disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container setup setup-serve \
+        lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16

@@ -19,6 +19,7 @@ from service.store import Item, NewItem
 _ROWS_A_PART = 8192
 _ROWS_A_PICTURE_PART = 1024  # with pictures in it
 _ROWS_A_COMMIT = 1024
+_BUFFER = 1 << 20  # bytes of a column read at a time
 
 
 def export_store(gallery: Gallery, out: Path) -> int:
@@ -117,7 +118,8 @@ def import_items(source: Path, gallery: Gallery) -> Tally:
 
 def _chunks(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
     try:
-        with pq.ParquetFile(path) as file:
+        # With Arrow's own settings it comes to hold the whole file.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
             have = set(file.schema_arrow.names)
             if not {"id", "embedding"} <= have:
                 raise InvalidSource(f"{path}: expected the columns id and embedding, found {', '.join(sorted(have))}")
