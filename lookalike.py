@@ -193,7 +193,6 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the pictures of a store that are most like a picture."""
-    from dataclasses import asdict
 
     from service.gallery import open_gallery
 
@@ -205,10 +204,10 @@ def search(
     hits = gallery.find([data], k)[0]
     gallery.close()
     if as_json:
-        print(json.dumps({"hits": [asdict(hit) for hit in hits]}))
+        print(json.dumps({"hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]}))
         return
     for hit in hits:
-        print(f"{hit.score:.4f}  {hit.id}  {json.dumps(hit.metadata, ensure_ascii=False)}")
+        print(f"{hit.score:.4f}  {hit.id}  {hit.metadata_json}")
 
 
 @cli.command()

@@ -447,7 +447,7 @@ def _show(item: Item) -> dict[str, Any]:
 def _show_hit(gallery: Gallery, hit: Hit, included: list[Included]) -> dict[str, Any]:
     shown: dict[str, Any] = {"id": hit.id, "score": hit.score}
     if "metadata" in included:
-        shown["metadata"] = hit.metadata
+        shown["metadata"] = orjson.Fragment(hit.metadata_json)  # as it was kept: orjson refuses integers beyond 64 bits
     if "embedding" in included:
         embedding = gallery.store.embedding(hit.id)
         if embedding is not None:  # it may have been removed meanwhile

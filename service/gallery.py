@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -265,13 +266,13 @@ class Gallery:
             raise InvalidQuery("vector: a number is too large") from error
         if vector.shape != (self.encoder.dimension,):
             raise InvalidQuery(f"vector: expected {self.encoder.dimension} numbers, got {vector.size}")
-        if not np.isfinite(vector).all():
+        largest = float(np.abs(vector).max())
+        if not math.isfinite(largest):
             raise InvalidQuery("vector: expected finite numbers, got NaN or infinity")
-        largest = np.abs(vector).max()
         if not largest:
             raise InvalidQuery("vector: expected a direction, got only zeros")
         vector /= largest  # so that neither the largest nor the smallest of doubles is lost in the squares
-        return np.asarray(vector / np.linalg.norm(vector), np.float32)
+        return np.asarray(vector / math.sqrt(vector @ vector), np.float32)
 
     def check_id(self, id: str) -> str:
         """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as the function check_id."""

@@ -1,8 +1,9 @@
 """Where items live and are found: the words, and what every store can do."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from service import FloatArray
 from service.store.filters import Filter
@@ -42,13 +43,21 @@ class NewItem(Item):
     original: bytes | None
 
 
-@dataclass(frozen=True)
-class Hit:
-    """An item and its score, the cosine to the query in [−1, 1]: larger is more alike."""
+class Hit(NamedTuple):
+    """An item and its score, the cosine to the query in [−1, 1]: larger is more alike.
+
+    Its metadata is JSON, as the store has it: whoever only hands it on need not read it.
+    """
 
     id: str
     score: float
-    metadata: dict[str, Any]
+    metadata_json: str
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its metadata."""
+        content: dict[str, Any] = json.loads(self.metadata_json)
+        return content
 
 
 class Store(Protocol):

@@ -67,6 +67,8 @@ _CHANGED = """
 SELECT key FROM removed WHERE sequence > ?1
 UNION SELECT items.key FROM items JOIN vectors USING (key) WHERE items.sequence > ?1 AND vectors.sequence > ?1
 """
+# In the order of the keys that are given: SQLite takes the tables of a CROSS JOIN as they stand.
+_OF_KEYS = "SELECT {columns} FROM carray(?) CROSS JOIN {table} ON key = value"
 
 
 class Change(NamedTuple):
@@ -75,14 +77,6 @@ class Change(NamedTuple):
     key: int
     old: FloatArray | None
     new: FloatArray | None
-
-
-class Shown(NamedTuple):
-    """What a search shows of an item, metadata as JSON, and the number of the item's last change."""
-
-    id: str
-    metadata: str
-    sequence: int
 
 
 class Catalog:
@@ -294,30 +288,31 @@ class Catalog:
         with self._reading() as database:
             return _item(database, id)
 
-    def some_vectors(self, keys: IntArray, until: int) -> tuple[IntArray, FloatArray] | None:
-        """Return keys in order and their vectors (N, D), or None where one changed or went after `until`.
+    def some_vectors(self, keys: IntArray, until: int) -> FloatArray | None:
+        """Return the vectors (N, D) of keys, or None where one changed or went after `until`.
 
         Raises:
             InvalidStore: a vector does not have its checksum.
         """
-        query = (
-            "SELECT key, vector, checksum, sequence FROM vectors "
-            "WHERE key IN (SELECT value FROM json_each(?)) ORDER BY key"
-        )
+        if not len(keys):
+            return np.empty((0, self._width // self._dtype.itemsize), np.float32)
+        query = _OF_KEYS.format(columns="key, vector, checksum, sequence", table="vectors")
         with self._reading(mapped=True) as database:
-            rows: list[Any] = database.execute(query, (json.dumps(keys.tolist()),)).fetchall()
-        if len(rows) < len(keys) or any(row[3] > until for row in rows):
+            rows: list[Any] = database.execute(query, (apsw.carray(keys),)).fetchall()
+        if len(rows) < len(keys) or max(row[3] for row in rows) > until:
             return None
-        return self._checked([row[:3] for row in rows]) if rows else (keys, np.empty((0, 0), np.float32))
+        return self._checked(rows)[1]
 
-    def shown(self, keys: IntArray, until: int) -> dict[int, Shown] | None:
-        """Return what a search shows of keys, or None where one changed or went after `until`."""
-        query = "SELECT key, id, metadata, sequence FROM items WHERE key IN (SELECT value FROM json_each(?))"
+    def shown(self, keys: IntArray, until: int) -> dict[int, tuple[str, str]] | None:
+        """Return the ids of keys and their metadata as JSON, or None where one changed or went after `until`."""
+        if not len(keys):
+            return {}
+        query = _OF_KEYS.format(columns="key, id, metadata, sequence", table="items")
         with self._reading(mapped=True) as database:
-            found = {key: Shown(*rest) for key, *rest in database.execute(query, (json.dumps(keys.tolist()),))}
-        if len(found) < len(keys) or any(one.sequence > until for one in found.values()):
+            rows: list[Any] = database.execute(query, (apsw.carray(keys),)).fetchall()
+        if len(rows) < len(keys) or max(row[3] for row in rows) > until:
             return None
-        return found
+        return {key: (id, metadata) for key, id, metadata, _ in rows}
 
     def matching(self, where: Filter, since: int) -> tuple[int, IntArray, IntArray]:
         """Return which items meet a filter, of those that changed after a sequence number.
@@ -387,21 +382,21 @@ class Catalog:
         Raises:
             InvalidStore: a vector does not have its checksum.
         """
-        columns = "SELECT key, vector, checksum FROM vectors "
         if among is not None:
             among = np.sort(among)
-            query = columns + "WHERE key IN (SELECT value FROM json_each(?)) ORDER BY key"  # noqa: S608  # ours alone
+            query = _OF_KEYS.format(columns="key, vector, checksum", table="vectors")
             parts = (among[start : start + _CHUNK] for start in range(0, len(among), _CHUNK))
             for part in parts:
                 with self._reading() as database:
-                    rows = database.execute(query, (json.dumps(part.tolist()),)).fetchall()
+                    rows = database.execute(query, (apsw.carray(part),)).fetchall()
                 if rows:
                     yield self._checked(rows)
             return
         last: Any = -1
+        query = "SELECT key, vector, checksum FROM vectors WHERE key > ? ORDER BY key LIMIT ?"
         while True:
             with self._reading() as database:
-                rows = database.execute(columns + "WHERE key > ? ORDER BY key LIMIT ?", (last, _CHUNK)).fetchall()
+                rows = database.execute(query, (last, _CHUNK)).fetchall()
             if not rows:
                 return
             last = rows[-1][0]
@@ -417,15 +412,12 @@ class Catalog:
         self._database.close()
 
     def _checked(self, rows: list[Any]) -> tuple[IntArray, FloatArray]:
-        for key, blob, checksum in rows:
-            self._check_vector(key, blob, checksum)
+        for key, blob, checksum, *_ in rows:
+            # In a damaged page anything may stand where a blob should.
+            if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._width:
+                raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
         vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(len(rows), -1)
         return np.asarray([row[0] for row in rows], np.int64), vectors.astype(np.float32)
-
-    def _check_vector(self, key: int, blob: Any, checksum: int) -> None:
-        # In a damaged page anything may stand where a blob should.
-        if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._width:
-            raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
 
     def _blob(self, query: str, id: str) -> bytes | None:
         with self._reading() as database:

@@ -1,6 +1,5 @@
 """Store = catalog + index, in one process."""
 
-import json
 import logging
 import os
 import sys
@@ -8,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ log = logging.getLogger("bentoml.lookalike")
 _CHANGES_A_SNAPSHOT = 50_000  # or a fifth of the store, when that is more
 _SAMPLED = 64  # codes of a snapshot that are compared with the catalog
 _ATTEMPTS = 50
+_SCORED = 256  # pairs at a time: what is computed of them stays in the processor's cache
 _QUIET_S, _MOST_QUIET_S = 1, 30
 _NICENESS = 10
 
@@ -227,37 +228,22 @@ class EmbeddedStore:
             if selection is not None and selection.sequence > self._applied:
                 return None
             candidates = self._index.candidates(queries, k, None if selection is None else selection.among)
-            vectors = self._catalog.some_vectors(np.unique(np.concatenate(candidates)), self._applied)
+            lengths = np.asarray([len(own) for own in candidates])
+            keys, places = np.unique(np.concatenate(candidates), return_inverse=True)
+            vectors = self._catalog.some_vectors(keys, self._applied)
             if vectors is None:
                 return None
-            ranked = [self._ranked(query, own, *vectors, k) for query, own in zip(queries, candidates, strict=True)]
-            best = np.unique(np.concatenate([keys for keys, _ in ranked]))
-            shown = self._catalog.shown(best, self._applied)
+            owners = np.repeat(np.arange(len(queries)), lengths)
+            scores = _scores(queries, owners, vectors, places)
+            order = np.lexsort((places, -scores, owners))
+            rank = np.arange(len(order)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            best = order[rank < k]
+            shown = self._catalog.shown(keys[np.unique(places[best])], self._applied)
             if shown is None:
                 return None
-        facts = {key: (one.id, json.loads(one.metadata)) for key, one in shown.items()}
-        return [
-            [
-                Hit(facts[key][0], score, facts[key][1])
-                for key, score in zip(keys.tolist(), scores.tolist(), strict=True)
-            ]
-            for keys, scores in ranked
-        ]
-
-    def _ranked(
-        self, query: FloatArray, own: IntArray, keys: IntArray, vectors: FloatArray, k: int
-    ) -> tuple[IntArray, FloatArray]:
-        """The best k of a query's own candidates by the catalog's vectors, and their scores.
-
-        Equal vectors have equal scores to the last bit: each is summed by itself, in float64.
-        """
-        if not len(own):
-            return own, np.empty(0, np.float32)
-        own = np.sort(own)
-        products = vectors[np.searchsorted(keys, own)] * query.astype(np.float64)
-        scores = np.clip(products.sum(1).astype(np.float32), -1, 1)
-        best = np.lexsort((own, -scores))[:k]
-        return own[best], scores[best]
+        found = zip(keys[places[best]].tolist(), scores[best].tolist(), strict=True)
+        hits = iter([Hit(id, score, metadata) for key, score in found for id, metadata in (shown[key],)])
+        return [list(islice(hits, count)) for count in np.minimum(lengths, k).tolist()]
 
     def _follow(self) -> None:
         """Bring the index to what is committed by now: by a writer elsewhere, or by a commit that ended in an error."""
@@ -493,6 +479,18 @@ class EmbeddedStore:
         for guard in self._guards:
             os.close(guard)
         self._guards = []
+
+
+def _scores(queries: FloatArray, owners: IntArray, vectors: FloatArray, places: IntArray) -> FloatArray:
+    """The cosines of queries[owners] to vectors[places].
+
+    Equal vectors have equal scores to the last bit: each is summed by itself, in float64.
+    """
+    exact, scores = queries.astype(np.float64), np.empty(len(places), np.float32)
+    for start in range(0, len(places), _SCORED):
+        part = slice(start, start + _SCORED)
+        scores[part] = (vectors[places[part]] * exact[owners[part]]).sum(1)
+    return np.clip(scores, -1, 1)
 
 
 def recorded_model(folder: Path) -> Path | None:

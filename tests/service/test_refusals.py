@@ -673,12 +673,14 @@ def test_an_id_is_text_and_nothing_else(client: TestClient, address: str) -> Non
 
 
 def test_metadata_at_its_limits_is_taken(client: TestClient) -> None:
-    for metadata in (nested(32), '{"a": "%s"}' % ("x" * (16_384 - 9))):
+    for metadata in ('{"a": [%d, %d]}' % (2**70, -(10**4000)), nested(32), '{"a": "%s"}' % ("x" * (16_384 - 9))):
         answer = client.put(
             "/images/limits", content=form(("f", PICTURE), metadata=metadata), headers={"content-type": FORM}
         )
         assert answer.status_code in (200, 201)
         assert answer.json()["metadata"] == json.loads(metadata)
+        found = client.post("/search?k=1000", content=PICTURE)
+        assert {hit["id"]: hit["metadata"] for hit in found.json()["hits"]}["limits"] == json.loads(metadata)
     deeper = client.patch("/images/limits", json={"metadata": json.loads(nested(33))})
     assert_refused(deeper, 400, "invalid_request")
     larger = client.patch("/images/limits", json={"metadata": {"b": "x"}})
