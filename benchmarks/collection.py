@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +18,13 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.search_peers import D, Peer, chunks, percents
 from service import FloatArray, IntArray
 from service.card import read_card
+from service.sources import open_source
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore
 
@@ -124,9 +127,31 @@ class Collection:
                 for numbers, rows in chunks(self.vectors):
                     embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
                     file.write_table(pa.table([pa.array(numbers).cast(pa.string()), embeddings], schema))
-            lookalike = Path(sys.executable).with_name("lookalike")
-            command = [lookalike, "store", "import", parquet, "--store", Path(made) / "store", "--model", MODEL]
-            return apart(_run, command, {"LOOKALIKE_EXACT_LIMIT": str(self.exact_limit)})
+            return self._lookalike("store", "import", parquet, "--store", Path(made) / "store", "--model", MODEL)
+
+    def indexed(self, data_root: Path) -> dict[str, float]:
+        """Let `lookalike index` fill a store from as many pictures, once; return how that went: seconds, peak bytes.
+
+        They are MNIST's digits, each shifted up to 25 ways.
+        """
+        return self._once("index", lambda: self._index(data_root))
+
+    def _index(self, data_root: Path) -> dict[str, float]:
+        digits = open_source("mnist/train", data_root)
+        with TemporaryDirectory(dir=self.folder) as made:
+            pictures = Path(made) / "pictures"
+            for number in tqdm(range(self.count), "writing pictures", leave=False):
+                if not number % 1000:
+                    (folder := pictures / f"{number // 1000:04}").mkdir(parents=True)
+                shift, which = divmod(number, len(digits))
+                pixels = np.asarray(Image.open(BytesIO(digits.entry(which).data)))
+                moved = np.roll(pixels, (shift // 5 - 2, shift % 5 - 2), (0, 1))
+                Image.fromarray(moved).save(folder / f"{number % 1000:03}.png", compress_level=1)
+            return self._lookalike("index", pictures, "--store", Path(made) / "store", "--model", MODEL)
+
+    def _lookalike(self, *arguments: str | Path) -> dict[str, float]:
+        command = [Path(sys.executable).with_name("lookalike"), *arguments]
+        return apart(_run, command, {"LOOKALIKE_EXACT_LIMIT": str(self.exact_limit)})
 
     def make(self, peer: Peer) -> dict[str, float]:
         """Make a peer's index, unless it is there; return how that went."""

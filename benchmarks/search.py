@@ -81,6 +81,7 @@ class Part(StrEnum):
     """What may be asked for alone."""
 
     INDEX = "index"
+    PICTURES = "pictures"
     ENGINE = "engine"
     HTTP = "http"
     FILTER = "filter"
@@ -98,7 +99,8 @@ def main(
     data_root: Annotated[
         Path | None,
         typer.Option(
-            envvar="LOOKALIKE_TEST_DATA", help="Folder with MNIST/raw and cifar10-jpeg/*.zip, for the part `real`."
+            envvar="LOOKALIKE_TEST_DATA",
+            help="Folder with MNIST/raw and cifar10-jpeg/*.zip, for `real` and `pictures`.",
         ),
     ] = None,
 ) -> None:
@@ -107,6 +109,7 @@ def main(
     collection = synthetic(work / f"synthetic-{count}", count, exact_limit=min(100_000, count // 2))
     parts: dict[Part, Callable[[], list[Row]]] = {
         Part.INDEX: lambda: _index(collection),
+        Part.PICTURES: lambda: _pictures(collection, data_root),
         Part.ENGINE: lambda: _engine(collection, [Hnswlib(), Usearch(), Lancedb()], f"{count:,} synthetic"),
         Part.FILTER: lambda: _filtered(collection),
         Part.HTTP: lambda: _http(collection),
@@ -131,15 +134,11 @@ def main(
 def _index(collection: Collection) -> list[Row]:
     """Bulk add, and the memory that it took."""
     ours, imported = collection.fill(), collection.imported()
-    most = 2 * 4 * D * collection.count  # bytes
-    bar = f"≤ {most / 1e6:,.0f}"
-    # Of fewer vectors, what any such process needs is the larger part.
-    kept = [told["peak"] <= most if collection.count >= 1_000_000 else None for told in (ours, imported)]
     rows = [
         Row("bulk add, vectors/s", ours["rate"], bar="≥ 20,000", kept=ours["rate"] >= 20_000),
         Row("indexing, s, until nothing is left to do", ours["seconds"]),
-        Row("indexing, peak memory, MB", ours["peak"] / 1e6, bar=bar, kept=kept[0]),
-        Row("`lookalike store import`, peak memory, MB", imported["peak"] / 1e6, bar=bar, kept=kept[1]),
+        _peak("indexing", ours, collection),
+        _peak("`lookalike store import`", imported, collection),
     ]
     for peer in (Faiss(collection.store), Hnswlib(), Usearch(), Lancedb()):
         theirs = collection.make(peer)
@@ -149,6 +148,22 @@ def _index(collection: Collection) -> list[Row]:
             Row("indexing, peak memory, MB", ours["peak"] / 1e6, peer.name, theirs["peak"] / 1e6),
         ]
     return rows
+
+
+def _pictures(collection: Collection, data_root: Path | None) -> list[Row]:
+    """The memory that `lookalike index` takes, with decoders and encoder."""
+    if data_root is None:
+        logging.warning("no pictures to index: --data-root or LOOKALIKE_TEST_DATA names no folder of them")
+        return []
+    told, what = collection.indexed(data_root), "`lookalike index`"
+    return [Row(f"{what}, pictures/s", collection.count / told["seconds"]), _peak(what, told, collection)]
+
+
+def _peak(what: str, told: dict[str, float], collection: Collection) -> Row:
+    most = 2 * 4 * D * collection.count  # bytes
+    # Of fewer vectors, what any such process needs is the larger part.
+    kept = told["peak"] <= most if collection.count >= 1_000_000 else None
+    return Row(f"{what}, peak memory, MB", told["peak"] / 1e6, bar=f"≤ {most / 1e6:,.0f}", kept=kept)
 
 
 def _engine(collection: Collection, peers: list[Peer], what: str) -> list[Row]:
