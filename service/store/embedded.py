@@ -233,15 +233,11 @@ class EmbeddedStore:
             vectors = self._catalog.some_vectors(keys, self._applied)
             if vectors is None:
                 return None
-            owners = np.repeat(np.arange(len(queries)), lengths)
-            scores = _scores(queries, owners, vectors, places)
-            order = np.lexsort((places, -scores, owners))
-            rank = np.arange(len(order)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            best = order[rank < k]
-            shown = self._catalog.shown(keys[np.unique(places[best])], self._applied)
+            best, scores = _best(queries, lengths, vectors, places, k)
+            shown = self._catalog.shown(keys[np.unique(best)], self._applied)
             if shown is None:
                 return None
-        found = zip(keys[places[best]].tolist(), scores[best].tolist(), strict=True)
+        found = zip(keys[best].tolist(), scores.tolist(), strict=True)
         hits = iter([Hit(id, score, metadata) for key, score in found for id, metadata in (shown[key],)])
         return [list(islice(hits, count)) for count in np.minimum(lengths, k).tolist()]
 
@@ -481,16 +477,30 @@ class EmbeddedStore:
         self._guards = []
 
 
-def _scores(queries: FloatArray, owners: IntArray, vectors: FloatArray, places: IntArray) -> FloatArray:
-    """The cosines of queries[owners] to vectors[places].
+def _best(
+    queries: FloatArray, lengths: IntArray, vectors: FloatArray, places: IntArray, k: int
+) -> tuple[IntArray, FloatArray]:
+    """The best k of each query's own candidates: their places, query after query, and their scores.
 
     Equal vectors have equal scores to the last bit: each is summed by itself, in float64.
+
+    Args:
+        queries: (N, D).
+        lengths: (N,), of candidates of each.
+        vectors: (M, D), what any of them may be.
+        places: of all candidates in these, query after query.
+        k: 1 or more; equal scores stand in the order of places.
     """
-    exact, scores = queries.astype(np.float64), np.empty(len(places), np.float32)
+    exact, owners = queries.astype(np.float64), np.repeat(np.arange(len(queries)), lengths)
+    scores = np.empty(len(places), np.float32)
     for start in range(0, len(places), _SCORED):
         part = slice(start, start + _SCORED)
         scores[part] = (vectors[places[part]] * exact[owners[part]]).sum(1)
-    return np.clip(scores, -1, 1)
+    scores = np.clip(scores, -1, 1)
+    order = np.lexsort((places, -scores, owners))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    best = order[rank < k]
+    return places[best], scores[best]
 
 
 def recorded_model(folder: Path) -> Path | None:
