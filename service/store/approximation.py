@@ -18,6 +18,7 @@ _NEIGHBOURS = 10  # recall is measured at
 _HELD_OUT = 500
 _SAMPLED_A_LIST = 32
 _ROUNDS = 8
+_BLOCK = 4096  # vectors at a time beside all that were held out
 _SPARES = (2, 4, 8, 16)
 _MARGIN = 0.1  # of the quantiser's range on either side, for vectors that were not in the sample
 
@@ -54,7 +55,9 @@ def approximate(
     centroids = _centroids(sample, lists, stopped, seed)
     if centroids is None:
         return None
-    index = FaissIndex(dimension, Partition(centroids, _ranges(sample, centroids), 1, 1, len(keys), 0.0))
+    sample -= centroids[_nearest(sample, centroids)]
+    learnt = Partition(centroids, _ranges(sample), 1, 1, _reach(sample, held[1]), len(keys), 0.0)
+    index = FaissIndex(dimension, learnt)
     del sample
     nearest = _Nearest(*held)
     for some, block in vectors(None):
@@ -108,12 +111,17 @@ def _nearest(vectors: FloatArray, centroids: FloatArray) -> IntArray:
     return nearest
 
 
-def _ranges(sample: FloatArray, centroids: FloatArray) -> FloatArray:
-    """Of each number of the residuals the least, then the width: what FAISS' 8-bit quantiser wants."""
-    rest = sample - centroids[_nearest(sample, centroids)]
-    least, most = rest.min(0), rest.max(0)
+def _ranges(residuals: FloatArray) -> FloatArray:
+    """Of each number of them the least, then the width: what FAISS' 8-bit quantiser wants."""
+    least, most = residuals.min(0), residuals.max(0)
     margin = _MARGIN * (most - least) + 1e-6
     return np.concatenate([least - margin, most - least + 2 * margin]).astype(np.float32)
+
+
+def _reach(residuals: FloatArray, queries: FloatArray) -> float:
+    """See Partition.reach."""
+    blocks = (residuals[start : start + _BLOCK] for start in range(0, len(residuals), _BLOCK))
+    return max(float((queries @ block.T).max()) for block in blocks)
 
 
 class _Nearest:

@@ -26,6 +26,7 @@ _ROUNDING = 2**-11 * 1.01 + 1e-5
 _EXACT_SPARE = 24  # candidates beyond k at first
 _FEW = 256  # of keys: as many are read from the catalog in no time
 _LEAST_SEEN = 10_000  # of filtered keys in an approximate index
+_FARTHEST = 2.0  # two cosines differ by no more; of an index that was made before its reach was measured
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Partition:
         ranges: what FAISS' 8-bit quantiser learnt.
         probes: lists that a search looks into.
         spare: candidates for each wanted neighbour.
+        reach: how much more alike to a query a vector is than the centroid of its list: the most that was seen.
         count: vectors in the store when it was made.
         recall: recall@10 measured with these.
     """
@@ -45,6 +47,7 @@ class Partition:
     ranges: FloatArray
     probes: int
     spare: int
+    reach: float
     count: int
     recall: float
 
@@ -158,8 +161,8 @@ class FaissIndex:
 
         Of an exact index these are all that can be among the k nearest. Of an approximate one they are
         `spare` · k, from the lists of the nearest `probes` centroids. With `among` lists in which there is none of
-        them are passed over, and the search goes on until it has seen as many as it would have without, and at least
-        10,000: those that meet a filter may be anywhere.
+        them are passed over, and the search sees twice as many of them as it would have without. Those that meet a
+        filter may be anywhere: it goes on until it has seen 10,000, in lists which `reach` does not rule out.
 
         Args:
             queries: (N, D), as `checked` gives them.
@@ -173,17 +176,13 @@ class FaissIndex:
             return [np.empty(0, np.int64)] * len(queries)
         if among is not None and among.keys is not None:
             return [among.keys] * len(queries)
-        selector: Any = None if among is None else faiss.IDSelectorBitmap(among.bits)  # type: ignore[call-arg, arg-type]
+        if self.partition is not None and among is not None:
+            return self._filtered(queries, k, among)
         if self.partition is not None:
             wanted = min(self.partition.spare * k, len(self))
-            if among is None:
-                keys = self._index.search(queries, wanted, params=self._parameters)[1]
-            else:
-                tally = self._tally(among)
-                lists, near = self._promising(queries, tally.counts)
-                where = (self._index, selector) if tally.codes is None else (tally.codes, None)
-                keys = _scan(where[0], queries, min(wanted, among.count), lists, near, where[1])[1]
+            keys = self._index.search(queries, wanted, params=self._parameters)[1]
             return [row[row >= 0] for row in keys]
+        selector: Any = None if among is None else faiss.IDSelectorBitmap(among.bits)  # type: ignore[call-arg, arg-type]
         every = np.repeat(self._all_lists, len(queries), axis=0)
         near = np.zeros(every.shape, np.float32)
         wanted = k + _EXACT_SPARE
@@ -215,18 +214,35 @@ class FaissIndex:
         same._index.ntotal = len(self)
         return same
 
-    def _promising(self, queries: FloatArray, counts: IntArray) -> tuple[IntArray, FloatArray]:
-        """The lists to look into for each query, nearest first, −1 where it needs no more; and how near they are."""
+    def _filtered(self, queries: FloatArray, k: int, among: Among) -> list[IntArray]:
+        """As `candidates`, of an approximate index and of the keys that meet a filter."""
         assert self.partition is not None
+        tally, wanted = self._tally(among), min(self.partition.spare * k, among.count)
         # One query is not worth BLAS' threads, which wait for each other: where anybody else is at work, for 8 ms.
         near = np.einsum("nd,ld->nl", queries, self.partition.centroids, optimize=len(queries) > 1)
-        enough = max(2 * self.partition.probes * len(self) // len(counts), _LEAST_SEEN)
         order = np.argsort(-near, axis=1)
-        met = counts[order]
-        order[(np.cumsum(met, axis=1) - met >= enough) | (met == 0)] = -1
-        used = np.argsort(order < 0, axis=1, kind="stable")[:, : max(int((order >= 0).sum(1).max()), 1)]
-        order = np.take_along_axis(order, used, 1)
-        return order, np.take_along_axis(near, np.maximum(order, 0), 1)
+        near, counts = np.take_along_axis(near, order, 1), tally.counts[order]
+        before = np.cumsum(counts, axis=1) - counts
+
+        index, selector = tally.codes, None
+        if index is None:
+            index, selector = self._index, faiss.IDSelectorBitmap(among.bits)  # type: ignore[call-arg, arg-type]
+
+        def look(chosen: Any) -> tuple[FloatArray, IntArray]:
+            """The best in some lists (N, L)."""
+            used = np.argsort(~chosen, axis=1, kind="stable")[:, : max(int(chosen.sum(1).max()), 1)]
+            lists = np.take_along_axis(np.where(chosen, order, -1), used, 1)
+            return _scan(index, queries, wanted, lists, np.take_along_axis(near, used, 1), selector)
+
+        usual = 2 * self.partition.probes * len(self) // len(tally.counts)
+        scores, keys = look((counts > 0) & (before < usual))
+        least = scores[:, min(k, wanted) - 1 : min(k, wanted)]
+        more = (counts > 0) & (before >= usual) & (before < _LEAST_SEEN) & (near + self.partition.reach >= least)
+        if more.any():
+            more_scores, more_keys = look(more)
+            best = np.argsort(-np.concatenate([scores, more_scores], axis=1), axis=1, kind="stable")[:, :wanted]
+            keys = np.take_along_axis(np.concatenate([keys, more_keys], axis=1), best, 1)
+        return [row[row >= 0] for row in keys]
 
     def _tally(self, among: Among) -> _Tally:
         """See _Tally; made once for a selection. Cost: reads all keys of the index."""
@@ -294,7 +310,8 @@ class FaissIndex:
         if self.partition is not None:
             one = self.partition
             sections += [section("centroids", one.centroids), section("ranges", one.ranges)]
-            facts |= {"probes": one.probes, "spare": one.spare, "built": one.count, "recall": one.recall}
+            facts |= {"probes": one.probes, "spare": one.spare, "reach": one.reach}
+            facts |= {"built": one.count, "recall": one.recall}
         return facts, sections
 
     def _pieces(self, read: Any, lengths: IntArray) -> Iterator[Array]:
@@ -368,8 +385,10 @@ def _partition(dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) 
     numbers = [facts.get(name) for name in ("probes", "spare", "built")]
     probes, spare, built = (number if type(number) is int else 0 for number in numbers)
     _expect(1 <= probes <= len(centroids) and 1 <= spare <= 1000 and built >= 1, "probes")
-    recall = facts.get("recall")
-    return Partition(centroids, ranges, probes, spare, built, recall if isinstance(recall, float) else 0.0)
+    reach, recall = facts.get("reach"), facts.get("recall")
+    if not isinstance(reach, float) or not -_FARTHEST <= reach <= _FARTHEST:
+        reach = _FARTHEST
+    return Partition(centroids, ranges, probes, spare, reach, built, recall if isinstance(recall, float) else 0.0)
 
 
 def _expect(good: bool, what: str) -> None:

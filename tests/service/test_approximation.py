@@ -2,7 +2,9 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ from service import FloatArray, IntArray
 from service.store import snapshot
 from service.store.approximation import approximate
 from service.store.embedded import EmbeddedStore
-from service.store.faiss_index import FaissIndex
+from service.store.faiss_index import Among, FaissIndex
 from service.store.filters import parse_filter
 from service.store.snapshot import SNAPSHOT
 from tests.service.test_store import card, item
@@ -73,6 +75,35 @@ def test_a_filtered_search_finds_as_much(folder: Path, third: int) -> None:
     store = EmbeddedStore(folder, card(), D, exact_limit=1000)
     assert recall(store, VECTORS, clustered(100, seed=2), third) >= 0.985
     store.close()
+
+
+@pytest.mark.parametrize("step", [2, 16])  # of sixty clusters' hundred each, fifty or six meet the filter
+def test_lists_that_cannot_hold_the_nearest_are_passed_over(folder: Path, step: int) -> None:
+    facts, arrays = snapshot.read(folder / SNAPSHOT)
+    queries, keys = clustered(50, seed=5), np.arange(1, len(VECTORS) + 1, step)
+    bits = np.zeros(len(VECTORS) + 8, np.uint8)
+    bits[keys] = 1
+    among = Among(np.packbits(bits, bitorder="little"))
+    true = keys[np.argsort(-(queries @ VECTORS[keys - 1].T), axis=1)[:, :10]]
+    stats: Any = faiss.cvar
+    looked_at, found = [], []
+    for reach in (-2.0, facts["reach"], 2.0):
+        index = FaissIndex.of_arrays(D, facts | {"probes": 1, "reach": reach}, arrays)
+        stats.indexIVF_stats.reset()
+        candidates = [index.candidates(query[None], 10, among)[0] for query in queries]
+        looked_at.append(stats.indexIVF_stats.ndis)
+        found.append(np.mean([np.isin(row, own).mean() for row, own in zip(true, candidates, strict=True)]))
+        together = index.candidates(queries, 10, among)
+        assert all(np.array_equal(np.sort(a), np.sort(b)) for a, b in zip(candidates, together, strict=True))
+    assert looked_at[0] < looked_at[1] < looked_at[2] / 2
+    assert found[0] < found[1] == found[2] > 0.99
+
+
+@pytest.mark.parametrize("reach", [None, "1", float("nan"), 3.0, -3.0])
+def test_without_a_reach_that_can_be_no_list_is_passed_over(folder: Path, reach: object) -> None:
+    facts, arrays = snapshot.read(folder / SNAPSHOT)
+    partition = FaissIndex.of_arrays(D, facts | {"reach": reach}, arrays).partition
+    assert partition is not None and partition.reach == 2
 
 
 def test_what_is_added_replaced_and_removed_is_seen_at_once(tmp_path: Path) -> None:
