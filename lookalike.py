@@ -193,7 +193,6 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the pictures of a store that are most like a picture."""
-
     from service.gallery import open_gallery
 
     try:
