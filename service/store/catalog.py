@@ -116,7 +116,8 @@ class Catalog:
             self.meta: dict[str, str] = dict(self._database.execute("SELECT name, value FROM meta"))
             self._check_meta()
             self._dtype = np.dtype(VECTOR_TYPES[self.meta["vector_type"]])
-            self._width = self._dtype.itemsize * int(self.meta["dimension"])
+            self._dimension = int(self.meta["dimension"])
+            self._width = self._dtype.itemsize * self._dimension
             self._sequence = int(_one(self._database, _LATEST))
         except apsw.Error as error:
             self.close()
@@ -294,25 +295,22 @@ class Catalog:
         Raises:
             InvalidStore: a vector does not have its checksum.
         """
-        if not len(keys):
-            return np.empty((0, self._width // self._dtype.itemsize), np.float32)
-        query = _OF_KEYS.format(columns="key, vector, checksum, sequence", table="vectors")
-        with self._reading(mapped=True) as database:
-            rows: list[Any] = database.execute(query, (apsw.carray(keys),)).fetchall()
-        if len(rows) < len(keys) or max(row[3] for row in rows) > until:
-            return None
-        return self._checked(rows)[1]
+        rows = self._current("key, vector, checksum", "vectors", keys, until)
+        return None if rows is None else self._checked(rows)[1]
 
     def shown(self, keys: IntArray, until: int) -> dict[int, tuple[str, str]] | None:
         """Return the ids of keys and their metadata as JSON, or None where one changed or went after `until`."""
-        if not len(keys):
-            return {}
-        query = _OF_KEYS.format(columns="key, id, metadata, sequence", table="items")
+        rows = self._current("key, id, metadata", "items", keys, until)
+        return None if rows is None else {key: (id, metadata) for key, id, metadata, _ in rows}
+
+    def _current(self, columns: str, table: str, keys: IntArray, until: int) -> list[Any] | None:
+        """The columns, and the sequence number behind them, of keys in order; None as the two above."""
+        if not len(keys):  # carray takes none
+            return []
+        query = _OF_KEYS.format(columns=f"{columns}, sequence", table=table)
         with self._reading(mapped=True) as database:
             rows: list[Any] = database.execute(query, (apsw.carray(keys),)).fetchall()
-        if len(rows) < len(keys) or max(row[3] for row in rows) > until:
-            return None
-        return {key: (id, metadata) for key, id, metadata, _ in rows}
+        return None if len(rows) < len(keys) or max(row[3] for row in rows) > until else rows
 
     def matching(self, where: Filter, since: int) -> tuple[int, IntArray, IntArray]:
         """Return which items meet a filter, of those that changed after a sequence number.
@@ -416,7 +414,7 @@ class Catalog:
             # In a damaged page anything may stand where a blob should.
             if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._width:
                 raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
-        vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(len(rows), -1)
+        vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(-1, self._dimension)
         return np.asarray([row[0] for row in rows], np.int64), vectors.astype(np.float32)
 
     def _blob(self, query: str, id: str) -> bytes | None:

@@ -222,7 +222,7 @@ class FaissIndex:
         near = np.einsum("nd,ld->nl", queries, self.partition.centroids, optimize=len(queries) > 1)
         order = np.argsort(-near, axis=1)
         near, counts = np.take_along_axis(near, order, 1), tally.counts[order]
-        before = np.cumsum(counts, axis=1) - counts
+        any_there, before = counts > 0, np.cumsum(counts, axis=1) - counts
 
         index, selector = tally.codes, None
         if index is None:
@@ -235,9 +235,9 @@ class FaissIndex:
             return _scan(index, queries, wanted, lists, np.take_along_axis(near, used, 1), selector)
 
         usual = 2 * self.partition.probes * len(self) // len(tally.counts)
-        scores, keys = look((counts > 0) & (before < usual))
+        scores, keys = look(any_there & (before < usual))
         least = scores[:, min(k, wanted) - 1 : min(k, wanted)]
-        more = (counts > 0) & (before >= usual) & (before < _LEAST_SEEN) & (near + self.partition.reach >= least)
+        more = any_there & (before >= usual) & (before < _LEAST_SEEN) & (near + self.partition.reach >= least)
         if more.any():
             more_scores, more_keys = look(more)
             best = np.argsort(-np.concatenate([scores, more_scores], axis=1), axis=1, kind="stable")[:, :wanted]
