@@ -2,14 +2,42 @@
 
 import os
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
-# Several workers count in files that all of them read; BentoML asks for those always. A single one counts in its own
-# memory, which costs less and knows its process. It must be said before prometheus_client is imported.
 _FILES = "PROMETHEUS_MULTIPROC_DIR"
-if os.environ.get("LOOKALIKE_WORKERS", "1") == "1":
-    os.environ.pop(_FILES, None)
+
+
+def _process(pid: int) -> str:
+    """Name a process so that no later one has the name; "" when there is none."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{pid}-{started}"
+
+
+def _choose_files() -> None:
+    """Choose where to count: it must be said before prometheus_client is imported.
+
+    Several workers count in files that all of them read; BentoML asks for those always. A single one counts in its own
+    memory, which costs less and knows its process. BentoML's folder is one for all services of a user, and whichever
+    starts empties it: ours is beside it, named for the process that started the workers.
+    """
+    bentoml = os.environ.pop(_FILES, None)
+    if bentoml is None or os.environ.get("LOOKALIKE_WORKERS", "1") == "1":
+        return
+    own = Path(bentoml).with_name(f"lookalike-metrics-{_process(os.getppid())}")
+    own.mkdir(exist_ok=True)
+    os.environ[_FILES] = str(own)
+    for other in own.parent.glob("lookalike-metrics-*-*"):
+        name = other.name.removeprefix("lookalike-metrics-")
+        if name != _process(int(name.partition("-")[0])):
+            shutil.rmtree(other, ignore_errors=True)  # its service has ended
+
+
+_choose_files()
 
 from prometheus_client import (  # noqa: E402
     CONTENT_TYPE_LATEST,
@@ -74,7 +102,7 @@ def report() -> bytes:
         return generate_latest(REGISTRY)
     for file in Path(os.environ[_FILES]).glob("gauge_live*.db"):
         pid = int(re.sub(r"\D", "", file.stem))
-        if not Path(f"/proc/{pid}").exists():  # what a worker that was killed had at work is nobody's now
+        if not _process(pid):  # what a worker that was killed had at work is nobody's now
             multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
     together = CollectorRegistry()
     multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]
