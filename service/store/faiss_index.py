@@ -25,7 +25,7 @@ _MOST_LISTS = 65_536
 _ROUNDING = 2**-11 * 1.01 + 1e-5
 _EXACT_SPARE = 24  # candidates beyond k at first
 _FEW = 256  # of keys: as many are read from the catalog in no time
-_LEAST_SEEN = 10_000  # of filtered keys in an approximate index
+LEAST_SEEN = 10_000  # of those that meet a filter in an approximate index; up to so many have their codes side by side
 _FARTHEST = 2.0  # two cosines differ by no more; of an index that was made before its reach was measured
 
 
@@ -38,7 +38,8 @@ class Partition:
         ranges: what FAISS' 8-bit quantiser learnt.
         probes: lists that a search looks into.
         spare: candidates for each wanted neighbour.
-        reach: how much more alike to a query a vector is than the centroid of its list: the most that was seen.
+        reach: how much more alike to a query a vector is than the centroid of its list: the most that was measured.
+        seen: how many of those that meet a filter a search looks at, where so many do.
         count: vectors in the store when it was made.
         recall: recall@10 measured with these.
     """
@@ -48,6 +49,7 @@ class Partition:
     probes: int
     spare: int
     reach: float
+    seen: int
     count: int
     recall: float
 
@@ -75,6 +77,13 @@ class Among:
         few = self.count <= _FEW
         self.keys: IntArray | None = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if few else None
         self.tally: _Tally | None = None
+
+    @classmethod
+    def of(cls, keys: IntArray) -> "Among":
+        """Limit a search to keys, in any order."""
+        met = np.zeros(int(keys.max(initial=0)) + 1, np.bool_)
+        met[keys] = True
+        return cls(np.packbits(met, bitorder="little"))
 
 
 class FaissIndex:
@@ -162,7 +171,7 @@ class FaissIndex:
         Of an exact index these are all that can be among the k nearest. Of an approximate one they are
         `spare` · k, from the lists of the nearest `probes` centroids. With `among` lists in which there is none of
         them are passed over, and the search sees twice as many of them as it would have without. Those that meet a
-        filter may be anywhere: it goes on until it has seen 10,000, in lists which `reach` does not rule out.
+        filter may be anywhere: it goes on until it has looked at `seen`, in lists which `reach` does not rule out.
 
         Args:
             queries: (N, D), as `checked` gives them.
@@ -237,7 +246,7 @@ class FaissIndex:
         usual = 2 * self.partition.probes * len(self) // len(tally.counts)
         scores, keys = look(any_there & (before < usual))
         least = scores[:, min(k, wanted) - 1 : min(k, wanted)]
-        more = any_there & (before >= usual) & (before < _LEAST_SEEN) & (near + self.partition.reach >= least)
+        more = any_there & (before >= usual) & (before < self.partition.seen) & (near + self.partition.reach >= least)
         if more.any():
             more_scores, more_keys = look(more)
             best = np.argsort(-np.concatenate([scores, more_scores], axis=1), axis=1, kind="stable")[:, :wanted]
@@ -255,7 +264,7 @@ class FaissIndex:
             ends = np.cumsum([0, *sizes])
             counts = np.diff(np.concatenate([[0], np.cumsum(met, dtype=np.int64)])[ends])
             codes = None
-            if counts.sum() <= _LEAST_SEEN:
+            if counts.sum() <= LEAST_SEEN:
                 codes = self._quantised(len(sizes))
                 for number in np.flatnonzero(counts).tolist():
                     own = met[ends[number] : ends[number + 1]]
@@ -311,7 +320,7 @@ class FaissIndex:
             one = self.partition
             sections += [section("centroids", one.centroids), section("ranges", one.ranges)]
             facts |= {"probes": one.probes, "spare": one.spare, "reach": one.reach}
-            facts |= {"built": one.count, "recall": one.recall}
+            facts |= {"seen": one.seen, "built": one.count, "recall": one.recall}
         return facts, sections
 
     def _pieces(self, read: Any, lengths: IntArray) -> Iterator[Array]:
@@ -385,10 +394,12 @@ def _partition(dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) 
     numbers = [facts.get(name) for name in ("probes", "spare", "built")]
     probes, spare, built = (number if type(number) is int else 0 for number in numbers)
     _expect(1 <= probes <= len(centroids) and 1 <= spare <= 1000 and built >= 1, "probes")
-    reach, recall = facts.get("reach"), facts.get("recall")
+    reach, seen, recall = (facts.get(name) for name in ("reach", "seen", "recall"))
     if not isinstance(reach, float) or not -_FARTHEST <= reach <= _FARTHEST:
         reach = _FARTHEST
-    return Partition(centroids, ranges, probes, spare, reach, built, recall if isinstance(recall, float) else 0.0)
+    seen = seen if type(seen) is int and seen > LEAST_SEEN else LEAST_SEEN
+    recall = recall if isinstance(recall, float) else 0.0
+    return Partition(centroids, ranges, probes, spare, reach, seen, built, recall)
 
 
 def _expect(good: bool, what: str) -> None:

@@ -44,7 +44,7 @@ class Selections:
             known = self._known.pop(where, None)
         latest, changed, matching = self._catalog.matching(where, -1 if known is None else known.sequence)
         if known is None:
-            known = Selection(latest, Among(_bits(matching)))
+            known = Selection(latest, Among.of(matching))
         elif len(changed):
             known = Selection(latest, Among(_changed(known.among.bits, changed, matching)))
         with self._using:
@@ -52,10 +52,6 @@ class Selections:
             while len(self._known) > _KEPT:
                 del self._known[next(iter(self._known))]
         return known
-
-
-def _bits(keys: IntArray) -> Any:
-    return _changed(np.zeros(0, np.uint8), np.empty(0, np.int64), keys)
 
 
 def _changed(bits: Any, off: IntArray, on: IntArray) -> Any:

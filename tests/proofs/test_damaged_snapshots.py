@@ -142,7 +142,7 @@ def _approximate(store: EmbeddedStore) -> FaissIndex:
     """An index of few lists that looks into all: what it finds is what there is, if nothing is wrong with it."""
     centroids = VECTORS[:LISTS]
     ranges = np.repeat(np.asarray([-2, 4], np.float32), D)
-    index = FaissIndex(D, Partition(centroids, ranges, LISTS, 1000, 2.0, COUNT, 1.0))
+    index = FaissIndex(D, Partition(centroids, ranges, LISTS, 1000, 2.0, COUNT, COUNT, 1.0))
     for keys, vectors in store._catalog.vectors():
         index.add(keys, vectors, index.assign(keys, vectors))
     return index

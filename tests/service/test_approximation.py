@@ -1,6 +1,7 @@
 """The approximate index: believed by measurement, and by a second, slower one here."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from tests.service.test_store import card, item
 D = 32
 
 
-def clustered(count: int, seed: int = 0) -> FloatArray:
+def clustered(count: int, seed: int = 0, clusters: int = 60, spread: float = 0.5) -> FloatArray:
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(60, D))
-    vectors = centres[rng.integers(0, 60, count)] + 0.5 * rng.normal(size=(count, D))
+    centres = np.random.default_rng(99).normal(size=(clusters, D))
+    vectors = centres[rng.integers(0, clusters, count)] + spread * rng.normal(size=(count, D))
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
@@ -81,9 +82,7 @@ def test_a_filtered_search_finds_as_much(folder: Path, third: int) -> None:
 def test_lists_that_cannot_hold_the_nearest_are_passed_over(folder: Path, step: int) -> None:
     facts, arrays = snapshot.read(folder / SNAPSHOT)
     queries, keys = clustered(50, seed=5), np.arange(1, len(VECTORS) + 1, step)
-    bits = np.zeros(len(VECTORS) + 8, np.uint8)
-    bits[keys] = 1
-    among = Among(np.packbits(bits, bitorder="little"))
+    among = Among.of(keys)
     true = keys[np.argsort(-(queries @ VECTORS[keys - 1].T), axis=1)[:, :10]]
     stats: Any = faiss.cvar
     looked_at, found = [], []
@@ -104,6 +103,30 @@ def test_without_a_reach_that_can_be_no_list_is_passed_over(folder: Path, reach:
     facts, arrays = snapshot.read(folder / SNAPSHOT)
     partition = FaissIndex.of_arrays(D, facts | {"reach": reach}, arrays).partition
     assert partition is not None and partition.reach == 2
+
+
+def test_a_filtered_search_looks_at_as_many_as_its_recall_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.store.approximation.LEAST_SEEN", 25)  # from where it is doubled
+    rows, queries, keys = clustered(6000, 0, 300, 0.3), clustered(300, 6, 300, 0.3), np.arange(6000)
+    index = approximate(lambda some: iter([(keys, rows) if some is None else (some, rows[some])]), keys, D, bool)
+    assert index is not None and index.partition is not None
+    measured = index.partition.seen
+    chosen = np.flatnonzero(np.random.default_rng(8).random(6000) < 0.2)  # of a cluster's twenty, four
+    true = chosen[np.argsort(-(queries @ rows[chosen].T), axis=1)[:, :10]]
+    found = []
+    for seen in (25, measured):
+        index.partition = replace(index.partition, seen=seen)
+        candidates = index.candidates(queries, 10, Among.of(chosen))
+        found.append(np.mean([np.isin(row, own).mean() for row, own in zip(true, candidates, strict=True)]))
+    assert 25 < measured < len(chosen)
+    assert found[0] < 0.98 and found[1] > 0.99
+
+
+@pytest.mark.parametrize(("told", "seen"), [(20_000, 20_000), (None, 10_000), (1.5, 10_000), (-1, 10_000)])
+def test_a_snapshot_tells_how_many_a_filtered_search_looks_at(folder: Path, told: object, seen: int) -> None:
+    facts, arrays = snapshot.read(folder / SNAPSHOT)
+    partition = FaissIndex.of_arrays(D, facts | {"seen": told}, arrays).partition
+    assert partition is not None and partition.seen == seen
 
 
 def test_what_is_added_replaced_and_removed_is_seen_at_once(tmp_path: Path) -> None:
