@@ -49,11 +49,11 @@ guards: setup ## take out one guard at a time, and see a test notice
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
 
-kills: setup ## kill -9 a process that writes a store, at 25 named points and at random; LONG=1 for 500 times
-	$(if $(LONG),LOOKALIKE_KILLS=500) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill.py
+kills: setup ## kill -9 a process that writes a store, at 25 named points and at random; LONG=1 for 2,000 times
+	$(if $(LONG),LOOKALIKE_KILLS=2000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill.py
 
-kills-http: setup ## kill -9 the whole service under load, and let its clock jump by a day; LONG=1 for 50 times
-	$(if $(LONG),LOOKALIKE_KILLS=50) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
+kills-http: setup ## kill -9 the whole service under load, and let its clock jump by a day; LONG=1 for 200 times
+	$(if $(LONG),LOOKALIKE_KILLS=200) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
 
 power-loss: setup ## a disk that loses and tears what was not synced; LONG=1 for 300 times each
 	$(if $(LONG),LOOKALIKE_POWER_LOSSES=300) .venv/bin/python -m pytest -m proof -s tests/proofs/test_power_loss.py

@@ -24,7 +24,7 @@ from tests.proofs.writer import POINTS, THREADS, fixed, ids_of
 
 pytestmark = pytest.mark.proof
 
-CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "36"))  # the long form is 500
+CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "36"))  # the long form is 2,000
 SEED = int(os.environ.get("LOOKALIKE_KILLS_SEED", "0"))
 LONGEST_S = 3.0  # a point that is not passed until then is no point of this cycle
 

@@ -20,7 +20,7 @@ from tests.serving import killed, serving
 
 pytestmark = pytest.mark.proof
 
-CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "4"))  # the long form is 50
+CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "4"))  # the long form is 200
 SEED = int(os.environ.get("LOOKALIKE_KILLS_SEED", "0"))
 THREADS, IDS = 3, 8
 PICTURES = [open_source("digits").read(n) for n in range(40)]
