@@ -87,6 +87,7 @@ function decode(text) {
 window.addEventListener("popstate", show);
 watchForPictures((file) => askByPicture(file.name || "your picture", file));
 const first = fillGallery(askById);
+const untouched = inFlight;
 try {
   const info = await getInfo();
   k = Math.min(HITS, info.limits.max_k);
@@ -94,7 +95,8 @@ try {
 } catch (error) {
   showInfoError(error);
 }
-show();
+// Whoever was quicker than this has their answer, or waits for it; unless they asked for more than they may have.
+if (inFlight === untouched || k < HITS) show();
 if (/^(digits|mnist)\//.test((await first)?.id)) {
   startDrawing(askByDrawing);
 }

@@ -257,6 +257,22 @@ def test_a_newer_query_overrides_an_older_ones_answer(page: Page, digits_url: st
     assert dropped.value == first.value == held[0]
 
 
+def test_a_picture_that_comes_before_the_info_is_asked_for_once(page: Page, digits_url: str) -> None:
+    held: list[Route] = []
+    asked: list[str] = []
+    page.route("**/info", lambda route: held.append(route))
+    page.on("request", lambda request: asked.append(request.url) if "/search" in request.url else None)
+    with page.expect_request("**/info"):
+        page.goto(digits_url, wait_until="commit")
+    page.set_input_files("#file", digit(digits_url, 7))
+    expect(hits(page).first).to_contain_text("digits/00007")
+    held[0].continue_()
+    expect(page.locator("#facts")).to_contain_text("1,797 pictures")
+    page.evaluate("fetch('livez')")  # what was asked before is known by its end
+    expect(hits(page).first).to_contain_text("digits/00007")
+    assert len(asked) == 1
+
+
 def test_an_empty_gallery_says_how_to_fill_it_and_shows_what_comes(page: Page, empty_url: str) -> None:
     page.goto(empty_url)
     expect(page.locator("#facts")).to_contain_text("0 pictures")
