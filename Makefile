@@ -4,8 +4,10 @@
 PYTHON ?= python3
 HOST   ?= 127.0.0.1
 PORT   ?= 3000
-MODEL  ?= models/mnist
 IMAGES ?= digits
+# Digits and MNIST have an encoder of their own; everything else gets the one for photographs, which is made here.
+PHOTOS := .lookalike/models/photos
+MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/mnist)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss \
@@ -16,11 +18,15 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # The store's folder is named for its pictures and its encoder: another encoder never meets an old store.
-serve: setup-serve ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST=
+serve: setup-serve $(filter $(PHOTOS),$(MODEL)) ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST=
 	@key=$$( (cat "$(MODEL)/model.onnx" "$(MODEL)/preprocessor_config.json"; realpath "$(IMAGES)") | cksum); \
 	store=".lookalike/$$(basename "$(IMAGES)")-$${key%% *}"; \
 	.venv-serve/bin/lookalike index "$(IMAGES)" --model "$(MODEL)" --store "$$store" || [ $$? = 1 ] || exit 2; \
 	exec .venv-serve/bin/lookalike serve --model "$(MODEL)" --store "$$store" --host "$(HOST)" --port "$(PORT)"
+
+$(PHOTOS): requirements/serve-cpu.txt service/pretrained.json | setup-serve
+	@rm -rf $@
+	.venv-serve/bin/lookalike import efficientnet-lite0 --out $@
 
 test: setup ## run every test that this machine has the means for
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile

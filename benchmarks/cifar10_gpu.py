@@ -26,13 +26,13 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.machine import describe
+from service.card import square_preprocessing
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.sources import open_source
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint, write_checkpoint
 from training.data import Canvas, names_checksum
-from training.export import square_preprocessing
 from training.material import statistics
 from training.methods import Batch, Method, Step, build_method
 from training.pretrain import (

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from benchmarks.photos import photos
-from service.card import CARD_FILE
+from service.card import CARD_FILE, square_preprocessing
 from service.images import Limits, decode_pixels
+from service.variants import Pictures
 from training.backbones import build_backbone
-from training.export import Encoder, export, square_preprocessing
-from training.variants import Pictures
+from training.export import Encoder, export
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BUILT = {  # by name: backbone, S, length of the shortest edge before the crop

@@ -18,8 +18,8 @@ _SIDE = 8
 _PROGRAM = """
 import gc, re, sys, numpy as np, torch
 from pathlib import Path
+from service.card import square_preprocessing
 from training.data import Canvas, Cursor, batches
-from training.export import square_preprocessing
 from service.sources import open_source
 source = open_source(sys.argv[1])
 trained = np.arange(len(source), dtype=np.int32)

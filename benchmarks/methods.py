@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from benchmarks.machine import describe
 from service import FloatArray
+from service.card import square_preprocessing
 from service.sources import open_source
+from service.voting import headline_accuracy
 from training.backbones import build_backbone
 from training.data import Canvas
-from training.export import square_preprocessing
-from training.knn import headline_accuracy
 from training.material import Material, prepare
 from training.methods import METHODS, build_method
 from training.pretrain import train

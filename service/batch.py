@@ -78,8 +78,8 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
             columns.append(pa.FixedSizeListArray.from_arrays(embeddings.ravel(), encoder.dimension))
             kept.extend(position for position, _ in good)
 
-        for chunk in _read_ahead(positions, read):
-            failures += [(source.ids[position], str(error)) for position, error in _use(chunk, embed)]
+        for chunk in read_ahead(positions, read):
+            failures += [(source.ids[position], str(error)) for position, error in use_good(chunk, embed)]
             bar.update(len(chunk))
         part = {"read": len(positions), "failures": failures, "variant": encoder.variant}
         table = pa.table(
@@ -92,7 +92,7 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
         )
         return table, part
 
-    with _progress("embedding", len(source), known) as bar:
+    with progress("embedding", len(source), known) as bar:
         for start in range(known, len(source), _PART_ROWS):
             table, part = embed_part(range(start, min(start + _PART_ROWS, len(source))), bar)
             write_parquet(table, part_path(out, start // _PART_ROWS))
@@ -122,11 +122,11 @@ def index_source(source: Source, gallery: Gallery) -> Tally:
     def add(good: list[tuple[int, Any]]) -> None:
         gallery.add_read([picture for _, picture in good])
 
-    with _progress("indexing", len(source), 0) as bar:
-        for chunk in _read_ahead(range(len(source)), read):
+    with progress("indexing", len(source), 0) as bar:
+        for chunk in read_ahead(range(len(source)), read):
             fresh = [(position, result) for position, result in chunk if result is not None]
             known += len(chunk) - len(fresh)
-            for position, error in _use(fresh, add):
+            for position, error in use_good(fresh, add):
                 bad += 1
                 bar.write(f"skipped {source.ids[position]}: {error}", file=sys.stderr)
             bar.update(len(chunk))
@@ -158,7 +158,7 @@ def reindex(model: Path, settings: Settings) -> int:
         try:
             since = int(gallery.store.facts().get("follows", -1))
             gallery.store.note("earlier", "" if source == home else source.name)
-            with _progress("embedding anew", 0, 0) as bar:
+            with progress("embedding anew", 0, 0) as bar:
                 while since < earlier.sequence():
                     since = gallery.follow(earlier, since, bar.update)
                     gallery.store.note("follows", str(since))
@@ -173,7 +173,7 @@ def reindex(model: Path, settings: Settings) -> int:
     return count
 
 
-def _read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, T | LookalikeError]]]:
+def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, T | LookalikeError]]]:
     """Yield chunks of (position, what was read or why not); the next chunk is read while this one is used."""
 
     def attempt(position: int) -> tuple[int, T | LookalikeError]:
@@ -190,7 +190,7 @@ def _read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tup
             yield list(current)
 
 
-def _use(
+def use_good(
     chunk: list[tuple[int, Any]], work: Callable[[list[tuple[int, Any]]], None]
 ) -> list[tuple[int, LookalikeError]]:
     """Do the work on what could be read, all together; return (position, why not) of the others.
@@ -206,11 +206,11 @@ def _use(
             if len(good) == 1:
                 failed.append((good[0][0], error))
             else:
-                failed += [failure for one in good for failure in _use([one], work)]
+                failed += [failure for one in good for failure in use_good([one], work)]
     return failed
 
 
-def _progress(what: str, total: int, done: int) -> "tqdm[Any]":
+def progress(what: str, total: int, done: int) -> "tqdm[Any]":
     return tqdm(total=total, initial=done, desc=what, unit=" pictures", mininterval=0.5)
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import onnxruntime as ort
 
 from service import FloatArray, PixelArray, cores, metrics
-from service.card import MODEL_FILE, VARIANTS, Card
+from service.card import MODEL_FILE, OUTPUTS, VARIANTS, Card, choose_output
 from service.errors import InvalidModel, NoEmbedding, OutOfMemory
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
-_OUTPUTS = ("embedding", "image_embeds")
 _CANARIES = 8  # pictures of the batch that measures variants
 _LEAST_CANARY_COSINE = 0.9  # of noise, which no variant was calibrated for
 _LEAST_KNOWN_COSINE = 0.999  # of float32 here to float32 where it was exported: other kernels, other roundings
@@ -276,17 +275,14 @@ class _Graph:
         return node.name, _TYPES[node.type]
 
     def _embedding_output(self) -> str:
-        outputs = {node.name: node.shape for node in self._session.get_outputs()}
-        for name in _OUTPUTS:
-            if name in outputs:
-                return name
-        flat = [name for name, shape in outputs.items() if len(shape) == 2]
-        if len(flat) != 1:
+        outputs = {node.name: len(node.shape) for node in self._session.get_outputs()}
+        output = choose_output(outputs)
+        if output is None:
             raise InvalidModel(
-                f"{self.path}: expected an output named embedding or image_embeds, or a single 2-D one; "
+                f"{self.path}: expected an output named {' or '.join(OUTPUTS)}, or a single 2-D one; "
                 f"it has {', '.join(outputs)}"
             )
-        return str(flat[0])
+        return output
 
 
 def _buckets(kind: str) -> list[int]:

@@ -28,6 +28,7 @@ from service.errors import (
     kept,
 )
 from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
+from service.pretrained import default_encoder, of_digits
 from service.settings import Settings
 from service.store import Hit, Item, NewItem
 from service.store.catalog import Catalog, has_catalog
@@ -301,7 +302,7 @@ class Gallery:
         """
         size = self.store.count().bit_length()
         if size != self._notice[0]:
-            self._notice = (size, suits(self.card, self._tones()))
+            self._notice = (size, suits(self.card, self._tones(), self.settings.store))
         return self._notice[1]
 
     def probe(self) -> None:
@@ -448,14 +449,19 @@ def open_store(settings: Settings, encoder: Encoder) -> EmbeddedStore:
     )
 
 
-def find_model(settings: Settings) -> Path:
-    """Return the encoder's folder: the one that is named, else the store's own, else models/mnist.
+def find_model(settings: Settings, source: str = "") -> Path:
+    """Return the encoder's folder: the one that is named, else the store's own, else the default for a source.
 
     A store that came from another machine names a folder that is not here; whether the encoder we take
     instead is the right one, its fingerprint decides.
     """
+    if settings.model:
+        return settings.model
     recorded = None if settings.no_store else recorded_model(settings.store)
-    return settings.model or (recorded if recorded and recorded.is_dir() else Path("models/mnist"))
+    if recorded is None:
+        return default_encoder(of_digits(source))
+    folder, name = recorded
+    return folder if folder.is_dir() else default_encoder(digits=name == "mnist")
 
 
 def check_id(id: str, most_bytes: int) -> str:

@@ -12,7 +12,7 @@ class Settings(BaseSettings):
     """What a service can be told. Every field is an environment variable: LOOKALIKE_MODEL, LOOKALIKE_STORE …
 
     Attributes:
-        model: the encoder's folder; None takes the one the store was built with, else models/mnist.
+        model: the encoder's folder; None takes the one the store was built with, else the one for photographs.
         store: the store's folder; made when it is not there.
         no_store: whether to embed alone and keep nothing.
         workers: processes that serve; more than one only without a store, which has one writer.

@@ -19,10 +19,11 @@ from service.encoder import Encoder
 from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.images import Limits, decode_pixels
 from service.sources import Source
+from service.voting import vote
 from training import knn
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
-from training.knn import find_neighbours, neighbour_figures, vote
+from training.knn import find_neighbours, neighbour_figures
 
 _K, _MOST_K = 20, 200
 _BATCH = 64

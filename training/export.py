@@ -1,10 +1,8 @@
 """Checkpoint → models/NAME: ONNX with its preprocessing and card, checked against torch on real pictures."""
 
-import base64
-import hashlib
-import json
 import tempfile
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.card import CARD_FILE, MODEL_FILE, PREPROCESSOR_FILE, VARIANTS, Card, Preprocessing, fingerprint
-from service.errors import InvalidModel, InvalidOutput
+from service.card import MODEL_FILE, Card, Preprocessing, fingerprint
+from service.encoder import Encoder as OnnxEncoder
+from service.errors import InvalidModel
+from service.model_folder import check_out, write_model
+from service.variants import Pictures, embed_pixels, keep_good
+from service.voting import headline_accuracy
+from service.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
 from training.augment import luminance
-from training.variants import Pictures, judge, to_int8
+from training.variants import to_int8
 
 _CHECKED_PICTURES = 256
 _LEAST_COSINE = 0.9999
+_POWERS, _DIMENSIONS = (0.5, 1.0), (512, 256, 128, 64)  # of whitenings to choose from
 
 
 class Encoder(nn.Module):
@@ -51,20 +55,6 @@ class Encoder(nn.Module):
         return copy.eval()
 
 
-def square_preprocessing(side: int, shortest_edge: int | None = None, resample: int = 3) -> Preprocessing:
-    """The preprocessing of our exports: the shortest edge to S, or to what is named, then the central S × S."""
-    config = {
-        "do_resize": True,
-        "size": {"shortest_edge": shortest_edge or side},
-        "resample": resample,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": False,
-        "do_normalize": False,
-    }
-    return Preprocessing.from_config(config, "export")
-
-
 def export(
     encoder: Encoder, pictures: Pictures | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
 ) -> None:
@@ -91,66 +81,56 @@ def export(
         MODEL_FILE: {"pictures": len(pixels)}
         | {f"least_cosine_to_torch_batch_{size}": compare(encoder, card, pixels, size) for size in (1, 64)}
     }
-    files = {
-        MODEL_FILE: model,
-        PREPROCESSOR_FILE: (json.dumps(json.loads(preprocessing.canonical), indent=2) + "\n").encode(),
-    }
+    graphs = {"fp32": model}
     if pictures:
         made = {"fp16": to_onnx(encoder.in_float16(), side), "int8": to_int8(model, pictures.calibration)}
-        quality |= judge(card, made, pictures)
-        for variant, graph in made.items():
-            file = VARIANTS[variant]
-            if quality[file]["belongs"]:
-                files[file] = graph
-            else:
-                print(f"{file} is not written: it is too far from {MODEL_FILE}: {json.dumps(quality[file])}")
-    with torch.inference_mode():
-        dimension = encoder(torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
-    content = {
-        "name": out.name,
-        "dimension": dimension,
-        "fingerprint": card.fingerprint,
-        "sha256": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
-        "canary": _canary_embedding(card),
-        "quality": quality,
-        **facts,
-    }
-    files[CARD_FILE] = (json.dumps(content, indent=2) + "\n").encode()
-    files["README.md"] = _readme(content).encode("utf-8", "surrogateescape")
-    write_folder(files, out)
+        if chosen := choose_whitening(card, pictures):
+            whitening, told = chosen
+            made = {variant: append_whitening(graph, whitening) for variant, graph in made.items()}
+            model = append_whitening(model, whitening)
+            card = replace(card, model=model, fingerprint=fingerprint(model, preprocessing))
+            facts = facts | {"whitening": told}
+        graphs = keep_good(card, made, pictures, quality)
+    write_model(out, graphs, preprocessing, facts, quality)
 
 
-def write_folder(files: dict[str, bytes], out: Path) -> None:
-    """Write files, by name, as a folder, whole or not at all; an earlier one stays until the new one has its place."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        folder, earlier = Path(temporary) / out.name, Path(temporary) / "earlier"
-        folder.mkdir()
-        for file, data in files.items():
-            (folder / file).write_bytes(data)
-        if out.exists():
-            out.rename(earlier)
-        try:
-            folder.rename(out)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(out)
-            raise
+def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[str, Any]] | None:
+    """Learn a whitening from a run's own pictures, without their labels.
 
+    Where there are labels, power and dimension are those with which the bank names most of the held-out pictures
+    rightly; else they follow from the number of pictures.
 
-def check_out(out: Path) -> None:
-    """Make sure that a model may be written to `out`, and make the folder that it is to lie in.
-
-    Raises:
-        InvalidOutput: a file, or a folder of something else, is there; or its parent cannot be made.
+    Returns:
+        It, and what the card tells of it; None where too few pictures are given, or none of them helps.
     """
-    if out.name in ("", ".."):
-        raise InvalidOutput(f"{out}: expected a folder with a name of its own, such as models/mine")
-    if out.exists() and not (out / CARD_FILE).exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise InvalidOutput(f"{out}: is there and is not a model folder; choose another --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidOutput(f"{out}: the folder it is to lie in cannot be made: {error.strerror}") from error
+    if pictures.learnt_on is None or len(pictures.learnt_on) < LEAST_LEARNT:
+        return None
+    served = OnnxEncoder(card, device="cpu")
+    rows = embed_pixels(served, pictures.learnt_on, "learning a whitening")
+    count, dimension = rows.shape
+    told = {"of": card.fingerprint, "pictures": count}
+    power, kept = default_whitening(count, dimension)
+    labels = pictures.labels
+    if labels is None:
+        return learn_whitening(rows, power, kept), told | {"power": power, "dimension": kept}
+    bank, held_out = (embed_pixels(served, pixels, "trying") for pixels in (pictures.bank, pictures.held_out))
+
+    def accuracy(whitening: Whitening | None) -> float:
+        sides = [side if whitening is None else whitening.apply(side) for side in (bank, held_out)]
+        return headline_accuracy(sides[0], labels[0], sides[1], labels[1])
+
+    best, most = None, accuracy(None)
+    for power, kept in _candidates(count, dimension):
+        whitening = learn_whitening(rows, power, kept)
+        if (found := accuracy(whitening)) > most:
+            most, best = found, (whitening, told | {"power": power, "dimension": kept, "knn_held_out": round(found, 4)})
+    return best
+
+
+def _candidates(count: int, dimension: int) -> list[tuple[float, int]]:
+    """The powers and dimensions to try with so many pictures."""
+    sizes = [size for size in sorted({dimension, *_DIMENSIONS}, reverse=True) if size <= min(dimension, count // 2)]
+    return [(0.0, dimension), *((power, size) for size in sizes for power in _POWERS)]
 
 
 def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: int) -> float:
@@ -159,9 +139,6 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
     Raises:
         InvalidModel: it is below 0.9999.
     """
-    # Here, not above: a machine that only trains has no onnxruntime.
-    from service.encoder import Encoder as OnnxEncoder
-
     served = OnnxEncoder(card, device="cpu")
     least = 1.0
     for start in range(0, len(pixels), batch):
@@ -194,27 +171,5 @@ def to_onnx(encoder: Encoder, side: int) -> bytes:
         return path.read_bytes()
 
 
-def _canary_embedding(card: Card) -> str:
-    """The embedding by which a service knows that its encoder still works, in base64 of float32."""
-    from service.encoder import Encoder as OnnxEncoder
-    from service.encoder import canary
-
-    embedding = OnnxEncoder(card, device="cpu").encode(canary(card.preprocessing.side)[None])[0]
-    return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
-
-
 def _random_pixels(side: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 256, (128, side, side, 3), dtype=np.uint8)
-
-
-def _readme(content: dict[str, Any]) -> str:
-    data = content.get("data", {})
-    measured = "".join(f"- {file}: {json.dumps(figures)}\n" for file, figures in content["quality"].items())
-    return (
-        f"# {content['name']}\n\n"
-        f"An image encoder: pictures to {content['dimension']} numbers of length 1.\n\n"
-        f"- method: {content.get('method')}\n"
-        f"- data: {data.get('source')} ({data.get('pictures', 'unknown number of')} pictures)\n"
-        f"- fingerprint: {content['fingerprint']}\n"
-        f"{measured}"
-    )

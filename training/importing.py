@@ -6,8 +6,10 @@ from typing import Any
 import torch
 import torchvision
 
+from service.card import square_preprocessing
+from service.model_folder import check_out
 from training.backbones import behead, build_network, load_weights, read_weights
-from training.export import Encoder, check_out, export, square_preprocessing
+from training.export import Encoder, export
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)

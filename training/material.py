@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from service import IntArray, PixelArray
+from service.card import square_preprocessing
 from service.errors import InvalidSource, LookalikeError
 from service.images import tones
 from service.sources import Source
+from service.variants import Pictures
 from training.data import Canvas, names_checksum, sample, spread
-from training.export import square_preprocessing
 from training.recipe import Recipe
-from training.variants import Pictures
 
 _SAMPLED = 2048  # pictures whose statistics stand for all
 _HELD_OUT = 1000  # pictures that online k-NN and the export's checks ask about
 _LEAST_HELD_FROM = 400  # of fewer pictures a twentieth says nothing
 _CHECK_BANK, _CALIBRATION = 2000, 512
+_LEARNT_ON, _LEARNT_BYTES = 20_000, 1_000_000_000  # pictures that a whitening is learnt on, and their pixels in memory
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,13 @@ def check_pictures(material: Material) -> Pictures:
 
     (bank_pixels, bank), (held_out_pixels, held_out) = take(bank), take(held_out)
     labels = material.labels
+    learnt_on = min(_LEARNT_ON, _LEARNT_BYTES // bank_pixels[0].nbytes)
     return Pictures(
         bank_pixels[np.linspace(0, len(bank) - 1, min(len(bank), _CALIBRATION)).astype(int)],
         held_out_pixels,
         bank_pixels,
         (labels[bank], labels[held_out]) if labels is not None and len(material.held_out) else None,
+        take(spread(material.trained, learnt_on))[0],
     )
 
 

@@ -20,13 +20,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from service import IntArray
+from service.card import square_preprocessing
 from service.errors import InvalidRequest, InvalidSource
+from service.model_folder import check_out
+from service.voting import headline_accuracy
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint, run_folder, write_checkpoint
 from training.data import Canvas, Cursor, ahead, batches, open_training_source, spread
-from training.export import Encoder, check_out, export, square_preprocessing
-from training.knn import headline_accuracy
+from training.export import Encoder, export
 from training.log import Log
 from training.material import Material, check_pictures, prepare
 from training.methods import METHODS, Batch, Method, build_method

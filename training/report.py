@@ -20,8 +20,8 @@ from sklearn.manifold import TSNE
 
 from service import FloatArray, IntArray, PixelArray
 from service.errors import InvalidOutput
+from service.files import write_folder
 from training.evaluate import Evaluation, Rows
-from training.export import write_folder
 from training.knn import DoubleArray
 
 REPORT_FILE = "report.json"

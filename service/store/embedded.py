@@ -120,7 +120,8 @@ class EmbeddedStore:
         if have["fingerprint"] != card.fingerprint:
             raise StoreMismatch(
                 f"{self._folder}: built by the encoder {have['model']} ({have['fingerprint'][:12]}…), "
-                f"not by {card.name} ({card.fingerprint[:12]}…); name that encoder with --model, or another --store"
+                f"not by {card.name} ({card.fingerprint[:12]}…); name that encoder with --model, or another --store, "
+                f"or bring it over with `lookalike reindex --model {card.folder} --store {self._home}`"
             )
         if have["dimension"] != str(self._dimension):
             raise InvalidStore(
@@ -503,8 +504,8 @@ def _best(
     return places[best], scores[best]
 
 
-def recorded_model(folder: Path) -> Path | None:
-    """Return the folder of the encoder that a store was built with, or None where there is no store.
+def recorded_model(folder: Path) -> tuple[Path, str] | None:
+    """Return folder and name of the encoder that a store was built with, or None where there is no store.
 
     Raises:
         InvalidStore: it is damaged.
@@ -512,4 +513,5 @@ def recorded_model(folder: Path) -> Path | None:
     folder = current(folder)
     if not (folder / FILE).exists():
         return None
-    return Path(read_meta(folder)["model_folder"])
+    meta = read_meta(folder)
+    return Path(meta["model_folder"]), meta["model"]

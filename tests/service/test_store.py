@@ -161,7 +161,7 @@ def test_a_store_of_another_encoder_is_refused_with_both_names(store_folder: Pat
     EmbeddedStore(store_folder, card("first"), D).close()
     with pytest.raises(StoreMismatch, match=r"built by the encoder first \(firstfirstfi…\), not by second"):
         EmbeddedStore(store_folder, card("second"), D)
-    assert recorded_model(store_folder) == Path("/models/first")
+    assert recorded_model(store_folder) == (Path("/models/first"), "first")
     EmbeddedStore(store_folder, card("first"), D).close()  # the refused one let go of the lock
 
 
@@ -304,7 +304,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     encoder = read_card(MODEL)
     with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 3; `lookalike index` or `serve`"):
         EmbeddedStore(tmp_path, encoder, 256, read_only=True)
-    assert recorded_model(tmp_path) == Path("/models/mnist")
+    assert recorded_model(tmp_path) == (Path("/models/mnist"), "mnist")
     store = EmbeddedStore(tmp_path, encoder, 256)
     found = store.get("digits/00007")
     assert found is not None

@@ -39,12 +39,12 @@ from benchmarks.cifar10_gpu import (
     views_per_s,
 )
 from service.errors import InvalidRequest, InvalidSource
+from service.voting import headline_accuracy
 from tests.conftest import ROOT
 from training import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint
 from training.export import Encoder
-from training.knn import headline_accuracy
 from training.methods import Batch, Method, build_method
 from training.recipe import Recipe
 

@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from service import IntArray, PixelArray
+from service.card import square_preprocessing
 from service.errors import InvalidSource
 from service.images import Limits, decode_pixels
 from service.sources import Source, open_source
@@ -36,7 +37,6 @@ from training.data import (
     spread,
     to_luminance,
 )
-from training.export import square_preprocessing
 
 Paint = Callable[..., bytes]
 Lay = Callable[..., Canvas]

@@ -16,11 +16,12 @@ from torch import nn
 
 import lookalike
 from service.batch import embed_source
-from service.card import Card, read_card
+from service.card import Card, read_card, square_preprocessing
 from service.encoder import Encoder as ServedEncoder
 from service.errors import InvalidModel, InvalidSource, UndecodablePicture
 from service.settings import Settings
 from service.sources import open_source
+from service.voting import headline_accuracy, vote
 from training.backbones import build_backbone
 from training.data import open_training_source
 from training.evaluate import (
@@ -33,9 +34,8 @@ from training.evaluate import (
     randomised,
     read_pixels,
 )
-from training.export import Encoder, export, square_preprocessing
+from training.export import Encoder, export
 from training.figures import alignment, effective_rank, linear_probe, uniformity
-from training.knn import headline_accuracy, vote
 
 BANK, QUERIES = "digits[:1000]", "digits[1000:]"
 FIGURES = {

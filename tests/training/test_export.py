@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from service.card import Card, read_card
+from service.card import Card, read_card, square_preprocessing
 from service.encoder import Encoder as ServedEncoder
 from service.errors import InvalidModel, InvalidOutput
 from service.images import Limits, decode, to_pixels
 from service.sources import open_source
+from service.variants import Pictures
 from training.backbones import build_backbone
-from training.export import Encoder, compare, export, square_preprocessing
-from training.variants import Pictures
+from training.export import Encoder, compare, export
 
 SIDE = 8
 FILES = {"model.onnx", "model.fp16.onnx", "model.int8.onnx", "preprocessor_config.json", "card.json", "README.md"}

@@ -18,9 +18,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.voting import headline_accuracy
 from training.augment import augment
 from training.backbones import Backbone, build_backbone
-from training.knn import headline_accuracy
 from training.losses import (
     barlow_twins,
     info_nce,

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import lookalike
+from service.card import square_preprocessing
 from service.errors import InvalidOutput, InvalidRequest, LookalikeError
 from service.images import tones
 from service.sources import Source, open_source
@@ -36,7 +37,6 @@ from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint
 from training.data import Canvas, Cursor, batches
-from training.export import square_preprocessing
 from training.material import Material, prepare, statistics
 from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.simclr import SimCLR

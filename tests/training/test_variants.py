@@ -13,16 +13,17 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from service import PixelArray
-from service.card import Card, read_card
+from service.card import Card, read_card, square_preprocessing
 from service.encoder import Encoder as ServedEncoder
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource
 from service.images import Limits, decode_pixels
 from service.sources import open_source
-from training.export import Encoder, export, square_preprocessing, to_onnx
-from training.knn import headline_accuracy
+from service.variants import Pictures, judge
+from service.voting import headline_accuracy
+from training.export import Encoder, export, to_onnx
 from training.pretrain import export_run, pretrain
 from training.recipe import Recipe
-from training.variants import Pictures, judge, to_int8
+from training.variants import to_int8
 
 SIDE = 8
 

