@@ -48,5 +48,3 @@ def find_copies(originals: FloatArray, copies: FloatArray) -> Found:
         margin=float(np.percentile(true, 5) - np.percentile(scores[strangers], 99.9)),
         strangers=float(np.median((originals @ originals.T)[strangers])),
     )
-
-

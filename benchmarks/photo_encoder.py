@@ -1,7 +1,7 @@
 """The encoder for photographs: learn the numbers that service/pretrained.json holds, or measure it.
 
-    python -m benchmarks.photo_encoder PHOTOS            the table
-    python -m benchmarks.photo_encoder PHOTOS --learn    pretrained.json, from one half of PHOTOS
+python -m benchmarks.photo_encoder PHOTOS            the table
+python -m benchmarks.photo_encoder PHOTOS --learn    pretrained.json, from one half of PHOTOS
 """
 
 import base64
@@ -44,14 +44,15 @@ def main(
 def _learn(source: Source) -> dict[str, Any]:
     """Learn the mean on every second photograph, and judge the variants on the others."""
     graphs = build_graphs()
-    bare = Card(Path("photos"), "photos", fingerprint(graphs["fp32"], preprocessing()), graphs["fp32"], preprocessing(), {})
+    bare = Card(
+        Path("photos"), "photos", fingerprint(graphs["fp32"], preprocessing()), graphs["fp32"], preprocessing(), {}
+    )
     encoder = Encoder(bare, "cpu")
     pixels = _pixels([source.entry(position).data for position in range(len(source))])
     rows = embed_pixels(encoder, pixels[::2], "embedding")
     mean = learn_whitening(rows, 0, encoder.dimension).mean
     made = {name: append_whitening(graph, Whitening(mean, None)) for name, graph in graphs.items()}
-    model = made["fp32"]
-    card = Card(Path("photos"), "photos", fingerprint(model, preprocessing()), model, preprocessing(), {})
+    card = _card(made["fp32"])
     judged = judge(card, {"fp16": made["fp16"]}, Pictures(pixels[1::2], pixels[1::2], pixels[:0], None))
     known = Encoder(card, "cpu").encode(canary(preprocessing().side)[None])[0]
     digits = json.loads((default_encoder(digits=True) / "card.json").read_text())["data"]["tones"]
@@ -82,8 +83,7 @@ def _learn(source: Source) -> dict[str, Any]:
 def _measure(source: Source) -> None:
     """Print recall and margin of hard copies, and how alike strangers are."""
     card = read_card(default_encoder())
-    graphs = build_graphs()
-    bare = Encoder(Card(card.folder, "bare", "", graphs["fp32"], card.preprocessing, {}), "cpu")
+    bare = Encoder(_card(build_graphs()["fp32"]), "cpu")
     shipped = Encoder(card, "cpu", "fp32")
     data = [source.entry(position).data for position in range(len(source))]
     pixels = _pixels(data)
@@ -106,6 +106,10 @@ def _measure(source: Source) -> None:
         for which, figures in found.items():
             mean = Found(*np.mean(figures, axis=0))
             print(f"| {name} | {which} | {mean.recall:.4f} | {mean.margin:+.4f} | {mean.strangers:+.4f} |")
+
+
+def _card(model: bytes) -> Card:
+    return Card(Path("photos"), "photos", fingerprint(model, preprocessing()), model, preprocessing(), {})
 
 
 def _pixels(data: list[bytes]) -> PixelArray:

@@ -89,8 +89,10 @@ def import_efficientnet_lite0(out: Path) -> None:
 def build_graphs() -> dict[str, bytes]:
     """Return EfficientNet-Lite0 as ONNX by the name of the variant, as others trained it. Raises as read_weights."""
     state = read_state(read_weights())
-    precisions = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-    return {variant: efficientnet_lite0(state, precision) for variant, precision in precisions.items()}
+    return {
+        "fp32": efficientnet_lite0(state, np.dtype(np.float32)),
+        "fp16": efficientnet_lite0(state, np.dtype(np.float16)),
+    }
 
 
 def of_digits(source: str) -> bool:

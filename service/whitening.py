@@ -19,7 +19,7 @@ from service.card import MODEL_FILE, Card, choose_output, fingerprint
 from service.errors import InvalidModel
 
 LEAST_LEARNT = 20  # pictures whose mean is one
-_LEAST_WHITENED, _MOST_DIMENSIONS = 300, 256
+_LEAST_WHITENED, _MOST_DIMENSIONS = 300, 512
 _NOISE = 1e-6  # of float32 embeddings
 _PREFIX = "whitening/"
 _BARE = _PREFIX + "bare"  # the embedding that the encoder had before

@@ -69,7 +69,7 @@ def test_bad_pictures_end_with_1(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "1 pictures added, 0 there already, 1 could not be read" in done.stderr
     assert "skipped bad.png: not a picture that we take" in done.stderr
-    assert "lookalike import" in done.stderr
+    assert "lookalike reindex --store" in done.stderr
     done = run("embed", folder, "--model", MODEL, "--out", tmp_path / "out.parquet")
     assert done.returncode == 1
     assert "1 could not be read" in done.stderr

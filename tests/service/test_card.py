@@ -110,12 +110,13 @@ def test_preprocessing_that_we_cannot_apply(change: dict[str, Any], says: str) -
 
 
 def test_suits_names_the_data_and_the_way_out() -> None:
-    card = read_card(MODEL)
-    assert suits(card, card.tones) is None
-    assert suits(card, None) is None
+    card, store = read_card(MODEL), Path("a store")
+    assert suits(card, card.facts["data"]["tones"], store) is None
+    assert suits(card, None, store) is None
     bright_colours = [0.0] * 14 + [0.5, 0.5]
-    assert "trained on mnist/train" in str(suits(card, bright_colours))
-    assert "lookalike import" in str(suits(card, bright_colours))
+    said = str(suits(card, bright_colours, store))
+    assert "trained on mnist/train" in said
+    assert "`lookalike reindex --store a store`" in said
 
 
 def with_variant(model: Path, tmp_path: Path, **figures: float) -> Path:

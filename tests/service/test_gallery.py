@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from service.card import read_card
 from service.encoder import Encoder
 from service.errors import InvalidQuery, InvalidRequest, ItemNotFound
 from service.gallery import Gallery, check_id, find_model, open_gallery
@@ -23,10 +24,16 @@ def test_ids() -> None:
             check_id(bad, 256)
 
 
-def test_the_encoder_is_the_named_one_else_the_stores_else_the_shipped(tmp_path: Path, encoder: Encoder) -> None:
+def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the default is made below the current folder
     model = Path(shutil.copytree(MODEL, tmp_path / "mine"))
     settings = Settings(store=tmp_path / "store")
-    assert find_model(settings) == Path("models/mnist")
+    assert find_model(settings, "digits[:100]") == find_model(settings, "mnist/test") == Path("models/mnist")
+    photos = Path(".lookalike/models/photos")
+    assert find_model(settings) == find_model(settings, str(tmp_path / "digits")) == photos
+    assert read_card(photos).name == "photos"
     open_gallery(Settings(store=tmp_path / "store", model=model)).close()
     assert find_model(settings) == model
     assert find_model(Settings(store=tmp_path / "store", model=MODEL)) == MODEL
