@@ -1,5 +1,6 @@
 """The offline job: figures of an exported encoder, through the code that serves it, beside baselines."""
 
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +20,17 @@ from service.encoder import Encoder
 from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.images import Limits, decode_pixels
 from service.sources import Source
+from service.variants import embed_pixels
 from service.voting import vote
+from service.whitening import without_whitening
 from training import knn
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
 from training.knn import find_neighbours, neighbour_figures
 
 _K, _MOST_K = 20, 200
-_BATCH = 64
 _CHUNK = 64
+_BYTES = 9  # of memory for each value of a pixel: itself, and what raw pixels are compared as
 _SMALL_SIDE = 64  # up to it pictures are mostly so small that two threads, waiting for each other, are slower than one
 
 
@@ -56,9 +59,10 @@ class Evaluation:
 
     Attributes:
         report: the figures, ready for JSON: {"model", "fingerprint", "variant", "bank": {"source", "pictures"},
-            "queries": {"source", "pictures"}, "figures": {…}, "baselines": {"raw_pixels": {…}, "random_encoder":
-            {…}} or None}, each {…} having the figures of neighbour_figures, linear_probe, alignment, uniformity
-            and effective_rank. A figure that does not exist is None.
+            "queries": {"source", "pictures"}, "figures": {…}, "baselines": {"raw_pixels": {…}, "without_whitening":
+            {…} where the encoder has one, "random_encoder": {…}} or None}, each {…} having the figures of
+            neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure that does not exist is
+            None.
         classes: all labels of both sides, in sorted order.
         bank, queries: what was compared.
         neighbours: (N, 20) positions in the bank, each query's most alike first.
@@ -87,7 +91,7 @@ class Evaluation:
                 f"them is wrong, and map_at_r and r_precision leave them out"
             )
         if self.report["baselines"] is None:
-            notes.append("raw pixels and the random encoder are left out: embeddings were given, not pictures")
+            notes.append("raw pixels and the other encoders are left out: embeddings were given, not pictures")
         return notes
 
 
@@ -142,7 +146,7 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
         "bank": {"source": bank.name, "pictures": len(bank.ids)},
         "queries": {"source": queries.name, "pictures": len(queries.ids)},
         "figures": ours.figures,
-        "baselines": _baselines(card, bank, queries),
+        "baselines": _baselines(card, encoder.variant if encoder else "fp32", bank, queries),
     }
     return Evaluation(report, classes, bank, queries, ours.neighbours, ours.scores, ours.predicted)
 
@@ -170,28 +174,43 @@ def measure(
     return Measured(rounded, found.positions[:, :_K], found.scores[:, :_K], predicted)
 
 
-def _baselines(card: Card, bank: Rows, queries: Rows) -> dict[str, Any] | None:
-    """The figures of raw pixels and of the untrained encoder, where there are pictures on both sides."""
+def _baselines(card: Card, variant: str, bank: Rows, queries: Rows) -> dict[str, Any] | None:
+    """The figures of raw pixels, of the encoder without its whitening, if it has one, and of the untrained encoder.
+
+    None where there are not pictures on both sides.
+    """
     if bank.pixels is None or queries.pixels is None:
         return None
     labels = bank.labels, queries.labels
     banked, asked = _one_channel(bank.pixels, queries.pixels)
     raw = measure("raw pixels", centred(banked), labels[0], centred(asked), labels[1]).figures
     raw["k5"] = round(float((vote(labels[0][nearest_pixels(banked, asked, 5)]) == labels[1]).mean()), 4)
-    untrained = Encoder(replace(card, model=randomised(card), facts={}), variant="fp32")
-    random = measure(
-        "random encoder", embed(untrained, bank.pixels), labels[0], embed(untrained, queries.pixels), labels[1]
-    )
-    return {"raw_pixels": raw, "random_encoder": random.figures}
+    bare = without_whitening(card)
+    others = {"random_encoder": Encoder(replace(bare, model=randomised(bare)), variant="fp32")}
+    if bare.fingerprint != card.fingerprint:
+        others = {"without_whitening": Encoder(bare, variant=variant)} | others
+    figures = {"raw_pixels": raw}
+    for name, other in others.items():
+        rows = [embed_pixels(other, pixels, name) for pixels in (bank.pixels, queries.pixels)]
+        figures[name] = measure(name, rows[0], labels[0], rows[1], labels[1]).figures
+    return figures
 
 
 def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
     """Return all of a source's pixels (N, S, S, 3) as the service would make them.
 
     Raises:
+        InvalidSource: they do not fit into memory.
         UndecodablePicture and its like for the first picture that cannot be read: figures need them all.
     """
-    pixels = np.empty((len(source), preprocessing.side, preprocessing.side, 3), np.uint8)
+    shape = (len(source), preprocessing.side, preprocessing.side, 3)
+    need, have = _BYTES * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise InvalidSource(
+            f"{source.name}: the pixels of {len(source)} pictures need {need / 1e9:.0f} GB of memory, this machine has "
+            f"{have / 1e9:.0f}; embed both sides with `lookalike embed` and give those folders"
+        )
+    pixels = np.empty(shape, np.uint8)
 
     def read(position: int) -> None:
         try:
@@ -212,12 +231,6 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
         for count in pool.map(read_chunk, range(0, len(source), _CHUNK)):
             bar.update(count)
     return pixels
-
-
-def embed(encoder: Encoder, pixels: PixelArray) -> FloatArray:
-    """Return the embeddings (N, D) of pixels (N, S, S, 3)."""
-    starts = tqdm(range(0, len(pixels), _BATCH), "embedding", unit=" batches", leave=False)
-    return np.concatenate([encoder.encode(pixels[start : start + _BATCH]) for start in starts])
 
 
 def nearest_pixels(bank: PixelArray, queries: PixelArray, k: int) -> IntArray:
@@ -321,7 +334,7 @@ def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: En
         return Rows(side.name, side.ids, labels, side.rows, None)
     assert encoder is not None
     pixels = read_pixels(side, card.preprocessing)
-    return Rows(side.name, side.ids, labels, embed(encoder, pixels), pixels)
+    return Rows(side.name, side.ids, labels, embed_pixels(encoder, pixels, "embedding"), pixels)
 
 
 def _few(names: list[str]) -> str:

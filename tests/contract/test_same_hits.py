@@ -10,6 +10,7 @@ from service.batch import index_source
 from service.gallery import Gallery
 from service.slots import Slots
 from service.sources import open_source
+from service.variants import embed_pixels
 
 K = 5
 
@@ -21,7 +22,7 @@ K = 5
 def test_two_hundred_queries_have_identical_hits(
     bank_name: str, queries_name: str, gallery: Gallery, request: pytest.FixtureRequest
 ) -> None:
-    from training.evaluate import embed, read_pixels
+    from training.evaluate import read_pixels
     from training.knn import nearest
 
     data_root: Path = request.getfixturevalue("data_root") if bank_name.startswith("mnist") else Path("data")
@@ -37,7 +38,9 @@ def test_two_hundred_queries_have_identical_hits(
         served.append([hit["id"] for hit in answer.json()["hits"]])
 
     preprocessing = gallery.card.preprocessing
-    banked, asked = (embed(gallery.encoder, read_pixels(source, preprocessing)) for source in (bank, queries))
+    banked, asked = (
+        embed_pixels(gallery.encoder, read_pixels(source, preprocessing), source.name) for source in (bank, queries)
+    )
     measured = [[bank.ids[position] for position in row] for row in nearest(banked, asked, K)[1]]
     assert len(served) == 200
     assert served == measured
