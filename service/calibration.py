@@ -19,7 +19,7 @@ from service.variants import Pictures, keep_good
 from service.whitening import LEAST_LEARNT, append_whitening, default_whitening, learn_whitening, without_whitening
 
 _MOST_READ = 20_000  # pictures; a curve of quality is flat long before
-_KEPT_OUT, _MOST_KEPT_OUT = 10, 500  # one picture in so many is not learnt on; so many at most
+_KEPT_OUT, _MOST_KEPT_OUT = 10, 1000  # one picture in so many is not learnt on; so many at most
 _VOTING = 2000  # pictures that vote on those kept out
 _COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", "whitening")  # anew, of a card
 
@@ -37,7 +37,7 @@ def whiten(
 ) -> Tally:
     """Put a whitening, learnt on a source's pictures without their labels, behind an encoder; write a new one.
 
-    An earlier whitening is replaced. One picture in ten, up to 500, is not learnt on: on these the variants are
+    An earlier whitening is replaced. One picture in ten, up to 1,000, is not learnt on: on these the variants are
     measured, and where there are labels up to 2,000 of the others vote on them.
 
     Args:
