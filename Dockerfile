@@ -2,7 +2,8 @@
 #   docker run -p 3000:3000 -v lookalike:/data --read-only --tmpfs /tmp lookalike
 # Add a folder of pictures to them, while nobody serves them (a store has one writer):
 #   docker run --rm -v lookalike:/data -v "$PWD/pictures:/pictures:ro" lookalike \
-#     index /pictures --store /data/store --model models/mnist
+#     index /pictures --store /data/store
+# The encoder for photographs is inside, and is the default; --model models/mnist is the one for handwritten digits.
 FROM python:3.11-slim
 WORKDIR /app
 
@@ -22,6 +23,7 @@ COPY pyproject.toml lookalike.py ./
 COPY service service
 RUN pip install --no-cache-dir --root-user-action=ignore --no-deps --no-build-isolation --editable . \
     && python -m compileall -q lookalike.py service \
+    && lookalike import efficientnet-lite0 --out .lookalike/models/photos \
     && find . ! -perm -a=r -exec chmod a+rX {} +
 
 # Nothing reports to anyone: BentoML and onnxruntime would.

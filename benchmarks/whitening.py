@@ -2,8 +2,8 @@
 
     python -m benchmarks.whitening models/cifar10 --source cifar10-jpeg/train.zip
 
-All are pictures of one source, and no picture has two parts: 20,000 vote, 5,000 ask, 1,000 of these have a hard copy, and
-up to 20,000 others are learnt on. The limit beside each figure is the same encoder without a whitening.
+All are pictures of one source, and none plays two parts: 20,000 vote, 5,000 ask, 1,000 of these have a hard copy,
+and up to 20,000 others are learnt on. The limit beside each figure is the same encoder without a whitening.
 """
 
 from pathlib import Path
@@ -51,10 +51,10 @@ def main(
             sides = [whitening.apply(side) for side in sides]
         accuracy = headline_accuracy(sides[0], labels[bank], sides[1], labels[queries])
         found = find_copies(sides[1][:_COPIES], sides[2])
-        default = " (default)" if whitening and (power, dimension) == default_whitening(count, taught.shape[1]) else ""
+        usual = whitening is not None and (power, dimension) == default_whitening(count, taught.shape[1])
         print(
-            f"| {count}{default} | {power:g} | {dimension} | {accuracy:.4f} | {found.recall:.3f} | {found.margin:+.3f} | "
-            f"{found.strangers:+.3f} |",
+            f"| {count}{' (default)' * usual} | {power:g} | {dimension} | {accuracy:.4f} | {found.recall:.3f} "
+            f"| {found.margin:+.3f} | {found.strangers:+.3f} |",
             flush=True,
         )
 
@@ -64,13 +64,9 @@ def main(
     line(0, 0, dimension, None)
     for count in (count for count in _COUNTS if count <= len(taught)):
         line(count, 0, dimension, learn_whitening(taught[:count], 0, dimension))
-        sizes = {
-            default_whitening(count, dimension)[1],
-            *(size for size in _DIMENSIONS if size < min(count, dimension)),
-        }
-        sizes |= {dimension} if dimension < count and dimension <= _DIMENSIONS[1] else set()
-        for size in sorted(sizes - {dimension} if dimension > _DIMENSIONS[1] else sizes, reverse=True):
-            for power in _POWERS:
+        usual = default_whitening(count, dimension)[1]
+        for size in sorted({usual, *_DIMENSIONS}, reverse=True):
+            for power in _POWERS if size <= min(dimension, count - 1) else ():
                 line(count, power, size, learn_whitening(taught[:count], power, size))
 
 

@@ -84,7 +84,7 @@ def whiten(
     graphs = keep_good(named, variants, pictures, quality)
     facts = {key: value for key, value in card.facts.items() if key not in _COMPUTED}
     facts["whitening"] = {
-        "of": bare.fingerprint,
+        "of": card.facts.get("whitening", {}).get("of", card.fingerprint),
         "source": source.name,
         "pictures": len(rows),
         "power": power,

@@ -104,6 +104,9 @@ def append_whitening(model: bytes, whitening: Whitening) -> bytes:
     if name is None:
         raise InvalidModel(f"expected an output named embedding, or one that is 2-D; the graph has {_outputs(graph)}")
     (output,) = [output for output in graph.output if output.name == name]
+    bare = graph.value_info.add()  # as what remove_whitening gives it back
+    bare.CopyFrom(output)
+    bare.name = _BARE
     _rename(graph, name, _BARE)
 
     def add(kind: str, inputs: list[str], **attributes: Any) -> str:
@@ -129,7 +132,8 @@ def append_whitening(model: bytes, whitening: Whitening) -> bytes:
         x = add("MatMul", [x, constant("matrix", whitening.matrix)])
     unit(x)
     graph.node[-1].output[0] = "embedding"
-    _set_output(graph, whitening.mean.size if whitening.matrix is None else whitening.matrix.shape[1])
+    dimension = whitening.mean.size if whitening.matrix is None else whitening.matrix.shape[1]
+    _set_output(graph, helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", dimension]))
     return bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -137,15 +141,16 @@ def remove_whitening(model: bytes) -> bytes | None:
     """Return an encoder's graph without the whitening behind it; None where it has none."""
     proto = onnx.load_from_string(model)
     graph = proto.graph
-    mean = [tensor for tensor in graph.initializer if tensor.name == _PREFIX + "mean"]
-    if not mean:
+    bare = next((value for value in graph.value_info if value.name == _BARE), None)
+    if bare is None:
         return None
-    for parts in (graph.node, graph.initializer):
+    output = onnx.ValueInfoProto(name="embedding", type=bare.type)
+    for parts in (graph.node, graph.initializer, graph.value_info):
         kept = [part for part in parts if not part.name.startswith(_PREFIX)]
         del parts[:]
         parts.extend(kept)
     _rename(graph, _BARE, "embedding")
-    _set_output(graph, mean[0].dims[0])
+    _set_output(graph, output)
     return bytes(proto.SerializeToString(deterministic=True))
 
 
@@ -174,9 +179,9 @@ def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
                     names[place] = new
 
 
-def _set_output(graph: onnx.GraphProto, dimension: int) -> None:
+def _set_output(graph: onnx.GraphProto, output: onnx.ValueInfoProto) -> None:
     del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", dimension]))
+    graph.output.append(output)
 
 
 def _outputs(graph: onnx.GraphProto) -> str:

@@ -9,6 +9,9 @@ const EMPTY =
   "Add a folder of them with `lookalike index FOLDER --store DIR` before the service starts, or send one at a " +
   "time with `PUT /images/ID` while it runs; then load this page again.";
 
+const CHOOSE = "Choose one to see what looks like it.";
+const DEMO = " These are scanned digits; `make serve IMAGES=folder` shows your own photographs.";
+
 const section = document.querySelector("#gallery");
 const title = document.querySelector("#gallery-title");
 const words = document.querySelector("#gallery-words");
@@ -46,7 +49,7 @@ export async function fillGallery(onClick) {
   const items = await addPage();
   if (items === null) return undefined;
   title.textContent = items.length ? "Pictures to start from" : "No pictures yet";
-  words.replaceChildren(...withCode(items.length ? "Choose one to see what looks like it." : EMPTY));
+  words.replaceChildren(...withCode(items.length ? CHOOSE + (items[0].id.startsWith("digits/") ? DEMO : "") : EMPTY));
   return items[0];
 }
 

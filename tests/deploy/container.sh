@@ -65,6 +65,7 @@ Image.linear_gradient("L").resize((64, 64)).save(sys.stdout.buffer, "png")' >"$w
 chmod -R a+rX "$work/pictures"
 
 start
+expect encoder '"model":"photos"' "$(curl -fsS "$url/info")"
 expect user uid=10001 "$("$tool" exec "$name" id)"
 if "$tool" exec --user 0 "$name" touch /app/x 2>/dev/null; then fail "its root file system can be written"; fi
 expect add '"id":"x"' "$(curl -fsS -X PUT --data-binary @"$work/pictures/x.png" -H 'content-type: image/png' "$url/images/x")"
@@ -84,7 +85,7 @@ stop
 
 # The volume outlives the container; a folder is indexed while nobody serves it.
 "$tool" run --rm --read-only --tmpfs /tmp -v "$name:/data" -v "$work/pictures:/pictures:ro,z" "$image" \
-  index /pictures --store /data/store --model models/mnist
+  index /pictures --store /data/store
 start
 find_x
 expect count '"count":2' "$(curl -fsS "$url/info")"

@@ -145,7 +145,9 @@ def test_the_graph_gives_what_numpy_gives(opset: int, output: str, precision: in
         whitening = learn_whitening(before, power, dimension)
         whitened = append_whitening(model, whitening)
         onnx.checker.check_model(onnx.load_from_string(whitened), full_check=True)
-        np.testing.assert_allclose(embedded(whitened), whitening.apply(before), atol=1e-3 if precision == 10 else 2e-5)
+        np.testing.assert_allclose(
+            embedded(whitened), whitening.apply(before), atol=5e-3 if precision == TensorProto.FLOAT16 else 2e-5
+        )
         bare = remove_whitening(whitened)
         assert bare is not None
         np.testing.assert_array_equal(embedded(bare), before)
@@ -172,7 +174,8 @@ def test_a_graph_without_an_embedding_is_refused() -> None:
 def test_a_card_without_its_whitening_is_another_space() -> None:
     card = read_card(MODEL)
     bare = without_whitening(card)
-    assert bare.fingerprint == card.facts["whitening"]["of"]
+    assert bare.fingerprint != card.fingerprint
+    assert (Encoder(card, "cpu").dimension, Encoder(bare, "cpu").dimension) == (128, 256)
     assert set(bare.variants) == set(card.variants)
     again = append_whitening(bare.model, Whitening(np.zeros(256, np.float32), None))
     with pytest.raises(InvalidModel, match="its variant int8 has no whitening"):

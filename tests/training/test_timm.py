@@ -1,0 +1,83 @@
+"""EfficientNet-Lite0 against timm's with the same weights, and against what it was trained for."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch.nn import functional as F
+
+from service import FloatArray, PixelArray
+from service.images import Limits, decode_pixels
+from service.pretrained import build_graphs, preprocessing, read_state, read_weights
+from tests.conftest import missing
+
+
+@pytest.fixture(scope="module")
+def photos(data_root: Path) -> dict[str, PixelArray]:
+    """Pixels of photographs, by the WordNet id of what each shows."""
+    files = sorted((data_root / "photos").glob("*.JPEG"))
+    if not files:
+        missing("no photographs: LOOKALIKE_TEST_DATA has no folder photos")
+    return {file.name.split("_")[0]: decode_pixels(file.read_bytes(), preprocessing(), Limits()) for file in files}
+
+
+@pytest.fixture(scope="module")
+def features(photos: dict[str, PixelArray]) -> FloatArray:
+    """What our graph gives before it is made unit length, (N, 1280)."""
+    session = ort.InferenceSession(build_graphs()["fp32"], providers=["CPUExecutionProvider"])
+    pixels = np.stack(list(photos.values())).transpose(0, 3, 1, 2)
+    parts = [session.run(None, {"pixels": np.ascontiguousarray(part)})[0] for part in np.array_split(pixels, 8)]
+    return np.concatenate(parts)
+
+
+def theirs(name: str) -> str:
+    """A weight's name in timm's network."""
+    if name.startswith("_blocks."):
+        _, block, part, kind = name.split(".")
+        repeats, stage = (1, 2, 2, 3, 3, 4, 1), 0
+        place = int(block)
+        while place >= repeats[stage]:
+            place, stage = place - repeats[stage], stage + 1
+        parts = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
+        parts |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
+        if stage == 0:  # nothing is expanded there
+            parts = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+        return f"blocks.{stage}.{place}.{parts[part]}.{kind}"
+    whole = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    return re.sub(r"^[^.]+", lambda found: whole[found[0]], name)
+
+
+def test_the_graph_is_timms(photos: dict[str, PixelArray], features: FloatArray) -> None:
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    state = {theirs(name): torch.from_numpy(value.copy()) for name, value in read_state(read_weights()).items()}
+    network.load_state_dict(state)
+    pixels = torch.from_numpy(np.stack(list(photos.values()))).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = torch.cat(
+            [
+                network.forward_head(network.forward_features((part.float() - 127) / 128), pre_logits=True)
+                for part in torch.split(pixels, 25)
+            ]
+        )
+    cosines = F.cosine_similarity(torch.from_numpy(features), expected)
+    assert len(cosines) == len(photos)
+    assert float(cosines.min()) > 0.9999
+
+
+def test_it_names_what_photographs_show(photos: dict[str, PixelArray], features: FloatArray) -> None:
+    state = read_state(read_weights())
+    named = (features @ state["_fc.weight"].T + state["_fc.bias"]).argmax(1)
+    classes = ImageNetInfo().label_names()  # type: ignore[no-untyped-call]
+    right = sum(classes[number] == wordnet for number, wordnet in zip(named, photos, strict=True))
+    assert right / len(photos) >= 0.88  # 0.888 measured: 111 of 125
+
+
+def test_the_graph_is_within_the_standard() -> None:
+    for model in build_graphs().values():
+        onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
