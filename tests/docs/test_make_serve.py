@@ -87,11 +87,26 @@ def test_a_folder_of_ones_own_has_its_own_store(checkout: Path, tmp_path: Path) 
         (folder / f"{n}.png").write_bytes(encoded(scene(seed=n)))
     (folder / "bad.jpg").write_bytes(b"no picture")
     with served(checkout, f"IMAGES={folder}") as (info, log):
-        assert info["count"] == 3
-        assert "lookalike import" in info["notice"]
+        assert (info["model"], info["count"], info["notice"]) == ("photos", 3, None)
         text = log.read_text()
+        assert "lookalike import efficientnet-lite0 --out .lookalike/models/photos" in text
         assert "skipped bad.jpg" in text
-        assert "note: The encoder mnist was trained on mnist/train" in text
+    with served(checkout, f"IMAGES={folder}", "MODEL=models/mnist") as (info, log):
+        assert info["model"] == "mnist"
+        assert "note: The encoder mnist was trained on mnist/train" in log.read_text()
+        recommended = re.findall("`(.*?)`", info["notice"])
+    assert len(recommended) == 1
+    # What the notice recommends works where its reader is: with what `make serve` has installed.
+    done = subprocess.run(
+        [".venv-serve/bin/" + recommended[0].split()[0], *recommended[0].split()[1:]],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 pictures are of the encoder .lookalike/models/photos now" in done.stderr
+    assert not list((checkout / ".venv-serve").glob("lib/*/site-packages/torch"))
 
 
 def test_what_cannot_be_served_ends_with_a_sentence(checkout: Path) -> None:

@@ -80,6 +80,7 @@ def test_loads_with_the_count_and_asks_nobody_else(page: Page, digits_url: str, 
     expect(page.locator("#notice")).to_be_hidden()
     expect(items(page)).to_have_count(48)
     expect(items(page).first).to_contain_text("digits/00000")
+    expect(page.locator("#gallery-words code")).to_have_text("make serve IMAGES=folder")
     page.get_by_role("button", name="More pictures").click()
     expect(items(page)).to_have_count(96)
     expect(items(page).last).to_contain_text("digits/00095")
@@ -287,7 +288,7 @@ def test_an_empty_gallery_says_how_to_fill_it_and_shows_what_comes(page: Page, e
     expect(page.locator("#facts")).to_contain_text("2 pictures")
     expect(page.locator("#notice")).to_be_visible()
     expect(page.locator("#notice")).to_contain_text("expect poor matches")  # coloured scenes, an encoder of digits
-    expect(page.locator("#notice code").first).to_have_text("lookalike pretrain")
+    expect(page.locator("#notice code").first).to_contain_text("lookalike reindex --store")
     expect(page.locator("#drawing")).to_be_hidden()
     expect(items(page).first).to_contain_text(f"{ODD_ID}artist {markup}")
     expect(items(page).first.locator("img")).to_have_js_property("naturalWidth", 64)

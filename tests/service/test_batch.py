@@ -171,4 +171,4 @@ def test_photographs_in_a_digits_encoder_are_remarked_upon(gallery: Gallery, dat
     notice = gallery.notice()
     assert notice is not None
     assert "trained on mnist/train" in notice
-    assert "lookalike import" in notice
+    assert f"`lookalike reindex --store {gallery.settings.store}`" in notice

@@ -1,10 +1,12 @@
 """Another encoder for a store: a generation beside the one that is served, which then takes its place."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from service.batch import index_source, reindex
+from service.card import read_card
 from service.encoder import Encoder
 from service.errors import InvalidRequest, InvalidStore, StoreMismatch
 from service.gallery import open_gallery, succeed
@@ -13,6 +15,8 @@ from service.sources import open_source
 from service.store.embedded import EmbeddedStore
 from service.store.folder import current
 from tests.conftest import MODEL, another_encoder, encoded, scene
+
+GOLDEN = Path(__file__).parent / "golden_store"
 
 
 @pytest.fixture
@@ -65,6 +69,25 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
     again.close()
     with pytest.raises(StoreMismatch, match=r"built by the encoder other .* not by mnist"):
         open_gallery(settings.model_copy(update={"model": MODEL}))
+
+
+def test_a_store_of_the_earlier_mnist_is_refused_with_both_names_and_comes_over(tmp_path: Path) -> None:
+    """The encoder of the same name had no whitening once: 256 numbers of another space."""
+    settings = Settings(store=tmp_path / "store", model=MODEL, device="cpu", variant="fp32")
+    shutil.copytree(GOLDEN, settings.store)
+    earlier, now = "7630ccfe790b", read_card(MODEL).fingerprint[:12]
+    with pytest.raises(
+        StoreMismatch, match=rf"built by the encoder mnist \({earlier}…\), not by mnist \({now}…\)"
+    ) as said:
+        open_gallery(settings)
+    assert f"`lookalike reindex --model {MODEL} --store {settings.store}`" in str(said.value)
+    assert reindex(MODEL, settings) == 20
+    gallery = open_gallery(settings)
+    assert (gallery.card.name, gallery.store.count(), gallery.encoder.dimension) == ("mnist", 20, 128)
+    digit = open_source("digits[:20]").entry(7)
+    assert gallery.find([digit.data], 1)[0][0].id == digit.id
+    assert gallery.find([digit.data], 1)[0][0].score > 0.9999
+    gallery.close()
 
 
 def test_what_changed_before_a_restart_is_taken_over_at_the_next_start(settings: Settings, other: Path) -> None:

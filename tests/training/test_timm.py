@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
-from timm.data import ImageNetInfo
+from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
 from service import FloatArray, PixelArray
@@ -54,7 +55,7 @@ def theirs(name: str) -> str:
 
 
 def test_the_graph_is_timms(photos: dict[str, PixelArray], features: FloatArray) -> None:
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     state = {theirs(name): torch.from_numpy(value.copy()) for name, value in read_state(read_weights()).items()}
     network.load_state_dict(state)
     pixels = torch.from_numpy(np.stack(list(photos.values()))).permute(0, 3, 1, 2)
