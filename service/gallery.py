@@ -31,7 +31,7 @@ from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.pretrained import default_encoder, of_digits
 from service.settings import Settings
 from service.store import Hit, Item, NewItem
-from service.store.catalog import Catalog, has_catalog
+from service.store.catalog import Catalog, has_catalog, no_store
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.filters import Filter
 
@@ -454,10 +454,16 @@ def find_model(settings: Settings, source: str = "") -> Path:
 
     A store that came from another machine names a folder that is not here; whether the encoder we take
     instead is the right one, its fingerprint decides.
+
+    Raises:
+        InvalidModel, InvalidOutput: the default cannot be made.
+        InvalidStore: damaged, or not there where it is only to be read.
     """
     if settings.model:
         return settings.model
     recorded = None if settings.no_store else recorded_model(settings.store)
+    if recorded is None and settings.read_only and not settings.no_store:
+        raise no_store(settings.store)
     if recorded is None:
         return default_encoder(of_digits(source))
     folder, name = recorded

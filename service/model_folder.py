@@ -89,8 +89,9 @@ def _readme(content: dict[str, Any]) -> str:
         f"- fingerprint: {content['fingerprint']}",
         *(f"- {file}: {json.dumps(figures)}" for file, figures in content["quality"].items()),
     ]
+    about = f"{content['about']}\n\n" if "about" in content else ""
     return (
-        f"# {content['name']}\n\nAn image encoder: pictures to {content['dimension']} numbers of length 1.\n\n"
+        f"# {content['name']}\n\nAn image encoder: pictures to {content['dimension']} numbers of length 1.\n\n{about}"
         + "\n".join(lines)
         + "\n"
     )

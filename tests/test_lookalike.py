@@ -94,6 +94,79 @@ def test_refusals(store: Path, tmp_path: Path) -> None:
     assert "LOOKALIKE_MAX_K" in refused("search", MODEL / "card.json", "--store", store, LOOKALIKE_MAX_K="many")
 
 
+def test_photographs_get_their_encoder_and_digits_theirs_and_both_are_said(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "good.png").write_bytes(encoded(scene()))
+    done = run("index", "pictures", "--store", "photos", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "encoder: .lookalike/models/photos, the default for photographs; --model names another" in done.stderr
+    assert "note:" not in done.stderr
+    again = run("index", "pictures", "--store", "photos", cwd=tmp_path)
+    assert "0 pictures added, 1 there already" in again.stderr
+    assert "encoder:" not in again.stderr  # it is the store's own by now
+    done = run("index", "digits[:20]", "--store", tmp_path / "digits")
+    assert "encoder: models/mnist, the default for digits; --model names another" in done.stderr
+    assert "note:" not in done.stderr
+    done = run("index", "digits[:20]", "--model", tmp_path / ".lookalike/models/photos", "--store", tmp_path / "wrong")
+    assert "these pictures look like handwritten digits" in done.stderr
+    done = run("reindex", "--model", MODEL, "--store", tmp_path / "wrong")
+    assert done.returncode == 0
+    assert f"20 pictures are of the encoder {MODEL} now" in done.stderr
+
+
+def test_a_search_where_no_store_is_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(scene()))
+    done = run("search", "a.png", "--store", "none", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "none: no store there" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_import_and_whiten_refuse_in_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "is there already" in refused("import", "efficientnet-lite0", "--out", tmp_path)
+    assert "comes with its own" in refused("import", "efficientnet-lite0", "--out", out, "--weights", "mine.pth")
+    whiten = ("whiten", MODEL, "--out", out, "--calibrate")
+    assert "no such source" in refused(*whiten, "nowhere")
+    assert "holds no picture" in refused(*whiten, tmp_path)
+    assert "no such model folder" in refused("whiten", "models/none", "--out", out, "--calibrate", "digits")
+    assert "expected 1 to 256, got 300" in refused(*whiten, "digits", "--dimension", "300")
+    done = run(*whiten, "digits[:10]")
+    assert done.returncode == 2
+    assert "lookalike: digits[:10]: 9 pictures are too few to learn a whitening on; expected 20 or more" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run(*whiten, "digits", "--power", "2")
+    assert done.returncode == 2
+    assert not out.exists()
+
+
+def test_an_encoder_is_whitened_where_torch_is_not(tmp_path: Path) -> None:
+    """The verbs of the serving set: in a process where importing torch or training fails."""
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['training'] = None\n"
+        "import lookalike\n"
+        "sys.argv = ['lookalike', *sys.argv[1:]]\n"
+        "lookalike.main()\n"
+    )
+
+    def without_torch(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = without_torch("import", "efficientnet-lite0", "--out", tmp_path / "photos")
+    assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path / 'photos'}\n")
+    done = without_torch(
+        "whiten", MODEL, "--calibrate", "digits[:400]", "--out", tmp_path / "mine", "--dimension", "64"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "learnt on 360 pictures; 0 could not be read" in done.stderr
+    assert json.loads(run("info", tmp_path / "mine", "--json").stdout)["dimension"] == 64
+    done = without_torch("import", "resnet18", "--out", tmp_path / "resnet")
+    assert done.returncode == 2
+    assert "needs the training environment" in done.stderr
+
+
 def test_a_model_whose_checksum_differs(tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     with (model / "model.onnx").open("ab") as file:

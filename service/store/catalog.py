@@ -105,7 +105,7 @@ class Catalog:
         self._pooling = threading.Lock()
         self._closed = False
         if meta is None and not self.path.exists():
-            raise InvalidStore(f"{folder}: no store there; make one with `lookalike index SOURCE --store {folder}`")
+            raise no_store(folder)
         try:
             self._database = self._connect(meta is not None)
         except apsw.Error as error:
@@ -426,6 +426,11 @@ class Catalog:
 def has_catalog(folder: Path) -> bool:
     """Whether there is a catalog in a folder."""
     return (folder / FILE).exists()
+
+
+def no_store(folder: Path) -> InvalidStore:
+    """Return the error for a folder that should have a store and has none."""
+    return InvalidStore(f"{folder}: no store there; make one with `lookalike index SOURCE --store {folder}`")
 
 
 def read_meta(folder: Path) -> dict[str, str]:
