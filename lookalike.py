@@ -158,10 +158,10 @@ def evaluate(
     print(f"{counts[0]} of {bank} vote on {counts[1]} of {queries}; variant {found['variant']}")
     columns = [(found["model"], found["figures"])]
     columns += [(name.replace("_", " "), figures) for name, figures in (found["baselines"] or {}).items()]
-    print("".join([f"{'':14}", *(f"  {name:>14}" for name, _ in columns)]))
+    print("".join([f"{'':14}", *(f"  {name:>17}" for name, _ in columns)]))
     for key in found["figures"]:
         values = ("-" if figures[key] is None else f"{figures[key]:.4f}" for _, figures in columns)
-        print("".join([f"{key:14}", *(f"  {value:>14}" for value in values)]))
+        print("".join([f"{key:14}", *(f"  {value:>17}" for value in values)]))
 
 
 @cli.command()

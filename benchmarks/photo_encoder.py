@@ -57,9 +57,9 @@ def _learn(source: Source) -> dict[str, Any]:
     known = Encoder(card, "cpu").encode(canary(preprocessing().side)[None])[0]
     digits = json.loads((default_encoder(digits=True) / "card.json").read_text())["data"]["tones"]
     return {
-        "about": "For photographs of any kind; not for handwritten digits. It is EfficientNet-Lite0 as Google trained it "
-        f"on ImageNet, its classifier taken off. The mean of the embeddings of {len(rows)} photographs is subtracted, so "
-        "two strangers have a cosine near 0.",
+        "about": "For photographs of any kind; not for handwritten digits. It is EfficientNet-Lite0 as Google trained "
+        f"it on ImageNet, its classifier taken off. The mean of the embeddings of {len(rows)} photographs is "
+        "subtracted, so two strangers have a cosine near 0.",
         "method": "imported",
         "licence": "Apache-2.0",
         "origin": "EfficientNet-Lite0 of Google (Tan and Le, arXiv:1905.11946), from the PyPI package "

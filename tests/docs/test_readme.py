@@ -22,7 +22,7 @@ from tests.serving import LOOKALIKE, serving
 README = (ROOT / "README.md").read_text()
 
 
-OTHERS = ("without_whitening", "raw_pixels", "random_encoder")  # as the columns of the table are
+OTHERS = ("raw_pixels", "without_whitening", "random_encoder")  # as the columns of the table are
 
 
 class Block(NamedTuple):
@@ -102,7 +102,7 @@ def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
         shown = " | ".join(f"{figure:.4f}" for figure in row)
         assert f"| {shown} |" in README, f"{line}\nprinted {shown}"
     assert figures[0][0] >= 0.980
-    assert figures[0][2] == 0.9660
+    assert figures[0][1] == 0.9660
     assert all(row[0] >= 0.992 for row in figures[1:])
 
 
