@@ -56,7 +56,7 @@ def test_search_needs_no_model(store: Path, tmp_path: Path) -> None:
 def test_info() -> None:
     facts = json.loads(run("info", MODEL, "--json").stdout)
     assert facts["name"] == "mnist"
-    assert facts["dimension"] == 256
+    assert facts["dimension"] == 128
     assert "fingerprint" in run("info", MODEL).stdout
 
 

@@ -95,7 +95,7 @@ def test_pictures_without_labels_and_parts_without_pictures(tmp_path: Path) -> N
     found = opened(tmp_path / "out")
     assert list(found.ids) == ["0.png", "2.png"]
     assert found.labels is None
-    assert found.rows.shape == (2, 256)
+    assert found.rows.shape == (2, 128)
 
 
 def test_a_job_that_has_not_ended(copy: Path) -> None:

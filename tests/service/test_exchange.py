@@ -79,13 +79,13 @@ def test_what_cannot_be_taken_in_is_said(copy: Gallery, tmp_path: Path, encoder:
         import_items(tmp_path / "nowhere", copy)
     with pytest.raises(InvalidSource, match="expected the columns id and embedding, found id, vector"):
         import_items(written(id=["a"], vector=[[1.0]]), copy)
-    with pytest.raises(InvalidSource, match="expected embeddings of 256 numbers"):
+    with pytest.raises(InvalidSource, match="expected embeddings of 128 numbers"):
         import_items(written(id=["a"], embedding=[[1.0, 0.0]]), copy)
     (tmp_path / "file.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(InvalidSource, match=r"file.parquet: "):
         import_items(tmp_path / "file.parquet", copy)
     meta = {b"lookalike": b'{"fingerprint": "0123456789abcdef"}'}
-    table = pa.table({"id": ["a"], "embedding": [[1.0] * 256]}).replace_schema_metadata(meta)
+    table = pa.table({"id": ["a"], "embedding": [[1.0] * 128]}).replace_schema_metadata(meta)
     pq.write_table(table, tmp_path / "file.parquet")
     with pytest.raises(StoreMismatch, match="embeddings of the encoder 0123456789ab…, not of mnist"):
         import_items(tmp_path / "file.parquet", copy)

@@ -256,7 +256,7 @@ BODIES = [
     Row("a file's path", 400, "invalid_request", as_json(images=["/etc/passwd-and-more"]), JSON),
 ]
 
-VECTOR = ["0.5"] * 256
+VECTOR = ["0.5"] * 128
 NUMBERS = [
     Row(f"k of {k} in the address", 400, "invalid_request", path="/search?k=" + quote(k))
     for k in ("0", "-1", "1e30", '"3"', "1.5", "NaN", "", "9" * 5000)
@@ -282,14 +282,14 @@ NUMBERS = [
         ("with Infinity", "invalid_request", ["Infinity", *VECTOR[1:]]),
         ("with -Infinity", "invalid_request", ["-Infinity", *VECTOR[1:]]),
         ("with 1e999", "invalid_request", ["1e999", *VECTOR[1:]]),
-        ("of zeros", "invalid_query", ["0"] * 256),
-        ("of -0.0", "invalid_query", ["-0.0"] * 256),
+        ("of zeros", "invalid_query", ["0"] * 128),
+        ("of -0.0", "invalid_query", ["-0.0"] * 128),
         ("too short", "invalid_query", VECTOR[1:]),
         ("too long", "invalid_query", [*VECTOR, "0.5"]),
         ("of a million", "invalid_query", ["0.5"] * 1_000_000),
         ("of nothing", "invalid_query", []),
-        ("of texts", "invalid_request", ['"0.5 and some text"'] * 256),
-        ("of vectors", "invalid_request", ["[0.5]"] * 256),
+        ("of texts", "invalid_request", ['"0.5 and some text"'] * 128),
+        ("of vectors", "invalid_request", ["[0.5]"] * 128),
     )
 ]  # fmt: skip
 

@@ -170,7 +170,7 @@ def test_a_bank_too_small_to_vote_is_refused(tiny_model: Path, tmp_path: Path) -
         evaluate(tiny_model, "digits[:19]", QUERIES, tmp_path)
     found = evaluate(tiny_model, "digits[:199]", "digits[1700:]", tmp_path)
     rows = [found.report["figures"], *found.report["baselines"].values()]
-    assert [row["weighted_k200"] for row in rows] == [None] * 3
+    assert [row["weighted_k200"] for row in rows] == [None] * 4
     assert all(value is not None for key, value in rows[0].items() if key != "weighted_k200")
     (note,) = found.notes()
     assert "weighted_k200 is left out: it needs a bank of 200 pictures, this one has 199" in note
@@ -223,7 +223,7 @@ def test_embeddings_give_the_figures_of_their_pictures(
     assert both.report["variant"] == "fp32"
     assert both.bank.pixels is None
     assert list(both.queries.ids) == list(evaluation.queries.ids)
-    assert "raw pixels and the random encoder are left out" in both.notes()[0]
+    assert "raw pixels and the other encoders are left out" in both.notes()[0]
     mixed = evaluate(tiny_model, f"{embedded}[:1000]", QUERIES, tmp_path, "fp32")
     assert mixed.report["figures"] == pytest.approx(evaluation.report["figures"], abs=2e-3)
     assert mixed.report["baselines"] is None
@@ -261,7 +261,7 @@ def test_the_command_prints_a_table(
     command = ("evaluate", tiny_model, "--bank", BANK, "--queries", QUERIES, "--variant", "fp32")
     heading, columns, *rows = run(*command)[1].splitlines()
     assert heading == f"1000 of {BANK} vote on 797 of {QUERIES}; variant fp32"
-    assert columns.split() == ["tiny", "raw", "pixels", "random", "encoder"]
+    assert columns.split() == ["tiny", "raw", "pixels", "without", "whitening", "random", "encoder"]
     assert {row.split()[0] for row in rows} == FIGURES
     assert {"k5", "weighted_k20"} < {row.split()[0] for row in rows[:4]}
     for row in rows:
@@ -278,7 +278,7 @@ def test_the_command_says_what_is_left_out(
     assert code == 0
     assert [row.split()[1:] for row in table.splitlines() if row.startswith("weighted_k200")] == [["-"]]
     assert "note: weighted_k200 is left out: it needs a bank of 200 pictures, this one has 50\n" in notes
-    assert "note: raw pixels and the random encoder are left out" in notes
+    assert "note: raw pixels and the other encoders are left out" in notes
     found = json.loads(run(*command, "--json")[1])
     assert found["baselines"] is found["figures"]["weighted_k200"] is None
     assert set(found["figures"]) == FIGURES
