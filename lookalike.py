@@ -115,7 +115,7 @@ def whiten(
 ) -> None:
     """Write an encoder anew with a whitening behind it: better matches, and scores near 0 for strangers.
 
-    Of fewer than 300 pictures it learns the mean alone. Pictures of another kind make it worse.
+    Of fewer than 500 pictures it learns the mean alone. Pictures of another kind make it worse.
     """
     from service.calibration import whiten as run
     from service.sources import open_source

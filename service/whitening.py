@@ -19,7 +19,7 @@ from service.card import MODEL_FILE, Card, choose_output, fingerprint
 from service.errors import InvalidModel
 
 LEAST_LEARNT = 20  # pictures whose mean is one
-_LEAST_WHITENED, _MOST_DIMENSIONS = 300, 512
+_LEAST_WHITENED, _MOST_DIMENSIONS = 500, 512
 _NOISE = 1e-6  # of float32 embeddings
 _PREFIX = "whitening/"
 _BARE = _PREFIX + "bare"  # the embedding that the encoder had before
@@ -80,7 +80,7 @@ def learn_whitening(embeddings: FloatArray, power: float, dimension: int) -> Whi
 def default_whitening(count: int, dimension: int) -> tuple[float, int]:
     """Return the power and the dimension that suit so many pictures to learn from.
 
-    Measured on CIFAR-10 (docs/decisions/0016): of fewer than 300 pictures the smaller directions are noise, and only
+    Measured on CIFAR-10 (docs/decisions/0016): of fewer than 500 pictures the smaller directions are noise, and only
     the mean is sure; from there on power 0.5 gains with every dimension that has a few pictures to learn it from.
     """
     if count < _LEAST_WHITENED:

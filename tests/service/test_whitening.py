@@ -93,11 +93,11 @@ def test_pictures_that_are_all_the_same_teach_nothing() -> None:
 
 
 def test_few_pictures_teach_the_mean_alone() -> None:
-    assert default_whitening(299, 1280) == (0.0, 1280)
-    assert default_whitening(300, 1280) == (0.5, 150)
+    assert default_whitening(499, 1280) == (0.0, 1280)
+    assert default_whitening(500, 1280) == (0.5, 250)
     assert default_whitening(10_000, 1280) == (0.5, 512)
     assert default_whitening(10_000, 256) == (0.5, 256)
-    assert default_whitening(300, 64) == (0.5, 64)
+    assert default_whitening(500, 64) == (0.5, 64)
 
 
 def encoder_graph(opset: int, output: str = "embedding", precision: int = TensorProto.FLOAT) -> bytes:
