@@ -127,8 +127,9 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
     """
     if min(picture.size) < _DRAFT_MARGIN * THUMBNAIL_SIDE and data.startswith(b"\xff\xd8"):
         picture = decode(data, THUMBNAIL_SIDE, limits)
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
+    scale = min(1, THUMBNAIL_SIDE / max(picture.size))
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2)
     buffer = io.BytesIO()
     # Glyphs of a few pixels would drown in the losses of a lossy file.
     small.save(buffer, "WEBP", quality=85, method=2, lossless=max(small.size) <= 64)
