@@ -282,9 +282,7 @@ def serve(
         workers=workers,
         read_only=read_only,
     )
-    if not settings.model:
-        settings = settings.model_copy(update={"model": _choose_model(settings)})
-    _check_serving(settings)
+    settings = _check_serving(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
     environment = {  # the keys are there already: only the environment holds them
         f"LOOKALIKE_{name.upper()}": str(value)
@@ -399,17 +397,18 @@ def _choose_model(settings: Any, source: str = "") -> Path:
     return model
 
 
-def _check_serving(settings: Any) -> None:
-    """Say here, in one sentence, what would otherwise be a traceback in the server's log."""
+def _check_serving(settings: Any) -> Any:
+    """Say here, in a sentence, what would else be a traceback in the server's log; return settings with a model."""
     from service.card import read_card
     from service.encoder import Encoder
-    from service.gallery import find_model, open_store
+    from service.gallery import open_store
     from service.keys import read_keys
 
     read_keys(settings)
     if settings.workers > 1 and not settings.no_store:
         raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
-    encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
+    settings = settings.model_copy(update={"model": _choose_model(settings)})
+    encoder = Encoder(read_card(settings.model), settings.device, settings.variant)
     if not settings.no_store:
         open_store(settings, encoder).close()
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
@@ -420,6 +419,7 @@ def _check_serving(settings: Any) -> None:
             raise InvalidRequest(
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another with --port"
             ) from error
+    return settings
 
 
 def _need_torch() -> None:

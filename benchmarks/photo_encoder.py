@@ -12,31 +12,40 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from tqdm import tqdm
 
 from benchmarks.copies import Found, find_copies, hard_copy
 from service import FloatArray, PixelArray
 from service.card import MODEL_FILE, VARIANTS, Card, fingerprint, read_card
 from service.encoder import Encoder, canary
 from service.images import Limits, decode_pixels
-from service.pretrained import build_graphs, default_encoder, preprocessing
+from service.pretrained import build_graphs, default_encoder, preprocessing, read_numbers
 from service.sources import Source, open_source
 from service.variants import Pictures, embed_pixels, judge
+from service.voting import headline_accuracy
 from service.whitening import Whitening, append_whitening, learn_whitening
 
 _NUMBERS = Path(__file__).parent.parent / "service" / "pretrained.json"
 _HALVES = 10
+_BLOCK, _LEARNT = 500, 10_000  # pictures
 _KEPT = {"half of each side": 0.5, "half of the area": 0.5**0.5}
 
 
 def main(
     photos: Annotated[str, typer.Argument(help="SOURCE of general photographs.")],
     learn: Annotated[bool, typer.Option("--learn", help="Write service/pretrained.json anew.")] = False,
+    bank: Annotated[
+        str, typer.Option(help="SOURCE with labels; its pictures vote, and a whitening is learnt on some.")
+    ] = "",
+    queries: Annotated[str, typer.Option(help="SOURCE with labels whose pictures are named.")] = "",
 ) -> None:
     """Measure the encoder for photographs, or learn its numbers."""
     source = open_source(photos)
     if learn:
         _NUMBERS.write_text(json.dumps(_learn(source), indent=1) + "\n")
         print(f"wrote {_NUMBERS}")
+    elif bank:
+        _vote(open_source(bank), open_source(queries))
     else:
         _measure(source)
 
@@ -109,6 +118,33 @@ def _measure(source: Source) -> None:
         for which, figures in found.items():
             mean = Found(*np.mean(figures, axis=0))
             print(f"| {name} | {which} | {mean.recall:.4f} | {mean.margin:+.4f} | {mean.strangers:+.4f} |")
+
+
+def _vote(bank: Source, queries: Source) -> None:
+    """Print the k-NN accuracy of the encoder as it is, as it ships, and whitened."""
+    bare = Encoder(_card(build_graphs()["fp32"]), "cpu")
+    rows, labels = [], []
+    for side in (bank, queries):
+        assert side.labels is not None and bank.labels is not None, f"{side.name} has no labels"
+        assert side.labels.names == bank.labels.names, f"{side.name} has other labels"
+        labels.append(side.labels.codes.astype(np.int64))
+        blocks = []
+        for start in tqdm(range(0, len(side), _BLOCK), side.name, unit=" blocks"):
+            data = [side.entry(number).data for number in range(start, min(start + _BLOCK, len(side)))]
+            blocks.append(embed_pixels(bare, _pixels(data), "embedding"))
+        rows.append(np.concatenate(blocks))
+    learnt_on = rows[0][np.linspace(0, len(bank) - 1, _LEARNT).astype(int)]
+    mean = np.frombuffer(base64.b64decode(read_numbers()["mean"]), "<f4")
+    encoders = {"as it is": None, "the default: centred on photographs": Whitening(mean, None)}
+    for dimension in (512, 256):
+        name = f"whitened on {_LEARNT} of the pictures that vote, power 0.5, {dimension} dimensions"
+        encoders[name] = learn_whitening(learnt_on, 0.5, dimension)
+    print(f"{len(bank)} pictures of {bank.name} vote on {len(queries)} of {queries.name}")
+    print("| EfficientNet-Lite0 | weighted 20-NN | median cosine of two queries |\n|---|---|---|")
+    for name, whitening in encoders.items():
+        sides = [side if whitening is None else whitening.apply(side) for side in rows]
+        accuracy = headline_accuracy(sides[0], labels[0], sides[1], labels[1])
+        print(f"| {name} | {accuracy:.4f} | {_median(sides[1][:: len(queries) // 1000]):+.3f} |", flush=True)
 
 
 def _card(model: bytes) -> Card:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from service.card import CARD_FILE, PREPROCESSOR_FILE, VARIANTS, Card, Preprocessing, fingerprint
-from service.encoder import Encoder, canary
 from service.errors import InvalidOutput
 from service.files import write_folder
 
@@ -59,6 +58,9 @@ def write_model(
         InvalidModel: a graph outside the contract.
         InvalidOutput: the folder cannot be written.
     """
+    # Here, not above: a machine that only trains has no onnxruntime.
+    from service.encoder import Encoder, canary
+
     model = graphs["fp32"]
     card = Card(out, name or out.name, fingerprint(model, preprocessing), model, preprocessing, {})
     encoder = Encoder(card, device="cpu")

@@ -3,16 +3,18 @@
 import json
 import sys
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from service import FloatArray, IntArray, PixelArray
 from service.card import LEAST_VARIANT_COSINE, VARIANTS, Card
-from service.encoder import Encoder
 from service.errors import InvalidModel, NoEmbedding
 from service.voting import headline_accuracy
+
+if TYPE_CHECKING:
+    from service.encoder import Encoder
 
 _MOST_LOST = 0.003  # of k-NN accuracy
 _BATCH = 50
@@ -60,7 +62,7 @@ def keep_good(
     return graphs
 
 
-def embed_pixels(encoder: Encoder, pixels: PixelArray, what: str) -> FloatArray:
+def embed_pixels(encoder: "Encoder", pixels: PixelArray, what: str) -> FloatArray:
     """Return the embeddings (N, D) of pixels (N, S, S, 3), N > 0; `what` names the bar of progress."""
     starts = tqdm(range(0, len(pixels), _BATCH), what, unit=" batches", leave=False, delay=3)
     return np.concatenate([encoder.encode(pixels[start : start + _BATCH]) for start in starts])
@@ -97,6 +99,9 @@ def judge(card: Card, variants: dict[str, bytes], pictures: Pictures) -> dict[st
 
 def _measure(card: Card, variant: str, pictures: Pictures) -> tuple[FloatArray, float | None]:
     """Return a variant's embeddings of the held-out pictures and, with labels, their k-NN accuracy."""
+    # Here, not above: a machine that only trains has no onnxruntime.
+    from service.encoder import Encoder
+
     served, what = Encoder(card, "cpu", variant), f"checking {VARIANTS[variant]}"
     held_out = embed_pixels(served, pictures.held_out, what)
     if pictures.labels is None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.card import MODEL_FILE, Card, Preprocessing, fingerprint
-from service.encoder import Encoder as OnnxEncoder
 from service.errors import InvalidModel
 from service.model_folder import check_out, write_model
 from service.variants import Pictures, embed_pixels, keep_good
@@ -105,6 +104,9 @@ def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[st
     """
     if pictures.learnt_on is None or len(pictures.learnt_on) < LEAST_LEARNT:
         return None
+    # Here, not above: a machine that only trains has no onnxruntime.
+    from service.encoder import Encoder as OnnxEncoder
+
     served = OnnxEncoder(card, device="cpu")
     rows = embed_pixels(served, pictures.learnt_on, "learning a whitening")
     count, dimension = rows.shape
@@ -139,6 +141,8 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
     Raises:
         InvalidModel: it is below 0.9999.
     """
+    from service.encoder import Encoder as OnnxEncoder
+
     served = OnnxEncoder(card, device="cpu")
     least = 1.0
     for start in range(0, len(pixels), batch):

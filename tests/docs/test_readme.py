@@ -103,7 +103,7 @@ def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
         assert f"| {shown} |" in README, f"{line}\nprinted {shown}"
     assert figures[0][0] >= 0.980
     assert figures[0][1] == 0.9660
-    assert all(row[0] >= 0.992 for row in figures[1:])
+    assert all(row[0] >= 0.991 for row in figures[1:])
 
 
 def test_every_verb_is_in_the_readme() -> None:

@@ -60,7 +60,7 @@ class Crowd:
 
 
 def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path) -> None:
-    with running(tmp_path, "--no-store") as (server, address, log):
+    with running(tmp_path, "--model", str(MODEL), "--no-store") as (server, address, log):
         crowd = Crowd(address)
         time.sleep(1)
         connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=30)
@@ -86,7 +86,7 @@ def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path) -> None:
 
 
 def test_a_request_that_is_coming_in_is_answered_after_sigterm(tmp_path: Path) -> None:
-    with running(tmp_path, "--no-store") as (server, address, log):
+    with running(tmp_path, "--model", str(MODEL), "--no-store") as (server, address, log):
         host, port = urlsplit(address).netloc.split(":")
         with socket.create_connection((host, int(port))) as slow:
             slow.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(PHOTO))
@@ -103,7 +103,7 @@ def test_a_request_that_is_coming_in_is_answered_after_sigterm(tmp_path: Path) -
 
 
 def test_a_request_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
-    with running(tmp_path, "--no-store", body_timeout_s="300") as (server, address, _):
+    with running(tmp_path, "--model", str(MODEL), "--no-store", body_timeout_s="300") as (server, address, _):
         host, port = urlsplit(address).netloc.split(":")
         with socket.create_connection((host, int(port))) as slow:
             slow.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
@@ -154,7 +154,7 @@ def metrics(address: str) -> str:
 
 
 def test_without_a_store_several_workers_embed_and_count_together(tmp_path: Path) -> None:
-    with running(tmp_path, "--no-store", "--workers", "2") as (_, address, _):
+    with running(tmp_path, "--model", str(MODEL), "--no-store", "--workers", "2") as (_, address, _):
         lanes = 'lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"}'
         deadline = time.monotonic() + 60
         while f"{lanes} 2.0" not in metrics(address):  # ready is: one of them is
@@ -163,7 +163,7 @@ def test_without_a_store_several_workers_embed_and_count_together(tmp_path: Path
         for _ in range(40):
             assert embed(address) == 200  # each on a connection of its own: both workers take some
         (tmp_path / "another").mkdir()
-        with running(tmp_path / "another", "--no-store"):
+        with running(tmp_path / "another", "--model", str(MODEL), "--no-store"):
             pass  # BentoML empties its folder of metrics for whoever starts
         for _ in range(4):
             assert 'lookalike_requests_total{method="POST",route="/embed",status="200"} 40.0' in metrics(address)
