@@ -387,11 +387,12 @@ def _settings(**flags: Any) -> Any:
 def _choose_model(settings: Any, source: str = "") -> Path:
     """The encoder's folder; where it is a default, say which and why."""
     from service.gallery import find_model
-    from service.pretrained import of_digits
     from service.store.embedded import recorded_model
 
     model = find_model(settings, source)
     if settings.model is None and (settings.no_store or recorded_model(settings.store) is None):
+        from service.pretrained import of_digits
+
         kind = "digits" if of_digits(source) else "photographs"
         print(f"encoder: {model}, the default for {kind}; --model names another", file=sys.stderr)
     return model

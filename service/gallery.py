@@ -28,7 +28,6 @@ from service.errors import (
     kept,
 )
 from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
-from service.pretrained import default_encoder, of_digits
 from service.settings import Settings
 from service.store import Hit, Item, NewItem
 from service.store.catalog import Catalog, has_catalog, no_store
@@ -464,10 +463,12 @@ def find_model(settings: Settings, source: str = "") -> Path:
     recorded = None if settings.no_store else recorded_model(settings.store)
     if recorded is None and settings.read_only and not settings.no_store:
         raise no_store(settings.store)
-    if recorded is None:
-        return default_encoder(of_digits(source))
-    folder, name = recorded
-    return folder if folder.is_dir() else default_encoder(digits=name == "mnist")
+    if recorded is not None and recorded[0].is_dir():
+        return recorded[0]
+    # Here, not above: it takes onnx, whose import would cost every start most of a second.
+    from service.pretrained import default_encoder, of_digits
+
+    return default_encoder(of_digits(source) if recorded is None else recorded[1] == "mnist")
 
 
 def check_id(id: str, most_bytes: int) -> str:

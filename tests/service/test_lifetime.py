@@ -115,7 +115,7 @@ def test_a_request_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    with running(tmp_path, "--store", str(tmp_path / "store")) as (server, address, _):
+    with running(tmp_path, "--model", str(MODEL), "--store", str(tmp_path / "store")) as (server, address, _):
         workers = psutil.Process(server.pid).children(recursive=True)
         crowd = Crowd(address, 4)
         time.sleep(0.5)
@@ -137,7 +137,7 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [["--store"], ["--no-store", "--workers", "2"]])
 def test_a_killed_worker_is_replaced(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, str(tmp_path / "store")] if flags == ["--store"] else flags
-    with running(tmp_path, *flags) as (server, address, log):
+    with running(tmp_path, "--model", str(MODEL), *flags) as (server, address, log):
         parent = psutil.Process(server.pid)
         before = {child.pid for child in parent.children()}
         os.kill(max(before), signal.SIGKILL)
