@@ -129,7 +129,7 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
         picture = decode(data, THUMBNAIL_SIDE, limits)
     scale = min(1, THUMBNAIL_SIDE / max(picture.size))
     width, height = (max(1, round(side * scale)) for side in picture.size)
-    small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()
     # Glyphs of a few pixels would drown in the losses of a lossy file.
     small.save(buffer, "WEBP", quality=85, method=2, lossless=max(small.size) <= 64)
