@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -227,13 +228,13 @@ def suits(card: Card, gallery_tones: list[float] | None, store: Path) -> str | N
         return (
             f"The encoder {card.name} was trained on {data.get('source', 'other pictures')}, and these pictures look "
             "unlike those: expect poor matches. "
-            f"`lookalike reindex --store {store}` gives them the encoder for photographs."
+            f"`lookalike reindex --store {shlex.quote(str(store))}` gives them the encoder for photographs."
         )
     if unsuited and _distance(unsuited["tones"], gallery_tones) < _ALIKE:
         return (
             f"The encoder {card.name} was trained on photographs, and these pictures look like {unsuited['name']}: "
-            f"expect poor matches. `lookalike reindex --model {unsuited['instead']} --store {store}` gives them "
-            "another encoder."
+            f"expect poor matches. `lookalike reindex --model {unsuited['instead']} --store {shlex.quote(str(store))}` "
+            "gives them another encoder."
         )
     return None
 

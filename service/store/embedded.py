@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -121,7 +122,8 @@ class EmbeddedStore:
             raise StoreMismatch(
                 f"{self._folder}: built by the encoder {have['model']} ({have['fingerprint'][:12]}…), "
                 f"not by {card.name} ({card.fingerprint[:12]}…); name that encoder with --model, or another --store, "
-                f"or bring it over with `lookalike reindex --model {card.folder} --store {self._home}`"
+                f"or bring it over with `lookalike reindex --model {shlex.quote(str(card.folder))} "
+                f"--store {shlex.quote(str(self._home))}`"
             )
         if have["dimension"] != str(self._dimension):
             raise InvalidStore(

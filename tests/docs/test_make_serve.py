@@ -98,7 +98,7 @@ def test_a_folder_of_ones_own_has_its_own_store(checkout: Path, tmp_path: Path) 
     assert len(recommended) == 1
     # What the notice recommends works where its reader is: with what `make serve` has installed.
     done = subprocess.run(
-        [".venv-serve/bin/" + recommended[0].split()[0], *recommended[0].split()[1:]],
+        ["bash", "-c", f".venv-serve/bin/{recommended[0]}"],
         cwd=checkout,
         capture_output=True,
         text=True,

@@ -116,7 +116,7 @@ def test_suits_names_the_data_and_the_way_out() -> None:
     bright_colours = [0.0] * 14 + [0.5, 0.5]
     said = str(suits(card, bright_colours, store))
     assert "trained on mnist/train" in said
-    assert "`lookalike reindex --store a store`" in said
+    assert "`lookalike reindex --store 'a store'`" in said
 
 
 def with_variant(model: Path, tmp_path: Path, **figures: float) -> Path:
