@@ -105,7 +105,8 @@ def whiten(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the new encoder to.")],
     power: Annotated[
-        float | None, typer.Option(min=0, max=1, help="0 centres and rotates, 1 whitens fully; 0.5 if left out.")
+        float | None,
+        typer.Option(min=0, max=1, help="0 centres and rotates, 1 whitens fully; by the pictures if left out."),
     ] = None,
     dimension: Annotated[
         int | None,
