@@ -40,7 +40,7 @@ def submit(batcher: Batcher, value: int) -> "Future[FloatArray]":
     return future
 
 
-def occupy(batcher: Batcher, recorder: Recorder) -> "Future[FloatArray]":
+def occupy(batcher: Batcher, recorder: "Recorder | Small") -> "Future[FloatArray]":
     """Have the batcher's thread busy with one picture, so that what follows has to wait."""
     first = submit(batcher, 99)
     assert recorder.busy.wait(10)
@@ -121,9 +121,11 @@ class Small:
     def __init__(self, most: int) -> None:
         self.most = most
         self.batches: list[int] = []
+        self.busy = threading.Event()
         self.free = threading.Event()
 
     def encode(self, pixels: Sequence[PixelArray]) -> FloatArray:
+        self.busy.set()
         self.free.wait(10)
         self.batches.append(len(pixels))
         if len(pixels) > self.most:
@@ -134,10 +136,10 @@ class Small:
 def test_a_batch_without_memory_is_halved_once_and_later_ones_are_smaller() -> None:
     small = Small(8)
     batcher = Batcher([small.encode], max_batch=16)
-    first = submit(batcher, 20)
-    futures = [submit(batcher, value) for value in range(21, 53)]
+    first = occupy(batcher, small)
+    futures = [submit(batcher, value) for value in range(20, 52)]
     small.free.set()
-    assert [future.result(10)[0] for future in [first, *futures]] == list(range(20, 53))
+    assert [future.result(10)[0] for future in [first, *futures]] == [99, *range(20, 52)]
     assert max(small.batches[small.batches.index(16) + 1 :]) == 8
     assert small.batches.count(16) == 1
     batcher.close()
