@@ -24,7 +24,7 @@ serve: setup-serve $(filter $(PHOTOS),$(MODEL)) ## serve the demo gallery, or IM
 	.venv-serve/bin/lookalike index "$(IMAGES)" --model "$(MODEL)" --store "$$store" || [ $$? = 1 ] || exit 2; \
 	exec .venv-serve/bin/lookalike serve --model "$(MODEL)" --store "$$store" --host "$(HOST)" --port "$(PORT)"
 
-$(PHOTOS): requirements/serve-cpu.txt service/pretrained.json | setup-serve
+$(PHOTOS): requirements/serve-cpu.txt service/encoding/pretrained.json | setup-serve
 	@rm -rf $@
 	.venv-serve/bin/lookalike import efficientnet-lite0 --out $@
 

@@ -83,7 +83,7 @@ def import_backbone(
     ] = "DEFAULT",
 ) -> None:
     """Write an encoder that others have trained: efficientnet-lite0 for photographs, or a torchvision backbone."""
-    from service.pretrained import EFFICIENTNET_LITE0, import_efficientnet_lite0
+    from service.encoding.pretrained import EFFICIENTNET_LITE0, import_efficientnet_lite0
 
     if backbone == EFFICIENTNET_LITE0:
         if weights != "DEFAULT":
@@ -118,7 +118,7 @@ def whiten(
 
     Of fewer than 500 pictures it learns the mean alone. Pictures of another kind make it worse.
     """
-    from service.calibration import whiten as run
+    from service.jobs.whiten import whiten as run
     from service.sources import open_source
 
     tally = run(model, open_source(calibrate, data_root), out, _settings(), power, dimension)
@@ -173,7 +173,7 @@ def embed(
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Embed a whole source into Parquet; run it again to go on after an interruption."""
-    from service.batch import embed_source
+    from service.jobs.embed import embed_source
     from service.sources import open_source
 
     tally = embed_source(open_source(source, data_root), model, out, _settings())
@@ -191,8 +191,8 @@ def index(
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Add a source's pictures to a store. Those already there with the same bytes are passed over."""
-    from service.batch import index_source
     from service.gallery import open_gallery
+    from service.jobs.index import index_source
     from service.sources import open_source
 
     pictures = open_source(source, data_root)
@@ -221,8 +221,8 @@ def reindex(
     ] = None,
 ) -> None:
     """Embed a store's pictures anew with another encoder, beside a service that goes on meanwhile."""
-    from service.batch import reindex as run
-    from service.pretrained import default_encoder
+    from service.encoding.pretrained import default_encoder
+    from service.jobs.reindex import reindex as run
 
     settings = _settings(store=store)
     model = model or default_encoder()
@@ -298,8 +298,8 @@ def serve(
 @store_cli.command()
 def check(store: StoreFolder) -> None:
     """Read everything in a store and name what is wrong; exit code 1 where anything is."""
-    from service.store.examination import examine
-    from service.store.folder import current
+    from service.store.check import examine
+    from service.store.layout import current
 
     problems = 0
     for problem in examine(current(store)):
@@ -314,8 +314,8 @@ def export_store(
     store: StoreFolder, out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write.")]
 ) -> None:
     """Write a store's items as Parquet: embeddings, metadata and pictures. A service may go on meanwhile."""
-    from service.exchange import export_store as run
     from service.gallery import open_gallery
+    from service.jobs.transfer import export_store as run
 
     gallery = open_gallery(_settings(store=store, read_only=True))
     try:
@@ -332,8 +332,8 @@ def import_items(
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
 ) -> None:
     """Add the items of Parquet files: of `store export`, of `embed`, or made elsewhere: id and embedding at least."""
-    from service.exchange import import_items as run
     from service.gallery import open_gallery
+    from service.jobs.transfer import import_items as run
 
     gallery = open_gallery(_settings(model=model, store=store))
     try:
@@ -351,8 +351,8 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show an encoder's card, after checking its files against it."""
-    from service.card import read_card
-    from service.encoder import Encoder
+    from service.encoding.card import read_card
+    from service.encoding.encoder import Encoder
 
     card = read_card(model)
     encoder = Encoder(card, variant="fp32")
@@ -392,7 +392,7 @@ def _choose_model(settings: Any, source: str = "") -> Path:
 
     model = find_model(settings, source)
     if settings.model is None and (settings.no_store or recorded_model(settings.store) is None):
-        from service.pretrained import of_digits
+        from service.encoding.pretrained import of_digits
 
         kind = "digits" if of_digits(source) else "photographs"
         print(f"encoder: {model}, the default for {kind}; --model names another", file=sys.stderr)
@@ -401,10 +401,10 @@ def _choose_model(settings: Any, source: str = "") -> Path:
 
 def _check_serving(settings: Any) -> Any:
     """Say here, in a sentence, what would else be a traceback in the server's log; return settings with a model."""
-    from service.card import read_card
-    from service.encoder import Encoder
+    from service.encoding.card import read_card
+    from service.encoding.encoder import Encoder
     from service.gallery import open_store
-    from service.keys import read_keys
+    from service.http.keys import read_keys
 
     read_keys(settings)
     if settings.workers > 1 and not settings.no_store:

@@ -3,7 +3,7 @@
 from starlette.types import Receive, Scope, Send
 
 from service.app import app, open_service, own_every_path
-from service.guard import Guard
+from service.http.guard import Guard
 from service.settings import Settings
 
 

@@ -26,7 +26,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.machine import describe
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.sources import open_source
 from training.augment import augment

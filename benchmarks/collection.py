@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.search_peers import D, Peer, chunks, percents
 from service import FloatArray, IntArray
-from service.card import read_card
+from service.encoding.card import read_card
 from service.sources import open_source
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore

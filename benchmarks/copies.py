@@ -7,7 +7,7 @@ import numpy as np
 from PIL import ImageOps
 
 from service import FloatArray
-from service.images import Limits, decode
+from service.encoding.images import Limits, decode
 
 
 class Found(NamedTuple):

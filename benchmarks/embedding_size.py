@@ -19,7 +19,7 @@ import psutil
 import typer
 
 from service import FloatArray
-from service.card import Card, square_preprocessing
+from service.encoding.card import Card, square_preprocessing
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from benchmarks.photos import photos
-from service.card import CARD_FILE, square_preprocessing
-from service.images import Limits, decode_pixels
-from service.variants import Pictures
+from service.encoding.card import CARD_FILE, square_preprocessing
+from service.encoding.images import Limits, decode_pixels
+from service.encoding.variants import Pictures
 from training.backbones import build_backbone
 from training.export import Encoder, export
 

@@ -18,7 +18,7 @@ _SIDE = 8
 _PROGRAM = """
 import gc, re, sys, numpy as np, torch
 from pathlib import Path
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
 from training.data import Canvas, Cursor, batches
 from service.sources import open_source
 source = open_source(sys.argv[1])

@@ -22,11 +22,11 @@ import typer
 from PIL import Image
 
 from service import FloatArray, PixelArray, cores
-from service.batch import index_source
-from service.card import read_card
-from service.encoder import Encoder
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
+from service.encoding.pretrained import default_encoder
 from service.gallery import Gallery
-from service.pretrained import default_encoder
+from service.jobs.index import index_source
 from service.settings import Settings
 from service.sources import open_source
 from service.store.embedded import EmbeddedStore

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 
 from service import PixelArray
-from service.card import VARIANTS, Card, read_card
-from service.images import Limits, decode_pixels
+from service.encoding.card import VARIANTS, Card, read_card
+from service.encoding.images import Limits, decode_pixels
 
 _THREADS = 2
 _BATCH = 16

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from benchmarks.machine import describe
 from service import FloatArray
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
+from service.encoding.voting import headline_accuracy
 from service.sources import open_source
-from service.voting import headline_accuracy
 from training.backbones import build_backbone
 from training.data import Canvas
 from training.material import Material, prepare

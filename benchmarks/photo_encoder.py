@@ -1,4 +1,4 @@
-"""The encoder for photographs: learn the numbers that service/pretrained.json holds, or measure it.
+"""The encoder for photographs: learn the numbers that service/encoding/pretrained.json holds, or measure it.
 
 python -m benchmarks.photo_encoder PHOTOS            the table
 python -m benchmarks.photo_encoder PHOTOS --learn    pretrained.json, from one half of PHOTOS
@@ -16,16 +16,17 @@ from tqdm import tqdm
 
 from benchmarks.copies import Found, find_copies, hard_copy
 from service import FloatArray, PixelArray
-from service.card import MODEL_FILE, VARIANTS, Card, fingerprint, read_card
-from service.encoder import Encoder, canary
-from service.images import Limits, decode_pixels
-from service.pretrained import build_graphs, default_encoder, preprocessing, read_numbers
-from service.sources import Source, open_source
-from service.variants import Pictures, embed_pixels, judge
-from service.voting import headline_accuracy
-from service.whitening import Whitening, append_whitening, learn_whitening
+from service.encoding.card import MODEL_FILE, VARIANTS, Card, fingerprint, read_card
+from service.encoding.encoder import Encoder, canary
+from service.encoding.images import Limits, decode_pixels
+from service.encoding.pretrained import build_graphs, default_encoder, preprocessing, read_numbers
+from service.encoding.variants import Pictures, embed_pixels, judge
+from service.encoding.voting import headline_accuracy
+from service.encoding.whitening import Whitening, append_whitening, learn_whitening
+from service.sources import open_source
+from service.sources.source import Source
 
-_NUMBERS = Path(__file__).parent.parent / "service" / "pretrained.json"
+_NUMBERS = Path(__file__).parent.parent / "service" / "encoding" / "pretrained.json"
 _HALVES = 10
 _BLOCK, _LEARNT = 500, 10_000  # pictures
 _KEPT = {"half of each side": 0.5, "half of the area": 0.5**0.5}
@@ -33,7 +34,7 @@ _KEPT = {"half of each side": 0.5, "half of the area": 0.5**0.5}
 
 def main(
     photos: Annotated[str, typer.Argument(help="SOURCE of general photographs.")],
-    learn: Annotated[bool, typer.Option("--learn", help="Write service/pretrained.json anew.")] = False,
+    learn: Annotated[bool, typer.Option("--learn", help="Write service/encoding/pretrained.json anew.")] = False,
     bank: Annotated[
         str, typer.Option(help="SOURCE with labels; its pictures vote, and a whitening is learnt on some.")
     ] = "",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.machine import describe
 from service import PixelArray
-from service.sources import from_arrays
+from service.sources.source import from_arrays
 from training.backbones import build_backbone
 from training.material import prepare
 from training.methods import build_method

@@ -321,7 +321,7 @@ def _churn(collection: Collection) -> list[Row]:
 
 def _real(work: Path, data_root: Path | None) -> list[Row]:
     """As `_engine`: embeddings of a data set's train half, queries of its test half, by our encoder for it."""
-    from service.batch import embed_source
+    from service.jobs.embed import embed_source
     from service.settings import Settings
     from service.sources import open_source
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.load import form, raw
-from service.card import VARIANTS, read_card
+from service.encoding.card import VARIANTS, read_card
 
 _BIN = Path(sys.executable).parent
 _UVICORN = f"{_BIN}/uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "

@@ -14,13 +14,14 @@ import typer
 
 from benchmarks.copies import find_copies, hard_copy
 from service import FloatArray, IntArray
-from service.card import read_card
-from service.encoder import Encoder
-from service.images import Limits, decode_pixels
-from service.sources import Source, open_source
-from service.variants import embed_pixels
-from service.voting import headline_accuracy
-from service.whitening import Whitening, default_whitening, learn_whitening, without_whitening
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
+from service.encoding.images import Limits, decode_pixels
+from service.encoding.variants import embed_pixels
+from service.encoding.voting import headline_accuracy
+from service.encoding.whitening import Whitening, default_whitening, learn_whitening, without_whitening
+from service.sources import open_source
+from service.sources.source import Source
 
 _BANK, _QUERIES, _COPIES = 20_000, 5_000, 1_000
 _COUNTS = (100, 300, 1_000, 3_000, 10_000, 20_000)

@@ -12,14 +12,15 @@ import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import logs, metrics
-from service.api import create_app
+from service import metrics
 from service.errors import LookalikeError
 from service.gallery import Gallery, open_gallery, succeed
-from service.guard import Guard
+from service.http import logs
+from service.http.guard import Guard
+from service.http.routes import create_app
+from service.http.slots import Slots
 from service.lifetime import Lifetime
 from service.settings import Settings
-from service.slots import Slots
 
 logs.write_json_lines()
 log = logging.getLogger("bentoml.lookalike")

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from service import FloatArray, PixelArray, cores, metrics
-from service.batcher import Batcher
-from service.card import Card, read_card, suits
-from service.encoder import Encoder
+from service.encoding.batcher import Batcher
+from service.encoding.card import Card, read_card, suits
+from service.encoding.encoder import Encoder
+from service.encoding.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.errors import (
     InvalidQuery,
     InvalidRequest,
@@ -27,7 +28,6 @@ from service.errors import (
     each,
     kept,
 )
-from service.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.settings import Settings
 from service.store import Hit, Item, NewItem
 from service.store.catalog import Catalog, has_catalog, no_store
@@ -466,7 +466,7 @@ def find_model(settings: Settings, source: str = "") -> Path:
     if recorded is not None and recorded[0].is_dir():
         return recorded[0]
     # Here, not above: it takes onnx, whose import would cost every start most of a second.
-    from service.pretrained import default_encoder, of_digits
+    from service.encoding.pretrained import default_encoder, of_digits
 
     return default_encoder(of_digits(source) if recorded is None else recorded[1] == "mnist")
 

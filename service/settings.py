@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.images import Limits
+from service.encoding.images import Limits
 
 
 class Settings(BaseSettings):

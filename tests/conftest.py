@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from service.card import read_card
-from service.encoder import Encoder
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
 from service.gallery import Gallery
 from service.settings import Settings
 from service.store.embedded import EmbeddedStore

@@ -16,10 +16,11 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from service import IntArray, PixelArray
-from service.card import Preprocessing
+from service.encoding.card import Preprocessing
+from service.encoding.images import Limits, decode_pixels
 from service.errors import InvalidSource, LookalikeError
-from service.images import Limits, decode_pixels
-from service.sources import Source, from_arrays, open_source, slice_source
+from service.sources import open_source
+from service.sources.source import Source, from_arrays, slice_source
 
 Residence = Literal["memory", "disk", "nowhere"]
 

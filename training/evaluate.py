@@ -14,15 +14,15 @@ from onnx import numpy_helper
 from tqdm import tqdm
 
 from service import FloatArray, IntArray, PixelArray
-from service.card import Card, Preprocessing, read_card
-from service.embeddings import Embeddings, open_embeddings
-from service.encoder import Encoder
+from service.encoding.card import Card, Preprocessing, read_card
+from service.encoding.encoder import Encoder
+from service.encoding.images import Limits, decode_pixels
+from service.encoding.variants import embed_pixels
+from service.encoding.voting import vote
+from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
-from service.images import Limits, decode_pixels
-from service.sources import Source
-from service.variants import embed_pixels
-from service.voting import vote
-from service.whitening import without_whitening
+from service.jobs.parquet_parts import Embeddings, open_embeddings
+from service.sources.source import Source
 from training import knn
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity

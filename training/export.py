@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.card import MODEL_FILE, Card, Preprocessing, fingerprint
+from service.encoding.card import MODEL_FILE, Card, Preprocessing, fingerprint
+from service.encoding.model_folder import check_out, write_model
+from service.encoding.variants import Pictures, embed_pixels, keep_good
+from service.encoding.voting import headline_accuracy
+from service.encoding.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
 from service.errors import InvalidModel
-from service.model_folder import check_out, write_model
-from service.variants import Pictures, embed_pixels, keep_good
-from service.voting import headline_accuracy
-from service.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
 from training.augment import luminance
 from training.variants import to_int8
 
@@ -105,7 +105,7 @@ def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[st
     if pictures.learnt_on is None or len(pictures.learnt_on) < LEAST_LEARNT:
         return None
     # Here, not above: a machine that only trains has no onnxruntime.
-    from service.encoder import Encoder as OnnxEncoder
+    from service.encoding.encoder import Encoder as OnnxEncoder
 
     served = OnnxEncoder(card, device="cpu")
     rows = embed_pixels(served, pictures.learnt_on, "learning a whitening")
@@ -141,7 +141,7 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
     Raises:
         InvalidModel: it is below 0.9999.
     """
-    from service.encoder import Encoder as OnnxEncoder
+    from service.encoding.encoder import Encoder as OnnxEncoder
 
     served = OnnxEncoder(card, device="cpu")
     least = 1.0

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torchvision
 
-from service.card import square_preprocessing
-from service.model_folder import check_out
+from service.encoding.card import square_preprocessing
+from service.encoding.model_folder import check_out
 from training.backbones import behead, build_network, load_weights, read_weights
 from training.export import Encoder, export
 

@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from service import FloatArray, IntArray
-from service.voting import weighted_vote
+from service.encoding.voting import weighted_vote
 
 DoubleArray = NDArray[np.float64]
 

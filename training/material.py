@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from service import IntArray, PixelArray
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
+from service.encoding.images import tones
+from service.encoding.variants import Pictures
 from service.errors import InvalidSource, LookalikeError
-from service.images import tones
-from service.sources import Source
-from service.variants import Pictures
+from service.sources.source import Source
 from training.data import Canvas, names_checksum, sample, spread
 from training.recipe import Recipe
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from service import IntArray
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
+from service.encoding.model_folder import check_out
+from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
-from service.model_folder import check_out
-from service.voting import headline_accuracy
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import read_checkpoint, run_folder, write_checkpoint

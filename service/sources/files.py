@@ -19,10 +19,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from service import IntArray
+from service.encoding.images import SUFFIXES
 from service.errors import InvalidSource
-from service.images import SUFFIXES
-from service.sources import Source
 from service.sources.compact import Labels, Names, smallest
+from service.sources.source import Source
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 100_000

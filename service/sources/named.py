@@ -7,7 +7,7 @@ import numpy as np
 
 from service import PixelArray
 from service.errors import InvalidSource
-from service.sources import Source, from_arrays
+from service.sources.source import Source, from_arrays
 
 _IDX = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 

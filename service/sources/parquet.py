@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from service.errors import InvalidSource
-from service.sources import Source
 from service.sources.compact import Labels, Names
 from service.sources.files import stems
+from service.sources.source import Source
 
 _HELD_BYTES = 256 * 2**20
 _PICTURES = ("image", "img", "bytes")  # which column, where several hold bytes

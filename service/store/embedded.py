@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 from service import FloatArray, IntArray
-from service.card import Card
+from service.encoding.card import Card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import Hit, Item, NewItem, snapshot
-from service.store.approximation import approximate
 from service.store.catalog import FILE, Catalog, Change, read_meta
 from service.store.commits import Commits
 from service.store.faiss_index import FaissIndex, checked
+from service.store.filter_cache import Selections
 from service.store.filters import Filter
-from service.store.folder import current, lock
-from service.store.selection import Selections
+from service.store.ivf_training import approximate
+from service.store.layout import current, lock
+from service.store.rwlock import Turns
 from service.store.snapshot import SNAPSHOT, DamagedSnapshot
-from service.store.turns import Turns
 
 log = logging.getLogger("bentoml.lookalike")
 

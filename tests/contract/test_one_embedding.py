@@ -14,8 +14,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from service import FloatArray
-from service.batch import embed_source
-from service.embeddings import open_embeddings
+from service.jobs.embed import embed_source
+from service.jobs.parquet_parts import open_embeddings
 from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from service.api import create_app
-from service.batch import index_source
+from service.encoding.variants import embed_pixels
 from service.gallery import Gallery
-from service.slots import Slots
+from service.http.routes import create_app
+from service.http.slots import Slots
+from service.jobs.index import index_source
 from service.sources import open_source
-from service.variants import embed_pixels
 
 K = 5
 

@@ -3,8 +3,8 @@
 import re
 
 from service import errors
-from service.api import create_app
-from service.openapi import STATUSES
+from service.http.openapi import STATUSES
+from service.http.routes import create_app
 from tests.conftest import ROOT
 
 API = (ROOT / "docs" / "api.md").read_text()

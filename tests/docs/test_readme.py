@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from lookalike import cli, store_cli
-from service.api import create_app
+from service.http.routes import create_app
 from tests.conftest import ROOT, missing
 from tests.serving import LOOKALIKE, serving
 

@@ -12,7 +12,7 @@ import apsw
 import pytest
 
 from service.errors import InvalidStore
-from service.store.examination import examine
+from service.store.check import examine
 from service.store.snapshot import SNAPSHOT
 from tests.proofs.child import in_child
 from tests.proofs.disk import Disk

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from service.store.examination import examine
+from service.store.check import examine
 from tests.conftest import ROOT
 from tests.proofs.truth import Change, State, after, held, opened
 from tests.proofs.writer import POINTS, THREADS, fixed, ids_of

@@ -9,7 +9,7 @@ import apsw
 import pytest
 
 from service.errors import InvalidStore
-from service.store.examination import examine
+from service.store.check import examine
 from service.store.snapshot import SNAPSHOT
 from tests.proofs.disk import Disk
 from tests.proofs.truth import Change, State, after, do, held, opened, some_change

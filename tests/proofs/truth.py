@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service import FloatArray
-from service.card import Card, Preprocessing
+from service.encoding.card import Card, Preprocessing
 from service.errors import InvalidRequest
 from service.store import NewItem, Store
 from service.store.embedded import EmbeddedStore

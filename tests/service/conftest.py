@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from service.api import create_app
-from service.encoder import Encoder
+from service.encoding.encoder import Encoder
 from service.gallery import Gallery
-from service.guard import Guard
+from service.http.guard import Guard
+from service.http.routes import create_app
+from service.http.slots import Slots
 from service.settings import Settings
-from service.slots import Slots
 from service.store.embedded import EmbeddedStore
 
 Served = Callable[..., TestClient]

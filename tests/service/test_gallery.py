@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.card import read_card
-from service.encoder import Encoder
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
 from service.errors import InvalidQuery, InvalidRequest, ItemNotFound
 from service.gallery import Gallery, check_id, find_model, open_gallery
 from service.settings import Settings

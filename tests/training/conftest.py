@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from service.card import Card, read_card
+from service.encoding.card import Card, read_card
 from training.pretrain import pretrain
 from training.recipe import Recipe, read_recipe
 

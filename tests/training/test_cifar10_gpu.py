@@ -38,8 +38,8 @@ from benchmarks.cifar10_gpu import (
     run,
     views_per_s,
 )
+from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
-from service.voting import headline_accuracy
 from tests.conftest import ROOT
 from training import augment
 from training.backbones import build_backbone

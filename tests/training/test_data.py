@@ -18,11 +18,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from service import IntArray, PixelArray
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
+from service.encoding.images import Limits, decode_pixels
 from service.errors import InvalidSource
-from service.images import Limits, decode_pixels
-from service.sources import Source, open_source
+from service.sources import open_source
 from service.sources.compact import Labels
+from service.sources.source import Source
 from tests.conftest import encoded, scene
 from training import data
 from training.data import (

@@ -15,14 +15,14 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import lookalike
-from service.batch import embed_source
-from service.card import Card, read_card, square_preprocessing
-from service.encoder import Encoder as ServedEncoder
+from service.encoding.card import Card, read_card, square_preprocessing
+from service.encoding.encoder import Encoder as ServedEncoder
+from service.encoding.variants import embed_pixels
+from service.encoding.voting import headline_accuracy, vote
 from service.errors import InvalidModel, InvalidSource, UndecodablePicture
+from service.jobs.embed import embed_source
 from service.settings import Settings
 from service.sources import open_source
-from service.variants import embed_pixels
-from service.voting import headline_accuracy, vote
 from training.backbones import build_backbone
 from training.data import open_training_source
 from training.evaluate import (

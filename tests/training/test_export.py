@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from service.card import Card, read_card, square_preprocessing
-from service.encoder import Encoder as ServedEncoder
+from service.encoding.card import Card, read_card, square_preprocessing
+from service.encoding.encoder import Encoder as ServedEncoder
+from service.encoding.images import Limits, decode, to_pixels
+from service.encoding.variants import Pictures
 from service.errors import InvalidModel, InvalidOutput
-from service.images import Limits, decode, to_pixels
 from service.sources import open_source
-from service.variants import Pictures
 from training.backbones import build_backbone
 from training.export import Encoder, compare, export
 

@@ -8,10 +8,10 @@ import torch
 import torchvision
 from torch.nn import functional
 
-from service.card import read_card
-from service.encoder import Encoder
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
+from service.encoding.images import Limits, decode, to_pixels
 from service.errors import InvalidOutput, InvalidRequest, LookalikeError
-from service.images import Limits, decode, to_pixels
 from tests.conftest import encoded, scene
 from training.importing import import_backbone
 

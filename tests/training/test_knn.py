@@ -13,7 +13,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.neighbors import KNeighborsClassifier
 
 from service import FloatArray
-from service.voting import headline_accuracy, vote, weighted_vote
+from service.encoding.voting import headline_accuracy, vote, weighted_vote
 from training import knn
 from training.knn import find_neighbours, nearest, neighbour_figures
 

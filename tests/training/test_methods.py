@@ -18,7 +18,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from service.voting import headline_accuracy
+from service.encoding.voting import headline_accuracy
 from training.augment import augment
 from training.backbones import Backbone, build_backbone
 from training.losses import (

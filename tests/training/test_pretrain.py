@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import lookalike
-from service.card import square_preprocessing
+from service.encoding.card import square_preprocessing
+from service.encoding.images import tones
 from service.errors import InvalidOutput, InvalidRequest, LookalikeError
-from service.images import tones
-from service.sources import Source, open_source
+from service.sources import open_source
 from service.sources.compact import Labels
+from service.sources.source import Source
 from tests.conftest import ROOT
 from training import data
 from training import material as materials

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.card import read_card
+from service.encoding.card import read_card
 from tests.conftest import ROOT
 from training.checkpoint import read_checkpoint
 from training.pretrain import pretrain

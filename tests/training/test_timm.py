@@ -14,8 +14,8 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
 from service import FloatArray, PixelArray
-from service.images import Limits, decode_pixels
-from service.pretrained import build_graphs, preprocessing, read_state, read_weights
+from service.encoding.images import Limits, decode_pixels
+from service.encoding.pretrained import build_graphs, preprocessing, read_state, read_weights
 from tests.conftest import missing
 
 

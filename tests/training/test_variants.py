@@ -13,13 +13,13 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from service import PixelArray
-from service.card import Card, read_card, square_preprocessing
-from service.encoder import Encoder as ServedEncoder
+from service.encoding.card import Card, read_card, square_preprocessing
+from service.encoding.encoder import Encoder as ServedEncoder
+from service.encoding.images import Limits, decode_pixels
+from service.encoding.variants import Pictures, judge
+from service.encoding.voting import headline_accuracy
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource
-from service.images import Limits, decode_pixels
 from service.sources import open_source
-from service.variants import Pictures, judge
-from service.voting import headline_accuracy
 from training.export import Encoder, export, to_onnx
 from training.pretrain import export_run, pretrain
 from training.recipe import Recipe

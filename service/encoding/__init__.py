@@ -1,0 +1,1 @@
+"""Image bytes → picture → pixels → unit embedding, and the model folders that encoders come in."""

@@ -1,0 +1,99 @@
+"""Write models/NAME: graphs, preprocessing, card and README, whole or not at all."""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from service.encoding.card import CARD_FILE, PREPROCESSOR_FILE, VARIANTS, Card, Preprocessing, fingerprint
+from service.errors import InvalidOutput
+from service.files import write_folder
+
+
+def check_out(out: Path) -> None:
+    """Make sure that a model may be written to `out`, and make the folder that it is to lie in.
+
+    Raises:
+        InvalidOutput: a file, or a folder of something else, is there; or its parent cannot be made.
+    """
+    if out.name in ("", ".."):
+        raise InvalidOutput(f"{out}: expected a folder with a name of its own, such as models/mine")
+    if out.exists() and not (out / CARD_FILE).exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise InvalidOutput(f"{out}: is there and is not a model folder; choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOutput(f"{out}: the folder it is to lie in cannot be made: {error.strerror}") from error
+
+
+def check_new(out: Path) -> None:
+    """The same where nothing may be replaced. Raises InvalidOutput also where something is at `out`."""
+    if out.exists() or out.is_symlink():
+        raise InvalidOutput(f"{out}: is there already; remove it, or choose another --out")
+    check_out(out)
+
+
+def write_model(
+    out: Path,
+    graphs: dict[str, bytes],
+    preprocessing: Preprocessing,
+    facts: dict[str, Any],
+    quality: dict[str, Any],
+    known_canary: str | None = None,
+    name: str | None = None,
+) -> None:
+    """Write a model folder, whole or not at all; an earlier one is replaced.
+
+    Args:
+        out: the folder; its name is the encoder's.
+        graphs: ONNX, by the name of the variant; "fp32" is model.onnx.
+        preprocessing: goes beside them.
+        facts: for the card: method, data and whatever else is known.
+        quality: what was measured of each file.
+        known_canary: the canary's embedding in base64 of float32, where it is known already.
+        name: the encoder's, where it is not the folder's.
+
+    Raises:
+        InvalidModel: a graph outside the contract.
+        InvalidOutput: the folder cannot be written.
+    """
+    # Here, not above: a machine that only trains has no onnxruntime.
+    from service.encoding.encoder import Encoder, canary
+
+    model = graphs["fp32"]
+    card = Card(out, name or out.name, fingerprint(model, preprocessing), model, preprocessing, {})
+    encoder = Encoder(card, device="cpu")
+    embedding = encoder.encode(canary(preprocessing.side)[None])[0]
+    files = {VARIANTS[variant]: graph for variant, graph in graphs.items()}
+    files[PREPROCESSOR_FILE] = (json.dumps(json.loads(preprocessing.canonical), indent=2) + "\n").encode()
+    content = {
+        "name": card.name,
+        "dimension": encoder.dimension,
+        "fingerprint": card.fingerprint,
+        "sha256": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+        "canary": known_canary or base64.b64encode(embedding.astype("<f4").tobytes()).decode(),
+        "quality": quality,
+        **facts,
+    }
+    files[CARD_FILE] = (json.dumps(content, indent=2) + "\n").encode()
+    files["README.md"] = _readme(content).encode("utf-8", "surrogateescape")
+    write_folder(files, out)
+
+
+def _readme(content: dict[str, Any]) -> str:
+    data = content.get("data", {})
+    lines = [
+        f"- method: {content.get('method')}",
+        f"- data: {data.get('source')} ({data.get('pictures', 'unknown number of')} pictures)",
+        *(f"- {key}: {content[key]}" for key in ("licence", "origin") if key in content),
+        *([f"- whitening: {json.dumps(content['whitening'])}"] if "whitening" in content else []),
+        f"- fingerprint: {content['fingerprint']}",
+        *(f"- {file}: {json.dumps(figures)}" for file, figures in content["quality"].items()),
+    ]
+    about = f"{content['about']}\n\n" if "about" in content else ""
+    return (
+        f"# {content['name']}\n\nAn image encoder: pictures to {content['dimension']} numbers of length 1.\n\n{about}"
+        + "\n".join(lines)
+        + "\n"
+    )

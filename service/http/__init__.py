@@ -1,0 +1,1 @@
+"""The HTTP interface: routes, what stands before them, and what requests and answers look like."""

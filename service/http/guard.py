@@ -1,0 +1,177 @@
+"""What stands before every route, BentoML's own among them: request id, path, key, body, log, last resort."""
+
+import asyncio
+import re
+import time
+import unicodedata
+import uuid
+from urllib.parse import unquote_to_bytes
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import metrics
+from service.errors import HeadersTooLarge, InvalidRequest, LookalikeError, Overloaded, SlowBody
+from service.http import logs
+from service.http.keys import read_keys
+from service.http.problems import answer, failure
+from service.settings import Settings
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OPEN = re.compile(r"/(livez|readyz|healthz|page/[^/]*)?")
+_READING_POSTS = ("/embed", "/search", "/v1/embeddings")
+_MOST_HEADER_BYTES = 32_768  # the parser itself has no limit
+_QUIET = ("/livez", "/readyz", "/healthz", "/metrics")
+
+
+class Guard:
+    """ASGI middleware around BentoML's app and ours in it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._settings = Settings()
+        self._keys = read_keys(self._settings)
+        self._buffered = 0  # bytes of all bodies whose requests are not answered yet
+        self._app: ASGIApp = app
+        origins = [origin.strip() for origin in self._settings.cors_origins.split(",") if origin.strip()]
+        self._inner: ASGIApp = self._serve
+        if origins:
+            self._inner = CORSMiddleware(
+                self._serve,
+                allow_origins=origins,
+                allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+                expose_headers=["X-Request-ID", "Retry-After"],
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, in the frame that every request has."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._settings, self)
+        started = time.perf_counter()
+        try:
+            await self._inner(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            logs.access.exception("failed", extra={"request_id": exchange.request_id}, exc_info=error)
+            if exchange.status is None:
+                await failure(scope)(scope, exchange.receive, exchange.send)
+        finally:
+            self._buffered -= exchange.received
+            self._note(scope, exchange, time.perf_counter() - started)
+
+    def _note(self, scope: Scope, exchange: "_Exchange", seconds: float) -> None:
+        status = exchange.status or 499  # nobody was there any more
+        metrics.count(scope["method"], scope["state"].get("route", "other"), status, seconds)
+        if scope["path"] in _QUIET and status == 200:
+            return
+        logs.request(
+            {
+                "request_id": exchange.request_id,
+                "client": (scope.get("client") or ("",))[0],
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "bytes_in": exchange.received,
+                "bytes_out": exchange.sent,
+                "duration_ms": round(1e3 * seconds, 2),
+            }
+        )
+
+    def take(self, size: int) -> None:
+        """Count bytes of a body in. Raises Overloaded."""
+        self._buffered += size
+        if self._buffered > self._settings.max_buffered_bytes:
+            raise Overloaded("the service is receiving more than it may hold; try again in a few seconds")
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            _check_path(scope)
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _MOST_HEADER_BYTES:
+                raise HeadersTooLarge(f"expected headers of at most {_MOST_HEADER_BYTES} bytes")
+            path, method = scope["path"], scope["method"]
+            if not (_OPEN.fullmatch(path) or (path == "/metrics" and self._settings.metrics_public)):
+                reads = method in ("GET", "HEAD", "OPTIONS") or (method == "POST" and path in _READING_POSTS)
+                self._keys.check(Headers(scope=scope).get("authorization", ""), writes=not reads)
+        except LookalikeError as error:
+            await answer(scope, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class _Exchange:
+    """One request and its answer, as they pass by."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings, guard: Guard) -> None:
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = self.request_id
+        self.status: int | None = None
+        self.received = self.sent = 0
+        self._receive, self._send, self._guard = receive, send, guard
+        self._timeout_s = settings.body_timeout_s
+        self._most_drained = settings.max_request_bytes
+        self._deadline = asyncio.get_running_loop().time() + settings.body_timeout_s
+        self._complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+
+    async def receive(self) -> Message:
+        """Receive the next part of the body, for as long as a body may take."""
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise SlowBody(f"the body did not come in full within {self._timeout_s:g} s") from error
+        self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+        size = len(message.get("body", b""))
+        self.received += size
+        self._guard.take(size)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a part of the answer; one that comes before the body's end closes the connection."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self.request_id
+            headers["X-Content-Type-Options"] = "nosniff"
+            if not self._complete:
+                headers["Connection"] = "close"
+        else:
+            self.sent += len(message.get("body", b""))
+            if not message.get("more_body", False) and not self._complete:
+                await self._send({**message, "more_body": True})
+                await self._drain()
+                message = {"type": "http.response.body"}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        """Let the client finish sending, or it would meet a broken connection in place of its answer."""
+        drained = 0
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                while not self._complete and drained <= self._most_drained:
+                    message = await self._receive()
+                    drained += len(message.get("body", b""))
+                    self._complete = message["type"] != "http.request" or not message.get("more_body", False)
+        except TimeoutError:
+            pass
+        self._complete = True
+
+
+def _check_path(scope: Scope) -> None:
+    """Raise InvalidRequest for a path that is not UTF-8 or has control characters, which could forge a log's line."""
+    if b"%" not in scope.get("raw_path", b"%") and scope["path"].isascii() and scope["path"].isprintable():
+        return
+    try:
+        path = unquote_to_bytes(scope.get("raw_path") or scope["path"].encode()).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the path: expected UTF-8 behind its percent signs") from error
+    if any(unicodedata.category(character) == "Cc" for character in path):
+        raise InvalidRequest("the path: expected text without control characters")

@@ -1,0 +1,368 @@
+"""JSON bodies as they come in, each checked in full before any of it is used, and answers as they go out."""
+
+import asyncio
+import base64
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Request
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from service import FloatArray
+from service.errors import InvalidRequest
+from service.http.bodies import read_body
+from service.settings import Settings
+
+_LONG = 100_000  # bytes; parsing more would hold up the event loop
+
+EncodingFormat = Literal["float", "base64"]
+Included = Literal["metadata", "embedding"]
+
+
+class Body(BaseModel):
+    """A JSON object: unknown fields are refused, and nothing is taken for what it is not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Base64 = Annotated[
+    str,
+    Field(
+        description="A picture in base64, or as a data URI. URLs are never fetched.",
+        json_schema_extra={"format": "picture"},
+    ),
+]
+Vector = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]],
+    Field(description="As many numbers as `/info` names as dimension, not all 0. Made unit length here."),
+]
+Fingerprint = Annotated[
+    str | None, Field(description="Answered with 409 where it is not the fingerprint of the encoder that runs here.")
+]
+FilterObject = Annotated[
+    Annotated[dict[str, Any], WithJsonSchema({"allOf": [{"$ref": "#/components/schemas/Filter"}]})] | None,
+    Field(
+        description='Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, '
+        '{"year": {"$gte": 2000, "$lt": 2010}}, joined by $and, $or, $not.'
+    ),
+]
+
+
+class EmbedBody(Body):
+    """Pictures to embed."""
+
+    images: list[Base64] = Field(min_length=1)
+    encoding_format: EncodingFormat = "float"
+    fingerprint: Fingerprint = None
+
+
+class ByImage(Body):
+    """What to look for: a picture."""
+
+    image: Base64
+
+
+class ByVector(Body):
+    """What to look for: a direction."""
+
+    vector: Vector
+
+
+class ById(Body):
+    """What to look for: the likes of an item, itself left out."""
+
+    id: str
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 3.0 is 3
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class _Wanted(Body):
+    k: Whole = Field(10, ge=1, description="Hits a query, at most.")
+    threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
+    filter: FilterObject = None
+    include: list[Included] = Field(["metadata"], description="What a hit tells besides id and score.")
+    fingerprint: Fingerprint = None
+
+
+class SearchByImage(ByImage, _Wanted):
+    """One search."""
+
+
+class SearchByVector(ByVector, _Wanted):
+    """One search."""
+
+
+class SearchById(ById, _Wanted):
+    """One search."""
+
+
+def _kind(content: Any) -> str | None:
+    names = [name for name in ("image", "vector", "id", "queries") if isinstance(content, dict) and name in content]
+    return f"by {names[0]}" if len(names) == 1 else None
+
+
+AnyQuery = Annotated[
+    Annotated[ByImage, Tag("by image")] | Annotated[ByVector, Tag("by vector")] | Annotated[ById, Tag("by id")],
+    Discriminator(_kind),
+]
+
+
+class SearchMany(_Wanted):
+    """Several searches that share what is wanted."""
+
+    queries: list[AnyQuery] = Field(min_length=1)
+
+
+SearchBody = Annotated[
+    Annotated[SearchByImage, Tag("by image")]
+    | Annotated[SearchByVector, Tag("by vector")]
+    | Annotated[SearchById, Tag("by id")]
+    | Annotated[SearchMany, Tag("by queries")],
+    Discriminator(_kind),
+]
+
+
+class PatchBody(Body):
+    """A merge patch (RFC 7396) of an item: a metadata field that is null goes, others are set."""
+
+    metadata: dict[str, Any]
+
+
+class OpenAIBody(Body):
+    """What OpenAI's clients send to /v1/embeddings, with pictures as data URIs."""
+
+    model: str
+    input: Base64 | Annotated[list[Base64], Field(min_length=1)]
+    encoding_format: EncodingFormat = "float"
+    dimensions: Whole | None = Field(None, description="The encoder's own, or left out.")
+    modality: Literal["image"] = "image"
+    user: str | None = None
+
+
+class Hit(BaseModel):
+    """An item and its score, the cosine to the query."""
+
+    id: str
+    score: float = Field(ge=-1, le=1)
+    metadata: dict[str, Any] | None = None
+    embedding: list[float] | None = None
+
+
+class Hits(BaseModel):
+    """Best first."""
+
+    hits: list[Hit]
+
+
+class Results(BaseModel):
+    """The hits of each query."""
+
+    results: list[Hits]
+
+
+class Embeddings(BaseModel):
+    """One for each picture, in their order: D numbers, or in base64 D little-endian float32."""
+
+    model: str
+    fingerprint: str
+    dimension: int
+    embeddings: list[list[float]] | list[str]
+
+
+class OpenAIEmbedding(BaseModel):
+    """One picture's."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class OpenAIEmbeddings(BaseModel):
+    """As OpenAI answers."""
+
+    object: Literal["list"]
+    data: list[OpenAIEmbedding]
+    model: str
+    usage: dict[str, int]
+
+
+class ItemAnswer(BaseModel):
+    """An item."""
+
+    id: str
+    metadata: dict[str, Any]
+
+
+class ItemDetails(ItemAnswer):
+    """An item, and the variant of the encoder that embedded it."""
+
+    variant: str
+
+
+class Page(BaseModel):
+    """Items in the order of adding; `next` is the cursor of the next page, null at the end."""
+
+    items: list[ItemAnswer]
+    next: str | None
+
+
+class BulkLine(BaseModel):
+    """What became of one picture: status 201 new, 200 replaced, else why it is not in the store."""
+
+    index: int
+    id: str | None
+    status: int
+    code: str | None = None
+    detail: str | None = None
+
+
+class Info(BaseModel):
+    """What runs here."""
+
+    model: str
+    fingerprint: str
+    dimension: int
+    count: int | None
+    variant: str
+    provider: str
+    preprocessing: dict[str, Any]
+    notice: str | None
+    limits: dict[str, float]
+    versions: dict[str, str]
+
+
+class PartAnswer(BaseModel):
+    """What is wrong with one member of a list."""
+
+    index: int
+    code: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[PartAnswer] | None = None
+
+
+class OpenAIError(BaseModel):
+    """As OpenAI says it."""
+
+    class Inner(BaseModel):
+        """What went wrong."""
+
+        message: str
+        type: str
+        param: str | None
+        code: str
+
+    error: Inner
+
+
+M = TypeVar("M")
+
+EMBED = TypeAdapter(EmbedBody)
+SEARCH: TypeAdapter[SearchByImage | SearchByVector | SearchById | SearchMany] = TypeAdapter(SearchBody)
+PATCH = TypeAdapter(PatchBody)
+OPENAI = TypeAdapter(OpenAIBody)
+
+_FIELDS = {
+    name
+    for model in (EmbedBody, SearchByImage, SearchByVector, SearchById, SearchMany, PatchBody, OpenAIBody)
+    for name in model.model_fields
+}
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "string_type": "a text",
+    "string_unicode": "a text of whole characters",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "too_short": "at least {min_length}",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less",
+    "literal_error": "{expected}",
+}
+_SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
+_KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+
+
+async def read_json(request: Request, settings: Settings, form: TypeAdapter[M]) -> M:
+    """Read a JSON body.
+
+    Raises:
+        InvalidRequest: not JSON, or not of this form; the place is named, what the client wrote is not repeated.
+        TooLarge
+    """
+    body = await read_body(request, settings.max_request_bytes)
+    if len(body) > _LONG:
+        return await asyncio.to_thread(_parse, form, body)
+    return _parse(form, body)
+
+
+def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
+    """Return embeddings (N, D) as JSON has them: arrays of numbers, or base64 of little-endian float32."""
+    if form == "float":
+        return list(embeddings)
+    return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
+
+
+def _parse(form: TypeAdapter[M], body: bytes) -> M:
+    try:
+        return form.validate_json(body)
+    except ValidationError as error:
+        raise InvalidRequest(_sentence(error)) from error
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    # Of a field's name only those that we know are said; others are the client's words.
+    place = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in _FIELDS:
+            place += f".{part}" if place else part
+    place = place or "the body"
+    match first["type"]:
+        case "json_invalid":
+            return "the body: not JSON"
+        case "union_tag_not_found" | "union_tag_invalid":
+            also = "" if "[" in place else ' or "queries"'
+            return f'{place}: expected an object with exactly one of "image", "vector", "id"{also}'
+        case "extra_forbidden":
+            return f"{place}: has a field that is not known here; /docs shows those that are"
+        case "missing":
+            return f"{place}: is missing" if place != "the body" else "the body: a field is missing"
+    value = first["input"]
+    got = "nothing" if value is None else _KINDS.get(type(value), "something else")
+    if type(value) is int and abs(value) < _SHOWN_BELOW:
+        got = str(value)
+    elif first["type"] == "too_short":
+        got = str(len(value))
+    expected = _EXPECTED.get(first["type"], "something else; /docs shows what").format(**first.get("ctx", {}))
+    return f"{place}: expected {expected}, got {got}"

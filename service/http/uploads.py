@@ -1,0 +1,175 @@
+"""Many pictures in one request → one line for each, as they reach the store."""
+
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from service.encoding.images import SUFFIXES
+from service.errors import InvalidRequest, LookalikeError, TooLarge, UnsupportedFormat, kept
+from service.gallery import Gallery
+from service.http import logs
+from service.http.bodies import Form, parse_json_object
+from service.http.slots import Slots
+from service.settings import Settings
+
+METADATA = "metadata.json"
+_TOGETHER = 32  # pictures a commit
+_MOST_BYTES_TOGETHER = 32_000_000
+_MOST_UNPACKED = 10  # times a request's bytes; pictures hardly shrink in a zip
+
+
+class Candidate(NamedTuple):
+    """A picture that may go into the store: its id, its bytes or why there are none, its metadata."""
+
+    id: str
+    data: bytes | LookalikeError
+    metadata: Any
+
+
+class Archive:
+    """The pictures of a zip file in memory, unpacked one at a time."""
+
+    def __init__(self, content: bytes, settings: Settings) -> None:
+        """Read the directory.
+
+        Raises:
+            InvalidRequest: not a zip, or its metadata.json is no such thing.
+            TooLarge: too many members, or what they say they unpack to.
+        """
+        self._most = settings.max_image_bytes
+        # Every member has a header with this mark: they are counted before zipfile makes an object of each.
+        if content.count(b"PK\x01\x02") > 2 * settings.max_bulk_images:
+            raise TooLarge(f"expected a zip of at most {settings.max_bulk_images} pictures")
+        try:
+            self._zip = zipfile.ZipFile(io.BytesIO(content))
+        except Exception as error:  # a directory of damaged bytes may raise nearly anything
+            raise InvalidRequest("the body: not a zip file that can be read") from error
+        members = {member.filename: member for member in self._zip.infolist()}
+        self._members = [
+            member
+            for name, member in members.items()
+            if name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
+        ]
+        if not self._members:
+            raise InvalidRequest(f"the body: a zip that holds no picture; looked for {' '.join(SUFFIXES)}")
+        if len(self._members) > settings.max_bulk_images:
+            raise TooLarge(f"expected at most {settings.max_bulk_images} pictures, got {len(self._members)}")
+        if sum(member.file_size for member in self._members) > _MOST_UNPACKED * settings.max_request_bytes:
+            raise TooLarge(f"the zip unpacks to more than {_MOST_UNPACKED * settings.max_request_bytes} bytes")
+        self._metadata = {}
+        if METADATA in members:
+            text = self._unpack(members[METADATA], settings.max_request_bytes)
+            self._metadata = metadata_by_id(text.decode(errors="replace"), {one.filename for one in self._members})
+
+    @property
+    def sizes(self) -> list[int]:
+        """What each picture says it unpacks to, in bytes; it is never more."""
+        return [member.file_size for member in self._members]
+
+    def read(self, start: int, stop: int) -> list[Candidate]:
+        """Unpack some of the pictures."""
+        candidates = []
+        for member in self._members[start:stop]:
+            try:
+                data: bytes | LookalikeError = self._unpack(member, self._most)
+            except LookalikeError as error:
+                data = kept(error)
+            candidates.append(Candidate(member.filename, data, self._metadata.get(member.filename, {})))
+        return candidates
+
+    def _unpack(self, member: zipfile.ZipInfo, most: int) -> bytes:
+        if member.flag_bits & 1:
+            raise UnsupportedFormat("the zip's member is encrypted")
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+            raise UnsupportedFormat("the zip's member is packed in a way that is not taken; expected deflate or none")
+        try:
+            with self._zip.open(member) as file:
+                data = file.read(most + 1)
+        except Exception as error:  # zlib, struct and zipfile have each their own
+            raise InvalidRequest("the zip's member is damaged") from error
+        if len(data) > most:
+            raise TooLarge(f"the zip's member has more than {most} bytes, which is the limit")
+        return data
+
+
+class Uploads:
+    """The pictures of a form; a file's name is its id."""
+
+    def __init__(self, form: Form) -> None:
+        self._files = form.files
+        metadata = form.texts.get("metadata", "{}")
+        self._metadata = metadata_by_id(metadata, {name for name, _ in form.files})
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each picture."""
+        return [len(data) for _, data in self._files]
+
+    def read(self, start: int, stop: int) -> list[Candidate]:
+        """Return some of the pictures."""
+        return [Candidate(name, data, self._metadata.get(name, {})) for name, data in self._files[start:stop]]
+
+
+def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
+    """Read {id: metadata, …}. Raises InvalidRequest, also where an id has no picture."""
+    found = parse_json_object(text, "metadata")
+    if not found.keys() <= ids:
+        raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
+    return found
+
+
+async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
+    """Add pictures to the gallery; yield a JSON line for each, when it is in the store or will not be."""
+
+    for group in _groups(pictures.sizes):
+        try:
+            lines = await slots.run(partial(_add, gallery, pictures, group))
+        except LookalikeError as error:  # no slot, no time, or a store that cannot be written
+            lines = [_failure(None, error)] * len(group)
+        except Exception as error:  # the answer is a 200 already: its lines must tell
+            logs.access.exception("failed", exc_info=error)
+            lines = [_failure(None, LookalikeError("the service failed"))] * len(group)
+        for number, line in zip(group, lines, strict=True):
+            yield json.dumps({"index": number} | line) + "\n"
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[range]:
+    """Yield which pictures go together: few enough, and small enough to be unpacked at once."""
+    start, total = 0, 0
+    for number, size in enumerate(sizes):
+        if number > start and (number - start == _TOGETHER or total + size > _MOST_BYTES_TOGETHER):
+            yield range(start, number)
+            start, total = number, 0
+        total += size
+    yield range(start, len(sizes))
+
+
+def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[dict[str, Any]]:
+    candidates = pictures.read(group.start, group.stop)
+    lines: dict[int, dict[str, Any]] = {}
+    good = []
+    for number, (id, data, metadata) in enumerate(candidates):
+        checked = None
+        try:
+            checked = gallery.check_id(id)
+            if isinstance(data, LookalikeError):
+                raise data
+            if not isinstance(metadata, dict):
+                raise InvalidRequest("metadata: expected a JSON object")
+            good.append((number, checked, data, gallery.check_metadata(metadata)))
+        except LookalikeError as error:
+            lines[number] = _failure(checked, error)
+    outcomes = gallery.add_many([(id, data, metadata) for _, id, data, metadata in good])
+    for (number, id, _, _), outcome in zip(good, outcomes, strict=True):
+        if isinstance(outcome, LookalikeError):
+            lines[number] = _failure(id, outcome)
+        else:
+            lines[number] = {"id": id, "status": 201 if outcome else 200}
+    return [lines[number] for number in range(len(candidates))]
+
+
+def _failure(id: str | None, error: LookalikeError) -> dict[str, Any]:
+    return {"id": id, "status": error.status, "code": error.code, "detail": str(error)}

@@ -1,0 +1,1 @@
+"""Work on a whole source or a whole store, started from the command line."""

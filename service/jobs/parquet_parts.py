@@ -1,0 +1,142 @@
+"""What `lookalike embed` writes: a folder of Parquet parts → ids, labels and embeddings, and whose they are.
+
+embed.py writes the parts: part-00000.parquet and so on, each with the columns id, label, embedding and, as JSON
+in its schema's metadata, the source and the encoder that it was made of; last of all _failures.parquet.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from service import FloatArray
+from service.errors import InvalidOutput, InvalidSource
+from service.sources.compact import Labels, Names
+from service.sources.source import Source, slice_source
+
+META = b"lookalike"
+FAILURES = "_failures.parquet"
+_SLICED = re.compile(r"(.+)(\[[^\[\]]*\])")
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of pictures that are not at hand themselves.
+
+    Attributes:
+        name: as the user wrote it.
+        ids: N of them.
+        labels: of all, or None.
+        rows: (N, D) float32, rows of L2 norm 1.
+        fingerprint: of the encoder that made them.
+        variant: of that encoder; several, with commas, where parts differ.
+    """
+
+    name: str
+    ids: Sequence[str]
+    labels: Labels | None
+    rows: FloatArray
+    fingerprint: str
+    variant: str
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Return where the part of a number lies, 0 being the first."""
+    return folder / f"part-{number:05d}.parquet"
+
+
+def read_facts(part: Path) -> dict[str, Any] | None:
+    """Return what a part says of itself (source, fingerprint, …), or None where it is Parquet of another kind.
+
+    Raises:
+        InvalidSource: it cannot be read.
+    """
+    try:
+        metadata = pq.read_schema(part).metadata or {}
+        return dict(json.loads(metadata[META])) if META in metadata else None
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise _damaged(part, error) from error
+
+
+def open_embeddings(name: str) -> Embeddings | None:
+    """Read a folder that `lookalike embed` wrote; None where the name is of something else.
+
+    Args:
+        name: the folder; a slice may follow, as in emb[:8000].
+
+    Raises:
+        InvalidSource: a part is missing, damaged or of another source or encoder than the first; the job that
+            writes them has not ended; no embedding, or a slice that leaves none.
+    """
+    sliced = None if Path(name).exists() else _SLICED.fullmatch(name)
+    folder, slicing = (Path(sliced[1]), sliced[2]) if sliced else (Path(name), "")
+    parts = sorted(folder.glob("part-*.parquet"))
+    if not parts or read_facts(parts[0]) is None:
+        return None
+    for number, part in enumerate(parts):
+        if part != part_path(folder, number):
+            raise InvalidSource(f"{name}: expected {part_path(folder, number).name} next, found {part.name}")
+    if not (folder / FAILURES).exists():
+        raise InvalidSource(f"{name}: is not finished, {FAILURES} is not there; run its `lookalike embed` again")
+    facts = [read_facts(part) or {} for part in parts]
+    for part, own in zip(parts, facts, strict=True):
+        if any(own.get(key) != facts[0].get(key) for key in ("source", "ids", "fingerprint")):
+            raise InvalidSource(f"{part}: holds embeddings of another source or encoder than {parts[0].name}")
+    tables = [_read_part(part) for part in parts]
+    ids = Names(id for table in tables for id in table[0])
+    labels = None if any(table[1] is None for table in tables) else Labels.of(v for table in tables for v in table[1])
+    rows = np.concatenate([table[2] for table in tables])
+    if not len(ids):
+        raise InvalidSource(f"{name}: holds no embedding")
+    kept = slice_source(Source(name, ids, lambda _: b"", labels), slicing)
+    start = ids.index(kept.ids[0]) if slicing else 0
+    return Embeddings(
+        name,
+        kept.ids,
+        kept.labels,
+        rows[start : start + len(kept)],
+        str(facts[0].get("fingerprint")),
+        ", ".join(sorted({str(own.get("variant", "fp32")) for own in facts})),
+    )
+
+
+def _read_part(part: Path) -> tuple[list[str], Any, FloatArray]:
+    """A part's ids, its labels or None where a picture has none, and its embeddings."""
+    try:
+        with pq.ParquetFile(part) as file:
+            table = file.read(["id", "label", "embedding"], use_threads=False).combine_chunks()
+        table.validate(full=True)
+        ids, labels, vectors = (table[name] for name in ("id", "label", "embedding"))
+        kind = vectors.type
+        if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or ids.null_count:
+            raise ValueError(f"expected an id and a list of float32 in each row, got {ids.type} and {kind}")
+        rows = np.asarray(vectors.combine_chunks().flatten(), np.float32).reshape(-1, kind.list_size)
+        if len(rows) != len(ids) or not np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3):  # NaN is not
+            raise ValueError("expected embeddings of length 1 in every row")
+        return ids.to_pylist(), None if labels.null_count else labels.to_pylist(), rows
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise _damaged(part, error) from error
+
+
+def _damaged(part: Path, error: Exception) -> InvalidSource:
+    return InvalidSource(f"{part}: damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary)
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InvalidOutput(f"{path}: cannot be written: {error.strerror or error}") from error

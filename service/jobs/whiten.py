@@ -1,0 +1,148 @@
+"""An encoder and pictures of the kind that will be searched → a new encoder with a whitening learnt on them."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from service import FloatArray, IntArray, PixelArray
+from service.encoding.card import MODEL_FILE, TEXT_FILE, Card, fingerprint, read_card
+from service.encoding.encoder import Encoder
+from service.encoding.images import decode_pixels
+from service.encoding.model_folder import check_new, write_model
+from service.encoding.variants import Pictures, keep_good
+from service.encoding.whitening import (
+    LEAST_LEARNT,
+    append_whitening,
+    default_whitening,
+    learn_whitening,
+    without_whitening,
+)
+from service.errors import InvalidModel, InvalidRequest, InvalidSource
+from service.jobs.reading import Tally, progress, read_ahead, use_good
+from service.settings import Settings
+from service.sources.source import Source
+
+_MOST_READ = 20_000  # pictures; a curve of quality is flat long before
+_KEPT_OUT, _MOST_KEPT_OUT = 10, 1000  # one picture in so many is not learnt on; so many at most
+_VOTING = 2000  # pictures that vote on those kept out
+_COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", "whitening")  # anew, of a card
+
+
+class Sample(NamedTuple):
+    """What a source gave: embeddings (N, D) to learn on, pixels to judge variants with, pictures that are bad."""
+
+    rows: FloatArray
+    pictures: Pictures
+    bad: int
+
+
+def whiten(
+    model: Path, source: Source, out: Path, settings: Settings, power: float | None = None, dimension: int | None = None
+) -> Tally:
+    """Put a whitening, learnt on a source's pictures without their labels, behind an encoder; write a new one.
+
+    An earlier whitening is replaced. One picture in ten, up to 1,000, is not learnt on: on these the variants are
+    measured, and where there are labels up to 2,000 of the others vote on them.
+
+    Args:
+        model: the encoder's folder.
+        source: pictures like those that will be searched; of more than 20,000 so many, evenly spread.
+        out: the new model folder; it must not be there.
+        settings: device and picture limits.
+        power, dimension: as of learn_whitening; None for what suits the number of pictures.
+
+    Returns:
+        Pictures learnt on, kept out (as known), and bad.
+
+    Raises:
+        InvalidModel: no such encoder, one with a text tower, or one that embeds all pictures alike.
+        InvalidRequest: a dimension that the encoder does not have.
+        InvalidSource: too few pictures.
+        InvalidOutput: something is at `out`.
+
+    Cost: embeds each picture once and the judged ones once more with each variant; then O(N · D²).
+    """
+    check_new(out)
+    card = read_card(model)
+    if (model / TEXT_FILE).exists():
+        raise InvalidModel(
+            f"{model}: has a text tower; a whitening would take pictures out of the space that they share with texts"
+        )
+    bare = without_whitening(card)
+    encoder = Encoder(bare, settings.device, "fp32")
+    if dimension is not None and not 1 <= dimension <= encoder.dimension:
+        raise InvalidRequest(f"--dimension: expected 1 to {encoder.dimension}, got {dimension}")
+    rows, pictures, bad = _take_sample(source, encoder, settings)
+    usual = default_whitening(len(rows), encoder.dimension)
+    power, dimension = usual[0] if power is None else power, usual[1] if dimension is None else dimension
+    if dimension >= len(rows) and (power, dimension) != (0, encoder.dimension):
+        raise InvalidSource(
+            f"{source.name}: {len(rows)} pictures to learn on do not show {dimension} directions; give more pictures, "
+            "or lower --dimension"
+        )
+    whitening = learn_whitening(rows, power, dimension)
+    whitened = append_whitening(bare.model, whitening)
+    named = Card(out, out.name, fingerprint(whitened, card.preprocessing), whitened, card.preprocessing, {})
+    quality: dict[str, dict[str, Any]] = {MODEL_FILE: {"pictures": len(pictures.held_out)}}
+    variants = {name: append_whitening(graph, whitening) for name, graph in bare.variants.items()}
+    graphs = keep_good(named, variants, pictures, quality)
+    facts = {key: value for key, value in card.facts.items() if key not in _COMPUTED}
+    facts["whitening"] = {
+        "of": card.facts.get("whitening", {}).get("of", card.fingerprint),
+        "source": source.name,
+        "pictures": len(rows),
+        "power": power,
+        "dimension": dimension,
+    }
+    write_model(out, graphs, card.preprocessing, facts, quality)
+    return Tally(len(rows), len(pictures.held_out), bad)
+
+
+def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample:
+    """Embed a source's pictures, or 20,000 of them. Raises InvalidSource for too few that can be read."""
+    positions: IntArray = np.linspace(0, len(source) - 1, min(len(source), _MOST_READ)).astype(np.int64)
+    if len(positions) < len(source):
+        print(
+            f"{source.name}: {len(positions)} of {len(source)} pictures are looked at, evenly spread", file=sys.stderr
+        )
+    labels = source.labels.codes[positions].astype(np.int64) if source.labels is not None else None
+    kept_out = set(range(_KEPT_OUT // 2, len(positions), max(_KEPT_OUT, -(-len(positions) // _MOST_KEPT_OUT))))
+    voting: set[int] = set()
+    if labels is not None and len(np.unique(labels)) > 1:
+        voting = set(np.linspace(0, len(positions) - 1, min(_VOTING, len(positions))).astype(int).tolist()) - kept_out
+    rows: list[FloatArray] = []
+    held_out: dict[int, PixelArray] = {}
+    bank: dict[int, PixelArray] = {}
+    bad = 0
+
+    def read(number: int) -> PixelArray:
+        data = source.entry(int(positions[number])).data
+        return decode_pixels(data, encoder.card.preprocessing, settings.limits)
+
+    def embed(good: list[tuple[int, PixelArray]]) -> None:
+        for start in range(0, len(good), encoder.max_batch):
+            batch = good[start : start + encoder.max_batch]
+            for (number, pixels), row in zip(batch, encoder.encode([pixels for _, pixels in batch]), strict=True):
+                if number in kept_out:
+                    held_out[number] = pixels
+                    continue
+                rows.append(row)
+                if number in voting:
+                    bank[number] = pixels
+
+    with progress("embedding", len(positions), 0) as bar:
+        for chunk in read_ahead(range(len(positions)), read):
+            for number, error in use_good(chunk, embed):
+                bad += 1
+                bar.write(f"skipped {source.ids[int(positions[number])]}: {error}", file=sys.stderr)
+            bar.update(len(chunk))
+    if len(rows) < LEAST_LEARNT or not held_out:
+        raise InvalidSource(
+            f"{source.name}: {len(rows)} pictures are too few to learn a whitening on; expected {LEAST_LEARNT} or more "
+            "of the kind that will be searched"
+        )
+    asked = np.stack(list(held_out.values()))
+    known = (labels[list(bank)], labels[list(held_out)]) if bank and labels is not None else None
+    return Sample(np.stack(rows), Pictures(asked, asked, np.stack([*bank.values()] or [asked[0]]), known), bad)

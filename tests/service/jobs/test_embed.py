@@ -1,0 +1,137 @@
+"""`lookalike embed`: a source into Parquet."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from onnx import TensorProto
+from PIL import Image
+
+from service.encoding.encoder import Encoder
+from service.errors import InvalidOutput
+from service.gallery import open_gallery
+from service.jobs.embed import embed_source
+from service.jobs.index import index_source
+from service.jobs.reading import Tally
+from service.settings import Settings
+from service.sources import open_source
+from tests.conftest import MODEL, encoded, scene
+from tests.service.encoding.test_encoder import SIDE, flat_graph
+
+
+def test_embeddings_read_as_one_table(tmp_path: Path, encoder: Encoder) -> None:
+    source = open_source("digits[:100]")
+    out = tmp_path / "digits.parquet"
+    assert embed_source(source, MODEL, out, Settings()) == Tally(100, 0, 0)
+    table = pandas.read_parquet(out)
+    assert list(table.columns) == ["id", "label", "embedding"]
+    assert table["id"].tolist() == list(source.ids)
+    assert table["label"].tolist() == list(source.labels or [])
+    matrix = np.stack(table["embedding"].tolist())
+    assert matrix.shape == (100, encoder.dimension)
+    assert matrix.dtype == np.float32
+    assert np.allclose(np.linalg.norm(matrix, axis=1), 1, atol=1e-5)
+    assert len(pandas.read_parquet(out / "_failures.parquet")) == 0
+
+
+def test_bad_pictures_are_listed_and_the_others_are_embedded(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(5):
+        (folder / f"{n}.png").write_bytes(encoded(scene(seed=n)))
+    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "3.png").write_bytes(encoded(scene(), "JPEG")[:-200])
+    out = tmp_path / "out.parquet"
+    assert embed_source(open_source(str(folder)), MODEL, out, Settings()) == Tally(5, 0, 2)
+    table = pandas.read_parquet(out)
+    assert table["id"].tolist() == ["0.png", "1.png", "4.png"]
+    assert table["label"].isna().all()
+    failures = pandas.read_parquet(out / "_failures.parquet")
+    assert failures["id"].tolist() == ["2.png", "3.png"]
+    assert "not a picture" in failures["error"][0]
+
+
+@pytest.fixture
+def blind_model(tmp_path: Path) -> Path:
+    """An encoder that gives a black picture no embedding: its output is its input."""
+    folder = tmp_path / "blind"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(flat_graph(TensorProto.UINT8, "pixels", ("embedding",)))
+    config = {"size": {"width": SIDE, "height": SIDE}, "do_rescale": False, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_picture_without_an_embedding_is_a_bad_one_and_not_the_end(tmp_path: Path, blind_model: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.png").write_bytes(encoded(scene(seed=n)))
+    (folder / "1.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    source = open_source(str(folder))
+    out = tmp_path / "out.parquet"
+    assert embed_source(source, blind_model, out, Settings()) == Tally(3, 0, 1)
+    assert pandas.read_parquet(out)["id"].tolist() == ["0.png", "2.png"]
+    assert pandas.read_parquet(out / "_failures.parquet")["id"].tolist() == ["1.png"]
+    gallery = open_gallery(Settings(model=blind_model, store=tmp_path / "store"))
+    assert index_source(source, gallery) == Tally(2, 0, 1)
+    assert [item.id for item in gallery.store.scan(10)[0]] == ["0.png", "2.png"]
+    gallery.close()
+
+
+def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    source = open_source("digits[:50]")
+    embed_source(source, MODEL, out, Settings())
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    assert embed_source(source, MODEL, out, Settings()) == Tally(0, 50, 0)
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("part-*")} == before
+
+
+def test_outputs_that_are_refused(tmp_path: Path) -> None:
+    source = open_source("digits[:10]")
+    embed_source(source, MODEL, tmp_path / "a.parquet", Settings())
+    with pytest.raises(InvalidOutput, match="another source or encoder"):
+        embed_source(open_source("digits[:11]"), MODEL, tmp_path / "a.parquet", Settings())
+    (tmp_path / "file.parquet").write_bytes(b"mine")
+    with pytest.raises(InvalidOutput, match="is a file"):
+        embed_source(source, MODEL, tmp_path / "file.parquet", Settings())
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "a.jpg").write_bytes(b"mine")
+    with pytest.raises(InvalidOutput, match="not empty and not ours"):
+        embed_source(source, MODEL, tmp_path / "holiday", Settings())
+    assert (tmp_path / "holiday" / "a.jpg").read_bytes() == b"mine"
+
+
+def test_a_killed_job_goes_on_where_it_was(tmp_path: Path, data_root: Path) -> None:
+    out = tmp_path / "out.parquet"
+    lookalike = Path(sys.executable).with_name("lookalike")
+    command: list[str | Path] = [
+        lookalike,
+        "embed",
+        "mnist/train[:20000]",
+        "--model",
+        MODEL,
+        "--out",
+        out,
+        "--data-root",
+        data_root,
+    ]
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (out / "part-00000.parquet").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert len(list(out.glob("part-*.parquet"))) < 3
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "8192 earlier" in again.stderr or "16384 earlier" in again.stderr
+    table = pandas.read_parquet(out)
+    assert table["id"].tolist() == [f"mnist/train/{n:05d}" for n in range(20_000)]

@@ -1,0 +1,146 @@
+"""Another encoder for a store: a generation beside the one that is served, which then takes its place."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
+from service.errors import InvalidRequest, InvalidStore, StoreMismatch
+from service.gallery import open_gallery, succeed
+from service.jobs.index import index_source
+from service.jobs.reindex import reindex
+from service.settings import Settings
+from service.sources import open_source
+from service.store.embedded import EmbeddedStore
+from service.store.layout import current
+from tests.conftest import MODEL, another_encoder, encoded, scene
+
+GOLDEN = Path(__file__).parents[1] / "golden_store"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    return another_encoder(tmp_path / "other")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(store=tmp_path / "store", device="cpu", variant="fp32")
+
+
+def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Settings, other: Path) -> None:
+    served = open_gallery(settings)
+    index_source(open_source("digits[:30]", Path("data")), served)
+    served.remove("digits/00003")
+    with pytest.raises(InvalidStore, match="no other generation counts"):
+        succeed(served)
+    served.add("before", encoded(scene(seed=1)), {"n": 1})
+
+    assert reindex(other, settings) == 30
+    assert current(settings.store) == settings.store / "generation-2"
+    # Until it is taken up, the service goes on with the generation that it has open.
+    served.add("after", encoded(scene(seed=2)), {"n": 2})
+    served.change_metadata("before", {"n": 3})
+    served.remove("digits/00004")
+    assert served.find([encoded(scene(seed=2))], 1)[0][0].id == "after"
+
+    following = succeed(served)
+    assert following.card.name == "other"
+    assert following.store.count() == served.store.count() == 30
+    assert following.get("before").metadata == {"n": 3}
+    assert [item.id for item in following.store.scan(99)[0]] == [item.id for item in served.store.scan(99)[0]]
+    for id in ("after", "before", "digits/00005"):
+        picture = served.original(id)
+        assert following.original(id) == picture
+        assert following.find([picture], 1)[0][0].id == id
+        assert following.find([picture], 1)[0][0].score > 0.9999
+    # Only the new one takes changes, and it has the folder.
+    with pytest.raises(InvalidStore, match="replaced by one of another encoder"):
+        served.add("late", encoded(scene()), {})
+    served.close()
+    following.add("new", encoded(scene()), {})
+    with pytest.raises(InvalidStore, match="in use by process"):
+        open_gallery(settings)
+    following.close()
+    again = open_gallery(settings)
+    assert again.card.name == "other"
+    assert again.store.count() == 31
+    again.close()
+    with pytest.raises(StoreMismatch, match=r"built by the encoder other .* not by mnist"):
+        open_gallery(settings.model_copy(update={"model": MODEL}))
+
+
+def test_a_store_of_the_earlier_mnist_is_refused_with_both_names_and_comes_over(tmp_path: Path) -> None:
+    """The encoder of the same name had no whitening once: 256 numbers of another space."""
+    settings = Settings(store=tmp_path / "store", model=MODEL, device="cpu", variant="fp32")
+    shutil.copytree(GOLDEN, settings.store)
+    earlier, now = "7630ccfe790b", read_card(MODEL).fingerprint[:12]
+    with pytest.raises(
+        StoreMismatch, match=rf"built by the encoder mnist \({earlier}…\), not by mnist \({now}…\)"
+    ) as said:
+        open_gallery(settings)
+    assert f"`lookalike reindex --model {MODEL} --store {settings.store}`" in str(said.value)
+    assert reindex(MODEL, settings) == 20
+    gallery = open_gallery(settings)
+    assert (gallery.card.name, gallery.store.count(), gallery.encoder.dimension) == ("mnist", 20, 128)
+    digit = open_source("digits[:20]").entry(7)
+    assert gallery.find([digit.data], 1)[0][0].id == digit.id
+    assert gallery.find([digit.data], 1)[0][0].score > 0.9999
+    gallery.close()
+
+
+def test_what_changed_before_a_restart_is_taken_over_at_the_next_start(settings: Settings, other: Path) -> None:
+    served = open_gallery(settings)
+    served.add("a", encoded(scene(seed=1)), {})
+    reindex(other, settings)
+    served.add("b", encoded(scene(seed=2)), {})
+    served.remove("a")
+    served.close()
+    again = open_gallery(settings)
+    assert again.card.name == "other"
+    assert [item.id for item in again.store.scan(9)[0]] == ["b"]
+    again.add("a", encoded(scene(seed=1)), {})  # and not taken away at the start after
+    again.close()
+    again = open_gallery(settings)
+    assert [item.id for item in again.store.scan(9)[0]] == ["b", "a"]
+    again.close()
+    with pytest.raises(InvalidRequest, match="is of the encoder other already"):
+        reindex(other, settings)
+    reindex(MODEL, settings)  # and back
+    assert current(settings.store).name == "generation-3"
+    again = open_gallery(settings)
+    assert again.card.name == "mnist"
+    assert again.store.count() == 2
+    again.close()
+
+
+def test_pictures_that_were_not_kept_are_read_where_they_came_from(tmp_path: Path, other: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for n in range(4):
+        (pictures / f"{n}.png").write_bytes(encoded(scene(seed=n)))
+    settings = Settings(store=tmp_path / "store", device="cpu", variant="fp32", keep_originals=False)
+    served = open_gallery(settings)
+    index_source(open_source(str(pictures), Path("data")), served)
+    (pictures / "1.png").write_bytes(encoded(scene(seed=9)))
+    (pictures / "2.png").unlink()
+    with pytest.raises(InvalidStore, match=r"2 items cannot be embedded anew; 1.png: .* has another by now"):
+        reindex(other, settings)
+    assert current(settings.store) == settings.store  # nothing published
+    (pictures / "1.png").write_bytes(encoded(scene(seed=1)))
+    with pytest.raises(InvalidStore, match=r"1 items cannot be embedded anew; 2.png: .* cannot be read from"):
+        reindex(other, settings)
+    served.remove("2.png")
+    assert reindex(other, settings) == 3
+    served.close()
+
+
+def test_a_current_that_names_nothing_is_said(settings: Settings, encoder: Encoder) -> None:
+    EmbeddedStore(settings.store, encoder.card, encoder.dimension).close()
+    for text in ("generation-7", "../elsewhere", ""):
+        (settings.store / "CURRENT").write_text(text)
+        with pytest.raises(InvalidStore, match="CURRENT: damaged: it names no generation that is there"):
+            EmbeddedStore(settings.store, encoder.card, encoder.dimension)
+        assert (settings.store / "CURRENT").read_text() == text

@@ -1,0 +1,325 @@
+"""The store against a model of it: a dict and plain NumPy."""
+
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from service import FloatArray
+from service.encoding.card import Card, Preprocessing, read_card
+from service.errors import InvalidQuery, InvalidStore, StoreMismatch
+from service.store import NewItem
+from service.store.catalog import FILE, Catalog
+from service.store.embedded import EmbeddedStore, recorded_model
+from service.store.snapshot import SNAPSHOT
+from tests.conftest import MODEL
+
+D = 8
+
+
+def card(name: str = "encoder") -> Card:
+    config = {"size": {"width": 8, "height": 8}, "do_normalize": False}
+    return Card(Path(f"/models/{name}"), name, name * 4, b"", Preprocessing.from_config(config, name), {})
+
+
+def unit(*shape: int, seed: int = 0) -> FloatArray:
+    vectors = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32)
+
+
+def item(id: str, embedding: FloatArray, **metadata: Any) -> NewItem:
+    return NewItem(id, metadata, None, "digest of " + id, "fp32", embedding, b"thumbnail of " + id.encode(), None)
+
+
+@pytest.mark.parametrize(
+    ("queries", "k", "says"),
+    [
+        (unit(1, D + 1), 1, "expected vectors of 8 numbers"),
+        (unit(D), 1, "shape"),
+        (unit(1, D) * 2, 1, "not of length 1"),
+        (np.full((1, D), np.nan, np.float32), 1, "not finite"),
+        (np.full((1, D), np.inf, np.float32), 1, "not finite"),
+        (unit(1, D), 0, "k must be 1 or more"),
+        (unit(1, D), -1, "k must be 1 or more"),
+    ],
+)
+def test_queries_that_cannot_be(tmp_path: Path, queries: FloatArray, k: int, says: str) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item("a", unit(D))])
+    with pytest.raises(InvalidQuery, match=says):
+        store.search(queries, k)
+    store.close()
+
+
+def test_embeddings_that_cannot_be_are_not_added(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    for bad in (unit(D) * 2, np.full(D, np.nan, np.float32)):
+        with pytest.raises(InvalidQuery):
+            store.add([item("good", unit(D)), item("bad", bad)])
+    assert store.count() == 0
+    assert store.get("good") is None
+    store.close()
+
+
+def test_a_search_equals_plain_numpy(tmp_path: Path) -> None:
+    vectors, queries = unit(300, D), unit(20, D, seed=1)
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item(str(n), vector) for n, vector in enumerate(vectors)])
+    scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    for row, hits in zip(scores, store.search(queries, 7), strict=True):
+        assert [int(hit.id) for hit in hits] == np.argsort(-row, kind="stable")[:7].tolist()
+        assert np.allclose([hit.score for hit in hits], np.sort(row)[::-1][:7], atol=1e-6)
+    store.close()
+
+
+def test_equal_scores_come_in_the_order_of_adding(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    same, other = unit(2, D)
+    for n in range(500):  # more than a search looks at first
+        store.add([item(f"{n}", same if n % 5 else other)])
+    store.add([item("1", other)])  # replaced, and again: it keeps its place
+    store.add([item("1", same)])
+    expected = [str(n) for n in range(500) if n % 5]
+    for k in (1, 3, 100, 400):
+        hits = store.search(same[None], k)[0]
+        assert [hit.id for hit in hits] == expected[:k]
+        assert len({hit.score for hit in hits}) == 1
+        assert hits[0].score <= 1
+    store.close()
+
+
+def test_fewer_hits_when_fewer_are_stored(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    assert store.search(unit(2, D), 3) == [[], []]
+    store.add([item("a", unit(D))])
+    assert [[hit.id for hit in hits] for hits in store.search(unit(2, D), 3)] == [["a"], ["a"]]
+    assert store.search(np.empty((0, D), np.float32), 3) == []
+    store.close()
+
+
+def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(tmp_path: Path) -> None:
+    vectors = unit(4, D)
+    store = EmbeddedStore(tmp_path, card(), D)
+    assert store.add([item(f"p{n}", vector, n=n) for n, vector in enumerate(vectors)]) == [True] * 4
+    assert store.remove("p1")
+    assert not store.remove("p1")
+    assert store.add([item("p2", vectors[1], n="new")]) == [False]
+    for _ in range(2):
+        assert store.count() == 3
+        assert store.get("p1") is None
+        assert store.search(vectors[1:2], 10)[0][0].id == "p2"
+        assert store.search(vectors[1:2], 10)[0][0].metadata == {"n": "new"}
+        assert store.thumbnail("p3") == b"thumbnail of p3"
+        assert store.original("p3") is None
+        embedding = store.embedding("p0")
+        assert embedding is not None
+        assert np.array_equal(embedding, vectors[0])
+        store.close()
+        store = EmbeddedStore(tmp_path, card(), D)
+    store.close()
+
+
+def test_an_id_given_twice_in_one_call_keeps_its_last(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    first, second = unit(2, D)
+    assert store.add([item("a", first), item("a", second)]) == [True, True]
+    assert store.count() == 1
+    assert store.search(second[None], 1)[0][0].score > 0.999
+    store.close()
+
+
+@pytest.fixture
+def store_folder(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "store"
+
+
+def test_scan_pages_through_everything_once(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    store.add([item(f"p{n}", vector) for n, vector in enumerate(unit(7, D))])
+    store.remove("p3")
+    seen, cursor = [], 0
+    while True:
+        items, following = store.scan(2, cursor)
+        seen += [found.id for found in items]
+        if following is None:
+            break
+        cursor = following
+    assert seen == ["p0", "p1", "p2", "p4", "p5", "p6"]
+    store.close()
+
+
+def test_a_store_of_another_encoder_is_refused_with_both_names(store_folder: Path) -> None:
+    EmbeddedStore(store_folder, card("first"), D).close()
+    with pytest.raises(StoreMismatch, match=r"built by the encoder first \(firstfirstfi…\), not by second"):
+        EmbeddedStore(store_folder, card("second"), D)
+    assert recorded_model(store_folder) == (Path("/models/first"), "first")
+    EmbeddedStore(store_folder, card("first"), D).close()  # the refused one let go of the lock
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(store_folder: Path) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    store.add([item("a", unit(D))])
+    with pytest.raises(InvalidStore, match=r"in use by process \d+"):
+        EmbeddedStore(store_folder, card(), D)
+    reader = EmbeddedStore(store_folder, card(), D, read_only=True)
+    assert reader.count() == 1
+    with pytest.raises(InvalidStore, match="the store cannot be written"):
+        reader.remove("a")
+    reader.close()
+    store.close()
+
+
+def test_a_reader_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InvalidStore, match="no store there; make one with `lookalike index"):
+        EmbeddedStore(tmp_path / "nowhere", card(), D, read_only=True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"picture")
+    with pytest.raises(InvalidStore, match=r"is not a store and not empty \(it has holiday.jpg\)"):
+        EmbeddedStore(tmp_path, card(), D)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(InvalidStore, match="damaged: file is not a database; the file is left as it is"):
+        EmbeddedStore(tmp_path, card(), D)
+
+
+@pytest.mark.parametrize("damaged", [lambda vector: b"\1" + vector[1:], lambda _: "text", lambda _: 7])
+def test_a_damaged_vector_is_named(store_folder: Path, damaged: Callable[[bytes], object]) -> None:
+    store = EmbeddedStore(store_folder, card(), D)
+    store.add([item("a", unit(D))])
+    store.close()
+    database = apsw.Connection(str(store_folder / FILE))
+    rows: list[Any] = database.execute("SELECT key, vector, checksum FROM vectors").fetchall()
+    ((key, vector, checksum),) = rows
+    assert zlib.crc32(vector) == checksum
+    database.execute("UPDATE vectors SET vector = ?", (damaged(vector),)).fetchall()
+    database.close()
+    with pytest.raises(InvalidStore, match=f"the vector of key {key} is damaged"):
+        EmbeddedStore(store_folder, card(), D)
+    (store_folder / SNAPSHOT).unlink()
+    with pytest.raises(InvalidStore, match=f"the vector of key {key} is damaged"):
+        EmbeddedStore(store_folder, card(), D)
+
+
+def test_every_commit_is_on_disk(store_folder: Path) -> None:
+    store_folder.mkdir(parents=True)
+    meta = {"fingerprint": "f", "dimension": "8", "vector_type": "float32", "model": "m", "model_folder": "/m"}
+    catalog = Catalog(store_folder, meta)
+    names = ("synchronous", "journal_mode", "foreign_keys", "page_size")
+    pragma = {name: next(catalog._database.execute(f"PRAGMA {name}"))[0] for name in names}
+    assert pragma == {"synchronous": 2, "journal_mode": "wal", "foreign_keys": 1, "page_size": 16384}
+    catalog.close()
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Random changes and searches, compared with a dict after every step; reopening changes nothing."""
+
+    ids = st.sampled_from([f"id{n}" for n in range(6)])
+    seeds = st.integers(0, 30)
+
+    @initialize()
+    def open(self) -> None:
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = EmbeddedStore(Path(self.folder.name), card(), D)
+        self.model: dict[str, FloatArray] = {}
+        self.keys: list[str] = []
+
+    @rule(ids=st.lists(ids, max_size=4, min_size=1), seed=seeds)
+    def add(self, ids: list[str], seed: int) -> None:
+        vectors = unit(len(ids), D, seed=seed)
+        new = self.store.add([item(id, vector) for id, vector in zip(ids, vectors, strict=True)])
+        assert new == [id not in self.model for id in ids]
+        for id, vector in zip(ids, vectors, strict=True):
+            if id not in self.model:
+                self.keys.append(id)
+            self.model[id] = vector
+
+    @rule(id=ids)
+    def remove(self, id: str) -> None:
+        assert self.store.remove(id) == (id in self.model)
+        if self.model.pop(id, None) is not None:
+            self.keys.remove(id)
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = EmbeddedStore(Path(self.folder.name), card(), D)
+
+    @rule(seed=seeds, k=st.integers(1, 8))
+    def search(self, seed: int, k: int) -> None:
+        query = unit(1, D, seed=seed)
+        ranked = sorted(self.keys, key=lambda id: -float(query[0] @ self.model[id]))
+        hits = self.store.search(query, k)[0]
+        assert len(hits) == min(k, len(self.model))
+        for hit, id in zip(hits, ranked, strict=False):
+            assert hit.id == id or abs(hit.score - float(query[0] @ self.model[id])) < 1e-6
+
+    @invariant()
+    def agrees(self) -> None:
+        if hasattr(self, "store"):
+            assert self.store.count() == len(self.model)
+            assert [found.id for found in self.store.scan(100)[0]] == self.keys
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.folder.cleanup()
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden_store" / FILE
+
+
+@pytest.mark.parametrize("schema", ["1", "2"])
+def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_path: Path, schema: str) -> None:
+    shutil.copy(GOLDEN, tmp_path / FILE)
+    database = apsw.Connection(str(tmp_path / FILE))
+    before = list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key"))
+    vectors = list(database.execute("SELECT key, vector, checksum, sequence FROM vectors ORDER BY key"))
+    pictures = list(database.execute("SELECT * FROM pictures ORDER BY key"))
+    if schema == "1":
+        for statement in ("ALTER TABLE items DROP COLUMN variant", "UPDATE meta SET value = '1' WHERE name = 'schema'"):
+            database.execute(statement).fetchall()
+    database.close()
+    assert len(before) == len(vectors) == len(pictures) == 20
+    fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"  # of models/mnist in those days
+    encoder = replace(read_card(MODEL), fingerprint=fingerprint)
+    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 3; `lookalike index` or `serve`"):
+        EmbeddedStore(tmp_path, encoder, 256, read_only=True)
+    assert recorded_model(tmp_path) == (Path("/models/mnist"), "mnist")
+    store = EmbeddedStore(tmp_path, encoder, 256)
+    found = store.get("digits/00007")
+    assert found is not None
+    assert (found.metadata, found.variant) == ({"label": "7"}, "fp32" if schema == "1" else "int8")
+    for key, vector, *_ in vectors:
+        hits = store.search(np.frombuffer(vector, np.float32)[None], 1)[0]
+        assert (hits[0].id, round(hits[0].score, 5)) == (before[key - 1][1], 1)
+    store.add([replace(item("b", unit(256, seed=1)), variant="int8")])
+    store.remove("b")
+    store.close()
+    database = apsw.Connection(str(tmp_path / FILE))
+    assert list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key")) == before
+    columns = "key, vector, checksum, sequence"
+    assert list(database.execute(f"SELECT {columns} FROM vectors ORDER BY key")) == vectors
+    assert list(database.execute("SELECT * FROM pictures ORDER BY key")) == pictures
+    assert list(database.execute("SELECT sequence, key, id FROM removed")) == [(22, 21, "b")]
+    database.close()
