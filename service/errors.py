@@ -13,7 +13,7 @@ is one sentence on stderr and exit code 2.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -229,3 +229,15 @@ def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
     number, first = failed[0]
     more = f"; {len(failed) - 1} more of {len(members)} failed, too" if len(failed) > 1 else ""
     raise type(first)(f"{what} {number}: {first}{more}", failed)
+
+
+Outcome: TypeAlias = T | LookalikeError
+"""What became of one element of a list: its value, or the error that concerns this element alone."""
+
+
+def attempt(work: Callable[..., T], *arguments: Any) -> Outcome[T]:
+    """Return the outcome of the work: what it returns, or the LookalikeError that it raises, without traceback."""
+    try:
+        return work(*arguments)
+    except LookalikeError as error:
+        return kept(error)

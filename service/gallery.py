@@ -1,10 +1,8 @@
 """Encoder + store: add pictures, find lookalikes. What HTTP, command line and page all call."""
 
 import hashlib
-import json
 import math
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,75 +10,89 @@ from typing import Any
 
 import numpy as np
 
-from service import FloatArray, PixelArray, cores, metrics
+from service import FloatArray, PixelArray, cores, items, metrics
 from service.encoding.batcher import Batcher
-from service.encoding.card import Card, read_card, suits
+from service.encoding.card import read_card, suits
 from service.encoding.encoder import Encoder
 from service.encoding.images import decode, decode_pixels, thumbnail, to_pixels, tones
 from service.errors import (
     InvalidQuery,
-    InvalidRequest,
     InvalidStore,
     ItemNotFound,
     LookalikeError,
-    NoEmbedding,
     NoStore,
+    Outcome,
+    attempt,
     each,
-    kept,
 )
+from service.generations import catch_up, switch
+from service.items import NewPicture
 from service.settings import Settings
-from service.store import Hit, Item, NewItem
-from service.store.catalog import Catalog, has_catalog, no_store
+from service.store import Hit, Item, NewItem, Store
+from service.store.catalog import no_store
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.filters import Filter
+from service.store.layout import current
 
 Query = bytes | Future[FloatArray] | str | Sequence[float]
 """What to look for: the bytes of a picture, its embedding to come, the id of an item, or a vector."""
 
 _SAMPLED_THUMBNAILS = 100
-_FOLLOWED_AT_ONCE = 64
 _SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
-_MOST_DEPTH = 32  # of metadata; SQLite's own JSON functions end at 1000
 
 
 @dataclass(frozen=True)
 class ReadPicture:
-    """A picture that was read and is not embedded yet: its bytes, pixels (S, S, 3) and thumbnail."""
+    """A decoded picture, ready to be embedded.
+
+    Attributes:
+        data: the bytes of the image file.
+        pixels: (S, S, 3) uint8.
+        thumbnail: a small WebP file.
+    """
 
     data: bytes
     pixels: PixelArray
     thumbnail: bytes
 
 
-_Numbered = tuple[int, tuple[str, ReadPicture, dict[str, Any], str | None]]
-
-
 class Gallery:
-    """The searchable collection. Every method blocks and may be called from any thread."""
+    """The searchable collection: one encoder and the items that it embedded, in one store.
 
-    def __init__(self, encoder: Encoder, store: EmbeddedStore | None, settings: Settings) -> None:
+    Every method blocks unless it says otherwise, and may be called from any thread.
+
+    Attributes:
+        encoder: embeds pictures.
+        card: facts about the encoder.
+        settings: limits on pictures, items and queries.
+    """
+
+    def __init__(self, encoder: Encoder, store: Store | None, settings: Settings) -> None:
+        """Start the threads that decode and embed.
+
+        Args:
+            encoder: embeds pictures.
+            store: holds the items; None for a service that only embeds. The gallery closes it.
+            settings: limits on pictures, items and queries.
+        """
         self.encoder = encoder
+        self.card = encoder.card
         self.settings = settings
         self._store = store
         self._batcher = Batcher(encoder.lanes, encoder.max_batch)
-        # One more than cores: while one waits for the interpreter, another decodes. Yet more would only cost memory.
+        # One more than cores: while one thread waits for the interpreter, another decodes. More only cost memory.
         self._decoders = ThreadPoolExecutor(cores() + 1, "decode")
         self._notice: tuple[int, str | None] = (0, None)
 
     @property
-    def card(self) -> Card:
-        """The encoder's card."""
-        return self.encoder.card
-
-    @property
-    def store(self) -> EmbeddedStore:
-        """Where items live. Raises NoStore where the service runs without one."""
+    def store(self) -> Store:
+        """The store. Raises NoStore in a service that runs without one."""
         if self._store is None:
             raise NoStore("this service runs without a store (--no-store): it embeds and keeps nothing")
         return self._store
 
     def read(self, data: bytes) -> ReadPicture:
-        """Decode image bytes, on the caller's thread.
+        """Decode the bytes of an image file, on the caller's thread.
 
         Raises:
             EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
@@ -90,99 +102,94 @@ class Gallery:
         return ReadPicture(data, to_pixels(picture, self.card.preprocessing), small)
 
     def embed_soon(self, data: bytes | Callable[[], bytes]) -> Future[FloatArray]:
-        """Begin to embed a picture; call from any thread, it does not block.
+        """Begin to embed a picture, without blocking.
 
         Args:
-            data: its bytes, or what gives them where that is work, too.
+            data: the bytes of an image file, or a function that returns them and is called on a decoding thread.
 
         Returns:
-            Its embedding (D,) to come, or an error as of `read`, or NoEmbedding. Cancelled before its batch begins,
-            nothing more is done for it.
+            A future of the embedding (D,). Its errors are those of `read` and NoEmbedding. A future that is cancelled
+            before its batch begins costs no more work.
         """
         future: Future[FloatArray] = Future()
-        self._decoders.submit(self._decode, data, future)
+
+        def decode_and_submit() -> None:
+            if future.cancelled():
+                return
+            try:
+                with metrics.decode_seconds.time():
+                    pixels = self._pixels(data if isinstance(data, bytes) else data())
+            # Any error belongs to the caller, who waits on the future.
+            except Exception as error:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+                return
+            self._batcher.submit(pixels, future)
+
+        self._decoders.submit(decode_and_submit)
         return future
 
-    def _decode(self, data: bytes | Callable[[], bytes], future: Future[FloatArray]) -> None:
-        if future.cancelled():
-            return
-        try:
-            with metrics.decode_seconds.time():
-                pixels = self.read_pixels(data if isinstance(data, bytes) else data())
-        except Exception as error:  # it is the caller's, whatever it is
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-            return
-        self._batcher.submit(pixels, future)
-
     def embed(self, images: Sequence[bytes]) -> FloatArray:
-        """Return the embeddings (N, D) of image bytes. Raises as `read`; of several pictures it names every bad one."""
-        return np.stack(each("picture", [self.embed_soon(image) for image in images], Future.result))
-
-    def read_pixels(self, data: bytes) -> PixelArray:
-        """Decode image bytes to pixels (S, S, 3) alone, on the caller's thread. Raises as `read`."""
-        return decode_pixels(data, self.card.preprocessing, self.settings.limits)
-
-    def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
-        """Add or replace one picture; True where it was new. Raises as `read`.
-
-        The id is as check_id gives it, the metadata as check_metadata does.
-        """
-        return self.add_read([(id, self._decoders.submit(self.read, data).result(), metadata, None)])[0]
-
-    def add_many(self, pictures: Sequence[tuple[str, bytes, dict[str, Any]]]) -> list[bool | LookalikeError]:
-        """Add or replace pictures, (id, bytes, metadata) each; the good ones in one commit.
-
-        Returns:
-            For each whether its id was new, or why it is not in the store.
-        """
-        outcomes: dict[int, bool | LookalikeError] = {}
-        read = []
-        reading = [self._decoders.submit(self.read, data) for _, data, _ in pictures]
-        for number, (id, _, metadata) in enumerate(pictures):
-            try:
-                read.append((number, (id, reading[number].result(), metadata, None)))
-            except LookalikeError as error:
-                outcomes[number] = kept(error)
-        self._add_group(read, outcomes)
-        return [outcomes[number] for number in range(len(pictures))]
-
-    def _add_group(self, group: Sequence[_Numbered], outcomes: dict[int, bool | LookalikeError]) -> None:
-        if not group:
-            return
-        try:
-            added = self.add_read([picture for _, picture in group])
-            outcomes |= zip((number for number, _ in group), added, strict=True)
-        except LookalikeError as error:
-            if isinstance(error, NoEmbedding) and len(group) > 1:  # one by one, so that it meets its own picture alone
-                for one in group:
-                    self._add_group([one], outcomes)
-            else:
-                outcomes |= dict.fromkeys((number for number, _ in group), kept(error))
-
-    def add_read(self, pictures: Sequence[tuple[str, ReadPicture, dict[str, Any], str | None]]) -> list[bool]:
-        """Embed and store pictures that were read, all in one commit: (id, picture, metadata, source) each.
+        """Return the embeddings (N, D) of image files.
 
         Raises:
-            NoEmbedding: for one of them; none is stored.
+            As `embed_soon`. With several pictures the error names every bad one.
         """
-        embeddings = self._encode([picture.pixels for _, picture, _, _ in pictures])
-        keep = self.settings.keep_originals
-        return self.store.add(
-            [
-                NewItem(
-                    id=id,
-                    metadata=metadata,
-                    source=source,
-                    digest=hashlib.sha256(picture.data).hexdigest(),
-                    variant=self.encoder.variant,
-                    embedding=embedding,
-                    thumbnail=picture.thumbnail,
-                    original=picture.data if keep else None,
-                )
-                for (id, picture, metadata, source), embedding in zip(pictures, embeddings, strict=True)
-            ]
-        )
+        return np.stack(each("picture", [self.embed_soon(image) for image in images], Future.result))
+
+    def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
+        """Add or replace one picture, and return whether its id was new. Durable when it returns.
+
+        Args:
+            id: as `check_id` returns it.
+            data: the bytes of an image file.
+            metadata: as `check_metadata` returns it.
+
+        Raises:
+            InvalidStore: the store cannot be written. Other errors as `embed_soon`.
+        """
+        outcome = self.add_many([NewPicture(id, data, metadata)])[0]
+        if isinstance(outcome, LookalikeError):
+            raise outcome
+        return outcome
+
+    def add_many(self, pictures: Sequence[NewPicture[bytes]]) -> list[Outcome[bool]]:
+        """Decode pictures on several threads, then add or replace them as `add_read` does."""
+        reading = [self._decoders.submit(self.read, one.picture) for one in pictures]
+        read = [attempt(future.result) for future in reading]
+        good = [
+            NewPicture(one.id, picture, one.metadata, one.source)
+            for one, picture in zip(pictures, read, strict=True)
+            if not isinstance(picture, LookalikeError)
+        ]
+        added = iter(self.add_read(good))
+        return [picture if isinstance(picture, LookalikeError) else next(added) for picture in read]
+
+    def add_read(self, pictures: Sequence[NewPicture[ReadPicture]]) -> list[Outcome[bool]]:
+        """Embed pictures, and add or replace all that have an embedding in one commit. Durable when it returns.
+
+        Returns:
+            For each picture whether its id was new, or the error that kept it out of the store: NoEmbedding,
+            OutOfMemory or InvalidModel for a picture of its own, InvalidStore for all of them.
+        """
+        embeddings = self._batcher.embed([one.picture.pixels for one in pictures])
+        new = [
+            NewItem(
+                id=one.id,
+                metadata=one.metadata,
+                source=one.source,
+                digest=hashlib.sha256(one.picture.data).hexdigest(),
+                variant=self.encoder.variant,
+                embedding=embedding,
+                thumbnail=one.picture.thumbnail,
+                original=one.picture.data if self.settings.keep_originals else None,
+            )
+            for one, embedding in zip(pictures, embeddings, strict=True)
+            if not isinstance(embedding, LookalikeError)
+        ]
+        stored = attempt(self.store.add, new)
+        added: Iterator[Outcome[bool]] = iter([stored] * len(new) if isinstance(stored, LookalikeError) else stored)
+        return [embedding if isinstance(embedding, LookalikeError) else next(added) for embedding in embeddings]
 
     def get(self, id: str) -> Item:
         """Return an item. Raises ItemNotFound."""
@@ -200,7 +207,7 @@ class Gallery:
         return data
 
     def original(self, id: str) -> bytes:
-        """Return the picture's own bytes. Raises ItemNotFound, also where they are not kept."""
+        """Return the bytes of an item's image file. Raises ItemNotFound, also if the store does not keep them."""
         data = self.store.original(id)
         if data is None:
             self.get(id)
@@ -208,12 +215,13 @@ class Gallery:
         return data
 
     def change_metadata(self, id: str, patch: dict[str, Any]) -> Item:
-        """Merge a patch into an item's metadata: a field that it gives as None goes, others are set (RFC 7396).
+        """Apply a merge patch to an item's metadata (see items.merge_patch) and return the item.
 
         Raises:
-            ItemNotFound; InvalidRequest: what comes out is larger than metadata may be.
+            ItemNotFound: no item has this id.
+            InvalidRequest: the result is not valid metadata.
         """
-        item = self.store.set_metadata(id, lambda metadata: self.check_metadata(_merged(metadata, patch)))
+        item = self.store.set_metadata(id, lambda metadata: self.check_metadata(items.merge_patch(metadata, patch)))
         if item is None:
             raise _no_item()
         return item
@@ -275,136 +283,65 @@ class Gallery:
         return np.asarray(vector / math.sqrt(vector @ vector), np.float32)
 
     def check_id(self, id: str) -> str:
-        """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as the function check_id."""
-        return check_id(id, self.settings.max_id_bytes)
+        """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as `items.check_id`."""
+        return items.check_id(id, self.settings.max_id_bytes)
 
     def check_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Return metadata that can be kept.
-
-        Raises:
-            InvalidRequest: with NaN, infinity or half a character, nested too deep, or larger than max_metadata_bytes.
-        """
-        if _depth(metadata) > _MOST_DEPTH:
-            raise InvalidRequest(f"metadata: expected at most {_MOST_DEPTH} levels of nesting")
-        try:  # what could not be written back out is not taken in
-            size = len(json.dumps(metadata, ensure_ascii=False, allow_nan=False).encode())
-        except ValueError as error:
-            raise InvalidRequest("metadata: expected finite numbers and whole characters") from error
-        if size > self.settings.max_metadata_bytes:
-            raise InvalidRequest(f"metadata: expected at most {self.settings.max_metadata_bytes} bytes, got {size}")
-        return metadata
+        """Return the metadata unchanged. Raises InvalidRequest as `items.check_metadata`."""
+        return items.check_metadata(metadata, self.settings.max_metadata_bytes)
 
     def notice(self) -> str | None:
-        """Say so in one sentence where the encoder was trained on pictures unlike the gallery's, else None.
+        """Return a sentence if the encoder was trained on pictures unlike the gallery's, else None.
 
-        Cost: up to 100 thumbnails, once for every doubling of the gallery.
+        Cost: decodes up to 100 thumbnails, once each time the gallery has doubled.
         """
         size = self.store.count().bit_length()
         if size != self._notice[0]:
-            self._notice = (size, suits(self.card, self._tones(), self.settings.store))
+            sampled = [self.store.thumbnail(item.id) for item in self.store.scan(_SAMPLED_THUMBNAILS)[0]]
+            pixels = [self._pixels(data) for data in sampled if data is not None]
+            tone = tones(np.stack(pixels)) if pixels else None
+            self._notice = (size, suits(self.card, tone, self.settings.store))
         return self._notice[1]
 
     def probe(self) -> None:
-        """Take the canary through the encoder and to the index; raises where it does not come to what it was.
+        """Embed the canary picture and search for it, to see that the whole way works.
 
-        It waits in no line: a service that has much to do is ready all the same.
+        It bypasses the batcher's queue, so a busy service is still ready.
+
+        Raises:
+            InvalidModel: the embedding is not the one that is known.
+            InvalidStore: the store cannot be searched.
         """
         embedding = self.encoder.probe()
         if self._store is not None:
             self._store.search(embedding[None], 1)
 
-    def follow(self, earlier: Catalog, since: int, told: Callable[[int], object] = lambda _: None) -> int:
-        """Take over what changed in an earlier generation of the store, its pictures embedded anew.
-
-        Args:
-            earlier: its catalog.
-            since: the sequence number up to which all is here; −1 for nothing.
-            told: gets the numbers of items looked at.
-
-        Returns:
-            The sequence number up to which all is here now. What is here already is passed over.
-
-        Raises:
-            InvalidStore: for some items there is neither a kept picture nor one with their digest where they came
-                from; the others are taken over.
-        """
-        latest = earlier.sequence()
-        for id in earlier.removed(since):
-            if earlier.get(id) is None:
-                self.store.remove(id)
-        failed: list[str] = []
-        last = 0
-        while rows := earlier.changed_items(since, _FOLLOWED_AT_ONCE, last):
-            last = rows[-1][0]
-            fresh = []
-            for _, item in rows:
-                have = self.store.get(item.id)
-                if have is None or have.digest != item.digest:
-                    try:
-                        fresh.append((item.id, self.read(_picture(earlier, item)), item.metadata, item.source))
-                    except LookalikeError as error:
-                        failed.append(f"{item.id}: {error}")
-                elif have.metadata != item.metadata:
-                    self.store.set_metadata(item.id, lambda _, new=item.metadata: new)  # type: ignore[misc]
-            outcomes: dict[int, bool | LookalikeError] = {}
-            self._add_group(list(enumerate(fresh)), outcomes)
-            failed += [f"{fresh[n][0]}: {error}" for n, error in outcomes.items() if isinstance(error, LookalikeError)]
-            told(len(rows))
-        if failed:
-            raise InvalidStore(f"{len(failed)} items cannot be embedded anew; {failed[0]}")
-        return latest
-
-    def catch_up(self) -> None:
-        """Take over what changed in the earlier generation, if there is one, after this one was made of it.
-
-        Raises:
-            InvalidStore: as `follow`.
-        """
-        facts = self.store.facts()
-        folder = self.settings.store / facts.get("earlier", "")
-        if "earlier" not in facts or not has_catalog(folder):
-            return
-        earlier = Catalog(folder, None)
-        try:
-            since = int(facts["follows"])
-            if earlier.sequence() > since:
-                self.store.note("follows", str(self.follow(earlier, since)))
-        finally:
-            earlier.close()
-
     def close(self) -> None:
-        """Finish what waits and let go of the store."""
+        """Finish the pictures that wait, end the threads and close the store."""
         self._decoders.shutdown()
         self._batcher.close()
         if self._store is not None:
             self._store.close()
 
-    def _encode(self, pixels: Sequence[PixelArray]) -> list[FloatArray]:
-        futures: list[Future[FloatArray]] = [Future() for _ in pixels]
-        for one, future in zip(pixels, futures, strict=True):
-            self._batcher.submit(one, future)
-        return [future.result() for future in futures]
-
-    def _tones(self) -> list[float] | None:
-        pixels = []
-        for item in self.store.scan(_SAMPLED_THUMBNAILS)[0]:
-            data = self.store.thumbnail(item.id)
-            if data is not None:
-                pixels.append(self.read_pixels(data))
-        return tones(np.stack(pixels)) if pixels else None
+    def _pixels(self, data: bytes) -> PixelArray:
+        """Decode the bytes of an image file to pixels (S, S, 3). Raises as `read`."""
+        return decode_pixels(data, self.card.preprocessing, self.settings.limits)
 
 
 def open_gallery(settings: Settings) -> Gallery:
     """Open the encoder and the store that the settings name.
 
+    A store that was built from an earlier generation catches up with it first.
+
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    gallery = Gallery(encoder, None if settings.no_store else open_store(settings, encoder), settings)
-    if not (settings.no_store or settings.read_only):
+    store = None if settings.no_store else open_store(settings, encoder)
+    gallery = Gallery(encoder, store, settings)
+    if store is not None and not settings.read_only:
         try:
-            gallery.catch_up()
+            catch_up(store, settings.store, gallery.add_many)
         except BaseException:
             gallery.close()
             raise
@@ -412,34 +349,40 @@ def open_gallery(settings: Settings) -> Gallery:
 
 
 def succeed(gallery: Gallery) -> Gallery:
-    """Open the generation of a gallery's store that counts by now, with the encoder that made it.
+    """Open the current generation of a gallery's store, with the encoder that built it.
 
-    The given gallery still answers what was asked of it, and refuses changes; it is for the caller to close.
+    The given gallery still answers requests and refuses changes; the caller closes it.
 
     Raises:
-        InvalidModel, InvalidStore, StoreMismatch: then the given gallery goes on as it was.
+        InvalidModel, InvalidStore, StoreMismatch: the given gallery continues as before.
     """
-    settings = gallery.settings
+    settings, earlier = gallery.settings, gallery.store
+    if not isinstance(earlier, EmbeddedStore):
+        raise InvalidStore("this store is not in a folder, and so has no generations")
+    folder = current(settings.store)
+    if folder == earlier.folder:
+        raise InvalidStore(f"{settings.store}: no other generation counts than the one that is open")
     encoder = Encoder(
         read_card(find_model(settings.model_copy(update={"model": None}))), settings.device, settings.variant
     )
-    following = Gallery(encoder, gallery.store.successor(encoder.card, encoder.dimension), settings)
+    later = open_store(settings, encoder, folder)
+    following = Gallery(encoder, later, settings)
     try:
-        if not settings.read_only:
-            following.catch_up()  # nearly all, while changes go on
-            with gallery.store.retiring("the store was replaced by one of another encoder; try again"):
-                following.catch_up()
+        switch(earlier, later, settings.store, following.add_many, settings.read_only)
     except BaseException:
         following.close()
         raise
-    following.store.inherit(gallery.store)
     return following
 
 
-def open_store(settings: Settings, encoder: Encoder) -> EmbeddedStore:
-    """Open the store that the settings name. Raises InvalidStore, StoreMismatch."""
+def open_store(settings: Settings, encoder: Encoder, folder: Path | None = None) -> EmbeddedStore:
+    """Open the store that the settings name, or another folder with their options.
+
+    Raises:
+        InvalidStore, StoreMismatch.
+    """
     return EmbeddedStore(
-        settings.store,
+        folder or settings.store,
         encoder.card,
         encoder.dimension,
         settings.read_only,
@@ -449,14 +392,18 @@ def open_store(settings: Settings, encoder: Encoder) -> EmbeddedStore:
 
 
 def find_model(settings: Settings, source: str = "") -> Path:
-    """Return the encoder's folder: the one that is named, else the store's own, else the default for a source.
+    """Return the encoder's folder: the one that the settings name, else the store's own, else the default.
 
-    A store that came from another machine names a folder that is not here; whether the encoder we take
-    instead is the right one, its fingerprint decides.
+    A store that came from another machine may name a folder that does not exist here. The default is taken then, and
+    its fingerprint decides whether it is the right encoder.
+
+    Args:
+        settings: name the encoder, or the store.
+        source: pictures that will be added; the default for digits differs from the one for photographs.
 
     Raises:
-        InvalidModel, InvalidOutput: the default cannot be made.
-        InvalidStore: damaged, or not there where it is only to be read.
+        InvalidModel, InvalidOutput: the default encoder cannot be made.
+        InvalidStore: the store is damaged, or does not exist and is opened read-only.
     """
     if settings.model:
         return settings.model
@@ -465,62 +412,10 @@ def find_model(settings: Settings, source: str = "") -> Path:
         raise no_store(settings.store)
     if recorded is not None and recorded[0].is_dir():
         return recorded[0]
-    # Here, not above: it takes onnx, whose import would cost every start most of a second.
+    # Imported late because it needs onnx, whose import takes most of a second.
     from service.encoding.pretrained import default_encoder, of_digits
 
     return default_encoder(of_digits(source) if recorded is None else recorded[1] == "mnist")
-
-
-def check_id(id: str, most_bytes: int) -> str:
-    """Return an id in Unicode's composed form (NFC).
-
-    Raises:
-        InvalidRequest: empty, too long in UTF-8, with control characters, or ending like a route of its own.
-    """
-    id = unicodedata.normalize("NFC", id)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in id):
-        raise InvalidRequest("id: expected text without control characters")
-    if not 1 <= len(id.encode()) <= most_bytes:
-        raise InvalidRequest(f"id: expected 1 to {most_bytes} bytes, got {len(id.encode())}")
-    if id.endswith(("/thumbnail", "/content")):
-        raise InvalidRequest("id: must not end in /thumbnail or /content, which name an item's pictures")
-    return id
-
-
-def _picture(catalog: Catalog, item: Item) -> bytes:
-    """The bytes of an item's picture, as they were kept or from where they came. Raises ItemNotFound."""
-    data = catalog.original(item.id)
-    if data is not None:
-        return data
-    try:
-        data = Path(item.source or "").read_bytes()
-    except OSError:
-        raise ItemNotFound(f"its picture was not kept and cannot be read from {item.source}") from None
-    if hashlib.sha256(data).hexdigest() != item.digest:
-        raise ItemNotFound(f"its picture was not kept, and {item.source} has another by now")
-    return data
-
-
-def _merged(target: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(target)
-    for name, value in patch.items():
-        if value is None:
-            merged.pop(name, None)
-        elif isinstance(value, dict):
-            old = merged.get(name)
-            merged[name] = _merged(old if isinstance(old, dict) else {}, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def _depth(content: Any) -> int:
-    """Levels of nesting, counted level by level: recursion would end where the client wants."""
-    depth, level = 0, [content]
-    while level := [inside for inside in level if isinstance(inside, dict | list)]:
-        depth += 1
-        level = [one for inside in level for one in (inside.values() if isinstance(inside, dict) else inside)]
-    return depth
 
 
 def _no_item() -> ItemNotFound:

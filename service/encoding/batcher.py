@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from service import FloatArray, PixelArray, metrics
-from service.errors import OutOfMemory
+from service.errors import Outcome, OutOfMemory, attempt
 
 Encode = Callable[[Sequence[PixelArray]], FloatArray]
 _Job = tuple[PixelArray, "Future[FloatArray]"]
@@ -40,6 +40,20 @@ class Batcher:
         """
         metrics.pictures_waiting.inc()
         self._waiting.put((pixels, future))
+
+    def embed(self, pixels: Sequence[PixelArray]) -> list[Outcome[FloatArray]]:
+        """Embed pictures and wait for all of them.
+
+        Args:
+            pixels: N arrays (S, S, 3).
+
+        Returns:
+            For each picture its embedding (D,), or the error that concerns this picture alone, such as NoEmbedding.
+        """
+        futures: list[Future[FloatArray]] = [Future() for _ in pixels]
+        for one, future in zip(pixels, futures, strict=True):
+            self.submit(one, future)
+        return [attempt(future.result) for future in futures]
 
     def close(self) -> None:
         """Finish what waits, then end the threads."""

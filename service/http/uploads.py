@@ -13,6 +13,7 @@ from service.gallery import Gallery
 from service.http import logs
 from service.http.bodies import Form, parse_json_object
 from service.http.slots import Slots
+from service.items import NewPicture
 from service.settings import Settings
 
 METADATA = "metadata.json"
@@ -159,15 +160,15 @@ def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[di
                 raise data
             if not isinstance(metadata, dict):
                 raise InvalidRequest("metadata: expected a JSON object")
-            good.append((number, checked, data, gallery.check_metadata(metadata)))
+            good.append((number, NewPicture(checked, data, gallery.check_metadata(metadata))))
         except LookalikeError as error:
             lines[number] = _failure(checked, error)
-    outcomes = gallery.add_many([(id, data, metadata) for _, id, data, metadata in good])
-    for (number, id, _, _), outcome in zip(good, outcomes, strict=True):
+    outcomes = gallery.add_many([picture for _, picture in good])
+    for (number, picture), outcome in zip(good, outcomes, strict=True):
         if isinstance(outcome, LookalikeError):
-            lines[number] = _failure(id, outcome)
+            lines[number] = _failure(picture.id, outcome)
         else:
-            lines[number] = {"id": id, "status": 201 if outcome else 200}
+            lines[number] = {"id": picture.id, "status": 201 if outcome else 200}
     return [lines[number] for number in range(len(candidates))]
 
 

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from service import FloatArray, PixelArray
+from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import decode_pixels
-from service.errors import InvalidOutput, InvalidSource
+from service.errors import InvalidOutput, InvalidSource, LookalikeError, Outcome
 from service.jobs.parquet_parts import FAILURES, META, part_path, read_facts, write_parquet
 from service.jobs.reading import Tally, progress, read_ahead, use_good
 from service.settings import Settings
@@ -19,21 +23,23 @@ from service.sources.source import Source
 
 _PART_ROWS = 8192
 
+_Embedded = tuple[int, Outcome[FloatArray]]
+
 
 def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> Tally:
     """Embed a source into a folder of Parquet parts that reads as one table: id, label, embedding.
 
-    Parts are written whole or not at all. A job that was interrupted goes on after its last part when it
-    is run again; pictures that cannot be read end up in _failures.parquet (id, error).
+    Each part is written whole or not at all. A job that was interrupted resumes after its last part when it is run
+    again. Pictures that cannot be read or embedded are listed in _failures.parquet (id, error).
 
     Args:
         source: the pictures.
         model: the encoder's folder.
-        out: the folder to make or to go on with.
+        out: the folder to write, or to resume in.
         settings: device and picture limits.
 
     Raises:
-        InvalidModel: no such encoder.
+        InvalidModel: there is no such encoder, or it failed.
         InvalidOutput: `out` holds something else, or embeddings of another source or encoder.
     """
     encoder = Encoder(read_card(model), settings.device, settings.variant)
@@ -41,50 +47,49 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
     identity = {"source": source.name, "ids": ids, "fingerprint": encoder.card.fingerprint}
     parts = _finished_parts(out, identity)
     known = sum(part["read"] for part in parts)
-    schema = pa.schema(
-        [("id", pa.string()), ("label", pa.string()), ("embedding", pa.list_(pa.float32(), encoder.dimension))]
-    )
-    preprocessing = encoder.card.preprocessing
-
-    def read(position: int) -> Any:
-        return decode_pixels(source.entry(position).data, preprocessing, settings.limits)
-
-    def embed_part(positions: range, bar: "tqdm[Any]") -> tuple[pa.Table, dict[str, Any]]:
-        kept: list[int] = []
-        columns: list[pa.Array] = []
-        failures: list[tuple[str, str]] = []
-
-        def embed(good: list[tuple[int, Any]]) -> None:
-            embeddings = encoder.encode([pixels for _, pixels in good])
-            columns.append(pa.FixedSizeListArray.from_arrays(embeddings.ravel(), encoder.dimension))
-            kept.extend(position for position, _ in good)
-
-        for chunk in read_ahead(positions, read):
-            failures += [(source.ids[position], str(error)) for position, error in use_good(chunk, embed)]
-            bar.update(len(chunk))
-        part = {"read": len(positions), "failures": failures, "variant": encoder.variant}
-        table = pa.table(
-            {
-                "id": pa.array([source.ids[position] for position in kept], pa.string()),
-                "label": pa.array([source.labels[p] if source.labels else None for p in kept], pa.string()),
-                "embedding": pa.chunked_array(columns, schema.field("embedding").type),
-            },
-            schema=schema.with_metadata({META: json.dumps(identity | part).encode()}),
-        )
-        return table, part
-
-    with progress("embedding", len(source), known) as bar:
+    bar = progress("embedding", len(source), known)
+    with bar, closing(Batcher(encoder.lanes, encoder.max_batch)) as batcher:
         for start in range(known, len(source), _PART_ROWS):
-            table, part = embed_part(range(start, min(start + _PART_ROWS, len(source))), bar)
-            write_parquet(table, part_path(out, start // _PART_ROWS))
+            positions = range(start, min(start + _PART_ROWS, len(source)))
+            outcomes = _embed(source, positions, encoder, batcher, settings, bar)
+            failures = [(source.ids[p], str(error)) for p, error in outcomes if isinstance(error, LookalikeError)]
+            part = identity | {"read": len(positions), "failures": failures, "variant": encoder.variant}
+            write_parquet(_table(source, outcomes, encoder.dimension, part), part_path(out, start // _PART_ROWS))
             parts.append(part)
     failed = [failure for part in parts for failure in part["failures"]]
     write_parquet(pa.table({"id": [f[0] for f in failed], "error": [f[1] for f in failed]}), out / FAILURES)
     return Tally(len(source) - known, known, len(failed))
 
 
+def _embed(
+    source: Source, positions: range, encoder: Encoder, batcher: Batcher, settings: Settings, bar: "tqdm[Any]"
+) -> list[_Embedded]:
+    """Return the embedding (D,) of each position, or the error that its picture gave."""
+
+    def read(position: int) -> PixelArray:
+        return decode_pixels(source.entry(position).data, encoder.card.preprocessing, settings.limits)
+
+    outcomes: list[_Embedded] = []
+    for chunk in read_ahead(positions, read):
+        outcomes += use_good(chunk, batcher.embed)
+        bar.update(len(chunk))
+    return outcomes
+
+
+def _table(source: Source, outcomes: list[_Embedded], dimension: int, part: dict[str, Any]) -> pa.Table:
+    """Return the pictures that have an embedding as a table, with the facts about the part in its schema."""
+    good = [(position, row) for position, row in outcomes if not isinstance(row, LookalikeError)]
+    rows = np.stack([row for _, row in good]) if good else np.empty((0, dimension), np.float32)
+    columns = {
+        "id": pa.array([source.ids[position] for position, _ in good], pa.string()),
+        "label": pa.array([source.labels[p] if source.labels else None for p, _ in good], pa.string()),
+        "embedding": pa.FixedSizeListArray.from_arrays(rows.ravel(), dimension),
+    }
+    return pa.table(columns).replace_schema_metadata({META: json.dumps(part).encode()})
+
+
 def _finished_parts(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the parts in `out` say of themselves, in order, up to the first that is missing."""
+    """Return the facts that the parts in `out` hold about themselves, in order, up to the first missing part."""
     if out.exists() and not out.is_dir():
         raise InvalidOutput(f"{out}: is a file; --out names a folder of Parquet parts")
     strangers = [path.name for path in out.glob("*") if not path.name.endswith((".parquet", ".parquet.tmp"))]

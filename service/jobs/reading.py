@@ -1,63 +1,72 @@
-"""What the jobs share: pictures are read ahead of their use, progress is shown, outcomes are counted."""
+"""What the jobs share: they read pictures ahead of their use, show progress and count outcomes."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from service.errors import LookalikeError, NoEmbedding
+from service import cores
+from service.errors import LookalikeError, NoEmbedding, Outcome, attempt
 
 _CHUNK = 64
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Tally(NamedTuple):
-    """What a job came to: pictures done, pictures that were there already, pictures that could not be read."""
+    """Counts of pictures after a job: done by it, already there before it, and bad."""
 
     done: int
     known: int
     bad: int
 
 
-def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, T | LookalikeError]]]:
-    """Yield chunks of (position, what was read or why not); the next chunk is read while this one is used."""
+def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, Outcome[T]]]]:
+    """Yield chunks of positions, each with the outcome of reading it, in order.
 
-    def attempt(position: int) -> tuple[int, T | LookalikeError]:
-        try:
-            return position, read(position)
-        except LookalikeError as error:
-            return position, error
-
+    The next chunk is read by as many threads as there are cores while the caller uses the current one.
+    """
     chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ahead = pool.map(attempt, chunks[0]) if chunks else iter(())
-        for following in [*chunks[1:], None]:
-            current, ahead = ahead, pool.map(attempt, following or ())
+
+    def read_one(position: int) -> tuple[int, Outcome[T]]:
+        return position, attempt(read, position)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        current: Iterator[tuple[int, Outcome[T]]] | None = None
+        for chunk in chunks:
+            ready, current = current, pool.map(read_one, chunk)
+            if ready is not None:
+                yield list(ready)
+        if current is not None:
             yield list(current)
 
 
 def use_good(
-    chunk: list[tuple[int, Any]], work: Callable[[list[tuple[int, Any]]], None]
-) -> list[tuple[int, LookalikeError]]:
-    """Do the work on what could be read, all together; return (position, why not) of the others.
+    chunk: Sequence[tuple[int, Outcome[T]]], work: Callable[[list[T]], Sequence[Outcome[R]]]
+) -> list[tuple[int, Outcome[R]]]:
+    """Call `work` once on all values that could be read, and return the outcome of every position.
 
-    A picture that the encoder gives no embedding is one of the others: it is found by going one by one.
+    Args:
+        chunk: positions with the outcome of reading, as `read_ahead` yields them.
+        work: returns one outcome for each value. It is not called on an empty list.
+
+    Raises:
+        LookalikeError: an outcome of `work` other than NoEmbedding. It concerns the encoder or the store rather than
+            a picture, and would meet every picture that follows.
     """
-    failed = [(position, result) for position, result in chunk if isinstance(result, LookalikeError)]
-    good = [(position, result) for position, result in chunk if not isinstance(result, LookalikeError)]
-    if good:
-        try:
-            work(good)
-        except NoEmbedding as error:
-            if len(good) == 1:
-                failed.append((good[0][0], error))
-            else:
-                failed += [failure for one in good for failure in use_good([one], work)]
-    return failed
+    good = [outcome for _, outcome in chunk if not isinstance(outcome, LookalikeError)]
+    results = work(good) if good else []
+    for result in results:
+        if isinstance(result, LookalikeError) and not isinstance(result, NoEmbedding):
+            raise result
+    remaining = iter(results)
+    return [
+        (position, outcome if isinstance(outcome, LookalikeError) else next(remaining)) for position, outcome in chunk
+    ]
 
 
 def progress(what: str, total: int, done: int) -> "tqdm[Any]":
+    """Return a progress bar of pictures on stderr."""
     return tqdm(total=total, initial=done, desc=what, unit=" pictures", mininterval=0.5)

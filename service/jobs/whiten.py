@@ -1,12 +1,14 @@
 """An encoder and pictures of the kind that will be searched → a new encoder with a whitening learnt on them."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from service import FloatArray, IntArray, PixelArray
+from service.encoding.batcher import Batcher
 from service.encoding.card import MODEL_FILE, TEXT_FILE, Card, fingerprint, read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import decode_pixels
@@ -19,7 +21,7 @@ from service.encoding.whitening import (
     learn_whitening,
     without_whitening,
 )
-from service.errors import InvalidModel, InvalidRequest, InvalidSource
+from service.errors import InvalidModel, InvalidRequest, InvalidSource, LookalikeError
 from service.jobs.reading import Tally, progress, read_ahead, use_good
 from service.settings import Settings
 from service.sources.source import Source
@@ -121,22 +123,18 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
         data = source.entry(int(positions[number])).data
         return decode_pixels(data, encoder.card.preprocessing, settings.limits)
 
-    def embed(good: list[tuple[int, PixelArray]]) -> None:
-        for start in range(0, len(good), encoder.max_batch):
-            batch = good[start : start + encoder.max_batch]
-            for (number, pixels), row in zip(batch, encoder.encode([pixels for _, pixels in batch]), strict=True):
-                if number in kept_out:
-                    held_out[number] = pixels
-                    continue
-                rows.append(row)
-                if number in voting:
-                    bank[number] = pixels
-
-    with progress("embedding", len(positions), 0) as bar:
+    with closing(Batcher(encoder.lanes, encoder.max_batch)) as batcher, progress("embedding", len(positions), 0) as bar:
         for chunk in read_ahead(range(len(positions)), read):
-            for number, error in use_good(chunk, embed):
-                bad += 1
-                bar.write(f"skipped {source.ids[int(positions[number])]}: {error}", file=sys.stderr)
+            for (number, pixels), (_, row) in zip(chunk, use_good(chunk, batcher.embed), strict=True):
+                if isinstance(row, LookalikeError) or isinstance(pixels, LookalikeError):
+                    bad += 1
+                    bar.write(f"skipped {source.ids[int(positions[number])]}: {row}", file=sys.stderr)
+                elif number in kept_out:
+                    held_out[number] = pixels
+                else:
+                    rows.append(row)
+                    if number in voting:
+                        bank[number] = pixels
             bar.update(len(chunk))
     if len(rows) < LEAST_LEARNT or not held_out:
         raise InvalidSource(

@@ -248,9 +248,9 @@ class Catalog:
         self._database.execute(query, (_dump(metadata), self._sequence, id))
         return Item(item.id, metadata, item.source, item.digest, item.variant)
 
-    def note(self, name: str, value: str) -> None:
-        """Let the catalog say something of itself."""
-        self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+    def note(self, facts: dict[str, str]) -> None:
+        """Write facts about the store into the table meta; facts of the same names are replaced."""
+        self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
 
     # Reading -----------------------------------------------------------------------------------------
 

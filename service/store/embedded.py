@@ -76,9 +76,9 @@ class EmbeddedStore:
         self._exact_limit, self._vector_type = exact_limit, vector_type
         self._guards = [] if read_only else [lock(folder)]
         try:
-            self._folder = current(folder)
-            if self._folder != folder and not read_only:
-                self._guards.append(lock(self._folder))
+            self.folder = current(folder)
+            if self.folder != folder and not read_only:
+                self._guards.append(lock(self.folder))
             self._open()
         except BaseException:
             self._release()
@@ -93,7 +93,7 @@ class EmbeddedStore:
             "model_folder": str(card.folder),
             "vector_type": self._vector_type,
         }
-        self._catalog = Catalog(self._folder, None if self._read_only else meta)
+        self._catalog = Catalog(self.folder, None if self._read_only else meta)
         try:
             self._check(self._catalog.meta)
             self._selections = Selections(self._catalog)
@@ -120,7 +120,7 @@ class EmbeddedStore:
         card = self._card
         if have["fingerprint"] != card.fingerprint:
             raise StoreMismatch(
-                f"{self._folder}: built by the encoder {have['model']} ({have['fingerprint'][:12]}…), "
+                f"{self.folder}: built by the encoder {have['model']} ({have['fingerprint'][:12]}…), "
                 f"not by {card.name} ({card.fingerprint[:12]}…); name that encoder with --model, or another --store, "
                 f"or bring it over with `lookalike reindex --model {shlex.quote(str(card.folder))} "
                 f"--store {shlex.quote(str(self._home))}`"
@@ -163,11 +163,11 @@ class EmbeddedStore:
 
     def facts(self) -> dict[str, str]:
         """What the store says of itself: fingerprint, model, and what `note` wrote."""
-        return read_meta(self._folder)
+        return read_meta(self.folder)
 
-    def note(self, name: str, value: str) -> None:
+    def note(self, facts: dict[str, str]) -> None:
         """Let the store say something of itself. Durable when it returns."""
-        self._commits.run(lambda _: self._catalog.note(name, value))
+        self._commits.run(lambda _: self._catalog.note(facts))
 
     def _apply(self, changes: list[Change], sequence: int) -> None:
         """Bring the index to a commit. One thread at a time: Commits sees to that."""
@@ -220,7 +220,7 @@ class EmbeddedStore:
             else:
                 with self._commits.paused():
                     found = self._attempt(queries, k, where)
-        raise InvalidStore(f"{self._folder}: the index and the catalog differ; `lookalike store check` says where")
+        raise InvalidStore(f"{self.folder}: the index and the catalog differ; `lookalike store check` says where")
 
     def _attempt(self, queries: FloatArray, k: int, where: Filter | None) -> list[list[Hit]] | None:
         """The hits, or None where the catalog is ahead of the index in what they were made of."""
@@ -284,7 +284,7 @@ class EmbeddedStore:
 
     def _load(self) -> tuple[FaissIndex, int]:
         """The index from its snapshot and what changed since, else from the catalog; and what it is up to."""
-        path = self._folder / SNAPSHOT
+        path = self.folder / SNAPSHOT
         try:
             return self._from_snapshot(path)
         except FileNotFoundError:
@@ -424,7 +424,7 @@ class EmbeddedStore:
 
     def _save(self) -> None:
         """Take a snapshot. Changes wait while it is written, not while it goes to the disk; searches go on."""
-        path = self._folder / SNAPSHOT
+        path = self.folder / SNAPSHOT
         try:
             with self._commits.paused():
                 facts, sections = self._index.sections()
@@ -434,18 +434,6 @@ class EmbeddedStore:
             snapshot.publish(temporary, path)
         except OSError as error:  # the catalog has it all
             log.warning("no snapshot of the index could be written to %s: %s", path, error.strerror or error)
-
-    def successor(self, card: Card, dimension: int) -> "EmbeddedStore":
-        """Open the generation that counts by now, beside this one.
-
-        Raises:
-            StoreMismatch: it holds embeddings of another encoder than `card`'s.
-            InvalidStore: damaged, or it is this very generation.
-        """
-        folder = current(self._home)
-        if folder == self._folder:
-            raise InvalidStore(f"{self._home}: no other generation counts than the one that is open")
-        return EmbeddedStore(folder, card, dimension, self._read_only, self._exact_limit, self._vector_type)
 
     def inherit(self, earlier: "EmbeddedStore") -> None:
         """Take over the folder of the store that this is the successor of, with its locks; that one only reads on."""

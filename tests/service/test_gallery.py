@@ -1,27 +1,25 @@
-"""Encoder + store: ids, the choice of encoder, the sentence about pictures that do not fit."""
+"""Encoder + store: outcomes of adding, the choice of encoder, the sentence about pictures that do not fit."""
 
 import shutil
+from collections import Counter
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.errors import InvalidQuery, InvalidRequest, ItemNotFound
-from service.gallery import Gallery, check_id, find_model, open_gallery
+from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFound, NoEmbedding, UnsupportedFormat
+from service.gallery import Gallery, find_model, open_gallery
+from service.items import NewPicture
 from service.settings import Settings
+from service.store.catalog import Catalog
 from service.store.embedded import EmbeddedStore
 from tests.conftest import MODEL, encoded, scene
-
-
-def test_ids() -> None:
-    assert check_id("folder/a b%#?.png", 256) == "folder/a b%#?.png"
-    assert check_id("cafe\u0301", 256) == "café"
-    assert check_id("👩‍👧", 256) == "👩‍👧"
-    for bad in ("", "a\nb", "a\0", "\ud800", "x" * 257, "a/content", "a/thumbnail"):
-        with pytest.raises(InvalidRequest, match="id:"):
-            check_id(bad, 256)
+from tests.service.jobs.test_embed import blind_model
 
 
 def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
@@ -39,6 +37,51 @@ def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
     assert find_model(Settings(store=tmp_path / "store", model=MODEL)) == MODEL
     shutil.rmtree(model)  # as when the store comes from another machine; the fingerprint is the same
     assert find_model(settings) == Path("models/mnist")
+
+
+@pytest.fixture
+def blind(tmp_path: Path) -> Gallery:
+    """A gallery whose encoder gives a black picture no embedding."""
+    return open_gallery(Settings(model=blind_model(tmp_path / "blind"), store=tmp_path / "store", device="cpu"))
+
+
+def test_each_picture_has_an_outcome_and_the_good_ones_one_commit(
+    blind: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    black, photos = encoded(Image.new("RGB", (8, 8))), [encoded(scene(seed=n)) for n in range(31)]
+    blind.add("7", photos[7], {})
+    counted: list[str] = []
+    count_calls(monkeypatch, Catalog, "transaction", counted)
+    count_calls(monkeypatch, Batcher, "submit", counted)
+    data = [*photos[:20], black, *photos[20:]]
+    outcomes = blind.add_many([NewPicture(f"{n}", one, {}) for n, one in enumerate(data)])
+    assert Counter(counted) == {"transaction": 1, "submit": 32}
+    assert isinstance(outcomes[20], NoEmbedding)
+    assert outcomes[:20] + outcomes[21:] == [n != 7 for n in range(32) if n != 20]
+    assert [item.id for item in blind.store.scan(99)[0]] == ["7", *(f"{n}" for n in range(32) if n not in (7, 20))]
+    with pytest.raises(NoEmbedding, match="gives this picture no embedding"):
+        blind.add("20", black, {})
+    blind.close()
+
+
+def test_bytes_that_are_no_picture_and_a_store_that_cannot_be_written_are_outcomes(gallery: Gallery) -> None:
+    outcomes = gallery.add_many([NewPicture("a", encoded(scene()), {}), NewPicture("b", b"no picture", {})])
+    assert outcomes[0] is True and isinstance(outcomes[1], UnsupportedFormat)
+    gallery.store.close()
+    outcomes = gallery.add_many([NewPicture("c", encoded(scene()), {}), NewPicture("d", b"", {})])
+    assert isinstance(outcomes[0], InvalidStore) and isinstance(outcomes[1], EmptyPicture)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, counted: list[str]) -> None:
+    """Note each call of a method, which still does its work."""
+    inner = getattr(owner, name)
+
+    @wraps(inner)
+    def outer(*arguments: object, **named: object) -> object:
+        counted.append(name)
+        return inner(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, outer)
 
 
 def test_a_notice_comes_with_the_pictures_it_is_about(gallery: Gallery) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from onnx import TensorProto
 from PIL import Image
 
+from service import FloatArray, PixelArray
+from service.encoding.batcher import Batcher
 from service.encoding.encoder import Encoder
 from service.errors import InvalidOutput
 from service.gallery import open_gallery
@@ -58,10 +61,8 @@ def test_bad_pictures_are_listed_and_the_others_are_embedded(tmp_path: Path) -> 
     assert "not a picture" in failures["error"][0]
 
 
-@pytest.fixture
-def blind_model(tmp_path: Path) -> Path:
-    """An encoder that gives a black picture no embedding: its output is its input."""
-    folder = tmp_path / "blind"
+def blind_model(folder: Path) -> Path:
+    """Write an encoder that gives a black picture no embedding: its output is its input."""
     folder.mkdir()
     (folder / "model.onnx").write_bytes(flat_graph(TensorProto.UINT8, "pixels", ("embedding",)))
     config = {"size": {"width": SIDE, "height": SIDE}, "do_rescale": False, "do_normalize": False}
@@ -69,18 +70,30 @@ def blind_model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_picture_without_an_embedding_is_a_bad_one_and_not_the_end(tmp_path: Path, blind_model: Path) -> None:
+def test_a_picture_without_an_embedding_is_a_bad_one_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for n in range(3):
         (folder / f"{n}.png").write_bytes(encoded(scene(seed=n)))
     (folder / "1.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
+    model = blind_model(tmp_path / "blind")
+    submitted: list[PixelArray] = []
+    submit = Batcher.submit
+
+    def count(batcher: Batcher, pixels: PixelArray, future: "Future[FloatArray]") -> None:
+        submitted.append(pixels)
+        submit(batcher, pixels, future)
+
+    monkeypatch.setattr(Batcher, "submit", count)
     source = open_source(str(folder))
     out = tmp_path / "out.parquet"
-    assert embed_source(source, blind_model, out, Settings()) == Tally(3, 0, 1)
+    assert embed_source(source, model, out, Settings()) == Tally(3, 0, 1)
+    assert len(submitted) == 3  # the batcher alone finds whose error it is
     assert pandas.read_parquet(out)["id"].tolist() == ["0.png", "2.png"]
     assert pandas.read_parquet(out / "_failures.parquet")["id"].tolist() == ["1.png"]
-    gallery = open_gallery(Settings(model=blind_model, store=tmp_path / "store"))
+    gallery = open_gallery(Settings(model=model, store=tmp_path / "store"))
     assert index_source(source, gallery) == Tally(2, 0, 1)
     assert [item.id for item in gallery.store.scan(10)[0]] == ["0.png", "2.png"]
     gallery.close()

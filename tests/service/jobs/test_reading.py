@@ -1,0 +1,42 @@
+"""What the jobs share: outcomes keep their places, and errors that concern no picture end the job."""
+
+import pytest
+
+from service.errors import InvalidStore, LookalikeError, NoEmbedding, Outcome, UndecodablePicture
+from service.jobs.reading import read_ahead, use_good
+
+
+def read(position: int) -> int:
+    if position % 7 == 3:
+        raise UndecodablePicture(f"number {position}")
+    return 10 * position
+
+
+def test_chunks_come_in_order_with_an_outcome_each() -> None:
+    chunks = list(read_ahead(range(5, 205), read))
+    assert [len(chunk) for chunk in chunks] == [64, 64, 64, 8]
+    outcomes = [pair for chunk in chunks for pair in chunk]
+    assert [position for position, _ in outcomes] == list(range(5, 205))
+    for position, outcome in outcomes:
+        assert str(outcome) == (f"number {position}" if position % 7 == 3 else f"{10 * position}")
+    assert list(read_ahead(range(0), read)) == []
+
+
+def test_work_is_called_once_and_its_outcomes_find_their_places() -> None:
+    calls: list[list[int]] = []
+
+    def work(values: list[int]) -> list[Outcome[int]]:
+        calls.append(values)
+        return [NoEmbedding("black") if value == 20 else value + 1 for value in values]
+
+    (chunk,) = read_ahead(range(5), read)
+    found = [(position, str(outcome)) for position, outcome in use_good(chunk, work)]
+    assert found == [(0, "1"), (1, "11"), (2, "black"), (3, "number 3"), (4, "41")]
+    assert calls == [[0, 10, 20, 40]]
+    assert len(use_good(chunk[3:4], work)) == len(calls) == 1
+
+
+def test_an_error_of_the_store_ends_the_job() -> None:
+    failed: list[Outcome[int]] = [1, InvalidStore("full")]
+    with pytest.raises(InvalidStore, match="full"):
+        use_good([(0, 1), (1, 2), (2, LookalikeError("bad"))], lambda _: failed)
