@@ -14,7 +14,8 @@ from pathlib import Path
 from service.errors import InvalidStore, ItemNotFound, LookalikeError, Outcome, attempt
 from service.items import NewPicture
 from service.store import Item, Store
-from service.store.catalog import Catalog, has_catalog
+from service.store.catalog import has_catalog
+from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
 
 Add = Callable[[Sequence[NewPicture[bytes]]], list[Outcome[bool]]]
@@ -46,7 +47,7 @@ class Lineage:
         store.note({"earlier": self.earlier, "follows": str(self.caught_up_to)})
 
 
-def build(store: EmbeddedStore, earlier: Catalog, home: Path, add: Add, done: Callable[[int], object]) -> None:
+def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, done: Callable[[int], object]) -> None:
     """Fill a new generation until it has every item of the earlier one, and index it.
 
     A build that was interrupted resumes where it stopped.
@@ -81,7 +82,7 @@ def catch_up(store: EmbeddedStore, home: Path, add: Add) -> None:
     lineage = Lineage.of(store)
     if lineage is None or not has_catalog(home / lineage.earlier):
         return
-    with closing(Catalog(home / lineage.earlier, None)) as earlier:
+    with closing(CatalogReader(home / lineage.earlier)) as earlier:
         if earlier.sequence() > lineage.caught_up_to:
             replace(lineage, caught_up_to=follow(store, earlier, lineage.caught_up_to, add)).save(store)
 
@@ -103,7 +104,9 @@ def switch(earlier: EmbeddedStore, later: EmbeddedStore, home: Path, add: Add, r
     later.inherit(earlier)
 
 
-def follow(store: Store, earlier: Catalog, since: int, add: Add, done: Callable[[int], object] = lambda _: None) -> int:
+def follow(
+    store: Store, earlier: CatalogReader, since: int, add: Add, done: Callable[[int], object] = lambda _: None
+) -> int:
     """Take over what changed in an earlier generation, its pictures embedded again. Items that are equal are skipped.
 
     Args:
@@ -147,7 +150,7 @@ def follow(store: Store, earlier: Catalog, since: int, add: Add, done: Callable[
     return latest
 
 
-def _picture(catalog: Catalog, item: Item) -> bytes:
+def _picture(catalog: CatalogReader, item: Item) -> bytes:
     """Return the bytes of an item's picture, as the store kept them or from its source. Raises ItemNotFound."""
     data = catalog.original(item.id)
     if data is not None:

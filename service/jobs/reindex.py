@@ -10,7 +10,7 @@ from service.gallery import Gallery
 from service.generations import build
 from service.jobs.reading import progress
 from service.settings import Settings
-from service.store.catalog import Catalog
+from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
 from service.store.layout import current, following, publish
 
@@ -32,7 +32,7 @@ def reindex(model: Path, settings: Settings) -> int:
     home = settings.store
     source, folder = current(home), following(home)
     encoder = Encoder(read_card(model), settings.device, settings.variant)
-    with closing(Catalog(source, None)) as earlier:
+    with closing(CatalogReader(source)) as earlier:
         if earlier.meta["fingerprint"] == encoder.card.fingerprint:
             raise InvalidRequest(f"{home}: is of the encoder {encoder.card.name} already")
         store = EmbeddedStore(folder, encoder.card, encoder.dimension)

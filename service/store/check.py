@@ -1,4 +1,4 @@
-"""What is wrong with a store's files, looked for everywhere rather than where a search happens to come by."""
+"""`lookalike store check`: read all files of a store and report what is wrong with them."""
 
 import hashlib
 import json
@@ -11,30 +11,32 @@ import numpy as np
 
 from service.errors import InvalidStore
 from service.store import snapshot
-from service.store.catalog import FILE, VECTOR_TYPES, Catalog
+from service.store.catalog import FILE, VECTOR_TYPES
+from service.store.catalog_reader import CatalogReader
 from service.store.faiss_index import FaissIndex
 from service.store.snapshot import SNAPSHOT, DamagedSnapshot
 
-_MOST_SHOWN = 20  # problems of SQLite's own
+_MAX_SQLITE_PROBLEMS = 20
 
 
 def examine(folder: Path) -> Iterator[str]:
-    """Yield a sentence for everything that is wrong with the store in a folder; nothing where all is well.
+    """Yield a sentence for each problem of the store in a folder.
 
-    Looked at are SQLite's pages, tables and indexes; of every item its vector's checksum, length and norm, its
-    metadata, its picture and, where the store keeps them, that the bytes have their digest; the snapshot of the index,
-    with every code. Nothing is changed, and a service may go on meanwhile.
+    It checks SQLite's pages, tables and indexes; the checksum, length and norm of every vector; the metadata and the
+    picture of every item, and the digest of the image file if the store keeps it; every code in the snapshot of the
+    index. It changes nothing, and a service may use the store meanwhile.
 
     Raises:
-        InvalidStore: there is no store, or it cannot even be opened.
+        InvalidStore: there is no store, or it cannot be opened.
 
     Cost: reads everything once.
     """
-    catalog = Catalog(folder, None)
+    catalog = CatalogReader(folder)
     catalog.close()
     database = apsw.Connection(str(folder / FILE), flags=apsw.SQLITE_OPEN_READONLY)
     try:
-        with database:  # all of one moment
+        # One transaction, so that everything is read as of one moment.
+        with database:
             yield from _structure(database)
             yield from _items(database, catalog.meta)
     except apsw.Error as error:
@@ -45,7 +47,7 @@ def examine(folder: Path) -> Iterator[str]:
 
 
 def _structure(database: apsw.Connection) -> Iterator[str]:
-    for (text,) in database.execute(f"PRAGMA integrity_check({_MOST_SHOWN})"):
+    for (text,) in database.execute(f"PRAGMA integrity_check({_MAX_SQLITE_PROBLEMS})"):
         if text != "ok":
             yield f"{FILE}: {text}"
     for table, *_ in database.execute("PRAGMA foreign_key_check"):
@@ -80,11 +82,11 @@ def _items(database: apsw.Connection, meta: dict[str, str]) -> Iterator[str]:
 
 
 def _index(folder: Path) -> Iterator[str]:
-    """The snapshot against the catalog, where there is one; it is made anew whenever it cannot be used."""
+    """Compare the snapshot with the catalog, if there is a snapshot."""
     path = folder / SNAPSHOT
     try:
         facts, arrays = snapshot.read(path)
-        catalog = Catalog(folder, None)
+        catalog = CatalogReader(folder)
         try:
             index = FaissIndex.of_arrays(int(catalog.meta["dimension"]), facts, arrays)
             later = set(catalog.changed(int(facts["sequence"])).tolist())
@@ -98,6 +100,6 @@ def _index(folder: Path) -> Iterator[str]:
     except FileNotFoundError:
         return
     except InvalidStore:
-        return  # told already
+        return  # reported with the catalog
     except (DamagedSnapshot, ValueError, KeyError, OSError) as error:
         yield f"{SNAPSHOT}: {error}; the index is made anew without it"

@@ -1,4 +1,4 @@
-"""Many callers' changes → one commit → each caller's own result or own error."""
+"""Changes of many callers → one commit → each caller's own result or own error."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 import apsw
 
 from service.errors import InvalidStore, LookalikeError
-from service.store.catalog import Catalog, Change
+from service.store.catalog import CatalogWriter, Change
 
 R = TypeVar("R")
-Work = Callable[[list[Change]], R]
-"""Changes the catalog, appends what that did to vectors, and returns the caller's result."""
+Work = Callable[[CatalogWriter, list[Change]], R]
+"""Makes changes through the writer, appends those of vectors to the list, and returns the caller's result."""
 
-# After one of these what SQLite has on disk is no longer certain, or nothing more goes there.
+# After one of these errors it is uncertain what the disk holds, or nothing more can be written to it.
 _GRAVE = (
     apsw.FullError,
     apsw.IOError,
@@ -28,7 +28,7 @@ _GRAVE = (
 
 
 class _Job:
-    """One caller's change, and what became of it."""
+    """One caller's work, and its result or error once it is done."""
 
     def __init__(self, work: Work[Any]) -> None:
         self.work = work
@@ -41,26 +41,33 @@ class _Job:
 
 
 class Commits:
-    """Group commit: whoever gets the lock commits for all who wait, with one fsync.
+    """Group commit: the caller that holds the lock commits for all callers that wait, with one fsync.
 
-    There is no thread of its own. While one caller commits, those who come queue; the first of them to get the lock
-    takes them all along.
+    It needs no thread of its own. While one caller commits, others queue; the next to get the lock commits for all of
+    them.
     """
 
-    def __init__(self, catalog: Catalog, apply: Callable[[list[Change], int], None]) -> None:
-        """`apply` gets what a commit did to vectors and its last sequence number, before any caller is answered."""
-        self._catalog = catalog
+    def __init__(self, writer: CatalogWriter | None, apply: Callable[[list[Change], int], None]) -> None:
+        """Commit through a writer.
+
+        Args:
+            writer: of the catalog; None for a store that refuses every change.
+            apply: is called after each commit and before its callers are answered, with the changes of vectors and
+                the sequence number of the last change.
+        """
+        self._writer = writer
         self._apply = apply
         self._committing = threading.Lock()
         self._waiting: list[_Job] = []
         self._refusal: str | None = None
 
     def run(self, work: Work[R]) -> R:
-        """Do the work in a transaction; durable when it returns.
+        """Do the work in a transaction. Durable when it returns.
 
         Raises:
-            InvalidStore: it could not be written; or writing ended earlier, see `refuse`.
-            What the work raised: nothing of it is in the catalog then, other callers' changes are.
+            InvalidStore: the disk failed now or earlier, or changes are refused (see `refuse`).
+            Exception: any error of the work itself. None of its changes are in the catalog then; those of other
+                callers are.
         """
         job = _Job(work)
         self._waiting.append(job)
@@ -75,29 +82,31 @@ class Commits:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let nobody change anything in the meantime; searches go on."""
+        """Hold all changes back during the block. Searches go on."""
         with self._committing:
             yield
 
     @property
     def refused(self) -> bool:
-        """Whether no change is taken any more."""
+        """Whether every change is refused."""
         return self._refusal is not None
 
     def refuse(self, reason: str) -> None:
-        """Take no change from now on. The first reason stays."""
+        """Refuse every change from now on. The first reason stays."""
         self._refusal = self._refusal or reason
 
     def _commit(self, jobs: list[_Job]) -> None:
         try:
             if self._refusal is not None:
                 raise InvalidStore(self._refusal)
-            with self._catalog.transaction():
-                changes = [change for job in jobs for change in self._do(job)]
-                sequence = self._catalog.drawn
+            assert self._writer is not None
+            with self._writer.transaction():
+                changes = [change for job in jobs for change in self._do(job, self._writer)]
+                sequence = self._writer.drawn
             self._apply(changes, sequence)
         except BaseException as error:
-            if not isinstance(error, InvalidStore):  # nobody knows how much of it the disk holds
+            # After any other error it is uncertain how much of the commit the disk holds.
+            if not isinstance(error, InvalidStore):
                 self.refuse(f"the store cannot be written: {error}; it is read-only until the service starts again")
             for job in jobs:
                 if job.error is None:
@@ -105,13 +114,13 @@ class Commits:
         for job in jobs:
             job.done = True
 
-    def _do(self, job: _Job) -> list[Change]:
+    def _do(self, job: _Job, writer: CatalogWriter) -> list[Change]:
         changes: list[Change] = []
         try:
-            with self._catalog.part():
-                job.result = job.work(changes)
+            with writer.part():
+                job.result = job.work(writer, changes)
         except BaseException as error:
-            if isinstance(error, _GRAVE) or not self._catalog.in_transaction:
+            if isinstance(error, _GRAVE) or not writer.in_transaction:
                 raise
             job.fail(_ours(error))
             return []

@@ -1,11 +1,10 @@
-"""FAISS: a rebuildable cache of the catalog's vectors, as codes in inverted lists.
+"""FAISS: an index of the catalog's vectors, as codes in inverted lists. It can be rebuilt from them at any time.
 
-Up to `exact_limit` the codes are float16 and every list is scanned; above it they are 8-bit and lie in the list of
-their nearest centroid (see approximation.py). Either way the index proposes candidates and the catalog's own vectors
-decide: float16 rounds by less than a known bound, so the exact index proposes all that can be among the best.
+The exact index has float16 codes and scans every list. The approximate one has 8-bit codes, each in the list of its
+nearest centroid, and probes a few lists (see ivf_training.py). Both propose candidates, and the catalog's own vectors
+decide. float16 rounds by less than a known bound, so the exact index proposes every vector that can be among the best.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,108 +15,112 @@ from service import FloatArray, IntArray
 from service.errors import InvalidQuery
 from service.store.snapshot import Array, Section, section
 
-# So that growing means to copy one of them. One core scans them all: FAISS could share them out, but its threads wait
-# for each other, and where anybody else is at work that takes 8 ms.
+# A list that grows is copied, so several lists make each copy small. One core scans all of them: FAISS could spread
+# them over threads, but these wait for each other, which takes 8 ms on a busy machine.
 _EXACT_LISTS = 16
-_MOST_LISTS = 65_536
-# Of a cosine, by rounding one side to float16: half a unit in the last of 11 bits, and what lies below float16's
-# smallest normal number.
+_MAX_LISTS = 65_536
+# Upper bound on the error of a cosine with one side rounded to float16: half a unit in the last of 11 bits, plus what
+# lies below float16's smallest normal number.
 _ROUNDING = 2**-11 * 1.01 + 1e-5
-_EXACT_SPARE = 24  # candidates beyond k at first
-_FEW = 256  # of keys: as many are read from the catalog in no time
-LEAST_SEEN = 10_000  # of those that meet a filter in an approximate index; up to so many have their codes side by side
-_FARTHEST = 2.0  # two cosines differ by no more; of an index that was made before its reach was measured
+# The exact index proposes at first so many candidates beyond k.
+_EXACT_EXTRA = 24
+# A filter that matches so few keys needs no index: the catalog reads their vectors at once.
+_FEW_KEYS = 256
+# A filtered search of an approximate index scans at least so many matching codes. Up to so many are copied into an
+# index of their own.
+MIN_FILTERED_SCAN = 10_000
+# Two cosines differ by no more. It stands for an unknown `reach`, and then no list is ruled out.
+_MAX_REACH = 2.0
 
 
 @dataclass(frozen=True)
 class Partition:
-    """How an approximate index is laid out; all of it is learnt or measured on the store's own vectors.
+    """The layout of an approximate index, learnt and measured on the store's own vectors.
 
     Attributes:
-        centroids: (L, D) float32, unit rows; a vector lies in the list of the one most like it.
-        ranges: what FAISS' 8-bit quantiser learnt.
-        probes: lists that a search looks into.
-        spare: candidates for each wanted neighbour.
-        reach: how much more alike to a query a vector is than the centroid of its list: the most that was measured.
-        seen: how many of those that meet a filter a search looks at, where so many do.
-        count: vectors in the store when it was made.
-        recall: recall@10 measured with these.
+        centroids: (L, D) float32, unit rows. A vector lies in the list of its nearest centroid.
+        ranges: (2 D,) float32, least values and widths of FAISS' 8-bit quantiser.
+        nprobe: number of lists that a search without filter scans.
+        oversampling: candidates per wanted neighbour.
+        reach: upper bound, as measured, on how much a vector's score exceeds that of its list's centroid.
+        filtered_scan: number of matching codes that a filtered search scans, if so many match.
+        count: number of vectors in the store when the layout was learnt.
+        recall: recall@10 measured with this layout.
     """
 
     centroids: FloatArray
     ranges: FloatArray
-    probes: int
-    spare: int
+    nprobe: int
+    oversampling: int
     reach: float
-    seen: int
+    filtered_scan: int
     count: int
     recall: float
 
 
-class _Tally(NamedTuple):
-    """Some keys as an index has them: how many are in each list (L,), and the codes of few side by side."""
+class _Placement(NamedTuple):
+    """Where allowed keys lie in an index: their number in each list (L,), and an index of them alone if few."""
 
     of: "FaissIndex"
     counts: IntArray
-    codes: Any
+    copies: Any
 
 
-class Among:
-    """The keys that a search is limited to.
+class AllowedKeys:
+    """The keys that a search is limited to, such as those of items that match a filter.
 
     Attributes:
-        bits: one for each key, the lowest of the first byte for key 0.
-        count: of keys.
-        keys: themselves, in order, where they are so few that each is a candidate; else None.
+        bits: (M,) uint8, a bit for each key from 0 on, the lowest bit of a byte first.
+        count: number of keys.
+        keys: (count,) in order, if they are so few that each is a candidate; else None.
+        placement: where they lie in the index that was searched last.
     """
 
     def __init__(self, bits: Array) -> None:
         self.bits = bits
         self.count = int(np.bitwise_count(bits).sum())
-        few = self.count <= _FEW
+        few = self.count <= _FEW_KEYS
         self.keys: IntArray | None = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if few else None
-        self.tally: _Tally | None = None
+        self.placement: _Placement | None = None
 
     @classmethod
-    def of(cls, keys: IntArray) -> "Among":
-        """Limit a search to keys, in any order."""
-        met = np.zeros(int(keys.max(initial=0)) + 1, np.bool_)
-        met[keys] = True
-        return cls(np.packbits(met, bitorder="little"))
+    def of(cls, keys: IntArray) -> "AllowedKeys":
+        """Limit a search to keys (N,), in any order."""
+        allowed = np.zeros(int(keys.max(initial=0)) + 1, np.bool_)
+        allowed[keys] = True
+        return cls(np.packbits(allowed, bitorder="little"))
 
 
 class FaissIndex:
-    """Candidates for inner-product search over (key, vector) pairs.
+    """Proposes candidates for inner-product search over (key, vector) pairs.
 
-    Searches may run together; `add`, `remove` and `drop` exclude them and each other, and the caller sees to that.
-    FAISS itself takes a wrong D without a word under `python -O`, stores NaN, and pads with −1: `checked` looks.
+    Searches may run side by side. `add`, `remove` and `drop` need exclusive access; the caller ensures it. Under
+    `python -O` FAISS accepts vectors of the wrong dimension, and it always stores NaN: pass vectors through `checked`.
     """
 
     def __init__(self, dimension: int, partition: Partition | None = None) -> None:
-        """Make an empty index: exact without a partition."""
+        """Make an empty index: exact without a partition, else approximate."""
         self.dimension = dimension
         self.partition = partition
         self._coarse = faiss.IndexFlatIP(dimension)
         if partition is None:
             self._coarse.add(np.zeros((_EXACT_LISTS, dimension), np.float32))
-            self._index = self._make(faiss.ScalarQuantizer.QT_fp16, _EXACT_LISTS, residual=False)
+            self._index = self._empty_lists(_EXACT_LISTS)
             self._all_lists = np.arange(_EXACT_LISTS, dtype=np.int64)[None]
         else:
             self._coarse.add(partition.centroids)
-            self._index = self._quantised(len(partition.centroids))
-            self._parameters = _probing(partition.probes)
-        self._index.is_trained = True
+            self._index = self._empty_lists(len(partition.centroids))
+            self._parameters = _probing(partition.nprobe)
         self._lists: Any = faiss.downcast_InvertedLists(self._index.invlists)
 
-    def _make(self, kind: int, lists: int, residual: bool) -> Any:
+    def _empty_lists(self, lists: int) -> Any:
+        """Return an empty index of FAISS: of float16 codes if exact, else of 8-bit residuals."""
+        exact = self.partition is None
+        kind = faiss.ScalarQuantizer.QT_fp16 if exact else faiss.ScalarQuantizer.QT_8bit
         product = faiss.METRIC_INNER_PRODUCT
-        return faiss.IndexIVFScalarQuantizer(self._coarse, self.dimension, lists, kind, product, residual)
-
-    def _quantised(self, lists: int) -> Any:
-        """Empty lists of 8-bit residuals."""
-        assert self.partition is not None
-        index = self._make(faiss.ScalarQuantizer.QT_8bit, lists, residual=True)
-        faiss.copy_array_to_vector(self.partition.ranges, index.sq.trained)
+        index = faiss.IndexIVFScalarQuantizer(self._coarse, self.dimension, lists, kind, product, not exact)
+        if self.partition is not None:
+            faiss.copy_array_to_vector(self.partition.ranges, index.sq.trained)
         index.is_trained = True
         return index
 
@@ -125,7 +128,7 @@ class FaissIndex:
         return int(self._index.ntotal)
 
     def assign(self, keys: IntArray, vectors: FloatArray) -> IntArray:
-        """Return the list that each vector belongs into. Needs no exclusion. Cost: O(N · L · D)."""
+        """Return the list (N,) that each vector belongs into. Searches may run meanwhile. Cost: O(N · L · D)."""
         if self.partition is None:
             return keys % _EXACT_LISTS
         if not len(keys):
@@ -134,7 +137,7 @@ class FaissIndex:
         return lists
 
     def add(self, keys: IntArray, vectors: FloatArray, lists: IntArray) -> None:
-        """Add vectors (N, D) under keys that are not in the index, into the lists that `assign` gave."""
+        """Add vectors (N, D) under keys (N,) that are not in the index, into the lists that `assign` returned."""
         if len(keys):
             vectors = np.ascontiguousarray(vectors, np.float32)
             keys, lists = np.ascontiguousarray(keys, np.int64), np.ascontiguousarray(lists, np.int64)
@@ -142,9 +145,10 @@ class FaissIndex:
             self._index.add_core(len(keys), *pointers)
 
     def remove(self, keys: IntArray, lists: IntArray) -> None:
-        """Remove keys from the lists that `assign` gave for their vectors. Cost: the length of those lists."""
+        """Remove keys from the lists that `assign` returned for their vectors. Cost: the length of those lists."""
         missed = [key for key, number in zip(keys.tolist(), lists.tolist(), strict=True) if not self._take(key, number)]
-        if missed:  # a tie between centroids may be decided otherwise in another batch
+        # FAISS may break a tie between two centroids differently in another batch.
+        if missed:
             self.drop(np.asarray(missed, np.int64))
 
     def _take(self, key: int, number: int) -> bool:
@@ -161,46 +165,49 @@ class FaissIndex:
         return True
 
     def drop(self, keys: IntArray) -> None:
-        """Remove keys wherever they are; those that are not there are passed over. Cost: one pass over the index."""
+        """Remove keys from whatever list holds them; unknown keys are skipped. Cost: one pass over the index."""
         if len(keys) and len(self):
             self._index.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(keys, np.int64)))
 
-    def candidates(self, queries: FloatArray, k: int, among: Among | None = None) -> list[IntArray]:
-        """Return for each query the keys among which its k nearest are looked for.
+    def candidates(self, queries: FloatArray, k: int, allowed: AllowedKeys | None = None) -> list[IntArray]:
+        """Return for each query the keys of candidates for its k nearest vectors.
 
-        Of an exact index these are all that can be among the k nearest. Of an approximate one they are
-        `spare` · k, from the lists of the nearest `probes` centroids. With `among` lists in which there is none of
-        them are passed over, and the search sees twice as many of them as it would have without. Those that meet a
-        filter may be anywhere: it goes on until it has looked at `seen`, in lists which `reach` does not rule out.
+        The exact index returns every key that can be among the k nearest. The approximate index returns
+        `oversampling` · k keys from the `nprobe` lists of the nearest centroids. With `allowed` it skips lists without
+        an allowed key, and scans at least twice the codes that it would scan without. Matching vectors may lie far
+        from the query, so it then continues until it has scanned `filtered_scan` of them, except in lists whose
+        centroid is so far that `reach` rules out a better hit.
 
         Args:
-            queries: (N, D), as `checked` gives them.
+            queries: (N, D), as `checked` returns them.
             k: 1 or more.
-            among: look at these keys alone. It holds for the index as it is now: its lists are counted once.
+            allowed: return only these keys. The object remembers where they lie in the index, so it must not be used
+                again after the index has changed.
 
         Cost: exact O(N · count · D).
         Source: Douze et al., The Faiss library, arXiv:2401.08281.
         """
         if not len(self):
             return [np.empty(0, np.int64)] * len(queries)
-        if among is not None and among.keys is not None:
-            return [among.keys] * len(queries)
-        if self.partition is not None and among is not None:
-            return self._filtered(queries, k, among)
+        if allowed is not None and allowed.keys is not None:
+            return [allowed.keys] * len(queries)
+        if self.partition is not None and allowed is not None:
+            return self._filtered(queries, k, allowed)
         if self.partition is not None:
-            wanted = min(self.partition.spare * k, len(self))
+            wanted = min(self.partition.oversampling * k, len(self))
             keys = self._index.search(queries, wanted, params=self._parameters)[1]
             return [row[row >= 0] for row in keys]
-        selector: Any = None if among is None else faiss.IDSelectorBitmap(among.bits)  # type: ignore[call-arg, arg-type]
+        selector: Any = None if allowed is None else faiss.IDSelectorBitmap(allowed.bits)  # type: ignore[call-arg, arg-type]
         every = np.repeat(self._all_lists, len(queries), axis=0)
         near = np.zeros(every.shape, np.float32)
-        wanted = k + _EXACT_SPARE
+        wanted = k + _EXACT_EXTRA
         while True:
             wanted = min(wanted, len(self))
             scores, keys = _scan(self._index, queries, wanted, every, near, selector)
             if wanted == len(self):
                 break
-            # The k-th best has a true score of at least this less the rounding; what has a lower one is out.
+            # Rounding may have changed two scores in opposite directions, so a vector that scores less than the k-th
+            # best by more than twice the bound cannot be among the k best.
             least = scores[:, min(k, wanted) - 1] - 2 * _ROUNDING
             if np.all((scores[:, -1] < least) | (keys[:, -1] < 0)):
                 break
@@ -208,71 +215,73 @@ class FaissIndex:
         least = scores[:, min(k, wanted) - 1 : min(k, wanted)] - 2 * _ROUNDING
         return [row[good] for row, good in zip(keys, (keys >= 0) & (scores >= least), strict=True)]
 
-    def propose(self, queries: FloatArray, wanted: int, probes: int) -> IntArray:
-        """Return candidates (N, wanted) as an approximate index of so many probes would; -1 where there are fewer."""
-        keys: IntArray = self._index.search(queries, wanted, params=_probing(probes))[1]
+    def propose(self, queries: FloatArray, wanted: int, nprobe: int) -> IntArray:
+        """Return the keys (N, wanted) that an approximate index with this nprobe would; -1 fills up missing ones."""
+        keys: IntArray = self._index.search(queries, wanted, params=_probing(nprobe))[1]
         return keys
 
-    def settled(self, probes: int, spare: int, recall: float) -> "FaissIndex":
-        """Return the same index with what was measured, its lists no larger than they must be."""
+    def settled(self, nprobe: int, oversampling: int, recall: float) -> "FaissIndex":
+        """Return a copy with measured parameters, whose lists take no more memory than they need."""
         assert self.partition is not None
-        same = FaissIndex(self.dimension, replace(self.partition, probes=probes, spare=spare, recall=recall))
+        measured = replace(self.partition, nprobe=nprobe, oversampling=oversampling, recall=recall)
+        same = FaissIndex(self.dimension, measured)
         for number in range(self._lists.nlist):
             if size := self._lists.list_size(number):
                 same._lists.add_entries(number, size, self._lists.get_ids(number), self._lists.get_codes(number))
         same._index.ntotal = len(self)
         return same
 
-    def _filtered(self, queries: FloatArray, k: int, among: Among) -> list[IntArray]:
-        """As `candidates`, of an approximate index and of the keys that meet a filter."""
+    def _filtered(self, queries: FloatArray, k: int, allowed: AllowedKeys) -> list[IntArray]:
+        """Return the candidates of an approximate index among allowed keys."""
         assert self.partition is not None
-        tally, wanted = self._tally(among), min(self.partition.spare * k, among.count)
-        # One query is not worth BLAS' threads, which wait for each other: where anybody else is at work, for 8 ms.
+        placement, wanted = self._placement(allowed), min(self.partition.oversampling * k, allowed.count)
+        # einsum computes a single query without BLAS' threads, which wait for each other: 8 ms on a busy machine.
         near = np.einsum("nd,ld->nl", queries, self.partition.centroids, optimize=len(queries) > 1)
         order = np.argsort(-near, axis=1)
-        near, counts = np.take_along_axis(near, order, 1), tally.counts[order]
+        near, counts = np.take_along_axis(near, order, 1), placement.counts[order]
         any_there, before = counts > 0, np.cumsum(counts, axis=1) - counts
 
-        index, selector = tally.codes, None
+        index, selector = placement.copies, None
         if index is None:
-            index, selector = self._index, faiss.IDSelectorBitmap(among.bits)  # type: ignore[call-arg, arg-type]
+            index, selector = self._index, faiss.IDSelectorBitmap(allowed.bits)  # type: ignore[call-arg, arg-type]
 
-        def look(chosen: Any) -> tuple[FloatArray, IntArray]:
-            """The best in some lists (N, L)."""
+        def scan(chosen: Any) -> tuple[FloatArray, IntArray]:
+            """Return scores and keys of the best in chosen lists (N, L)."""
             used = np.argsort(~chosen, axis=1, kind="stable")[:, : max(int(chosen.sum(1).max()), 1)]
             lists = np.take_along_axis(np.where(chosen, order, -1), used, 1)
             return _scan(index, queries, wanted, lists, np.take_along_axis(near, used, 1), selector)
 
-        usual = 2 * self.partition.probes * len(self) // len(tally.counts)
-        scores, keys = look(any_there & (before < usual))
+        usual = 2 * self.partition.nprobe * len(self) // len(placement.counts)
+        scores, keys = scan(any_there & (before < usual))
         least = scores[:, min(k, wanted) - 1 : min(k, wanted)]
-        more = any_there & (before >= usual) & (before < self.partition.seen) & (near + self.partition.reach >= least)
+        more = any_there & (before >= usual) & (before < self.partition.filtered_scan)
+        more &= near + self.partition.reach >= least
         if more.any():
-            more_scores, more_keys = look(more)
+            more_scores, more_keys = scan(more)
             best = np.argsort(-np.concatenate([scores, more_scores], axis=1), axis=1, kind="stable")[:, :wanted]
             keys = np.take_along_axis(np.concatenate([keys, more_keys], axis=1), best, 1)
         return [row[row >= 0] for row in keys]
 
-    def _tally(self, among: Among) -> _Tally:
-        """See _Tally; made once for a selection. Cost: reads all keys of the index."""
-        if among.tally is None or among.tally.of is not self:
+    def _placement(self, allowed: AllowedKeys) -> _Placement:
+        """Return where allowed keys lie, found out at their first use. Cost: reads all keys of the index."""
+        if allowed.placement is None or allowed.placement.of is not self:
             sizes = [self._lists.list_size(number) for number in range(self._lists.nlist)]
             ids = np.concatenate([self._ids(number, size) for number, size in enumerate(sizes)])
-            known = ids >> 3 < len(among.bits)
-            met = np.zeros(len(ids), np.bool_)
-            met[known] = among.bits[ids[known] >> 3] >> (ids[known] & 7).astype(np.uint8) & 1
+            known = ids >> 3 < len(allowed.bits)
+            good = np.zeros(len(ids), np.bool_)
+            good[known] = allowed.bits[ids[known] >> 3] >> (ids[known] & 7).astype(np.uint8) & 1
             ends = np.cumsum([0, *sizes])
-            counts = np.diff(np.concatenate([[0], np.cumsum(met, dtype=np.int64)])[ends])
-            codes = None
-            if counts.sum() <= LEAST_SEEN:
-                codes = self._quantised(len(sizes))
+            counts = np.diff(np.concatenate([[0], np.cumsum(good, dtype=np.int64)])[ends])
+            copies = None
+            if counts.sum() <= MIN_FILTERED_SCAN:
+                copies = self._empty_lists(len(sizes))
                 for number in np.flatnonzero(counts).tolist():
-                    own = met[ends[number] : ends[number + 1]]
+                    own = good[ends[number] : ends[number + 1]]
                     keys = self._ids(number, sizes[number])[own]
                     rows = self._codes(number, sizes[number]).reshape(sizes[number], -1)[own]
-                    codes.invlists.add_entries(number, len(keys), faiss.swig_ptr(keys), faiss.swig_ptr(rows))
-            among.tally = _Tally(self, counts, codes)
-        return among.tally
+                    copies.invlists.add_entries(number, len(keys), faiss.swig_ptr(keys), faiss.swig_ptr(rows))
+            allowed.placement = _Placement(self, counts, copies)
+        return allowed.placement
 
     def _ids(self, number: int, size: int) -> IntArray:
         if not size:
@@ -294,7 +303,7 @@ class FaissIndex:
         return np.sort(np.concatenate(parts))
 
     def holds(self, keys: IntArray, vectors: FloatArray) -> bool:
-        """Whether these keys are there with the codes of these vectors."""
+        """Whether the index holds these keys (N,) with the codes of these vectors (N, D)."""
         alike = FaissIndex(self.dimension, self.partition)
         alike.add(keys, vectors, lists := self.assign(keys, vectors))
         return all(
@@ -307,29 +316,30 @@ class FaissIndex:
         return self._codes(number, size).reshape(size, -1)[found[0]].tobytes() if len(found) else None
 
     def sections(self) -> tuple[dict[str, Any], list[Section]]:
-        """Return facts and sections for a snapshot; the pieces are views, to be written before anything changes."""
+        """Return the facts and sections of a snapshot. They are views: write them before the index changes."""
         lengths = np.asarray([self._lists.list_size(number) for number in range(self._lists.nlist)], "<i8")
         count = int(lengths.sum())
         sections = [
             section("lengths", lengths),
-            Section("keys", "<i8", (count,), self._pieces(self._ids, lengths)),
-            Section("codes", "|u1", (count, self._lists.code_size), self._pieces(self._codes, lengths)),
+            Section("keys", "<i8", (count,), (self._ids(n, size) for n, size in enumerate(lengths.tolist()))),
+            Section(
+                "codes",
+                "|u1",
+                (count, self._lists.code_size),
+                (self._codes(n, size) for n, size in enumerate(lengths.tolist())),
+            ),
         ]
         facts: dict[str, Any] = {"dimension": self.dimension, "count": count}
         if self.partition is not None:
             one = self.partition
             sections += [section("centroids", one.centroids), section("ranges", one.ranges)]
-            facts |= {"probes": one.probes, "spare": one.spare, "reach": one.reach}
-            facts |= {"seen": one.seen, "built": one.count, "recall": one.recall}
+            facts |= {"probes": one.nprobe, "spare": one.oversampling, "reach": one.reach}
+            facts |= {"seen": one.filtered_scan, "built": one.count, "recall": one.recall}
         return facts, sections
-
-    def _pieces(self, read: Any, lengths: IntArray) -> Iterator[Array]:
-        for number, size in enumerate(lengths.tolist()):
-            yield read(number, size)
 
     @classmethod
     def of_arrays(cls, dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) -> "FaissIndex":
-        """Return the index that `sections` described.
+        """Return an index from the facts and arrays of a snapshot, whose sections `sections` returned.
 
         Raises:
             ValueError: the arrays are not those of an index of this dimension.
@@ -354,7 +364,10 @@ class FaissIndex:
 def _scan(
     index: Any, queries: FloatArray, k: int, lists: IntArray, near: FloatArray, selector: Any
 ) -> tuple[FloatArray, IntArray]:
-    """Look through lists of an index, some for each query."""
+    """Return scores and keys (N, k) of the best in given lists (N, L) of an index of FAISS.
+
+    `near` are the scores (N, L) of the lists' centroids, `selector` limits the keys; -1 fills up missing ones.
+    """
     lists, near = np.ascontiguousarray(lists, np.int64), np.ascontiguousarray(near, np.float32)
     scores, keys = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     chosen = faiss.SearchParametersIVF(nprobe=lists.shape[1], sel=selector)  # type: ignore[call-arg]
@@ -363,8 +376,8 @@ def _scan(
     return scores, keys
 
 
-def _probing(lists: int) -> Any:
-    return faiss.SearchParametersIVF(nprobe=lists)  # type: ignore[call-arg]
+def _probing(nprobe: int) -> Any:
+    return faiss.SearchParametersIVF(nprobe=nprobe)  # type: ignore[call-arg]
 
 
 def checked(vectors: FloatArray, dimension: int) -> FloatArray:
@@ -387,19 +400,19 @@ def _partition(dimension: int, facts: dict[str, Any], arrays: dict[str, Array]) 
         return None
     centroids, ranges = arrays["centroids"], arrays.get("ranges", np.empty(0))
     _expect(centroids.dtype == np.float32 and centroids.ndim == 2 and centroids.shape[1] == dimension, "centroids")
-    _expect(1 <= len(centroids) <= _MOST_LISTS and bool(np.isfinite(centroids).all()), "centroids")
+    _expect(1 <= len(centroids) <= _MAX_LISTS and bool(np.isfinite(centroids).all()), "centroids")
     _expect(
         ranges.dtype == np.float32 and ranges.shape == (2 * dimension,) and bool(np.isfinite(ranges).all()), "ranges"
     )
     numbers = [facts.get(name) for name in ("probes", "spare", "built")]
-    probes, spare, built = (number if type(number) is int else 0 for number in numbers)
-    _expect(1 <= probes <= len(centroids) and 1 <= spare <= 1000 and built >= 1, "probes")
-    reach, seen, recall = (facts.get(name) for name in ("reach", "seen", "recall"))
-    if not isinstance(reach, float) or not -_FARTHEST <= reach <= _FARTHEST:
-        reach = _FARTHEST
-    seen = seen if type(seen) is int and seen > LEAST_SEEN else LEAST_SEEN
+    nprobe, oversampling, count = (number if type(number) is int else 0 for number in numbers)
+    _expect(1 <= nprobe <= len(centroids) and 1 <= oversampling <= 1000 and count >= 1, "probes")
+    reach, scan, recall = (facts.get(name) for name in ("reach", "seen", "recall"))
+    if not isinstance(reach, float) or not -_MAX_REACH <= reach <= _MAX_REACH:
+        reach = _MAX_REACH
+    scan = scan if type(scan) is int and scan > MIN_FILTERED_SCAN else MIN_FILTERED_SCAN
     recall = recall if isinstance(recall, float) else 0.0
-    return Partition(centroids, ranges, probes, spare, reach, seen, built, recall)
+    return Partition(centroids, ranges, nprobe, oversampling, reach, scan, count, recall)
 
 
 def _expect(good: bool, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Which items meet a filter, kept for the filters that were asked for last."""
+"""Which items match a filter, remembered for the filters that were used last."""
 
 import threading
 from dataclasses import dataclass
@@ -7,55 +7,56 @@ from typing import Any
 import numpy as np
 
 from service import IntArray
-from service.store.catalog import Catalog
-from service.store.faiss_index import Among
+from service.store.catalog_reader import CatalogReader
+from service.store.faiss_index import AllowedKeys
 from service.store.filters import Filter
 
-_KEPT = 32  # filters; each costs a bit for each key, and up to 3 MB for codes of its own
+# Each filter costs a bit for each key, and up to 3 MB for copies of codes.
+_MAX_FILTERS = 32
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The items that met a filter at one moment.
+class Match:
+    """The items that match a filter, as of one moment.
 
     Attributes:
-        sequence: the number of the last change that it knows.
-        among: their keys, as the index takes them.
+        sequence: number of the last change that was considered.
+        keys: of the matching items.
     """
 
     sequence: int
-    among: Among
+    keys: AllowedKeys
 
 
-class Selections:
-    """Filters that were evaluated. Calls may come from any thread."""
+class FilterCache:
+    """Results of filters, brought up to date when they are used again. Calls may come from any thread."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._known: dict[Filter, Selection] = {}  # in the order of their last use
-        self._using = threading.Lock()
+    def __init__(self, reader: CatalogReader) -> None:
+        self._reader = reader
+        self._known: dict[Filter, Match] = {}  # in the order of their last use
+        self._lock = threading.Lock()
 
-    def get(self, where: Filter) -> Selection:
-        """Return what meets a filter by now.
+    def get(self, where: Filter) -> Match:
+        """Return which items match a filter now.
 
-        Cost: the first time reads all metadata, later that of the items which changed.
+        Cost: reads the metadata of all items the first time, later that of the items which changed.
         """
-        with self._using:
+        with self._lock:
             known = self._known.pop(where, None)
-        latest, changed, matching = self._catalog.matching(where, -1 if known is None else known.sequence)
+        latest, changed, matching = self._reader.matching(where, -1 if known is None else known.sequence)
         if known is None:
-            known = Selection(latest, Among.of(matching))
+            known = Match(latest, AllowedKeys.of(matching))
         elif len(changed):
-            known = Selection(latest, Among(_changed(known.among.bits, changed, matching)))
-        with self._using:
+            known = Match(latest, AllowedKeys(_changed(known.keys.bits, changed, matching)))
+        with self._lock:
             self._known[where] = known
-            while len(self._known) > _KEPT:
+            while len(self._known) > _MAX_FILTERS:
                 del self._known[next(iter(self._known))]
         return known
 
 
 def _changed(bits: Any, off: IntArray, on: IntArray) -> Any:
-    """The same bits with those of some keys off and then those of others on."""
+    """Return a copy of the bits in which those of some keys are cleared, then those of others set."""
     longest = int(max(off.max(initial=0), on.max(initial=0))) // 8 + 1
     new = np.zeros(max(longest, len(bits)), np.uint8)
     new[: len(bits)] = bits

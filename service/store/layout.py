@@ -1,7 +1,8 @@
-"""A store's folder: who may write in it, and which of its generations counts.
+"""A store's folder on disk: its lock, and which of its generations is current.
 
-A store that another encoder embedded anew has a folder in its folder, `generation-2` and so on, and the file CURRENT
-names the one that counts. Without that file the first generation counts, which lies in the store's folder itself.
+The first generation lies in the store's folder itself. Each later one, made when another encoder embedded the store
+again, lies in a folder within it: `generation-2` and so on. The file CURRENT names the current generation; without
+that file it is the first.
 """
 
 import fcntl
@@ -19,16 +20,16 @@ _NAME = re.compile(r"generation-([1-9][0-9]{0,8})")
 
 
 def current(folder: Path) -> Path:
-    """Return the folder of the generation that counts.
+    """Return the folder of the current generation.
 
     Raises:
-        InvalidStore: CURRENT cannot be read, or names none that is there.
+        InvalidStore: CURRENT cannot be read, or names a generation that is not there.
     """
     return _folder_of(folder, generation(folder))
 
 
 def generation(folder: Path) -> int:
-    """Return the number of the generation that counts. Raises as `current`."""
+    """Return the number of the current generation. Raises as `current`."""
     path = folder / _CURRENT
     try:
         name = path.read_text().strip()
@@ -43,12 +44,12 @@ def generation(folder: Path) -> int:
 
 
 def following(folder: Path) -> Path:
-    """Return the folder of the generation after the one that counts, there or not. Raises as `current`."""
+    """Return the folder of the generation after the current one, whether it exists or not. Raises as `current`."""
     return _folder_of(folder, generation(folder) + 1)
 
 
 def publish(folder: Path, new: Path) -> None:
-    """Let a generation count from now on. Raises OSError."""
+    """Make a generation the current one. Durable when it returns. Raises OSError."""
     temporary = folder / (_CURRENT + ".tmp")
     temporary.write_text(new.name + "\n")
     sync(temporary)
@@ -61,12 +62,13 @@ def _folder_of(folder: Path, number: int) -> Path:
 
 
 def lock(folder: Path) -> int:
-    """Make the folder where it is missing, and take its lock for this process: a file descriptor to close.
+    """Lock a store's folder for this process, and make the folder if it is missing.
 
-    The system lets go of it however the process ends.
+    Returns:
+        A file descriptor. Closing it releases the lock, as does the end of the process.
 
     Raises:
-        InvalidStore: another process has it, or the folder holds something else or cannot be used.
+        InvalidStore: another process holds the lock, the folder holds something else, or it cannot be used.
     """
     try:
         _make(folder)
@@ -88,13 +90,14 @@ def lock(folder: Path) -> int:
     try:
         os.ftruncate(guard, 0)
         os.write(guard, str(os.getpid()).encode())
-    except OSError:  # a full disk: the lock holds without a name on it
+    # On a full disk the lock holds all the same, without the process's number in it.
+    except OSError:
         pass
     return guard
 
 
 def _make(folder: Path) -> None:
-    """Make a folder and its parents, so that a power cut leaves them."""
+    """Make a folder and its parents. Durable when it returns."""
     if folder.is_dir():
         return
     _make(folder.parent)

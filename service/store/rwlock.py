@@ -1,14 +1,14 @@
-"""Readers together, a writer alone."""
+"""A readers–writer lock."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turns:
-    """Any number of readers at a time, or one writer. A writer who waits goes before readers who come later.
+class ReadersWriterLock:
+    """Any number of readers at a time, or one writer.
 
-    Nobody may take a turn within a turn.
+    A waiting writer goes before readers that come later. A thread that holds the lock must not ask for it again.
     """
 
     def __init__(self) -> None:
@@ -18,8 +18,8 @@ class Turns:
         self._writers_waiting = 0
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Together with other readers."""
+    def reading(self) -> Iterator[None]:
+        """Hold the lock together with other readers."""
         with self._changed:
             while self._writing or self._writers_waiting:
                 self._changed.wait()
@@ -33,8 +33,8 @@ class Turns:
                     self._changed.notify_all()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """With nobody else."""
+    def writing(self) -> Iterator[None]:
+        """Hold the lock alone."""
         with self._changed:
             self._writers_waiting += 1
             try:

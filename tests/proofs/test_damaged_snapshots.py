@@ -133,7 +133,7 @@ def _make(folder: Path, kind: str) -> None:
         state = _contents(LARGE if kind == "large" else COUNT, start)
         store.add([new_item(id, *kept) for id, kept in state.items()])
         if kind == "approximate":
-            store._index = _approximate(store)
+            store._live.index = _approximate(store)
         store.close()
     (folder / "another" / SNAPSHOT).rename(folder / "other")
 
@@ -143,7 +143,7 @@ def _approximate(store: EmbeddedStore) -> FaissIndex:
     centroids = VECTORS[:LISTS]
     ranges = np.repeat(np.asarray([-2, 4], np.float32), D)
     index = FaissIndex(D, Partition(centroids, ranges, LISTS, 1000, 2.0, COUNT, COUNT, 1.0))
-    for keys, vectors in store._catalog.vectors():
+    for keys, vectors in store._reader.vectors():
         index.add(keys, vectors, index.assign(keys, vectors))
     return index
 
@@ -169,11 +169,11 @@ def _loaded(folder: Path, number: int, state: State) -> str:
     logging.getLogger("bentoml.lookalike").addHandler(warnings)
     store = opened(folder, read_only=number % 4 < 2)
     logging.getLogger("bentoml.lookalike").removeHandler(warnings)
-    partition = store._index.partition
+    partition = store.partition
     outcome, whole = "used", not warnings.texts
     if warnings.texts:
         outcome, whole = "made anew: " + re.sub(r"\d+", "N", warnings.texts[0].partition("cannot be used: ")[2]), True
-    elif partition is not None and (partition.probes < LISTS or partition.spare * 7 < COUNT):
+    elif partition is not None and (partition.nprobe < LISTS or partition.oversampling * 7 < COUNT):
         outcome, whole = "used, looks at a part", False  # no mistake of such an index, if what it finds is right
     elif len(state) == LARGE:
         whole = False  # a code that is not compared may be wrong: its item is not found, what is found is right

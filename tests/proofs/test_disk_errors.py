@@ -16,7 +16,7 @@ from service.store.check import examine
 from service.store.snapshot import SNAPSHOT
 from tests.proofs.child import in_child
 from tests.proofs.disk import Disk
-from tests.proofs.truth import Change, State, after, do, held, opened, some_change
+from tests.proofs.truth import Change, State, after, do, held, opened, some_change, writer_of
 
 pytestmark = pytest.mark.proof
 
@@ -54,7 +54,7 @@ def _fails_at(folder: Path, point: int, error: type[apsw.Error], lasting: bool) 
             assert failed
         opening = False
         if store is not None:
-            store._catalog._database.execute("PRAGMA wal_autocheckpoint = 8").fetchall()
+            writer_of(store)._database.execute("PRAGMA wal_autocheckpoint = 8").fetchall()
             state, doubtful = _work(store, random.Random(1))
             assert failed and doubtful, "no error was said"
             # Where a checkpoint after the commit failed, apsw tells of it though SQLite does not: the change is there.
@@ -112,7 +112,7 @@ def _fills_the_disk(folder: Path, state: State, most_bytes: int) -> None:
     do(store, ["remove", "p8"])
     before = (folder / SNAPSHOT).read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-    store._unsaved = 10**9
+    store._maintenance._unsaved = 10**9
     store.settle()
     assert (folder / SNAPSHOT).read_bytes() == before, "half a snapshot has taken the place of a whole one"
     assert held(store) == after(state, ["remove", "p8"])

@@ -54,11 +54,12 @@ FEW = FILTER["n"]["$lt"]
 class Watched(EmbeddedStore):
     """A store that writes down its states by the number of the last change; it keeps the latest of them."""
 
-    def _apply(self, changes: list[Change], sequence: int) -> None:
+    def write_down(self, changes: list[Change], sequence: int) -> None:
+        """Apply a commit, and keep the state that it made."""
         last = self.states[-1][1]
         latest = dict(last)
         since = self.states[-1][0]
-        with self._catalog._reading() as database:
+        with self._reader.connections.borrow() as database:
             for key, _ in database.execute("SELECT key, id FROM removed WHERE sequence > ?", (since,)):
                 latest.pop(key, None)
             # In the order of keys: so a new one comes last, as it does in a search.
@@ -66,17 +67,18 @@ class Watched(EmbeddedStore):
             for key, id, digest, n in database.execute(query, (since,)):
                 latest[key] = (id, Kept(int(digest), n))
         self.states.append((sequence, latest))
-        super()._apply(changes, sequence)
+        self.apply(changes, sequence)
         self.reached = sequence
 
     def watch(self) -> None:
         """Begin with what is there."""
+        self.apply, self._commits._apply = self._commits._apply, self.write_down
         self.states: deque[tuple[int, dict[int, tuple[str, Kept]]]] = deque(maxlen=5_000)
-        with self._catalog._reading() as database:
+        with self._reader.connections.borrow() as database:
             rows: list[Any] = database.execute(
                 "SELECT key, id, digest, metadata ->> 'n' FROM items ORDER BY key"
             ).fetchall()
-        self.reached = self._catalog.sequence()
+        self.reached = self._reader.sequence()
         self.states.append((self.reached, {key: (id, Kept(int(digest), n)) for key, id, digest, n in rows}))
 
     def between(self, first: int) -> list[State]:
@@ -95,7 +97,7 @@ def test_writers_and_searches_at_once(tmp_path: Path, kind: str, monkeypatch: py
     filled.settle()
     filled.close()
     store = Watched(tmp_path / "store", encoder(), D, exact_limit=1000)
-    assert (store._index.partition is None) == (kind == "exact")
+    assert (store.partition is None) == (kind == "exact")
     store.watch()
     crowd = Crowd(store, kind == "exact")
     add = FaissIndex.add
@@ -187,9 +189,9 @@ class Crowd:
     def settle(self, _: int) -> None:
         """Take a snapshot or make the index anew."""
         if self.chances.one.random() < 0.5:
-            self.store._save()
+            self.store._maintenance.save()
         else:
-            self.store._make_index()
+            self.store._maintenance.rebuild()
         self.done["indexes and snapshots"] += 1
         self.ending.wait(0.2)
 
@@ -240,9 +242,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(save=st.booleans())
     def make_index(self, save: bool) -> None:
-        self.store._make_index()
+        self.store._maintenance.rebuild()
         if save:
-            self.store._save()
+            self.store._maintenance.save()
 
     @rule()
     def reopen(self) -> None:

@@ -12,7 +12,7 @@ from service.errors import InvalidStore
 from service.store.check import examine
 from service.store.snapshot import SNAPSHOT
 from tests.proofs.disk import Disk
-from tests.proofs.truth import Change, State, after, do, held, opened, some_change
+from tests.proofs.truth import Change, State, after, do, held, opened, some_change, writer_of
 
 pytestmark = pytest.mark.proof
 
@@ -82,7 +82,7 @@ def _until_the_power_goes(
         pragmas = [f"wal_autocheckpoint = {chance.choice([4, 16, 1000])}"]
         pragmas += [] if synchronous == "FULL" else [f"synchronous = {synchronous}"]  # FULL is the store's own
         for pragma in pragmas:
-            store._catalog._database.execute(f"PRAGMA {pragma}").fetchall()
+            writer_of(store)._database.execute(f"PRAGMA {pragma}").fetchall()
         for _ in range(chance.randrange(CHANGES)):
             doubtful = some_change(chance, IDS)
             try:
@@ -93,7 +93,7 @@ def _until_the_power_goes(
                 break
             state, doubtful = after(state, doubtful), None
             if chance.random() < 0.1:
-                store._save()
+                store._maintenance.save()
         with suppress(apsw.Error):  # the real SQLite says nothing of what fails while it closes
             if chance.random() < 0.3:
                 store.close()

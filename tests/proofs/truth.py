@@ -15,6 +15,7 @@ from service import FloatArray
 from service.encoding.card import Card, Preprocessing
 from service.errors import InvalidRequest
 from service.store import NewItem, Store
+from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
 from service.store.filters import parse_filter
 
@@ -142,3 +143,9 @@ def nearest(state: Mapping[str, Kept], query: FloatArray, k: int) -> list[tuple[
 def opened(folder: Path, **options: Any) -> EmbeddedStore:
     """Open a store of these items."""
     return EmbeddedStore(folder, encoder(), D, **options)
+
+
+def writer_of(store: EmbeddedStore) -> CatalogWriter:
+    """Return what changes a store's catalog, for pragmas of a test's own."""
+    assert store._writer is not None
+    return store._writer

@@ -23,10 +23,13 @@ from typing import Any
 import apsw
 
 from service.errors import InvalidStore
-from service.store import embedded, snapshot
-from service.store.catalog import FILE, Catalog
+from service.store import maintenance, snapshot
+from service.store.catalog import FILE, CatalogWriter
+from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
-from tests.proofs.truth import State, after, do, new_item, opened, some_change
+from service.store.live_index import LiveIndex
+from service.store.maintenance import Maintenance
+from tests.proofs.truth import State, after, do, new_item, opened, some_change, writer_of
 
 THREADS = 3
 FIXED = 300  # items that nobody changes, so that a snapshot is compared with the catalog in part only
@@ -141,12 +144,13 @@ made, closing = threading.Event(), threading.Event()
 
 def put_points() -> None:
     """Put all points where they belong."""
-    around(Catalog, "transaction", "before a transaction")
-    around(Catalog, "put", behind="after a row was put")
-    around(Catalog, "remove", behind="after a row was removed")
-    around(Catalog, "close", "before the store is closed", "after the store was closed")
-    around(EmbeddedStore, "_apply", "after the commit, before the index", "after the index, before the answer")
-    around(EmbeddedStore, "_replay", "before what came later is replayed")
+    around(CatalogWriter, "transaction", "before a transaction")
+    around(CatalogWriter, "put", behind="after a row was put")
+    around(CatalogWriter, "remove", behind="after a row was removed")
+    around(CatalogReader, "close", "before the store is closed")
+    around(CatalogWriter, "close", behind="after the store was closed")
+    around(LiveIndex, "apply", "after the commit, before the index", "after the index, before the answer")
+    around(CatalogReader, "changed", "before what came later is replayed")
     around(snapshot, "_put", behind="in the middle of a snapshot")
     around(snapshot, "publish", "before a snapshot is published")
     around(snapshot, "_parse", "while a snapshot is read")
@@ -183,11 +187,11 @@ def main() -> None:
     if os.environ.get("LOOKALIKE_CLOCK") == "1":
         jump()
     if os.environ.get("LOOKALIKE_SNAPSHOTS") == "1":
-        vars(embedded)["_QUIET_S"] = 0.0
-        EmbeddedStore._most_unsaved = lambda _: 7  # type: ignore[assignment, method-assign]
+        vars(maintenance)["_QUIET_S"] = 0.0
+        Maintenance._snapshot_after = lambda _: 7  # type: ignore[assignment, method-assign]
     store = opened(folder)
     made.set()
-    store._catalog._database.execute("PRAGMA wal_autocheckpoint = 8").fetchall()
+    writer_of(store)._database.execute("PRAGMA wal_autocheckpoint = 8").fetchall()
     if not store.count():
         store.add([new_item(id, *kept) for id, kept in fixed().items()])
     say("ready")

@@ -16,7 +16,7 @@ from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFoun
 from service.gallery import Gallery, find_model, open_gallery
 from service.items import NewPicture
 from service.settings import Settings
-from service.store.catalog import Catalog
+from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
 from tests.conftest import MODEL, encoded, scene
 from tests.service.jobs.test_embed import blind_model
@@ -51,7 +51,7 @@ def test_each_picture_has_an_outcome_and_the_good_ones_one_commit(
     black, photos = encoded(Image.new("RGB", (8, 8))), [encoded(scene(seed=n)) for n in range(31)]
     blind.add("7", photos[7], {})
     counted: list[str] = []
-    count_calls(monkeypatch, Catalog, "transaction", counted)
+    count_calls(monkeypatch, CatalogWriter, "transaction", counted)
     count_calls(monkeypatch, Batcher, "submit", counted)
     data = [*photos[:20], black, *photos[20:]]
     outcomes = blind.add_many([NewPicture(f"{n}", one, {}) for n, one in enumerate(data)])

@@ -9,7 +9,7 @@ import apsw
 import pytest
 
 from service.errors import InvalidRequest, InvalidStore
-from service.store.catalog import FILE, Change
+from service.store.catalog import FILE, CatalogWriter, Change
 from service.store.commits import Commits
 from service.store.embedded import EmbeddedStore
 from tests.service.store.test_embedded import D, card, item, unit
@@ -20,11 +20,16 @@ def store(tmp_path: Path) -> EmbeddedStore:
     return EmbeddedStore(tmp_path / "store", card(), D)
 
 
+def writer_of(store: EmbeddedStore) -> CatalogWriter:
+    assert store._writer is not None
+    return store._writer
+
+
 def together(store: EmbeddedStore, count: int) -> "list[object]":
     """Let `count` callers wait for one commit; of each what came back or was raised."""
     entered, go = threading.Event(), threading.Event()
 
-    def hold(changes: list[Change]) -> None:
+    def hold(_: CatalogWriter, changes: list[Change]) -> None:
         entered.set()
         go.wait(10)
 
@@ -59,7 +64,7 @@ def test_callers_share_a_commit_and_keep_their_own_errors(store: EmbeddedStore, 
         commits.append(1)
         return False
 
-    store._catalog._database.set_commit_hook(count)
+    writer_of(store)._database.set_commit_hook(count)
     outcomes = together(store, 9)
     assert len(commits) == 2  # the one that was held, and one for all nine
     for n, outcome in enumerate(outcomes):
@@ -87,11 +92,11 @@ def test_an_answer_is_given_after_the_commit(store: EmbeddedStore, tmp_path: Pat
 
 def test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on(store: EmbeddedStore, tmp_path: Path) -> None:
     store.add([item("there", unit(D))])
-    pages = next(store._catalog._database.execute("PRAGMA page_count"))[0]
-    store._catalog._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()  # as on a full disk
+    pages = next(writer_of(store)._database.execute("PRAGMA page_count"))[0]
+    writer_of(store)._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()  # as on a full disk
     with pytest.raises(InvalidStore, match=r"the store cannot be written: .*full"):
         store.add([item(f"p{n}", unit(D, seed=n)) for n in range(1000)])
-    store._catalog._database.execute("PRAGMA max_page_count = 1000000").fetchall()
+    writer_of(store)._database.execute("PRAGMA max_page_count = 1000000").fetchall()
     with pytest.raises(InvalidStore, match="full; it is read-only until the service starts again"):
         store.remove("there")
     with pytest.raises(InvalidStore, match="read-only until"):
@@ -126,11 +131,11 @@ def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedSto
     def apply(changes: list[Change], sequence: int) -> None:
         raise MemoryError("no room")
 
-    commits = Commits(store._catalog, apply)
+    commits = Commits(store._writer, apply)
     with pytest.raises(MemoryError):
-        commits.run(lambda _: None)
+        commits.run(lambda *_: None)
     with pytest.raises(InvalidStore, match="cannot be written: no room; it is read-only until"):
-        commits.run(lambda _: None)
+        commits.run(lambda *_: None)
     store.close()
 
 
@@ -143,7 +148,7 @@ def test_what_was_committed_and_did_not_reach_the_index_is_found_all_the_same(
         monkeypatch.undo()
         raise MemoryError("no room")
 
-    monkeypatch.setattr(store._index, "add", no_room)
+    monkeypatch.setattr(store._live.index, "add", no_room)
     with pytest.raises(MemoryError):
         store.add([item("a", unit(D, seed=2)), item("c", unit(D, seed=3))])
     assert store.count() == 3

@@ -9,7 +9,7 @@ import pytest
 
 from service.store.embedded import EmbeddedStore
 from service.store.filters import parse_filter
-from service.store.rwlock import Turns
+from service.store.rwlock import ReadersWriterLock
 from tests.service.store.test_embedded import card, item, unit
 
 D = 16
@@ -77,27 +77,27 @@ def test_no_search_sees_what_is_gone_or_misses_what_is_there(tmp_path: Path, exa
 
 
 def test_a_writer_who_waits_goes_before_readers_who_come_later() -> None:
-    turns, order = Turns(), []
+    lock, order = ReadersWriterLock(), []
     reading, go = threading.Event(), threading.Event()
 
     def first() -> None:
-        with turns.shared():
+        with lock.reading():
             reading.set()
             go.wait(5)
 
     def writer() -> None:
-        with turns.alone():
+        with lock.writing():
             order.append("writer")
 
     def later() -> None:
-        with turns.shared():
+        with lock.reading():
             order.append("reader")
 
     threads = [threading.Thread(target=work) for work in (first, writer, later)]
     threads[0].start()
     reading.wait(5)
     threads[1].start()
-    while not turns._writers_waiting:
+    while not lock._writers_waiting:
         time.sleep(0.001)
     threads[2].start()
     time.sleep(0.05)

@@ -18,7 +18,7 @@ from service import FloatArray
 from service.encoding.card import Card, Preprocessing, read_card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import NewItem
-from service.store.catalog import FILE, Catalog
+from service.store.catalog import FILE, CatalogWriter
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.snapshot import SNAPSHOT
 from tests.conftest import MODEL
@@ -218,7 +218,7 @@ def test_a_damaged_vector_is_named(store_folder: Path, damaged: Callable[[bytes]
 def test_every_commit_is_on_disk(store_folder: Path) -> None:
     store_folder.mkdir(parents=True)
     meta = {"fingerprint": "f", "dimension": "8", "vector_type": "float32", "model": "m", "model_folder": "/m"}
-    catalog = Catalog(store_folder, meta)
+    catalog = CatalogWriter(store_folder, meta)
     names = ("synchronous", "journal_mode", "foreign_keys", "page_size")
     pragma = {name: next(catalog._database.execute(f"PRAGMA {name}"))[0] for name in names}
     assert pragma == {"synchronous": 2, "journal_mode": "wal", "foreign_keys": 1, "page_size": 16384}

@@ -142,7 +142,7 @@ def test_a_filtered_search_is_the_search_of_what_is_left(store: EmbeddedStore) -
 
 
 def store_dimension(store: EmbeddedStore) -> int:
-    return int(store._catalog.meta["dimension"])
+    return int(store._reader.meta["dimension"])
 
 
 def test_a_filter_that_was_asked_before_knows_what_changed_since(store: EmbeddedStore) -> None:

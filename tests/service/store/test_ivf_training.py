@@ -12,9 +12,9 @@ import pytest
 from service import FloatArray, IntArray
 from service.store import snapshot
 from service.store.embedded import EmbeddedStore
-from service.store.faiss_index import Among, FaissIndex
+from service.store.faiss_index import AllowedKeys, FaissIndex
 from service.store.filters import parse_filter
-from service.store.ivf_training import approximate
+from service.store.ivf_training import train
 from service.store.snapshot import SNAPSHOT
 from tests.service.store.test_embedded import card, item
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = EmbeddedStore(folder, card(), D, exact_limit=1000)
     fill(store, VECTORS)
     store.settle()
-    assert store._index.partition is not None
+    assert store.partition is not None
     store.close()
     return folder
 
@@ -60,10 +60,10 @@ def recall(store: EmbeddedStore, vectors: FloatArray, queries: FloatArray, where
 
 def test_recall_is_what_was_measured_and_scores_are_exact(folder: Path) -> None:
     store = EmbeddedStore(folder, card(), D, exact_limit=1000)
-    partition = store._index.partition
+    partition = store.partition
     assert partition is not None  # from the snapshot
     assert partition.recall >= 0.99
-    assert partition.probes < len(partition.centroids)  # it looks at a part
+    assert partition.nprobe < len(partition.centroids)  # it looks at a part
     queries = clustered(300, seed=1)
     assert recall(store, VECTORS, queries) >= 0.985
     for hit in store.search(queries[:1], 10)[0]:
@@ -82,7 +82,7 @@ def test_a_filtered_search_finds_as_much(folder: Path, third: int) -> None:
 def test_lists_that_cannot_hold_the_nearest_are_passed_over(folder: Path, step: int) -> None:
     facts, arrays = snapshot.read(folder / SNAPSHOT)
     queries, keys = clustered(50, seed=5), np.arange(1, len(VECTORS) + 1, step)
-    among = Among.of(keys)
+    among = AllowedKeys.of(keys)
     true = keys[np.argsort(-(queries @ VECTORS[keys - 1].T), axis=1)[:, :10]]
     stats: Any = faiss.cvar
     looked_at, found = [], []
@@ -106,17 +106,17 @@ def test_without_a_reach_that_can_be_no_list_is_passed_over(folder: Path, reach:
 
 
 def test_a_filtered_search_looks_at_as_many_as_its_recall_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.store.ivf_training.LEAST_SEEN", 25)  # from where it is doubled
+    monkeypatch.setattr("service.store.ivf_training.MIN_FILTERED_SCAN", 25)  # from where it is doubled
     rows, queries, keys = clustered(6000, 0, 300, 0.3), clustered(300, 6, 300, 0.3), np.arange(6000)
-    index = approximate(lambda some: iter([(keys, rows) if some is None else (some, rows[some])]), keys, D, bool)
+    index = train(lambda some: iter([(keys, rows) if some is None else (some, rows[some])]), keys, D, bool)
     assert index is not None and index.partition is not None
-    measured = index.partition.seen
+    measured = index.partition.filtered_scan
     chosen = np.flatnonzero(np.random.default_rng(8).random(6000) < 0.2)  # of a cluster's twenty, four
     true = chosen[np.argsort(-(queries @ rows[chosen].T), axis=1)[:, :10]]
     found = []
     for seen in (25, measured):
-        index.partition = replace(index.partition, seen=seen)
-        candidates = index.candidates(queries, 10, Among.of(chosen))
+        index.partition = replace(index.partition, filtered_scan=seen)
+        candidates = index.candidates(queries, 10, AllowedKeys.of(chosen))
         found.append(np.mean([np.isin(row, own).mean() for row, own in zip(true, candidates, strict=True)]))
     assert 25 < measured < len(chosen)
     assert found[0] < 0.98 and found[1] > 0.99
@@ -126,14 +126,14 @@ def test_a_filtered_search_looks_at_as_many_as_its_recall_takes(monkeypatch: pyt
 def test_a_snapshot_tells_how_many_a_filtered_search_looks_at(folder: Path, told: object, seen: int) -> None:
     facts, arrays = snapshot.read(folder / SNAPSHOT)
     partition = FaissIndex.of_arrays(D, facts | {"seen": told}, arrays).partition
-    assert partition is not None and partition.seen == seen
+    assert partition is not None and partition.filtered_scan == seen
 
 
 def test_what_is_added_replaced_and_removed_is_seen_at_once(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path, card(), D, exact_limit=1000)
     fill(store, VECTORS[:3000])
     store.settle()
-    assert store._index.partition is not None
+    assert store.partition is not None
     fresh = clustered(50, seed=3)
     for n, vector in enumerate(fresh):
         store.remove(f"p{n}")
@@ -141,10 +141,10 @@ def test_what_is_added_replaced_and_removed_is_seen_at_once(tmp_path: Path) -> N
         assert [hit.id for hit in store.search(vector[None], 2)[0]] == [f"p{n + 1000}", f"new{n}"]
         assert store.search(VECTORS[n : n + 1], 1)[0][0].id != f"p{n}"
     assert store.count() == 3000
-    assert len(store._index.keys()) == 3000
+    assert len(store._live.index.keys()) == 3000
     store.close()
     store = EmbeddedStore(tmp_path, card(), D, exact_limit=1000)
-    assert store._index.partition is not None
+    assert store.partition is not None
     assert [hits[0].id for hits in store.search(fresh, 1)] == [f"p{n + 1000}" for n in range(50)]
     store.close()
 
@@ -153,22 +153,22 @@ def test_it_is_made_anew_when_the_store_has_grown_or_shrunk(tmp_path: Path) -> N
     store = EmbeddedStore(tmp_path, card(), D, exact_limit=1000)
     fill(store, VECTORS[:1000])
     store.settle()
-    assert store._index.partition is None
+    assert store.partition is None
     fill(store, VECTORS[1000:2000], 1000)
     store.settle()
-    first = store._index.partition
+    first = store.partition
     assert first is not None and first.count == 2000
     fill(store, VECTORS[2000:4000], 2000)
     store.settle()
-    assert store._index.partition is first  # up to twice as many
+    assert store.partition is first  # up to twice as many
     fill(store, VECTORS[4000:], 4000)
     store.settle()
-    second = store._index.partition
+    second = store.partition
     assert second is not None and second.count == 6000
     for n in range(500, 6000):
         store.remove(f"p{n}")
     store.settle()
-    assert store._index.partition is None
+    assert store.partition is None
     assert recall(store, VECTORS[:500], clustered(20, seed=4)) == 1
     store.close()
 
@@ -182,11 +182,11 @@ def test_it_is_made_in_the_background_while_changes_go_on(tmp_path: Path) -> Non
         fill(store, VECTORS[n : n + 1], n)
         store.remove(f"p{n - 4000}")
     started.join()
-    assert store._index.partition is not None
+    assert store.partition is not None
     found = store.search(VECTORS[300:4300], 1)
     assert np.mean([hits[0].id == f"p{n}" for n, hits in enumerate(found, 300)]) > 0.99
     assert all(hits[0].id != f"p{n}" for n, hits in enumerate(store.search(VECTORS[:300], 1)))
-    assert np.array_equal(store._index.keys(), store._catalog.keys())
+    assert np.array_equal(store._live.index.keys(), store._reader.keys())
     store.close()
 
 
@@ -201,7 +201,7 @@ def test_what_cannot_be_approximated_is_looked_at_whole(tmp_path: Path, caplog: 
     store = EmbeddedStore(tmp_path, card(), 512, exact_limit=1000)
     fill(store, vectors)
     store.settle()
-    assert store._index.partition is None
+    assert store.partition is None
     assert "misses too many: all are looked at" in caplog.records[-1].getMessage()
     assert recall(store, vectors, vectors[:200]) == 1
     store.settle()
@@ -216,8 +216,8 @@ def test_nothing_is_found_where_the_recall_is_not_reached() -> None:
         chosen = keys if among is None else among
         return [(chosen, rows[chosen])]
 
-    assert approximate(lambda among: iter(vectors(among)), keys, 512, lambda: False) is None
-    assert approximate(lambda among: iter(vectors(among)), keys, 512, lambda: True) is None
+    assert train(lambda among: iter(vectors(among)), keys, 512, lambda: False) is None
+    assert train(lambda among: iter(vectors(among)), keys, 512, lambda: True) is None
 
 
 @pytest.mark.parametrize(

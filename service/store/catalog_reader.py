@@ -1,0 +1,260 @@
+"""What is read of a catalog: items, pictures and vectors, and what changed after a sequence number."""
+
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+
+from service import FloatArray, IntArray
+from service.errors import InvalidStore
+from service.store import Item
+from service.store.catalog import (
+    FILE,
+    LATEST,
+    VECTOR_TYPES,
+    checked_meta,
+    connect,
+    described,
+    no_store,
+    one,
+    read_items,
+    read_meta,
+)
+from service.store.filters import Filter
+
+_ROWS_AT_ONCE = 8192
+_CHANGED = """
+SELECT key FROM removed WHERE sequence > ?1
+UNION SELECT items.key FROM items JOIN vectors USING (key) WHERE items.sequence > ?1 AND vectors.sequence > ?1
+"""
+# Rows come in the order of the given keys, because SQLite does not reorder the tables of a CROSS JOIN.
+_OF_KEYS = "SELECT {columns} FROM carray(?) CROSS JOIN {table} ON key = value"
+
+
+class Connections:
+    """Connections that read one SQLite file. Each is used by one thread at a time and kept for the next."""
+
+    def __init__(self, path: Path) -> None:
+        """Open nothing yet."""
+        self._path = path
+        self._idle: dict[bool, list[apsw.Connection]] = {False: [], True: []}  # by whether they map the file
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @contextmanager
+    def borrow(self, mapped: bool = False) -> Iterator[apsw.Connection]:
+        """Lend a connection to this thread. Raises InvalidStore for an error of SQLite.
+
+        A mapped file halves the time to read a few rows by their keys. A scan of the whole file would hold all of it
+        in memory.
+        """
+        idle = self._idle[mapped]
+        with self._lock:
+            if self._closed:
+                raise InvalidStore("the store is closed")
+            connection = idle.pop() if idle else None
+        try:
+            if connection is None:
+                connection = connect(self._path, mapped=mapped)
+            yield connection
+        except apsw.Error as error:
+            raise InvalidStore(f"{self._path}: {described(error)}") from error
+        finally:
+            with self._lock:
+                if connection is not None and not self._closed:
+                    idle.append(connection)
+                elif connection is not None:
+                    connection.close()
+
+    def close(self) -> None:
+        """Close the idle connections now, and those that are in use when their readers are done."""
+        with self._lock:
+            self._closed = True
+            for connection in self._idle[False] + self._idle[True]:
+                connection.close()
+            self._idle = {False: [], True: []}
+
+
+class CatalogReader:
+    """Reads a catalog from any number of threads, beside the process or thread that writes it.
+
+    Each thread has a connection of its own while it reads. Every method raises InvalidStore if SQLite cannot read the
+    file, or after `close`.
+
+    Attributes:
+        path: the catalog's file.
+        connections: to the file, for queries of one's own.
+        meta: facts about the store when it was opened: schema, fingerprint, dimension, vector_type, model …
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the catalog in a store's folder.
+
+        Raises:
+            InvalidStore: there is none, it is damaged, or it is not one of ours. The file stays as it is.
+        """
+        self.path = folder / FILE
+        if not self.path.exists():
+            raise no_store(folder)
+        self.meta = checked_meta(folder, read_meta(folder))
+        self.connections = Connections(self.path)
+        self._dtype = np.dtype(VECTOR_TYPES[self.meta["vector_type"]])
+        self._dimension = int(self.meta["dimension"])
+        self._vector_bytes = self._dtype.itemsize * self._dimension
+
+    # Items -------------------------------------------------------------------------------------------
+
+    def get(self, id: str) -> Item | None:
+        """Return an item, or None."""
+        with self.connections.borrow() as database:
+            rows = read_items(database, "WHERE id = ?", id)
+        return rows[0][1] if rows else None
+
+    def thumbnail(self, id: str) -> bytes | None:
+        """Return an item's thumbnail. None if there is no item, or it came as an embedding without a picture."""
+        return self._blob("SELECT thumbnail FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id) or None
+
+    def original(self, id: str) -> bytes | None:
+        """Return the bytes of an item's image file. None if there is no item, or they were not kept."""
+        return self._blob("SELECT original FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id)
+
+    def vector(self, id: str) -> FloatArray | None:
+        """Return an item's embedding (D,), or None."""
+        blob = self._blob("SELECT vector FROM vectors WHERE key = (SELECT key FROM items WHERE id = ?)", id)
+        return None if blob is None else np.frombuffer(blob, self._dtype).astype(np.float32)
+
+    def _blob(self, query: str, id: str) -> bytes | None:
+        with self.connections.borrow() as database:
+            blob = one(database, query, id)
+        return None if blob is None else bytes(blob)
+
+    def scan(self, limit: int, after: int) -> list[tuple[int, Item]]:
+        """Return up to `limit` items with keys above `after`, in key order."""
+        with self.connections.borrow() as database:
+            return read_items(database, "WHERE key > ? ORDER BY key LIMIT ?", after, limit)
+
+    def keys(self) -> IntArray:
+        """Return all keys, in order. Cost: reads an index of the database, no table."""
+        with self.connections.borrow() as database:
+            rows = database.execute("SELECT key FROM items INDEXED BY items_by_sequence WHERE sequence > -1")
+            return np.sort(np.fromiter((key for (key,) in rows), np.int64))
+
+    # Changes after a sequence number -----------------------------------------------------------------
+
+    def sequence(self) -> int:
+        """Return the sequence number of the last committed change."""
+        with self.connections.borrow() as database:
+            return int(one(database, LATEST))
+
+    def changed(self, since: int) -> IntArray:
+        """Return the keys whose vector was added, replaced or removed after a sequence number."""
+        with self.connections.borrow() as database:
+            return np.fromiter((key for (key,) in database.execute(_CHANGED, (since,))), np.int64)
+
+    def changed_items(self, since: int, limit: int, after: int) -> list[tuple[int, Item]]:
+        """Return up to `limit` items with keys above `after` that changed after a sequence number, in key order."""
+        with self.connections.borrow() as database:
+            where = "WHERE key > ? AND items.sequence > ? ORDER BY key LIMIT ?"
+            return read_items(database, where, after, since, limit)
+
+    def removed(self, since: int) -> list[str]:
+        """Return the ids that were removed after a sequence number. Some may have been added again."""
+        with self.connections.borrow() as database:
+            query = "SELECT DISTINCT id FROM removed WHERE sequence > ?"
+            return [str(id) for (id,) in database.execute(query, (since,))]
+
+    def matching(self, where: Filter, since: int) -> tuple[int, IntArray, IntArray]:
+        """Return which of the items that changed after a sequence number match a filter.
+
+        Returns:
+            sequence: number of the last change.
+            changed: keys of all items that changed or were removed.
+            matching: keys of the items that match.
+
+        Cost: reads the metadata of all items that changed.
+        """
+        # The filter's values precede the sequence number in the text, and SQLite counts question marks in that order.
+        query = "SELECT key, (" + where.sql + ") FROM items WHERE sequence > ?"  # noqa: S608  # ? alone
+        with self.connections.borrow() as database, database:
+            latest = int(one(database, LATEST))
+            rows = database.execute(query, (*where.values, since)).fetchall()
+            removed = [key for (key,) in database.execute("SELECT key FROM removed WHERE sequence > ?", (since,))]
+        changed = np.fromiter((key for key, _ in rows), np.int64, len(rows))
+        matches = np.fromiter((bool(match) for _, match in rows), np.bool_, len(rows))
+        return latest, np.concatenate([changed, np.asarray(removed, np.int64)]), changed[matches]
+
+    # For searches: by key, as of a sequence number ---------------------------------------------------
+
+    def vectors_at(self, keys: IntArray, sequence: int) -> FloatArray | None:
+        """Return the vectors (N, D) of keys, or None if one of them changed after a sequence number.
+
+        Raises:
+            InvalidStore: a vector does not match its checksum.
+        """
+        rows = self._rows_at("key, vector, checksum", "vectors", keys, sequence)
+        return None if rows is None else self._checked(rows)[1]
+
+    def items_at(self, keys: IntArray, sequence: int) -> dict[int, tuple[str, str]] | None:
+        """Return the ids of keys and their metadata as JSON, or None if one changed after a sequence number."""
+        rows = self._rows_at("key, id, metadata", "items", keys, sequence)
+        return None if rows is None else {key: (id, metadata) for key, id, metadata, _ in rows}
+
+    def _rows_at(self, columns: str, table: str, keys: IntArray, sequence: int) -> list[Any] | None:
+        """Return three columns and the sequence number of keys, in their order, or None as the methods above."""
+        if not len(keys):  # carray takes no empty array
+            return []
+        query = _OF_KEYS.format(columns=f"{columns}, sequence", table=table)
+        with self.connections.borrow(mapped=True) as database:
+            rows: list[Any] = database.execute(query, (apsw.carray(keys),)).fetchall()
+        return None if len(rows) < len(keys) or max(row[3] for row in rows) > sequence else rows
+
+    # All vectors -------------------------------------------------------------------------------------
+
+    def vectors(self, keys: IntArray | None = None) -> Iterator[tuple[IntArray, FloatArray]]:
+        """Yield chunks of keys and their vectors (N, D), in key order. The catalog may change between two chunks.
+
+        Args:
+            keys: only these keys; those that are not in the catalog are skipped.
+
+        Raises:
+            InvalidStore: a vector does not match its checksum.
+        """
+        for rows in self._vector_rows(None if keys is None else np.sort(keys)):
+            yield self._checked(rows)
+
+    def _vector_rows(self, keys: IntArray | None) -> Iterator[list[Any]]:
+        if keys is not None:
+            query = _OF_KEYS.format(columns="key, vector, checksum", table="vectors")
+            for start in range(0, len(keys), _ROWS_AT_ONCE):
+                with self.connections.borrow() as database:
+                    rows = database.execute(query, (apsw.carray(keys[start : start + _ROWS_AT_ONCE]),)).fetchall()
+                if rows:
+                    yield rows
+            return
+        query = "SELECT key, vector, checksum FROM vectors WHERE key > ? ORDER BY key LIMIT ?"
+        last: Any = -1
+        while True:
+            with self.connections.borrow() as database:
+                rows = database.execute(query, (last, _ROWS_AT_ONCE)).fetchall()
+            if not rows:
+                return
+            last = rows[-1][0]
+            yield rows
+
+    def _checked(self, rows: list[Any]) -> tuple[IntArray, FloatArray]:
+        """Return keys and vectors of rows whose first columns are key, vector and checksum."""
+        for key, blob, checksum, *_ in rows:
+            # A damaged page may hold a value of any type where a blob should be.
+            if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._vector_bytes:
+                raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
+        vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(-1, self._dimension)
+        return np.asarray([row[0] for row in rows], np.int64), vectors.astype(np.float32)
+
+    def close(self) -> None:
+        """Close all connections. Reads that are under way finish first."""
+        self.connections.close()
