@@ -1,4 +1,4 @@
-"""A store's items ↔ Parquet: what a store holds out and in, and embeddings that were made elsewhere in."""
+"""Items ↔ Parquet: export a store, and import an export, the parts of `lookalike embed` or other embeddings."""
 
 import hashlib
 import json
@@ -10,27 +10,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, StoreMismatch
+from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, StoreMismatch, attempt
 from service.gallery import Gallery
 from service.jobs.parquet_parts import FAILURES, META, part_path, read_facts, write_parquet
 from service.jobs.reading import Tally
 from service.store import Item, NewItem
 
-_ROWS_A_PART = 8192
-_ROWS_A_PICTURE_PART = 1024  # with pictures in it
-_ROWS_A_COMMIT = 1024
-_BUFFER = 1 << 20  # bytes of a column read at a time
+_ROWS_PER_PART = 8192
+_ROWS_PER_PICTURE_PART = 1024  # with image files in it
+_ROWS_PER_COMMIT = 1024
+_BUFFER_BYTES = 1 << 20  # of a column, read at a time
 
 
 def export_store(gallery: Gallery, out: Path) -> int:
-    """Write all items into a folder of Parquet parts; return how many.
+    """Write all items into a folder of Parquet parts, and return their number.
 
-    Each row has `id`, `label` (where the metadata has one that is text), `embedding`, `metadata` (JSON), `source`,
-    `digest`, `variant`, `thumbnail` and `original`. What `lookalike embed` writes has the first three; whatever reads
-    those reads these.
+    Each row has `id`, `label` (if the metadata has a label that is text), `embedding`, `metadata` (JSON), `source`,
+    `digest`, `variant`, `thumbnail` and `original`. The parts of `lookalike embed` have the first three columns, so
+    programs that read those parts can read an export.
 
     Raises:
-        InvalidOutput: `out` is there and not empty, or cannot be written.
+        InvalidOutput: `out` exists and is not empty, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidOutput(f"{out}: is there and not empty; name another --out")
@@ -41,7 +41,7 @@ def export_store(gallery: Gallery, out: Path) -> int:
     facts = {"source": str(gallery.settings.store), "fingerprint": gallery.card.fingerprint, "failures": []}
     cursor: int | None = 0
     written = number = 0
-    rows_a_part = _ROWS_A_PICTURE_PART if gallery.settings.keep_originals else _ROWS_A_PART
+    rows_a_part = _ROWS_PER_PICTURE_PART if gallery.settings.keep_originals else _ROWS_PER_PART
     while cursor is not None:
         items, cursor = gallery.store.scan(rows_a_part, cursor)
         rows = [row for row in (_row(gallery, item) for item in items) if row is not None]
@@ -54,7 +54,7 @@ def export_store(gallery: Gallery, out: Path) -> int:
 
 
 def _row(gallery: Gallery, item: Item) -> dict[str, Any] | None:
-    """An item as a row; None where it was removed meanwhile."""
+    """Return an item as a row; None if it was removed meanwhile."""
     embedding = gallery.store.embedding(item.id)
     if embedding is None:
         return None
@@ -73,17 +73,21 @@ def _row(gallery: Gallery, item: Item) -> dict[str, Any] | None:
 
 
 def import_items(source: Path, gallery: Gallery) -> Tally:
-    """Add or replace the items of Parquet files: what `export_store` or `lookalike embed` wrote, or others.
+    """Add or replace the items of Parquet files.
 
-    A row needs `id` and `embedding`, a list of numbers in any length but 0; of the other columns of an export it may
-    have any. Without `metadata` its `label` becomes that. Where the file names no encoder, the caller answers for the
-    embeddings being of the gallery's.
+    A row needs the columns `id` and `embedding`, a vector of any norm but 0. It may have any other column of an
+    export. The `label` becomes the metadata of a row without `metadata`. If a file names no encoder, the caller
+    vouches that the gallery's encoder made the embeddings.
+
+    Args:
+        source: a file, or a folder of files, from `export_store`, `lookalike embed` or elsewhere.
+        gallery: gets the items.
 
     Returns:
-        Rows stored; rows that are there already, with the same digest; rows whose id, metadata or embedding cannot be.
+        Numbers of rows: stored; already there with the same digest; bad, by their id, metadata or embedding.
 
     Raises:
-        InvalidSource: no such file, damaged, or without these columns or that many numbers.
+        InvalidSource: a file is missing or damaged, lacks a column, or has embeddings of another dimension.
         StoreMismatch: another encoder made the embeddings.
     """
     paths = sorted(path for path in source.glob("*.parquet") if path.name != FAILURES) if source.is_dir() else [source]
@@ -99,32 +103,29 @@ def import_items(source: Path, gallery: Gallery) -> Tally:
     done = known = bad = 0
     for path in paths:
         for rows in _chunks(path, gallery.encoder.dimension):
-            items: list[NewItem] = []
-            for row in rows:
-                try:
-                    item = _item(row, gallery)
-                except LookalikeError:
-                    bad += 1
-                    continue
-                have = gallery.store.get(item.id)
-                if have is not None and have.digest == item.digest:
-                    known += 1
-                else:
-                    items.append(item)
-            gallery.store.add(items)
-            done += len(items)
+            outcomes = [attempt(_item, row, gallery) for row in rows]
+            items = [item for item in outcomes if not isinstance(item, LookalikeError)]
+            new = [item for item in items if not _has(gallery, item)]
+            gallery.store.add(new)
+            done, known, bad = done + len(new), known + len(items) - len(new), bad + len(rows) - len(items)
     return Tally(done, known, bad)
+
+
+def _has(gallery: Gallery, item: NewItem) -> bool:
+    """Whether the store has this item, with the same digest."""
+    have = gallery.store.get(item.id)
+    return have is not None and have.digest == item.digest
 
 
 def _chunks(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
     try:
-        # With Arrow's own settings it comes to hold the whole file.
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
+        # With Arrow's default settings the whole file ends up in memory.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             have = set(file.schema_arrow.names)
             if not {"id", "embedding"} <= have:
                 raise InvalidSource(f"{path}: expected the columns id and embedding, found {', '.join(sorted(have))}")
             wanted = ("id", "embedding", "label", "metadata", "source", "digest", "variant", "thumbnail", "original")
-            for batch in file.iter_batches(_ROWS_A_COMMIT, columns=[name for name in wanted if name in have]):
+            for batch in file.iter_batches(_ROWS_PER_COMMIT, columns=[name for name in wanted if name in have]):
                 rows = batch.to_pylist()
                 for row in rows:
                     if not isinstance(row["embedding"], list) or len(row["embedding"]) != dimension:
@@ -135,7 +136,7 @@ def _chunks(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _item(row: dict[str, Any], gallery: Gallery) -> NewItem:
-    """A row as an item. Raises InvalidRequest for one that cannot be."""
+    """Return a row as an item. Raises InvalidRequest for a bad row."""
     try:
         vector = np.asarray(row["embedding"], np.float64)
         length = np.linalg.norm(vector)

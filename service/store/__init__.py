@@ -11,14 +11,14 @@ from service.store.filters import Filter
 
 @dataclass(frozen=True)
 class Item:
-    """A picture in the store.
+    """A picture in the store, without its embedding and its bytes.
 
     Attributes:
-        id: the user's own, unique in the store.
+        id: chosen by the user, unique in the store.
         metadata: a JSON object.
-        source: where the picture came from, such as a path; None for one sent over HTTP.
-        digest: sha256 (hex) of the picture's bytes.
-        variant: of the encoder, that made the embedding.
+        source: where the picture came from, such as a path; None for a picture sent over HTTP.
+        digest: sha256 (hex) of the image file, or of the embedding if the item came without a picture.
+        variant: of the encoder that made the embedding.
     """
 
     id: str
@@ -30,12 +30,12 @@ class Item:
 
 @dataclass(frozen=True)
 class NewItem(Item):
-    """An item on its way into the store.
+    """An item to add to a store.
 
     Attributes:
         embedding: (D,) float32 of L2 norm 1.
-        thumbnail: a small WebP file.
-        original: the picture's own bytes, or None where they are not kept.
+        thumbnail: a small WebP file; empty for an item without a picture.
+        original: the bytes of the image file; None if the store is not to keep them.
     """
 
     embedding: FloatArray
@@ -44,9 +44,9 @@ class NewItem(Item):
 
 
 class Hit(NamedTuple):
-    """An item and its score, the cosine to the query in [−1, 1]: larger is more alike.
+    """A found item with its score: the cosine to the query in [−1, 1], larger is more alike.
 
-    Its metadata is JSON, as the store has it: whoever only hands it on need not read it.
+    The metadata is JSON text, as stored. HTTP passes it on without parsing it.
     """
 
     id: str
@@ -55,16 +55,19 @@ class Hit(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Its metadata."""
+        """The metadata, parsed."""
         content: dict[str, Any] = json.loads(self.metadata_json)
         return content
 
 
 class Store(Protocol):
-    """Items by id and by likeness. Calls may come from any thread."""
+    """A collection of items, found by id and by similarity. Calls may come from any thread.
+
+    Every method raises InvalidStore if the store cannot be read or written.
+    """
 
     def add(self, items: Sequence[NewItem]) -> list[bool]:
-        """Add or replace items, all or none; True where the id was new. Durable when it returns."""
+        """Add or replace all items or none, and return for each whether its id was new. Durable when it returns."""
         ...
 
     def get(self, id: str) -> Item | None:
@@ -72,23 +75,26 @@ class Store(Protocol):
         ...
 
     def embedding(self, id: str) -> FloatArray | None:
-        """Return an item's embedding, or None."""
+        """Return an item's embedding (D,), or None."""
         ...
 
     def thumbnail(self, id: str) -> bytes | None:
-        """Return an item's thumbnail, or None."""
+        """Return an item's thumbnail. None if there is no item, or it came without a picture."""
         ...
 
     def original(self, id: str) -> bytes | None:
-        """Return an item's own bytes, or None where there is no such item or they were not kept."""
+        """Return the bytes of an item's image file. None if there is no item, or they were not kept."""
         ...
 
     def remove(self, id: str) -> bool:
-        """Remove an item; False when there was none. Durable when it returns."""
+        """Remove an item, and return whether there was one. Durable when it returns."""
         ...
 
     def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
-        """Replace an item's metadata by what `change` makes of it; None without item. Durable when it returns."""
+        """Replace an item's metadata by the result of `change`, and return the item, or None if there is no item.
+
+        Durable when it returns. An error of `change` is raised, and the metadata stay as they are.
+        """
         ...
 
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
@@ -96,13 +102,13 @@ class Store(Protocol):
 
         Args:
             queries: (N, D) float32, finite rows of L2 norm 1.
-            k: 1 or more; fewer hits come back when fewer items are there.
-            where: only items whose metadata meets it.
+            k: 1 or more. Fewer hits come back if the store has fewer items that match.
+            where: only items whose metadata matches; None for all.
         """
         ...
 
     def scan(self, limit: int, after: int = 0) -> tuple[list[Item], int | None]:
-        """Return up to `limit` items in the order of adding, and the cursor to go on from, or None at the end."""
+        """Return up to `limit` items in the order of adding, and the cursor of the next page, or None at the end."""
         ...
 
     def count(self) -> int:
@@ -110,9 +116,9 @@ class Store(Protocol):
         ...
 
     def settle(self) -> None:
-        """Do now what would be done in the background, so that searches are as fast as they will be."""
+        """Do pending background work now, so that later searches run at full speed."""
         ...
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release all files and locks. Every later call raises InvalidStore."""
         ...

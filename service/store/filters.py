@@ -5,34 +5,37 @@
     {"year": {"$gte": 2000, "$lt": 2010}} a range: of numbers, or of texts by code point
     {"$and": […]}, {"$or": […]}, {"$not": …}
 
-Several fields in one object must all hold. A field that an item lacks equals nothing, not even null, and lies in no
-range. Kinds never mix: 7, "7" and true are three values, 7 and 7.0 are one.
+All fields of an object must match. A field that an item lacks matches no value, not even null, and no range. Types
+never mix: 7, "7" and true are three different values, 7 and 7.0 are the same.
 """
 
 from typing import Any, NamedTuple
 
 from service.errors import InvalidQuery
 
-_MOST_CONDITIONS = 100
-_MOST_VALUES = 1000
+_MAX_CONDITIONS = 100
+_MAX_VALUES = 1000
 _RANGES = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
-_LARGEST = 2**63 - 1
+_MAX_INTEGER = 2**63 - 1
 
 
 class Filter(NamedTuple):
-    """A condition on a row of `items`: SQL whose ? stand for the values."""
+    """A condition on a row of `items`: SQL with a ? for each value."""
 
     sql: str
     values: tuple[Any, ...]
 
 
 def parse_filter(content: Any) -> Filter:
-    """Read a filter.
+    """Parse a filter.
+
+    Args:
+        content: the filter as parsed JSON, of at most 100 conditions.
 
     Raises:
-        InvalidQuery: it is none; what was expected is said, what came is not repeated.
+        InvalidQuery: the content is no filter. The message says what was expected and does not repeat the content.
     """
-    budget = [_MOST_CONDITIONS]
+    budget = [_MAX_CONDITIONS]
     return _parse(content, budget)
 
 
@@ -43,9 +46,10 @@ def _parse(content: Any, budget: list[int]) -> Filter:
 
 
 def _member(name: str, wanted: Any, budget: list[int]) -> Filter:
-    budget[0] -= 1  # every level of nesting costs one, so this bounds the depth, too
+    # Each level of nesting costs one, so this bounds the depth, too.
+    budget[0] -= 1
     if budget[0] < 0:
-        raise InvalidQuery(f"filter: expected at most {_MOST_CONDITIONS} conditions")
+        raise InvalidQuery(f"filter: expected at most {_MAX_CONDITIONS} conditions")
     if name in ("$and", "$or"):
         if not isinstance(wanted, list) or not wanted:
             raise InvalidQuery(f"filter: {name} expects a list of one or more filters")
@@ -65,12 +69,12 @@ def _member(name: str, wanted: Any, budget: list[int]) -> Filter:
 def _condition(operator: str, wanted: Any, budget: list[int]) -> Filter:
     budget[0] -= 1
     if budget[0] < 0:
-        raise InvalidQuery(f"filter: expected at most {_MOST_CONDITIONS} conditions")
+        raise InvalidQuery(f"filter: expected at most {_MAX_CONDITIONS} conditions")
     if operator == "$eq":
         return _equal(wanted)
     if operator == "$in":
-        if not isinstance(wanted, list) or not 1 <= len(wanted) <= _MOST_VALUES:
-            raise InvalidQuery(f"filter: $in expects a list of 1 to {_MOST_VALUES} values")
+        if not isinstance(wanted, list) or not 1 <= len(wanted) <= _MAX_VALUES:
+            raise InvalidQuery(f"filter: $in expects a list of 1 to {_MAX_VALUES} values")
         return _join("OR", [_equal(value) for value in wanted])
     if operator not in _RANGES:
         raise InvalidQuery("filter: expected $eq, $in, $gt, $gte, $lt or $lte in the object of a field")
@@ -95,7 +99,7 @@ def _equal(value: Any) -> Filter:
 
 
 def _field(name: str, conditions: list[Filter]) -> Filter:
-    # The name is compared as a value: as a part of a JSON path it could be another path.
+    # The name is compared as a value, because as a part of a JSON path it could name another field.
     inner = _join("AND", conditions)
     sql = f"EXISTS (SELECT 1 FROM json_each(items.metadata) WHERE key = ? AND {inner.sql})"  # noqa: S608  # ours alone
     return Filter(sql, (_text(name), *inner.values))
@@ -111,10 +115,11 @@ def _number(value: int | float) -> int | float:
         if value != value or value in (float("inf"), float("-inf")):
             raise InvalidQuery("filter: expected finite numbers")
         return value
-    if -_LARGEST <= value <= _LARGEST:
+    if -_MAX_INTEGER <= value <= _MAX_INTEGER:
         return value
     try:
-        return float(value)  # as SQLite reads such a number in JSON
+        # SQLite, too, reads so large an integer in JSON as a double.
+        return float(value)
     except OverflowError as error:
         raise InvalidQuery("filter: a number is too large") from error
 

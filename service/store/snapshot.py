@@ -1,10 +1,10 @@
-"""A file of arrays that is either whole or known not to be.
+"""A file of arrays whose damage is always noticed.
 
     magic (8 bytes) · length of the header (u32) · header (JSON: facts; name, dtype, shape of each array) · the arrays,
-    one after the other · CRC-32 of all before it (u32), numbers little-endian
+    one after the other · CRC-32 of everything before it (u32); numbers are little-endian
 
-Nothing in it is run or followed: every length is checked against the file's size before memory is taken for it, and
-nobody sees an array before the checksum of all has been compared.
+The file holds no code and no references. `read` checks every length against the file's size before it allocates
+memory, and returns no array before it has compared the checksum.
 """
 
 import json
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 SNAPSHOT = "index.snapshot"
 _MAGIC = b"LOOKSNAP"
 _NUMBER = np.dtype("<u4")
-_LARGEST_HEADER = 65_536
+_MAX_HEADER_BYTES = 65_536
 _DTYPES = ("|u1", "<i8", "<f4")
 
 Array = NDArray[Any]
 
 
 class DamagedSnapshot(Exception):
-    """The file is not one that `write` finished, or is no longer."""
+    """The file is not a snapshot, or not as `write` left it."""
 
 
 class Section(NamedTuple):
@@ -46,7 +46,7 @@ def section(name: str, array: Array) -> Section:
 
 
 def write(path: Path, facts: dict[str, Any], sections: list[Section]) -> Path:
-    """Write a snapshot into a file beside `path` and return that file's path; `publish` gives it its name.
+    """Write a snapshot into a temporary file beside `path`, and return that file's path for `publish`.
 
     Raises:
         OSError.
@@ -64,7 +64,7 @@ def write(path: Path, facts: dict[str, Any], sections: list[Section]) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a written file its name for good: fsync, rename, fsync of the folder. Raises OSError."""
+    """Rename a temporary file to its final name, durably: fsync, rename, fsync of the folder. Raises OSError."""
     sync(temporary)
     temporary.rename(path)
     sync(path.parent)
@@ -74,8 +74,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return the facts and arrays of a snapshot.
 
     Raises:
-        DamagedSnapshot: it is not whole, or not one of ours.
-        OSError: it is not there, or cannot be read.
+        DamagedSnapshot: the file is damaged, or not a snapshot.
+        OSError: the file is missing, or cannot be read.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -83,7 +83,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         if len(start) < len(_MAGIC) + 4 or not start.startswith(_MAGIC):
             raise DamagedSnapshot("it does not begin like a snapshot")
         length = int(np.frombuffer(start[len(_MAGIC) :], _NUMBER)[0])
-        if length > _LARGEST_HEADER:
+        if length > _MAX_HEADER_BYTES:
             raise DamagedSnapshot(f"its header says that it is {length} bytes long")
         header = file.read(length)
         facts, shapes = _parse(header)
@@ -103,7 +103,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def sync(path: Path) -> None:
-    """See a file's or a folder's content onto the disk. Raises OSError."""
+    """Flush the content of a file or a folder to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

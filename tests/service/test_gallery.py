@@ -1,23 +1,30 @@
 """Encoder + store: outcomes of adding, the choice of encoder, the sentence about pictures that do not fit."""
 
+import json
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from service import FloatArray
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFound, NoEmbedding, UnsupportedFormat
-from service.gallery import Gallery, find_model, open_gallery
+from service.gallery import Gallery, find_model, open_gallery, succeed
 from service.items import NewPicture
 from service.settings import Settings
+from service.store import Hit, Item, NewItem
 from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
+from service.store.filters import Filter
 from tests.conftest import MODEL, encoded, scene
 from tests.service.jobs.test_embed import blind_model
 
@@ -118,3 +125,77 @@ def test_settings_come_from_the_environment(tmp_path: Path, encoder: Encoder, mo
     with pytest.raises(InvalidQuery, match="from 1 to 2, got 3"):
         gallery.find(["p"], 3)
     gallery.close()
+
+
+class ArrayStore:
+    """A second implementation of the Store protocol: a dict, searched by plain NumPy."""
+
+    def __init__(self) -> None:
+        self.items: dict[str, NewItem] = {}
+        self.closed = False
+
+    def add(self, items: Sequence[NewItem]) -> list[bool]:
+        new = [item.id not in self.items for item in items]
+        self.items |= {item.id: item for item in items}
+        return new
+
+    def get(self, id: str) -> Item | None:
+        return self.items.get(id)
+
+    def embedding(self, id: str) -> FloatArray | None:
+        return self.items[id].embedding if id in self.items else None
+
+    def thumbnail(self, id: str) -> bytes | None:
+        return self.items[id].thumbnail if id in self.items else None
+
+    def original(self, id: str) -> bytes | None:
+        return self.items[id].original if id in self.items else None
+
+    def remove(self, id: str) -> bool:
+        return self.items.pop(id, None) is not None
+
+    def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
+        if id in self.items:
+            self.items[id] = replace(self.items[id], metadata=change(self.items[id].metadata))
+        return self.items.get(id)
+
+    def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
+        assert where is None
+        scored = [
+            sorted(((float(query @ item.embedding), item) for item in self.items.values()), key=lambda pair: -pair[0])
+            for query in queries
+        ]
+        return [[Hit(item.id, score, json.dumps(item.metadata)) for score, item in row[:k]] for row in scored]
+
+    def scan(self, limit: int, after: int = 0) -> tuple[list[Item], int | None]:
+        page = list(self.items.values())[after : after + limit]
+        return [*page], after + limit if after + limit < len(self.items) else None
+
+    def count(self) -> int:
+        return len(self.items)
+
+    def settle(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_gallery_works_on_any_store(encoder: Encoder, gallery: Gallery) -> None:
+    store = ArrayStore()
+    other = Gallery(encoder, store, gallery.settings)
+    for one in (gallery, other):
+        for n in range(4):
+            assert one.add(f"p{n}", encoded(scene(seed=n)), {"n": n})
+        assert one.change_metadata("p1", {"n": None, "m": 1}).metadata == {"m": 1}
+        one.remove("p3")
+        one.probe()
+    query = encoded(scene(seed=1))
+    (ours,), (theirs,) = gallery.find([query], 3), other.find([query], 3)
+    assert [(hit.id, hit.metadata) for hit in ours] == [(hit.id, hit.metadata) for hit in theirs]
+    assert np.allclose([hit.score for hit in ours], [hit.score for hit in theirs], atol=1e-6)
+    assert (other.notice(), other.thumbnail("p0")) == (gallery.notice(), gallery.thumbnail("p0"))
+    with pytest.raises(InvalidStore, match="not in a folder"):
+        succeed(other)
+    other.close()
+    assert store.closed

@@ -1,0 +1,156 @@
+"""Build, catch up, switch: a generation takes over the items of the one before it and remembers how far it came."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from service.errors import InvalidStore, Outcome, UndecodablePicture
+from service.generations import Add, Lineage, build, catch_up, switch
+from service.items import NewPicture
+from service.store.catalog_reader import CatalogReader
+from service.store.embedded import EmbeddedStore
+from service.store.layout import current, publish
+from tests.service.store.test_embedded import D, card, item, unit
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """Closes what a test opens."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def put(store: EmbeddedStore, id: str, data: bytes, **metadata: object) -> None:
+    """Add an item whose image file is these bytes."""
+    new = item(id, unit(D, seed=len(data)), **metadata)
+    store.add([replace(new, digest=hashlib.sha256(data).hexdigest(), original=data)])
+
+
+def adding(store: EmbeddedStore) -> Add:
+    """Return a function that embeds bytes by their length, with another encoder; b"bad" is no picture."""
+
+    def add(pictures: Sequence[NewPicture[bytes]]) -> list[Outcome[bool]]:
+        outcomes: list[Outcome[bool]] = []
+        for one in pictures:
+            if one.picture == b"bad":
+                outcomes.append(UndecodablePicture("no picture"))
+            else:
+                outcomes.append(store.get(one.id) is None)
+                put(store, one.id, one.picture, **one.metadata)
+        return outcomes
+
+    return add
+
+
+def contents(store: EmbeddedStore) -> dict[str, object]:
+    return {found.id: found.metadata for found in store.scan(999)[0]}
+
+
+def built(opened: ExitStack, home: Path, first: EmbeddedStore) -> EmbeddedStore:
+    """Build the second generation."""
+    second = opened.enter_context(closing(EmbeddedStore(home / "generation-2", card("second"), D)))
+    with closing(CatalogReader(first.folder)) as earlier:
+        build(second, earlier, home, adding(second), lambda _: None)
+    return second
+
+
+def test_a_generation_catches_up_and_takes_the_place_of_the_first(home: Path, opened: ExitStack) -> None:
+    first = opened.enter_context(closing(EmbeddedStore(home, card("first"), D)))
+    for n in range(150):
+        put(first, f"p{n}", bytes(n + 1), n=n)
+    first.remove("p7")
+    second = built(opened, home, first)
+    assert contents(second) == contents(first)
+    assert Lineage.of(second) == Lineage("", 151)
+    assert Lineage.of(first) is None
+
+    put(first, "new", b"new")
+    put(first, "p3", bytes(300), n=3)
+    first.set_metadata("p4", lambda _: {"n": "changed"})
+    first.remove("p5")
+    catch_up(second, home, adding(second))
+    assert contents(second) == contents(first)
+    assert Lineage.of(second) == Lineage("", 155)
+
+    put(first, "last", b"last")
+    switch(first, second, home, adding(second), read_only=False)
+    assert contents(second) == contents(first)
+    with pytest.raises(InvalidStore, match="replaced by one of another encoder"):
+        put(first, "late", b"late")
+    publish(home, second.folder)
+    assert current(home) == home / "generation-2"
+    first.close()
+    with pytest.raises(InvalidStore, match="in use by process"):  # the second has the first's lock
+        EmbeddedStore(home, card("second"), D)
+
+
+def test_a_build_that_was_interrupted_goes_on_where_it_stopped(home: Path, opened: ExitStack) -> None:
+    first = opened.enter_context(closing(EmbeddedStore(home, card("first"), D)))
+    for n in range(5):
+        put(first, f"p{n}", bytes(n + 1))
+    second = built(opened, home, first)
+    put(first, "p9", bytes(9))
+    second.close()
+    added: list[str] = []
+    with (
+        closing(EmbeddedStore(home / "generation-2", card("second"), D)) as again,
+        closing(CatalogReader(home)) as earlier,
+    ):
+
+        def add(pictures: Sequence[NewPicture[bytes]]) -> list[Outcome[bool]]:
+            added.extend(one.id for one in pictures)
+            return adding(again)(pictures)
+
+        build(again, earlier, home, add, lambda _: None)
+        assert added == ["p9"]
+        assert again.count() == 6
+
+
+def test_a_bad_picture_is_named_and_the_others_are_taken_over(home: Path, opened: ExitStack) -> None:
+    first = opened.enter_context(closing(EmbeddedStore(home, card("first"), D)))
+    for id, data in (("a", b"1"), ("b", b"bad"), ("c", b"333")):
+        put(first, id, data)
+    second = opened.enter_context(closing(EmbeddedStore(home / "generation-2", card("second"), D)))
+    with (
+        closing(CatalogReader(home)) as earlier,
+        pytest.raises(InvalidStore, match="1 items cannot be embedded anew; b: no picture"),
+    ):
+        build(second, earlier, home, adding(second), lambda _: None)
+    assert list(contents(second)) == ["a", "c"]
+    assert Lineage.of(second) == Lineage("", -1)  # so that the next run looks at all of them again
+
+
+@pytest.mark.parametrize(
+    ("facts", "lineage"),
+    [
+        ({}, None),
+        ({"earlier": "", "follows": "31"}, Lineage("", 31)),
+        ({"earlier": "generation-2", "follows": "7"}, Lineage("generation-2", 7)),
+        ({"earlier": ""}, Lineage("", -1)),  # an interrupted job of an earlier version
+    ],
+)
+def test_lineages_of_stores_that_are_there(home: Path, facts: dict[str, str], lineage: Lineage | None) -> None:
+    store = EmbeddedStore(home, card(), D)
+    store.note(facts)
+    assert Lineage.of(store) == lineage
+    if lineage is not None:
+        replace(lineage, caught_up_to=40).save(store)
+        assert store.facts()["follows"] == "40"
+    store.close()
+
+
+def test_a_store_whose_earlier_generation_was_deleted_stays_as_it_is(home: Path) -> None:
+    store = EmbeddedStore(home / "generation-3", card(), D)
+    Lineage("generation-2", 5).save(store)
+    catch_up(store, home, adding(store))
+    assert Lineage.of(store) == Lineage("generation-2", 5)
+    store.close()
