@@ -4,8 +4,9 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -86,6 +87,11 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidRequest(f"{what}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def picture_of(picture: bytes | str, settings: Settings) -> bytes | Callable[[], bytes]:
+    """Return a picture's bytes as they came, or for one in base64 a function that decodes it. See `from_base64`."""
+    return partial(from_base64, picture, settings.max_image_bytes) if isinstance(picture, str) else picture
 
 
 def from_base64(text: str, most_bytes: int) -> bytes:

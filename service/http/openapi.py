@@ -1,8 +1,9 @@
-"""The OpenAPI document: what each route takes and answers, with examples. The routes themselves are in api.py."""
+"""The OpenAPI document: the bodies and answers that routes declare, their examples, and the limits of this service."""
 
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -10,6 +11,10 @@ from service.gallery import Gallery
 from service.http import schemas
 from service.http.keys import read_keys
 from service.http.schemas import OpenAIError, Problem
+from service.settings import Settings
+from service.store.filters import json_schemas
+
+_PREFIX = "#/components/schemas/"
 
 PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
 
@@ -19,20 +24,28 @@ _DOT = (
 _FINGERPRINT = "7630ccfe" + "0" * 56
 _HIT = {"id": "digits/00634", "score": 0.9897, "metadata": {"label": "7"}}
 
-# What is said of each status: code and detail of an example.
+
+def _default(limit: str) -> Any:
+    return Settings.model_fields[limit].default
+
+
+# The schema of an id in a path, by the default limit; `_bound` puts this service's own in its place.
+ITEM_ID = {"minLength": 1, "maxLength": _default("max_id_bytes"), "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$"}
+
+# An example of each status: its code and its detail.
 STATUSES = {
-    400: ("invalid_request", "k: expected a whole number from 1 to 1000, got 0"),
+    400: ("invalid_request", f"k: expected a whole number from 1 to {_default('max_k')}, got 0"),
     401: ("unauthorized", "expected an API key in the header Authorization: Bearer KEY"),
     403: ("read_only_key", "this API key may read only; expected one that may write"),
     404: ("not_found", "no item has this id"),
-    408: ("slow_body", "the body did not come in full within 30 s"),
+    408: ("slow_body", f"the body did not come in full within {_default('body_timeout_s'):g} s"),
     409: ("fingerprint_mismatch", "the request names another encoder than the one that runs here"),
-    413: ("too_large", "the picture is 9000x9000; the limit is 25000000 pixels"),
+    413: ("too_large", f"the picture is 9000x9000; the limit is {_default('max_pixels')} pixels"),
     415: ("unsupported_format", "not a picture that we take: expected the bytes of one of JPEG, PNG, WEBP, GIF, BMP"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
-    429: ("busy", "256 requests are waiting already; try again in a second"),
+    429: ("busy", f"{_default('max_waiting')} requests are waiting already; try again in a second"),
     503: ("invalid_store", "the store cannot be written: database or disk is full"),
-    504: ("timed_out", "the work took longer than 30 s"),
+    504: ("timed_out", f"the work took longer than {_default('work_timeout_s'):g} s"),
 }
 WORK = (401, 429, 503, 504)
 BODY = (400, 408, 413, 415)
@@ -159,30 +172,23 @@ def _shown(model: type[BaseModel], value: Any) -> dict[str, Any]:
 
 
 def _reference(model: type[BaseModel]) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"$ref": _PREFIX + model.__name__}
 
 
 def describe(app: FastAPI) -> None:
-    """Let the app's document be FastAPI's, with our bodies and answers in it and nothing of its own errors."""
-    made_by_fastapi = app.openapi
+    """Replace `app.openapi` by one whose schemas and limits are ours.
+
+    The document is computed once. Until a gallery is set it has the default limits.
+    """
+    by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = made_by_fastapi()
-            both = [*((model, "validation") for model in _BODIES), *((model, "serialization") for model in _ALL)]
-            _, ours = models_json_schema(both, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            document["components"] = {"schemas": ours["$defs"] | _FILTER}
-            for path, operations in document["paths"].items():
-                for operation in operations.values():
-                    told = operation["responses"]
-                    for status in [status for status in told if "HTTPValidationError" in str(told[status])]:
-                        del told[status]
-                    for parameter in operation.get("parameters", ()):
-                        # Left out is not null: an address has no null.
-                        kinds = parameter["schema"].pop("anyOf", ({},))
-                        parameter["schema"] |= kinds[0]
-                        if parameter["name"] == "id" and "{id}" in path:
-                            parameter["schema"] |= {"minLength": 1, "maxLength": 256, "pattern": _ID}
+            document = by_fastapi()
+            models = [*((model, "validation") for model in _BODIES), *((model, "serialization") for model in _ALL)]
+            _, ours = models_json_schema(models, ref_template=_PREFIX + "{model}")  # type: ignore[arg-type]
+            document["components"] = {"schemas": ours["$defs"] | json_schemas(_PREFIX)}
+            _remove_undeclared_errors(document, app)
             if hasattr(app.state, "gallery"):
                 _bound(document, app.state.gallery)
             app.openapi_schema = document
@@ -191,72 +197,50 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def _remove_undeclared_errors(document: dict[str, Any], app: FastAPI) -> None:
+    """Remove the 422 that FastAPI adds to routes with parameters: our validation errors are 400."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.include_in_schema and 422 not in route.responses:
+            for method in route.methods or ():
+                document["paths"][route.path_format][method.lower()]["responses"].pop("422", None)
+
+
 def _bound(document: dict[str, Any], gallery: Gallery) -> None:
-    """Put this service's own limits into the document: what it would refuse is not valid by it."""
+    """Put the limits of this service into the document, so that a request which it would refuse is invalid by it."""
     settings = gallery.settings
     if len(read_keys(settings)):
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
-    schemas_ = document["components"]["schemas"]
+    properties = {name: model.get("properties", {}) for name, model in document["components"]["schemas"].items()}
+    dimension = gallery.encoder.dimension
     for name in ("ByVector", "SearchByVector"):
-        size = gallery.encoder.dimension
-        schemas_[name]["properties"]["vector"] |= {"minItems": size, "maxItems": size}
+        properties[name]["vector"] |= {"minItems": dimension, "maxItems": dimension}
     for name in ("ById", "SearchById"):
-        schemas_[name]["properties"]["id"] |= {"minLength": 1, "maxLength": settings.max_id_bytes, "pattern": _ID}
-    for name in ("SearchById", "SearchByImage", "SearchByVector", "SearchMany"):
-        most = settings.max_k_of_many if name == "SearchMany" else settings.max_k
-        schemas_[name]["properties"]["k"]["maximum"] = most
-    schemas_["EmbedBody"]["properties"]["images"]["maxItems"] = settings.max_images
-    several = schemas_["SearchMany"]["properties"].pop("queries")
+        properties[name]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
+    for name in ("SearchById", "SearchByImage", "SearchByVector"):
+        properties[name]["k"]["maximum"] = settings.max_k
+    properties["SearchMany"]["k"]["maximum"] = settings.max_k_of_many
+    properties["EmbedBody"]["images"]["maxItems"] = settings.max_images
+    several = properties["SearchMany"].pop("queries")
     items = {"anyOf": [_reference(schemas.ByVector), _reference(schemas.ById)]}
-    schemas_["SearchMany"]["properties"]["queries"] = {
+    properties["SearchMany"]["queries"] = {
         "description": f"At most {settings.max_images} of them pictures.",
         "anyOf": [
             several | {"maxItems": min(settings.max_queries, settings.max_images)},
             several | {"maxItems": settings.max_queries, "items": items},
         ],
     }
-    openai = schemas_["OpenAIBody"]["properties"]
+    openai = properties["OpenAIBody"]
     openai["model"]["const"] = gallery.card.name
-    openai["dimensions"] = {"enum": [gallery.encoder.dimension, None]}
+    openai["dimensions"] = {"enum": [dimension, None]}
     openai["input"]["anyOf"][1]["maxItems"] = settings.max_images
-    for path in document["paths"].values():
-        for parameter in path.get("post", {}).get("parameters", ()):
-            if parameter["name"] == "k":
-                parameter["schema"]["maximum"] = settings.max_k
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "k":
+                    parameter["schema"]["maximum"] = settings.max_k
+                elif parameter["in"] == "path":
+                    parameter["schema"]["maxLength"] = settings.max_id_bytes
 
 
-_SCALAR = {"type": ["string", "number", "boolean", "null"]}
-_BOUND = {"type": ["string", "number"]}
-_FILTER = {
-    "Filter": {
-        "title": "Filter",
-        "description": "Conditions on metadata; several in one object must all hold.",
-        "type": "object",
-        "minProperties": 1,
-        "properties": {
-            "$and": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}},
-            "$or": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}},
-            "$not": {"$ref": "#/components/schemas/Filter"},
-        },
-        "patternProperties": {"^[^$]": {"anyOf": [_SCALAR, {"$ref": "#/components/schemas/Condition"}]}},
-        "additionalProperties": False,
-        "examples": [{"year": {"$gte": 2000}, "$not": {"label": "7"}}],
-    },
-    "Condition": {
-        "title": "Condition",
-        "type": "object",
-        "minProperties": 1,
-        "properties": {
-            "$eq": _SCALAR,
-            "$in": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _SCALAR},
-            "$gt": _BOUND,
-            "$gte": _BOUND,
-            "$lt": _BOUND,
-            "$lte": _BOUND,
-        },
-        "additionalProperties": False,
-    },
-}
-_ID = r"^[^\x00-\x1f\x7f-\x9f]+$"
 _ALL = (*_ANSWERS, schemas.Info, Problem, OpenAIError)

@@ -19,8 +19,10 @@ from pydantic import (
 
 from service import FloatArray
 from service.errors import InvalidRequest
-from service.http.bodies import read_body
+from service.http.bodies import picture_of, read_body
+from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
+from service.store.filters import DESCRIPTION
 
 _LONG = 100_000  # bytes; parsing more would hold up the event loop
 
@@ -50,10 +52,7 @@ Fingerprint = Annotated[
 ]
 FilterObject = Annotated[
     Annotated[dict[str, Any], WithJsonSchema({"allOf": [{"$ref": "#/components/schemas/Filter"}]})] | None,
-    Field(
-        description='Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, '
-        '{"year": {"$gte": 2000, "$lt": 2010}}, joined by $and, $or, $not.'
-    ),
+    Field(description=DESCRIPTION),
 ]
 
 
@@ -70,17 +69,29 @@ class ByImage(Body):
 
     image: Base64
 
+    def query(self, settings: Settings) -> PictureQuery:
+        """Return the query. Its base64 is decoded on a decoder thread."""
+        return PictureQuery(picture_of(self.image, settings))
+
 
 class ByVector(Body):
     """What to look for: a direction."""
 
     vector: Vector
 
+    def query(self, _: Settings) -> VectorQuery:
+        """Return the query."""
+        return VectorQuery(self.vector)
+
 
 class ById(Body):
     """What to look for: the likes of an item, itself left out."""
 
     id: str
+
+    def query(self, _: Settings) -> ItemQuery:
+        """Return the query."""
+        return ItemQuery(self.id)
 
 
 def _whole(value: Any) -> Any:

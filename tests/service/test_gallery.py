@@ -10,6 +10,7 @@ from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import InvalidQuery, InvalidRequest, ItemNotFound
 from service.gallery import Gallery, check_id, find_model, open_gallery
+from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
 from service.store.embedded import EmbeddedStore
 from tests.conftest import MODEL, encoded, scene
@@ -51,15 +52,15 @@ def test_what_finds_and_what_cannot(gallery: Gallery) -> None:
     for n in range(3):
         assert gallery.add(f"p{n}", encoded(scene(seed=n)), {"n": n})
     assert not gallery.add("p2", encoded(scene(seed=2)), {"n": "again"})
-    assert gallery.find([encoded(scene(seed=1))], 1)[0][0].id == "p1"
+    assert gallery.find([PictureQuery(encoded(scene(seed=1)))], 1)[0][0].id == "p1"
     vector = gallery.embed([encoded(scene(seed=1))])[0]
-    assert gallery.find([(vector * 1e30).tolist()], 1)[0][0].id == "p1"
-    assert {hit.id for hit in gallery.find(["p1"], 10)[0]} == {"p0", "p2"}
-    assert len(gallery.find(["p1"], 1)[0]) == 1
+    assert gallery.find([VectorQuery((vector * 1e30).tolist())], 1)[0][0].id == "p1"
+    assert {hit.id for hit in gallery.find([ItemQuery("p1")], 10)[0]} == {"p0", "p2"}
+    assert len(gallery.find([ItemQuery("p1")], 1)[0]) == 1
     with pytest.raises(ItemNotFound):
-        gallery.find(["p9"], 1)
+        gallery.find([ItemQuery("p9")], 1)
     with pytest.raises(InvalidQuery, match="only zeros"):
-        gallery.find([np.zeros_like(vector).tolist()], 1)
+        gallery.find([VectorQuery(np.zeros_like(vector).tolist())], 1)
     gallery.remove("p1")
     with pytest.raises(ItemNotFound):
         gallery.remove("p1")
@@ -73,5 +74,5 @@ def test_settings_come_from_the_environment(tmp_path: Path, encoder: Encoder, mo
     gallery.add("p", encoded(scene()), {})
     assert store.original("p") is None
     with pytest.raises(InvalidQuery, match="from 1 to 2, got 3"):
-        gallery.find(["p"], 3)
+        gallery.find([ItemQuery("p")], 3)
     gallery.close()
