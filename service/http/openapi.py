@@ -77,7 +77,7 @@ _ANSWERS: dict[type[BaseModel], Any] = {
 
 
 def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/json",)) -> dict[str, Any]:
-    """Return the content of a JSON body that is one of these."""
+    """Return the content of a JSON body that is one of these models."""
     choices = [_reference(model) for model in models]
     examples = {model.__name__: {"value": _BODIES[model]} for model in models}
     schema = choices[0] if len(choices) == 1 else {"oneOf": choices}
@@ -85,12 +85,12 @@ def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/j
 
 
 def picture_body(several: bool = False, metadata: str = "", raw: bool = True) -> dict[str, Any]:
-    """Return the content of a body of pictures: the bytes of one, or a form with the field file.
+    """Return the content of a body of pictures: the bytes of one image file, or a form with the field `file`.
 
     Args:
-        several: whether the form may have several.
-        metadata: format of the form's field of that name; none if empty.
-        raw: whether the body may be a picture itself.
+        several: whether the form may hold several files.
+        metadata: format of the form's field `metadata`; without that field if empty.
+        raw: whether the body may be an image file itself.
     """
     picture = {"type": "string", "format": "binary"}
     properties: dict[str, Any] = {"file": {"type": "array", "items": picture, "minItems": 1} if several else picture}
@@ -106,13 +106,13 @@ def picture_body(several: bool = False, metadata: str = "", raw: bool = True) ->
 
 
 def zip_body() -> dict[str, Any]:
-    """Return the content of a body that is a zip of pictures."""
+    """Return the content of a body that is a zip file of pictures."""
     schema = {"type": "string", "format": "binary"}
     return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "/page/example.zip"}}}}
 
 
 def body(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a route's openapi_extra."""
+    """Return the openapi_extra of a route with this body."""
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -123,7 +123,15 @@ def answers(
     more: dict[str, Any] | None = None,
     openai: bool = False,
 ) -> dict[int | str, dict[str, Any]]:
-    """Return a route's responses: what it answers when all is well, and the errors it can end in."""
+    """Return the responses of a route.
+
+    Args:
+        ok: the model of a good answer, several of which it is one, a media type of bytes, or None for an empty answer.
+        statuses: the errors that the route can answer, each a key of STATUSES.
+        success: the statuses of a good answer.
+        more: further media types of a good answer.
+        openai: whether errors have OpenAI's shape.
+    """
     content: dict[str, Any] = {}
     if isinstance(ok, str):
         content = {ok: {"schema": {"type": "string", "format": "binary"}}}
@@ -144,7 +152,7 @@ _DONE = {200: "Done.", 201: "The id is new.", 204: "Gone."}
 
 
 def ndjson() -> dict[str, Any]:
-    """Return the content of an answer of one JSON object a line."""
+    """Return the content of an answer with one JSON object per line."""
     example = (
         '{"index":0,"id":"a.png","status":201}\n'
         '{"index":1,"id":"b.png","status":422,"code":"undecodable_picture","detail":"the picture is damaged"}\n'

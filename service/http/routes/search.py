@@ -15,7 +15,7 @@ from service.http.openapi import BODY, WORK, answers, body, json_body, picture_b
 from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Threshold
 from service.http.routes.state import NumPyJsonResponse, check_fingerprint, slots_of, stored_gallery_of
-from service.http.schemas import Included, SearchBody, SearchMany, read_json
+from service.http.schemas import DEFAULT_K, Included, SearchBody, SearchMany, read_json
 from service.queries import PictureQuery, Query
 from service.store import Hit
 from service.store.filters import Filter, parse_filter
@@ -25,7 +25,7 @@ direct = APIRouter(route_class=DirectRoute)
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What a search asks for besides its queries.
+    """The options of a search, common to all its queries.
 
     Attributes:
         k: hits per query, at most.
@@ -73,7 +73,7 @@ _OPTIONS = {field.name for field in fields(SearchOptions)}
 )
 async def search(
     request: Request,
-    k: K = 10,
+    k: K = DEFAULT_K,
     threshold: Threshold = -1,
     filter: FilterText = None,
     include: Include = ("metadata",),
