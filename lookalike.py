@@ -242,13 +242,14 @@ def search(
 ) -> None:
     """Find the pictures of a store that are most like a picture."""
     from service.gallery import open_gallery
+    from service.queries import PictureQuery
 
     try:
         data = image.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
     gallery = open_gallery(_settings(store=store, read_only=True))
-    hits = gallery.find([data], k)[0]
+    hits = gallery.find([PictureQuery(data)], k)[0]
     gallery.close()
     if as_json:
         print(json.dumps({"hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]}))

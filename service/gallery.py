@@ -1,10 +1,10 @@
 """Encoder + store: add pictures, find lookalikes. What HTTP, command line and page all call."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,13 @@ from service.errors import (
 )
 from service.generations import catch_up, switch
 from service.items import NewPicture
+from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, VectorQuery
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
 from service.store.catalog import no_store
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.filters import Filter
 from service.store.layout import current
-
-Query = bytes | Future[FloatArray] | str | Sequence[float]
-"""What to look for: the bytes of a picture, its embedding to come, the id of an item, or a vector."""
 
 _SAMPLED_THUMBNAILS = 100
 _SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
@@ -231,56 +229,60 @@ class Gallery:
         if not self.store.remove(id):
             raise _no_item()
 
+    def begin(self, query: Query) -> BegunQuery:
+        """Start to compute a query's vector. Call it from any thread; it does not block.
+
+        Raises:
+            InvalidRequest: an id that no item can have.
+        """
+        match query:
+            case PictureQuery():
+                embedding = self.embed_soon(query.data)
+                return BegunQuery(embedding.result, embedding)
+            case VectorQuery():
+                return BegunQuery(partial(query.unit, self.encoder.dimension))
+            case ItemQuery():
+                id = self.check_id(query.id)
+                return BegunQuery(partial(self._stored_embedding, id), excluded_id=id)
+
     def find(
         self, queries: Sequence[Query], k: int, threshold: float = -1, where: Filter | None = None
     ) -> list[list[Hit]]:
         """Return for each query the k items most like it, best first.
 
         Args:
-            queries: pictures as bytes or as what embed_soon gave for them; vectors of D finite numbers, not all 0,
-                made unit length here; ids of items, which are left out of their own hits.
-            k: 1 to max_k; with several queries 1 to max_k_of_many.
-            threshold: hits have at least this score.
-            where: only items whose metadata meets it.
+            queries: one or more, of any kind. An item is left out of its own hits.
+            k: hits per query, 1 to max_k; for several queries 1 to max_k_of_many.
+            threshold: smallest score of a hit, in [−1, 1].
+            where: only items whose metadata matches this filter.
 
         Raises:
-            InvalidQuery, ItemNotFound, and as `read`; of several queries it names every bad one.
+            InvalidQuery, ItemNotFound, and as `read`. With several queries, the error names every bad one.
         """
+        return self.find_begun(each("query", queries, self.begin), k, threshold, where)
+
+    def find_begun(
+        self, queries: Sequence[BegunQuery], k: int, threshold: float = -1, where: Filter | None = None
+    ) -> list[list[Hit]]:
+        """Do the same for queries that `begin` returned. Blocks until all their vectors are known."""
         most = self.settings.max_k if len(queries) == 1 else self.settings.max_k_of_many
         if not 1 <= k <= most:
             got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
             raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
-        begun = [self.embed_soon(query) if isinstance(query, bytes) else query for query in queries]
-        vectors = each("query", begun, self._vector)
-        by_id = any(isinstance(query, str) for query in queries)
-        found = self.store.search(np.stack(vectors), k + by_id, where)
+        vectors = each("query", queries, lambda query: query.vector())
+        # An item is its own best hit: one more is asked for, so that k are left without it.
+        excludes = any(query.excluded_id is not None for query in queries)
+        found = self.store.search(np.stack(vectors), k + excludes, where)
         return [
-            [hit for hit in hits if hit.score >= threshold and not (isinstance(query, str) and hit.id == query)][:k]
+            [hit for hit in hits if hit.score >= threshold and hit.id != query.excluded_id][:k]
             for query, hits in zip(queries, found, strict=True)
         ]
 
-    def _vector(self, query: Future[FloatArray] | str | Sequence[float]) -> FloatArray:
-        """The unit vector to look for."""
-        if isinstance(query, Future):
-            return query.result()
-        if isinstance(query, str):
-            embedding = self.store.embedding(query)
-            if embedding is None:
-                raise _no_item()
-            return embedding
-        try:
-            vector = np.asarray(query, np.float64)
-        except OverflowError as error:
-            raise InvalidQuery("vector: a number is too large") from error
-        if vector.shape != (self.encoder.dimension,):
-            raise InvalidQuery(f"vector: expected {self.encoder.dimension} numbers, got {vector.size}")
-        largest = float(np.abs(vector).max())
-        if not math.isfinite(largest):
-            raise InvalidQuery("vector: expected finite numbers, got NaN or infinity")
-        if not largest:
-            raise InvalidQuery("vector: expected a direction, got only zeros")
-        vector /= largest  # so that neither the largest nor the smallest of doubles is lost in the squares
-        return np.asarray(vector / math.sqrt(vector @ vector), np.float32)
+    def _stored_embedding(self, id: str) -> FloatArray:
+        embedding = self.store.embedding(id)
+        if embedding is None:
+            raise _no_item()
+        return embedding
 
     def check_id(self, id: str) -> str:
         """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as `items.check_id`."""

@@ -1,1 +1,1 @@
-"""The HTTP interface: routes, what stands before them, and what requests and answers look like."""
+"""The HTTP interface: routes, the guard before them, and the forms of requests and answers."""

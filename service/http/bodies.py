@@ -1,11 +1,12 @@
-"""A request's body → the bytes of its pictures and its fields: forms, limits, refusals."""
+"""A request's body → the bytes of its pictures and its form fields, within limits."""
 
 import base64
 import binascii
 import io
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -16,25 +17,26 @@ from python_multipart.multipart import parse_options_header
 from service.errors import InvalidRequest, TooLarge, UnsupportedFormat
 from service.settings import Settings
 
-# curl --data-binary declares a form unless it is told otherwise; the bytes decide.
+# curl --data-binary declares a form by default. The declared type does not count, the bytes do.
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 _MOST_FIELDS = 8
-_MOST_TEXT_BYTES = 4_000_000  # metadata of many pictures
+# The metadata of many pictures is one text field.
+_MOST_TEXT_BYTES = 4_000_000
 
 
 @dataclass
 class Form:
-    """What a multipart form holds: its files, each with the name that the client gave it, and its texts by field."""
+    """A multipart form: its files, each with the name that the client gave it, and its text fields by name."""
 
     files: list[tuple[str, bytes]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
 
 
 def content_type(request: Request) -> str:
-    """Return the declared type of the body without its parameters, in small letters; "" for none.
+    """Return the media type of the body in lower case, without parameters; "" where the request declares none.
 
     Raises:
-        UnsupportedFormat: the body is compressed; what it unpacks to has no limit yet.
+        UnsupportedFormat: the body is compressed. Nothing limits the size of a decompressed body yet.
     """
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
         raise UnsupportedFormat("expected a body without Content-Encoding")
@@ -45,12 +47,12 @@ async def read_pictures(request: Request, settings: Settings) -> tuple[list[byte
     """Read a body that is a picture, or a form with pictures in the field `file`.
 
     Returns:
-        The pictures' bytes, one or more, not decoded; and the form's text fields.
+        The bytes of one or more image files, not decoded, and the form's text fields by name.
 
     Raises:
         UnsupportedFormat: a body of another type.
-        TooLarge: over the limits, found while it streams in.
-        InvalidRequest: a form that cannot be read or holds no picture. A text in a file field is no picture.
+        TooLarge: the body, a picture or their number exceeds a limit; raised while the body streams in.
+        InvalidRequest: the form cannot be parsed, or has no picture. A text in a file field is not a picture.
     """
     kind = content_type(request)
     if kind == "multipart/form-data":
@@ -64,7 +66,7 @@ async def read_pictures(request: Request, settings: Settings) -> tuple[list[byte
 
 
 async def read_one_picture(request: Request, settings: Settings) -> tuple[bytes, dict[str, str]]:
-    """Read a body with exactly one picture. Returns and raises as read_pictures."""
+    """Read a body with exactly one picture. Returns and raises like read_pictures."""
     images, fields = await read_pictures(request, settings)
     if len(images) != 1:
         raise InvalidRequest(f"expected one picture, got {len(images)}")
@@ -78,7 +80,7 @@ def check_count(images: int, settings: Settings) -> None:
 
 
 def parse_json_object(text: str, what: str) -> dict[str, Any]:
-    """Read a JSON object from a field or a parameter; `what` names it. Raises InvalidRequest."""
+    """Parse a JSON object. Raises InvalidRequest, whose message begins with `what`, the name of the field."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -88,14 +90,20 @@ def parse_json_object(text: str, what: str) -> dict[str, Any]:
     return content
 
 
+def picture_of(picture: bytes | str, settings: Settings) -> bytes | Callable[[], bytes]:
+    """Return a picture's bytes as they came, or for one in base64 a function that decodes it. See `from_base64`."""
+    return partial(from_base64, picture, settings.max_image_bytes) if isinstance(picture, str) else picture
+
+
 def from_base64(text: str, most_bytes: int) -> bytes:
-    """Decode base64, with or without data:…;base64, before it. A URL is neither, and is never fetched.
+    """Decode base64, or a data URI of it. A URL is refused, and never fetched.
 
     Raises:
-        InvalidRequest: it is no base64.
-        TooLarge: it would be more bytes, found before it is decoded.
+        InvalidRequest: not base64.
+        TooLarge: more than `most_bytes`; raised before decoding.
     """
-    if len(text) > most_bytes * 4 // 3 + 200:  # 200: what may stand before it
+    # 200 characters are enough for "data:image/…;base64,".
+    if len(text) > most_bytes * 4 // 3 + 200:
         raise TooLarge(f"the picture has more than {most_bytes} bytes, which is the limit")
     if text.startswith("data:"):
         head, _, text = text.partition(",")
@@ -108,8 +116,9 @@ def from_base64(text: str, most_bytes: int) -> bytes:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Read the whole body. Raises TooLarge as soon as it is over the limit, before that is kept."""
-    body = io.BytesIO()  # hands its bytes over without a copy, where a bytearray would not
+    """Return the whole body. Raises TooLarge at the first chunk that exceeds the limit (bytes)."""
+    # BytesIO hands its buffer over without a copy; bytes(bytearray) would copy it.
+    body = io.BytesIO()
     async for chunk in _stream(request, limit):
         body.write(chunk)
     return body.getvalue()
@@ -128,11 +137,11 @@ async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
 
 
 async def read_form(request: Request, settings: Settings, most_files: int) -> Form:
-    """Read a multipart form with one file or more in the field `file`, and texts in any other.
+    """Read a multipart form with one or more files in the field `file`, and texts in all others.
 
     Raises:
-        InvalidRequest: no such form.
-        TooLarge: more files, a larger file or a larger form than is taken, found while it streams in.
+        InvalidRequest: the form cannot be parsed, or has another shape.
+        TooLarge: too many files, or too large a file, text or form; raised while the form streams in.
     """
     _, options = parse_options_header(request.headers.get("content-type", ""))
     reader = _FormReader(options.get(b"boundary", b""), most_files, settings.max_image_bytes)
@@ -142,7 +151,7 @@ async def read_form(request: Request, settings: Settings, most_files: int) -> Fo
 
 
 class _FormReader:
-    """Keeps the files and texts of a multipart form while it streams in."""
+    """Collects the files and texts of a multipart form while it streams in. The form stays in memory, never on disk."""
 
     def __init__(self, boundary: bytes, most_files: int, most_file_bytes: int) -> None:
         self._most_files, self._most_file_bytes = most_files, most_file_bytes
@@ -180,7 +189,7 @@ class _FormReader:
             raise InvalidRequest("expected a picture in the form field file")
         return self._form
 
-    # What the parser calls, in this order, for every part.
+    # The parser calls these for every part, in this order.
 
     def _begin(self) -> None:
         self._headers: dict[bytes, bytes] = {}

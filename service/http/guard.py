@@ -1,4 +1,4 @@
-"""What stands before every route, BentoML's own among them: request id, path, key, body, log, last resort."""
+"""Middleware before every route, including BentoML's: request id, path, API key, body limits, log, last resort."""
 
 import asyncio
 import re
@@ -22,17 +22,19 @@ from service.settings import Settings
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = re.compile(r"/(livez|readyz|healthz|page/[^/]*)?")
 _READING_POSTS = ("/embed", "/search", "/v1/embeddings")
-_MOST_HEADER_BYTES = 32_768  # the parser itself has no limit
+# httptools has no limit of its own.
+_MOST_HEADER_BYTES = 32_768
 _QUIET = ("/livez", "/readyz", "/healthz", "/metrics")
 
 
 class Guard:
-    """ASGI middleware around BentoML's app and ours in it."""
+    """ASGI middleware around BentoML's app, which contains ours."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._settings = Settings()
         self._keys = read_keys(self._settings)
-        self._buffered = 0  # bytes of all bodies whose requests are not answered yet
+        # Bytes of all bodies whose requests are not answered yet.
+        self._buffered = 0
         self._app: ASGIApp = app
         origins = [origin.strip() for origin in self._settings.cors_origins.split(",") if origin.strip()]
         self._inner: ASGIApp = self._serve
@@ -46,7 +48,7 @@ class Guard:
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, in the frame that every request has."""
+        """Answer a request: check it, pass it on, count it and log it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -65,7 +67,8 @@ class Guard:
             self._note(scope, exchange, time.perf_counter() - started)
 
     def _note(self, scope: Scope, exchange: "_Exchange", seconds: float) -> None:
-        status = exchange.status or 499  # nobody was there any more
+        # Without an answer the client has disconnected; nginx logs that as 499.
+        status = exchange.status or 499
         metrics.count(scope["method"], scope["state"].get("route", "other"), status, seconds)
         if scope["path"] in _QUIET and status == 200:
             return
@@ -83,7 +86,7 @@ class Guard:
         )
 
     def take(self, size: int) -> None:
-        """Count bytes of a body in. Raises Overloaded."""
+        """Add to the bytes that are buffered. Raises Overloaded above max_buffered_bytes."""
         self._buffered += size
         if self._buffered > self._settings.max_buffered_bytes:
             raise Overloaded("the service is receiving more than it may hold; try again in a few seconds")
@@ -104,7 +107,7 @@ class Guard:
 
 
 class _Exchange:
-    """One request and its answer, as they pass by."""
+    """One request and its answer: wraps receive and send, with deadline, counters and headers."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings, guard: Guard) -> None:
         headers = Headers(scope=scope)
@@ -120,7 +123,7 @@ class _Exchange:
         self._complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
 
     async def receive(self) -> Message:
-        """Receive the next part of the body, for as long as a body may take."""
+        """Receive the next part of the body. Raises SlowBody after body_timeout_s, Overloaded."""
         if self._complete:
             return await self._receive()
         try:
@@ -135,7 +138,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer; one that comes before the body's end closes the connection."""
+        """Send a part of the answer. An answer before the end of the body closes the connection."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -152,7 +155,7 @@ class _Exchange:
         await self._send(message)
 
     async def _drain(self) -> None:
-        """Let the client finish sending, or it would meet a broken connection in place of its answer."""
+        """Read and drop the rest of the body: a client that still sends would get a reset instead of its answer."""
         drained = 0
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -166,7 +169,7 @@ class _Exchange:
 
 
 def _check_path(scope: Scope) -> None:
-    """Raise InvalidRequest for a path that is not UTF-8 or has control characters, which could forge a log's line."""
+    """Raise InvalidRequest for a path that is not UTF-8, or with control characters, which could forge a log line."""
     if b"%" not in scope.get("raw_path", b"%") and scope["path"].isascii() and scope["path"].isprintable():
         return
     try:

@@ -1,4 +1,4 @@
-"""API keys: who may read, who may also write."""
+"""API keys: some may read, some may also write."""
 
 import hashlib
 import hmac
@@ -12,13 +12,13 @@ _RIGHTS = {"read": False, "write": True}
 
 
 class Keys:
-    """The keys of a service, kept as digests. Empty: no key is asked for."""
+    """The API keys of a service, kept as digests. Without any key, every request is allowed."""
 
     def __init__(self, lines: list[str]) -> None:
-        """Read keys, each as read:KEY or write:KEY.
+        """Parse keys, each as read:KEY or write:KEY.
 
         Raises:
-            InvalidRequest: a line of another form. Its text is not repeated, it may hold a key.
+            InvalidRequest: a line of another form. The message does not repeat the line, which may hold a key.
         """
         self._keys: list[tuple[bytes, bool]] = []
         for number, line in enumerate(lines, 1):
@@ -34,12 +34,13 @@ class Keys:
         return len(self._keys)
 
     def check(self, authorization: str, writes: bool) -> None:
-        """Return where the header `Authorization: Bearer KEY` gives the right, or no key is asked for.
+        """Check the header `Authorization: Bearer KEY`.
 
-        Every key is compared, and in constant time, so that the time taken tells nothing of any.
+        Every key is compared, each in constant time, so that the duration reveals nothing about a key.
 
         Raises:
-            Unauthorized, Forbidden.
+            Unauthorized: no known key.
+            Forbidden: a key that may read only, for a request that writes.
         """
         if not self._keys:
             return
@@ -60,7 +61,7 @@ def read_keys(settings: Settings) -> Keys:
     """Return the keys of the settings.
 
     Raises:
-        InvalidRequest: a key of another form, a file that cannot be read, or a file without any key.
+        InvalidRequest: a malformed key, an unreadable file, or a file without a key.
     """
     lines = [line for line in settings.api_keys.get_secret_value().split(",") if line.strip()]
     if settings.api_keys_file is not None:

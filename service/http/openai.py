@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: pictures in the shape that OpenAI's clients and infinity's users send."""
+"""The shape of OpenAI's embeddings API, with pictures as input, as `infinity` takes them, too."""
 
 from typing import Any
 
@@ -10,10 +10,12 @@ from service.http.schemas import OpenAIBody, listed
 
 
 def pictures(body: OpenAIBody, gallery: Gallery) -> list[str]:
-    """Return the pictures that an OpenAI client sent, in base64 or as data URIs.
+    """Return the pictures of a request, in base64 or as data URIs.
 
     Raises:
-        UnknownModel; InvalidRequest: dimensions other than the encoder's; TooLarge: more than a request may have.
+        UnknownModel: another model than the encoder's name.
+        InvalidRequest: dimensions other than the encoder's.
+        TooLarge: more than max_images.
     """
     if body.model != gallery.card.name:
         raise UnknownModel(f"model: expected {gallery.card.name}, the one that runs here")
@@ -25,7 +27,7 @@ def pictures(body: OpenAIBody, gallery: Gallery) -> list[str]:
 
 
 def answer(body: OpenAIBody, gallery: Gallery, embeddings: FloatArray) -> dict[str, Any]:
-    """Return what an OpenAI client expects for embeddings (N, D)."""
+    """Return the answer of OpenAI's API for embeddings (N, D)."""
     rows = listed(embeddings, body.encoding_format)
     return {
         "object": "list",

@@ -1,8 +1,9 @@
-"""The OpenAPI document: what each route takes and answers, with examples. The routes themselves are in api.py."""
+"""The OpenAPI document: the bodies and answers that routes declare, their examples, and the limits of this service."""
 
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -10,6 +11,10 @@ from service.gallery import Gallery
 from service.http import schemas
 from service.http.keys import read_keys
 from service.http.schemas import OpenAIError, Problem
+from service.settings import Settings
+from service.store.filters import json_schemas
+
+_PREFIX = "#/components/schemas/"
 
 PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
 
@@ -19,20 +24,28 @@ _DOT = (
 _FINGERPRINT = "7630ccfe" + "0" * 56
 _HIT = {"id": "digits/00634", "score": 0.9897, "metadata": {"label": "7"}}
 
-# What is said of each status: code and detail of an example.
+
+def _default(limit: str) -> Any:
+    return Settings.model_fields[limit].default
+
+
+# The schema of an id in a path, by the default limit; `_bound` puts this service's own in its place.
+ITEM_ID = {"minLength": 1, "maxLength": _default("max_id_bytes"), "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$"}
+
+# An example of each status: its code and its detail.
 STATUSES = {
-    400: ("invalid_request", "k: expected a whole number from 1 to 1000, got 0"),
+    400: ("invalid_request", f"k: expected a whole number from 1 to {_default('max_k')}, got 0"),
     401: ("unauthorized", "expected an API key in the header Authorization: Bearer KEY"),
     403: ("read_only_key", "this API key may read only; expected one that may write"),
     404: ("not_found", "no item has this id"),
-    408: ("slow_body", "the body did not come in full within 30 s"),
+    408: ("slow_body", f"the body did not come in full within {_default('body_timeout_s'):g} s"),
     409: ("fingerprint_mismatch", "the request names another encoder than the one that runs here"),
-    413: ("too_large", "the picture is 9000x9000; the limit is 25000000 pixels"),
+    413: ("too_large", f"the picture is 9000x9000; the limit is {_default('max_pixels')} pixels"),
     415: ("unsupported_format", "not a picture that we take: expected the bytes of one of JPEG, PNG, WEBP, GIF, BMP"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
-    429: ("busy", "256 requests are waiting already; try again in a second"),
+    429: ("busy", f"{_default('max_waiting')} requests are waiting already; try again in a second"),
     503: ("invalid_store", "the store cannot be written: database or disk is full"),
-    504: ("timed_out", "the work took longer than 30 s"),
+    504: ("timed_out", f"the work took longer than {_default('work_timeout_s'):g} s"),
 }
 WORK = (401, 429, 503, 504)
 BODY = (400, 408, 413, 415)
@@ -64,7 +77,7 @@ _ANSWERS: dict[type[BaseModel], Any] = {
 
 
 def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/json",)) -> dict[str, Any]:
-    """Return the content of a JSON body that is one of these."""
+    """Return the content of a JSON body that is one of these models."""
     choices = [_reference(model) for model in models]
     examples = {model.__name__: {"value": _BODIES[model]} for model in models}
     schema = choices[0] if len(choices) == 1 else {"oneOf": choices}
@@ -72,12 +85,12 @@ def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/j
 
 
 def picture_body(several: bool = False, metadata: str = "", raw: bool = True) -> dict[str, Any]:
-    """Return the content of a body of pictures: the bytes of one, or a form with the field file.
+    """Return the content of a body of pictures: the bytes of one image file, or a form with the field `file`.
 
     Args:
-        several: whether the form may have several.
-        metadata: format of the form's field of that name; none if empty.
-        raw: whether the body may be a picture itself.
+        several: whether the form may hold several files.
+        metadata: format of the form's field `metadata`; without that field if empty.
+        raw: whether the body may be an image file itself.
     """
     picture = {"type": "string", "format": "binary"}
     properties: dict[str, Any] = {"file": {"type": "array", "items": picture, "minItems": 1} if several else picture}
@@ -93,13 +106,13 @@ def picture_body(several: bool = False, metadata: str = "", raw: bool = True) ->
 
 
 def zip_body() -> dict[str, Any]:
-    """Return the content of a body that is a zip of pictures."""
+    """Return the content of a body that is a zip file of pictures."""
     schema = {"type": "string", "format": "binary"}
     return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "/page/example.zip"}}}}
 
 
 def body(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a route's openapi_extra."""
+    """Return the openapi_extra of a route with this body."""
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -110,7 +123,15 @@ def answers(
     more: dict[str, Any] | None = None,
     openai: bool = False,
 ) -> dict[int | str, dict[str, Any]]:
-    """Return a route's responses: what it answers when all is well, and the errors it can end in."""
+    """Return the responses of a route.
+
+    Args:
+        ok: the model of a good answer, several of which it is one, a media type of bytes, or None for an empty answer.
+        statuses: the errors that the route can answer, each a key of STATUSES.
+        success: the statuses of a good answer.
+        more: further media types of a good answer.
+        openai: whether errors have OpenAI's shape.
+    """
     content: dict[str, Any] = {}
     if isinstance(ok, str):
         content = {ok: {"schema": {"type": "string", "format": "binary"}}}
@@ -131,7 +152,7 @@ _DONE = {200: "Done.", 201: "The id is new.", 204: "Gone."}
 
 
 def ndjson() -> dict[str, Any]:
-    """Return the content of an answer of one JSON object a line."""
+    """Return the content of an answer with one JSON object per line."""
     example = (
         '{"index":0,"id":"a.png","status":201}\n'
         '{"index":1,"id":"b.png","status":422,"code":"undecodable_picture","detail":"the picture is damaged"}\n'
@@ -159,30 +180,23 @@ def _shown(model: type[BaseModel], value: Any) -> dict[str, Any]:
 
 
 def _reference(model: type[BaseModel]) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"$ref": _PREFIX + model.__name__}
 
 
 def describe(app: FastAPI) -> None:
-    """Let the app's document be FastAPI's, with our bodies and answers in it and nothing of its own errors."""
-    made_by_fastapi = app.openapi
+    """Replace `app.openapi` by one whose schemas and limits are ours.
+
+    The document is computed once. Until a gallery is set it has the default limits.
+    """
+    by_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            document = made_by_fastapi()
-            both = [*((model, "validation") for model in _BODIES), *((model, "serialization") for model in _ALL)]
-            _, ours = models_json_schema(both, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            document["components"] = {"schemas": ours["$defs"] | _FILTER}
-            for path, operations in document["paths"].items():
-                for operation in operations.values():
-                    told = operation["responses"]
-                    for status in [status for status in told if "HTTPValidationError" in str(told[status])]:
-                        del told[status]
-                    for parameter in operation.get("parameters", ()):
-                        # Left out is not null: an address has no null.
-                        kinds = parameter["schema"].pop("anyOf", ({},))
-                        parameter["schema"] |= kinds[0]
-                        if parameter["name"] == "id" and "{id}" in path:
-                            parameter["schema"] |= {"minLength": 1, "maxLength": 256, "pattern": _ID}
+            document = by_fastapi()
+            models = [*((model, "validation") for model in _BODIES), *((model, "serialization") for model in _ALL)]
+            _, ours = models_json_schema(models, ref_template=_PREFIX + "{model}")  # type: ignore[arg-type]
+            document["components"] = {"schemas": ours["$defs"] | json_schemas(_PREFIX)}
+            _remove_undeclared_errors(document, app)
             if hasattr(app.state, "gallery"):
                 _bound(document, app.state.gallery)
             app.openapi_schema = document
@@ -191,72 +205,50 @@ def describe(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def _remove_undeclared_errors(document: dict[str, Any], app: FastAPI) -> None:
+    """Remove the 422 that FastAPI adds to routes with parameters: our validation errors are 400."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.include_in_schema and 422 not in route.responses:
+            for method in route.methods or ():
+                document["paths"][route.path_format][method.lower()]["responses"].pop("422", None)
+
+
 def _bound(document: dict[str, Any], gallery: Gallery) -> None:
-    """Put this service's own limits into the document: what it would refuse is not valid by it."""
+    """Put the limits of this service into the document, so that a request which it would refuse is invalid by it."""
     settings = gallery.settings
     if len(read_keys(settings)):
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
-    schemas_ = document["components"]["schemas"]
+    properties = {name: model.get("properties", {}) for name, model in document["components"]["schemas"].items()}
+    dimension = gallery.encoder.dimension
     for name in ("ByVector", "SearchByVector"):
-        size = gallery.encoder.dimension
-        schemas_[name]["properties"]["vector"] |= {"minItems": size, "maxItems": size}
+        properties[name]["vector"] |= {"minItems": dimension, "maxItems": dimension}
     for name in ("ById", "SearchById"):
-        schemas_[name]["properties"]["id"] |= {"minLength": 1, "maxLength": settings.max_id_bytes, "pattern": _ID}
-    for name in ("SearchById", "SearchByImage", "SearchByVector", "SearchMany"):
-        most = settings.max_k_of_many if name == "SearchMany" else settings.max_k
-        schemas_[name]["properties"]["k"]["maximum"] = most
-    schemas_["EmbedBody"]["properties"]["images"]["maxItems"] = settings.max_images
-    several = schemas_["SearchMany"]["properties"].pop("queries")
+        properties[name]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
+    for name in ("SearchById", "SearchByImage", "SearchByVector"):
+        properties[name]["k"]["maximum"] = settings.max_k
+    properties["SearchMany"]["k"]["maximum"] = settings.max_k_of_many
+    properties["EmbedBody"]["images"]["maxItems"] = settings.max_images
+    several = properties["SearchMany"].pop("queries")
     items = {"anyOf": [_reference(schemas.ByVector), _reference(schemas.ById)]}
-    schemas_["SearchMany"]["properties"]["queries"] = {
+    properties["SearchMany"]["queries"] = {
         "description": f"At most {settings.max_images} of them pictures.",
         "anyOf": [
             several | {"maxItems": min(settings.max_queries, settings.max_images)},
             several | {"maxItems": settings.max_queries, "items": items},
         ],
     }
-    openai = schemas_["OpenAIBody"]["properties"]
+    openai = properties["OpenAIBody"]
     openai["model"]["const"] = gallery.card.name
-    openai["dimensions"] = {"enum": [gallery.encoder.dimension, None]}
+    openai["dimensions"] = {"enum": [dimension, None]}
     openai["input"]["anyOf"][1]["maxItems"] = settings.max_images
-    for path in document["paths"].values():
-        for parameter in path.get("post", {}).get("parameters", ()):
-            if parameter["name"] == "k":
-                parameter["schema"]["maximum"] = settings.max_k
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["name"] == "k":
+                    parameter["schema"]["maximum"] = settings.max_k
+                elif parameter["in"] == "path":
+                    parameter["schema"]["maxLength"] = settings.max_id_bytes
 
 
-_SCALAR = {"type": ["string", "number", "boolean", "null"]}
-_BOUND = {"type": ["string", "number"]}
-_FILTER = {
-    "Filter": {
-        "title": "Filter",
-        "description": "Conditions on metadata; several in one object must all hold.",
-        "type": "object",
-        "minProperties": 1,
-        "properties": {
-            "$and": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}},
-            "$or": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/Filter"}},
-            "$not": {"$ref": "#/components/schemas/Filter"},
-        },
-        "patternProperties": {"^[^$]": {"anyOf": [_SCALAR, {"$ref": "#/components/schemas/Condition"}]}},
-        "additionalProperties": False,
-        "examples": [{"year": {"$gte": 2000}, "$not": {"label": "7"}}],
-    },
-    "Condition": {
-        "title": "Condition",
-        "type": "object",
-        "minProperties": 1,
-        "properties": {
-            "$eq": _SCALAR,
-            "$in": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _SCALAR},
-            "$gt": _BOUND,
-            "$gte": _BOUND,
-            "$lt": _BOUND,
-            "$lte": _BOUND,
-        },
-        "additionalProperties": False,
-    },
-}
-_ID = r"^[^\x00-\x1f\x7f-\x9f]+$"
 _ALL = (*_ANSWERS, schemas.Info, Problem, OpenAIError)

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from starlette.responses import JSONResponse
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from service import metrics
@@ -11,8 +16,18 @@ from service.errors import LookalikeError
 _RETRY_AFTER_S = {429: "1", 503: "5"}
 
 
+def add_handlers(app: FastAPI) -> None:
+    """Let the app answer every error of its routes with a problem."""
+    app.add_exception_handler(LookalikeError, _on_lookalike_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    # Starlette raises the error again once it is answered, and the guard logs it.
+    app.add_exception_handler(Exception, _on_failure)
+
+
 def answer(scope: Scope, error: LookalikeError) -> JSONResponse:
-    """Return the answer to a request that ended in an error of ours."""
+    """Return the answer to a request that ended in one of our errors."""
     headers = {}
     if error.status in _RETRY_AFTER_S:
         headers["Retry-After"] = _RETRY_AFTER_S[error.status]
@@ -23,7 +38,7 @@ def answer(scope: Scope, error: LookalikeError) -> JSONResponse:
 
 
 def failure(scope: Scope) -> JSONResponse:
-    """Return the answer to a request that met an error of another kind."""
+    """Return the answer to a request that ended in any other error."""
     return problem(scope, 500, "internal", "the service failed; its log tells more under this request_id")
 
 
@@ -35,7 +50,7 @@ def problem(
     parts: list[dict[str, Any]] | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """Return an error answer. No word of it is the client's."""
+    """Return an error answer, and count it. `detail` must not repeat what the client sent."""
     metrics.errors.labels(code).inc()
     request_id = scope.get("state", {}).get("request_id", "")
     if scope["path"].startswith("/v1/"):
@@ -53,3 +68,41 @@ def problem(
     if parts:
         body["errors"] = parts
     return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+async def _on_lookalike_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LookalikeError)
+    return answer(request.scope, error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    # The second part of the place is the name of a parameter, which is our word.
+    where = first["loc"][1] if len(first["loc"]) > 1 else "request"
+    return problem(request.scope, 400, "invalid_request", f"{where}: {first['msg']}")
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code != 405:
+        code = "unknown_route" if error.status_code == 404 else "http_error"
+        return problem(request.scope, error.status_code, code, f"{error.detail}; /docs lists the routes")
+    methods = {
+        method
+        for route in request.app.routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in getattr(route, "methods", None) or ()
+    }
+    allowed = ", ".join(sorted(methods))
+    detail = f"expected one of the methods {allowed}; /docs lists the routes"
+    return problem(request.scope, 405, "method_not_allowed", detail, headers={"Allow": allowed})
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    # Nobody receives this answer; the log shows its status.
+    return Response(status_code=499)
+
+
+async def _on_failure(request: Request, _: Exception) -> Response:
+    return failure(request.scope)

@@ -1,4 +1,4 @@
-"""JSON bodies as they come in, each checked in full before any of it is used, and answers as they go out."""
+"""JSON bodies, each validated in full before any of it is used, and the schemas of answers."""
 
 import asyncio
 import base64
@@ -19,17 +19,21 @@ from pydantic import (
 
 from service import FloatArray
 from service.errors import InvalidRequest
-from service.http.bodies import read_body
+from service.http.bodies import picture_of, read_body
+from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
+from service.store.filters import DESCRIPTION
 
-_LONG = 100_000  # bytes; parsing more would hold up the event loop
+# Parsing a longer body (bytes) would block the event loop for too long.
+_LONG = 100_000
 
 EncodingFormat = Literal["float", "base64"]
 Included = Literal["metadata", "embedding"]
+DEFAULT_K = 10
 
 
 class Body(BaseModel):
-    """A JSON object: unknown fields are refused, and nothing is taken for what it is not."""
+    """A JSON object: unknown fields are refused, and no value is converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -50,10 +54,7 @@ Fingerprint = Annotated[
 ]
 FilterObject = Annotated[
     Annotated[dict[str, Any], WithJsonSchema({"allOf": [{"$ref": "#/components/schemas/Filter"}]})] | None,
-    Field(
-        description='Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, '
-        '{"year": {"$gte": 2000, "$lt": 2010}}, joined by $and, $or, $not.'
-    ),
+    Field(description=DESCRIPTION),
 ]
 
 
@@ -70,11 +71,19 @@ class ByImage(Body):
 
     image: Base64
 
+    def query(self, settings: Settings) -> PictureQuery:
+        """Return the query. Its base64 is decoded on a decoder thread."""
+        return PictureQuery(picture_of(self.image, settings))
+
 
 class ByVector(Body):
     """What to look for: a direction."""
 
     vector: Vector
+
+    def query(self, _: Settings) -> VectorQuery:
+        """Return the query."""
+        return VectorQuery(self.vector)
 
 
 class ById(Body):
@@ -82,16 +91,21 @@ class ById(Body):
 
     id: str
 
+    def query(self, _: Settings) -> ItemQuery:
+        """Return the query."""
+        return ItemQuery(self.id)
+
 
 def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON's 3.0 is 3
+    # JSON knows one kind of number: 3.0 is 3.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class _Wanted(Body):
-    k: Whole = Field(10, ge=1, description="Hits a query, at most.")
+    k: Whole = Field(DEFAULT_K, ge=1, description="Hits a query, at most.")
     threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
     filter: FilterObject = None
     include: list[Included] = Field(["metadata"], description="What a hit tells besides id and score.")
@@ -307,16 +321,17 @@ _EXPECTED = {
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
 }
-_SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
+# A message must not repeat what a client sent; a longer number could carry a text.
+_SHOWN_BELOW = 10**7
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 
 
 async def read_json(request: Request, settings: Settings, form: TypeAdapter[M]) -> M:
-    """Read a JSON body.
+    """Read a JSON body and validate it.
 
     Raises:
-        InvalidRequest: not JSON, or not of this form; the place is named, what the client wrote is not repeated.
-        TooLarge
+        InvalidRequest: not JSON, or not of this form. The message names the place, and repeats nothing of the body.
+        TooLarge: more than max_request_bytes.
     """
     body = await read_body(request, settings.max_request_bytes)
     if len(body) > _LONG:
@@ -325,7 +340,7 @@ async def read_json(request: Request, settings: Settings, form: TypeAdapter[M]) 
 
 
 def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
-    """Return embeddings (N, D) as JSON has them: arrays of numbers, or base64 of little-endian float32."""
+    """Return embeddings (N, D) for JSON: N arrays (D,), or N base64 texts of little-endian float32."""
     if form == "float":
         return list(embeddings)
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
@@ -340,7 +355,7 @@ def _parse(form: TypeAdapter[M], body: bytes) -> M:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    # Of a field's name only those that we know are said; others are the client's words.
+    # Only the names of our own fields are repeated; others are the client's words.
     place = ""
     for part in first["loc"]:
         if isinstance(part, int):

@@ -1,4 +1,4 @@
-"""Places for requests at work: a bounded number of them, a time for each, and none for a caller that has gone."""
+"""Slots: a bounded number of requests at work, each with a timeout, and cancelled when its client disconnects."""
 
 import asyncio
 import threading
@@ -14,13 +14,14 @@ from service.errors import Busy, TimedOut
 
 R = TypeVar("R")
 
-# More than cores: they wait for the disk, for one another's commits and for pictures that are being embedded.
+# More than cores, because these threads wait: for the disk, for commits, for pictures that are being embedded.
 _THREADS = 32
-_UNWATCHED_S = 0.02  # most requests end sooner, and looking out for their callers would cost more than it saves
+# Most requests end sooner, and watching their connection would cost more than it saves.
+_UNWATCHED_S = 0.02
 
 
 class Slots:
-    """Where requests do their work once their bodies are in; an upload, however slow, holds none."""
+    """The slots of a service. A request takes one when its body is complete, so a slow upload occupies none."""
 
     def __init__(self, max_waiting: int, timeout_s: float) -> None:
         self._max_waiting, self._timeout_s = max_waiting, timeout_s
@@ -29,31 +30,32 @@ class Slots:
         self._counting = threading.Lock()
 
     def place(self, receive: Receive | None = None) -> "Place":
-        """Return a place that a request has for as long as an `async with` of it runs.
+        """Return a slot that a request occupies during an `async with` block.
 
         Args:
-            receive: of the request, whose body is in; tells when the caller has gone.
+            receive: the request's, after its complete body; reports that the client has disconnected.
 
         Raises, on entering:
-            Busy: as many as may wait are at work or waiting; nothing was begun.
+            Busy: max_waiting requests are at work or waiting. Nothing was started.
 
         Raises, on leaving:
-            TimedOut: the block took too long. Python stops no thread: what one is at holds the place to its end.
-            ClientDisconnect: nobody waits for the answer any more; what was not begun is not begun.
+            TimedOut: the block exceeded the timeout. A thread cannot be killed; its slot stays occupied until the work
+                ends.
+            ClientDisconnect: the client has gone. Work that had not started is cancelled.
         """
         return Place(self, self._threads, self._timeout_s, receive)
 
     async def run(self, work: Callable[[], R], receive: Receive | None = None) -> R:
-        """Do work that blocks in a place of its own and return what it returns. Raises as `place`."""
+        """Run a blocking function in a slot of its own and return its result. Raises like `place`."""
         async with self.place(receive) as place:
             return await place.run(work)
 
     def close(self) -> None:
-        """Let what runs end, and begin nothing more."""
+        """Wait for running work, and cancel all that has not started."""
         self._threads.shutdown(cancel_futures=True)
 
     def enter(self) -> None:
-        """Count one more. Raises Busy."""
+        """Occupy a slot. Raises Busy where none is free."""
         with self._counting:
             if self._count >= self._max_waiting:
                 raise Busy(f"{self._count} requests are waiting already; try again in a second")
@@ -61,14 +63,14 @@ class Slots:
         metrics.requests_at_work.inc()
 
     def leave(self, _: "Future[Any] | None" = None) -> None:
-        """Count one less."""
+        """Free a slot."""
         metrics.requests_at_work.dec()
         with self._counting:
             self._count -= 1
 
 
 class Place:
-    """One request's, from when its body is in to when its answer is known. See Slots.place."""
+    """The slot of one request, from its complete body to its answer. See Slots.place."""
 
     def __init__(self, slots: Slots, threads: ThreadPoolExecutor, timeout_s: float, receive: Receive | None) -> None:
         self._slots, self._threads, self._timeout_s, self._receive = slots, threads, timeout_s, receive
@@ -102,12 +104,12 @@ class Place:
                 self._work.add_done_callback(self._slots.leave)
 
     async def run(self, work: Callable[[], R]) -> R:
-        """Do work that blocks on a thread and return what it returns."""
+        """Run a blocking function on a worker thread and return its result."""
         self._work = future = self._threads.submit(work)
         return await asyncio.wrap_future(future)
 
     async def wait(self, futures: "Sequence[Future[Any]]") -> None:
-        """Wait until all are done, well or not; those not begun yet are cancelled when the time is over."""
+        """Wait until all futures are done or failed. On a timeout, cancel those that have not started."""
         try:
             for future in futures:
                 if not future.done():
@@ -129,7 +131,7 @@ class Place:
 
 
 async def _done(future: "Future[Any]") -> None:
-    """Wait for a future that a thread resolves, whatever it comes to."""
+    """Wait until a thread has resolved a future, without raising its exception."""
     loop = asyncio.get_running_loop()
     waiter = loop.create_future()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(_wake, waiter))

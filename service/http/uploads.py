@@ -1,4 +1,4 @@
-"""Many pictures in one request → one line for each, as they reach the store."""
+"""Many pictures in one request → a line of JSON for each, once it is stored or refused."""
 
 import io
 import json
@@ -17,13 +17,15 @@ from service.items import NewPicture
 from service.settings import Settings
 
 METADATA = "metadata.json"
-_TOGETHER = 32  # pictures a commit
+# Pictures per commit.
+_TOGETHER = 32
 _MOST_BYTES_TOGETHER = 32_000_000
-_MOST_UNPACKED = 10  # times a request's bytes; pictures hardly shrink in a zip
+# A zip may unpack to so many times the limit of a request. Pictures hardly shrink in a zip.
+_MOST_UNPACKED = 10
 
 
 class Candidate(NamedTuple):
-    """A picture that may go into the store: its id, its bytes or why there are none, its metadata."""
+    """A picture that may go into the store: its id, its bytes or the error that replaced them, its metadata."""
 
     id: str
     data: bytes | LookalikeError
@@ -34,19 +36,20 @@ class Archive:
     """The pictures of a zip file in memory, unpacked one at a time."""
 
     def __init__(self, content: bytes, settings: Settings) -> None:
-        """Read the directory.
+        """Read the zip's directory.
 
         Raises:
-            InvalidRequest: not a zip, or its metadata.json is no such thing.
-            TooLarge: too many members, or what they say they unpack to.
+            InvalidRequest: not a zip, no picture in it, or a metadata.json that is not an object by id.
+            TooLarge: too many members, or too large a sum of their declared sizes.
         """
         self._most = settings.max_image_bytes
-        # Every member has a header with this mark: they are counted before zipfile makes an object of each.
+        # Each member has a header with this mark. Counting marks is cheap; zipfile would create an object per member.
         if content.count(b"PK\x01\x02") > 2 * settings.max_bulk_images:
             raise TooLarge(f"expected a zip of at most {settings.max_bulk_images} pictures")
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(content))
-        except Exception as error:  # a directory of damaged bytes may raise nearly anything
+        # A damaged directory makes zipfile raise nearly any exception.
+        except Exception as error:
             raise InvalidRequest("the body: not a zip file that can be read") from error
         members = {member.filename: member for member in self._zip.infolist()}
         self._members = [
@@ -67,11 +70,11 @@ class Archive:
 
     @property
     def sizes(self) -> list[int]:
-        """What each picture says it unpacks to, in bytes; it is never more."""
+        """The declared size of each picture in bytes. zipfile never unpacks more than that."""
         return [member.file_size for member in self._members]
 
     def read(self, start: int, stop: int) -> list[Candidate]:
-        """Unpack some of the pictures."""
+        """Unpack the pictures from `start` up to `stop`."""
         candidates = []
         for member in self._members[start:stop]:
             try:
@@ -84,12 +87,14 @@ class Archive:
     def _unpack(self, member: zipfile.ZipInfo, most: int) -> bytes:
         if member.flag_bits & 1:
             raise UnsupportedFormat("the zip's member is encrypted")
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+        # zipfile reads other methods without a bound on memory.
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UnsupportedFormat("the zip's member is packed in a way that is not taken; expected deflate or none")
         try:
             with self._zip.open(member) as file:
                 data = file.read(most + 1)
-        except Exception as error:  # zlib, struct and zipfile have each their own
+        # zlib, struct and zipfile each raise their own exceptions.
+        except Exception as error:
             raise InvalidRequest("the zip's member is damaged") from error
         if len(data) > most:
             raise TooLarge(f"the zip's member has more than {most} bytes, which is the limit")
@@ -97,7 +102,7 @@ class Archive:
 
 
 class Uploads:
-    """The pictures of a form; a file's name is its id."""
+    """The pictures of a form; the name of a file is its id."""
 
     def __init__(self, form: Form) -> None:
         self._files = form.files
@@ -106,16 +111,16 @@ class Uploads:
 
     @property
     def sizes(self) -> list[int]:
-        """The bytes of each picture."""
+        """The size of each picture in bytes."""
         return [len(data) for _, data in self._files]
 
     def read(self, start: int, stop: int) -> list[Candidate]:
-        """Return some of the pictures."""
+        """Return the pictures from `start` up to `stop`."""
         return [Candidate(name, data, self._metadata.get(name, {})) for name, data in self._files[start:stop]]
 
 
 def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
-    """Read {id: metadata, …}. Raises InvalidRequest, also where an id has no picture."""
+    """Parse {id: metadata, …}. Raises InvalidRequest, also for an id without a picture."""
     found = parse_json_object(text, "metadata")
     if not found.keys() <= ids:
         raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
@@ -123,14 +128,15 @@ def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
 
 
 async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
-    """Add pictures to the gallery; yield a JSON line for each, when it is in the store or will not be."""
-
+    """Add pictures to the gallery. Yield a line of JSON for each, once it is stored durably or refused."""
     for group in _groups(pictures.sizes):
         try:
             lines = await slots.run(partial(_add, gallery, pictures, group))
-        except LookalikeError as error:  # no slot, no time, or a store that cannot be written
+        # No free slot, no time left, or a store that cannot be written.
+        except LookalikeError as error:
             lines = [_failure(None, error)] * len(group)
-        except Exception as error:  # the answer is a 200 already: its lines must tell
+        # The status 200 is sent already, so only the lines can report the failure.
+        except Exception as error:
             logs.access.exception("failed", exc_info=error)
             lines = [_failure(None, LookalikeError("the service failed"))] * len(group)
         for number, line in zip(group, lines, strict=True):
@@ -138,7 +144,7 @@ async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[range]:
-    """Yield which pictures go together: few enough, and small enough to be unpacked at once."""
+    """Yield the ranges of pictures to add together, bounded in number and in bytes: a range is unpacked at once."""
     start, total = 0, 0
     for number, size in enumerate(sizes):
         if number > start and (number - start == _TOGETHER or total + size > _MOST_BYTES_TOGETHER):

@@ -130,3 +130,43 @@ def _text(value: str) -> str:
     except UnicodeEncodeError as error:
         raise InvalidQuery("filter: expected whole characters") from error
     return value
+
+
+DESCRIPTION = (
+    'Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, {"year": {"$gte": 2000, "$lt": 2010}}, '
+    "joined by $and, $or, $not."
+)
+
+
+def json_schemas(prefix: str) -> dict[str, Any]:
+    """Return the filter's grammar as JSON Schemas by name: Filter, and Condition for the object of one field.
+
+    Args:
+        prefix: what stands before a name in a reference, such as "#/components/schemas/".
+    """
+    scalar = {"type": ["string", "number", "boolean", "null"]}
+    filter, condition = {"$ref": f"{prefix}Filter"}, {"$ref": f"{prefix}Condition"}
+    filters = {"type": "array", "minItems": 1, "items": filter}
+    return {
+        "Filter": {
+            "title": "Filter",
+            "description": "Conditions on metadata; several in one object must all hold.",
+            "type": "object",
+            "minProperties": 1,
+            "properties": {"$and": filters, "$or": filters, "$not": filter},
+            "patternProperties": {"^[^$]": {"anyOf": [scalar, condition]}},
+            "additionalProperties": False,
+            "examples": [{"year": {"$gte": 2000}, "$not": {"label": "7"}}],
+        },
+        "Condition": {
+            "title": "Condition",
+            "type": "object",
+            "minProperties": 1,
+            "properties": {
+                "$eq": scalar,
+                "$in": {"type": "array", "minItems": 1, "maxItems": _MAX_VALUES, "items": scalar},
+            }
+            | {operator: {"type": ["string", "number"]} for operator in _RANGES},
+            "additionalProperties": False,
+        },
+    }

@@ -1,10 +1,17 @@
-"""docs/api.md: its table of routes and statuses is that of the OpenAPI document, its codes are those of the errors."""
+"""docs/api.md, the OpenAPI document and the code agree on routes, statuses, codes, limits and the filter's grammar."""
 
+import json
 import re
+from typing import Any
+
+import jsonschema_rs
+import pytest
 
 from service import errors
 from service.http.openapi import STATUSES
 from service.http.routes import create_app
+from service.settings import Settings
+from service.store.filters import DESCRIPTION, parse_filter
 from tests.conftest import ROOT
 
 API = (ROOT / "docs" / "api.md").read_text()
@@ -57,8 +64,71 @@ def test_every_route_has_examples_of_bodies_and_errors() -> None:
 
 
 def test_every_limit_is_in_the_operations_page() -> None:
-    from service.settings import Settings
-
     for name in Settings.model_fields:
         if name.startswith("max_") or name.endswith("_timeout_s"):
             assert f"`{name}`" in OPERATIONS, name
+
+
+def test_limits_in_the_document_are_those_of_the_settings() -> None:
+    limits = {name: field.default for name, field in Settings.model_fields.items()}
+    (id,) = [one for one in ROUTES["GET /images/{id}"]["parameters"] if one["name"] == "id"]
+    assert id["schema"]["maxLength"] == limits["max_id_bytes"]
+    details = {status: detail for status, (_, detail) in STATUSES.items()}
+    assert f"from 1 to {limits['max_k']}," in details[400]
+    assert f"limit is {limits['max_pixels']} pixels" in details[413]
+    assert details[429].startswith(f"{limits['max_waiting']} requests")
+    assert f"{limits['work_timeout_s']:g} s" in details[504]
+    assert f"text of 1 to {limits['max_id_bytes']} bytes" in API
+    assert f"up to {limits['max_metadata_bytes'] // 1024} KB" in API
+
+
+OPERATORS = {"$and", "$or", "$not", "$eq", "$in", "$gt", "$gte", "$lt", "$lte"}
+
+
+def test_the_filters_of_the_docs_are_the_grammar() -> None:
+    _, _, *rows = table("filter")
+    cells = [example for row in rows for example in re.findall(r"`(\{.+?\})`(?: or|,|$)", row[0])]
+    assert len(cells) == 8
+    for example in [*cells, *re.findall(r"\{\"\w+\": (?:\"\w+\"|\{.*?\})\}", DESCRIPTION)]:
+        example = example.replace("[...]", '[{"a": 1}]').replace("{...}", '{"a": 1}')
+        parse_filter(json.loads(example))
+    schemas = DOCUMENT["components"]["schemas"]
+    assert {*schemas["Filter"]["properties"], *schemas["Condition"]["properties"]} == OPERATORS
+    assert set(re.findall(r"\$\w+", " ".join(cell for row in rows for cell in row))) == OPERATORS
+    most = int(re.findall(r"At most (\d+) conditions", API)[0])
+    parse_filter({f"field {n}": n for n in range(most // 2)})
+    with pytest.raises(errors.InvalidQuery, match=f"at most {most} conditions"):
+        parse_filter({f"field {n}": n for n in range(most // 2 + 1)})
+
+
+SCALARS: list[Any] = ["a", 1, 1.5, True, None]
+FILTERS: list[Any] = [
+    *({"a": value} for value in SCALARS),
+    *(
+        {"a": {operator: value}}
+        for operator in OPERATORS | {"$ne"}
+        for value in [*SCALARS, [], ["a"], [{}], {}, {"b": 1}]
+    ),
+    *(
+        {operator: value}
+        for operator in OPERATORS | {"$ne"}
+        for value in [*SCALARS, [], ["a"], [{}], {}, {"b": 1}, [{"b": 1}]]
+    ),
+    *({"a": {"$in": ["v"] * count}} for count in (999, 1000, 1001)),
+    *({"a": 1, "b": {"$gt": 1, "$lt": 2}}, {"a": {"$gt": 1, "b": 2}}, {}, [], "a", 1, None, {"a": []}),
+]
+
+
+def is_parsed(filter: Any) -> bool:
+    try:
+        parse_filter(filter)
+    except errors.InvalidQuery:
+        return False
+    return True
+
+
+def test_the_schema_takes_what_the_parser_takes() -> None:
+    schema = {"$ref": "#/components/schemas/Filter", "components": DOCUMENT["components"]}
+    taken = [filter for filter in FILTERS if is_parsed(filter)]
+    assert 20 < len(taken) < len(FILTERS) - 20
+    assert [filter for filter in FILTERS if jsonschema_rs.is_valid(schema, filter)] == taken

@@ -19,7 +19,7 @@ class Removal(NamedTuple):
     file: str
     guard: str
     instead: str
-    tests: str = "http/refusals"
+    tests: str = "http/refusals http/pictures http/bodies http/items http/uploads http/access http/openai http/process"
 
 
 REMOVALS = [
@@ -79,8 +79,8 @@ REMOVALS = [
     Removal("http/schemas", "elif part in _FIELDS:", "else:"),
     Removal("http/schemas", "abs(value) < _SHOWN_BELOW", "True"),
     Removal("gallery", "if not 1 <= k <= most:", "if False:"),
-    Removal("gallery", "if vector.shape != (self.encoder.dimension,):", "if False:"),
-    Removal("gallery", "if not largest:", "if False:", "http/routes"),
+    Removal("queries", "if vector.shape != (dimension,):", "if False:"),
+    Removal("queries", "if not largest:", "if False:", "http/routes"),
     Removal("gallery", "if size > self.settings.max_metadata_bytes:", "if False:"),
     Removal("gallery", "if _depth(metadata) > _MOST_DEPTH:", "if False:"),
     Removal("gallery", "allow_nan=False", "allow_nan=True", "http/routes"),
@@ -101,9 +101,9 @@ REMOVALS = [
     Removal("store/catalog", "zlib.crc32(blob) != checksum or", "", "store/embedded"),
     Removal("store/layout", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "store/embedded"),
     # api.py, openai.py, bulk.py
-    Removal("http/routes", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),
-    Removal("http/routes", "if len(queries) > gallery.settings.max_queries:", "if False:"),
-    Removal("http/routes", "app.add_exception_handler(ClientDisconnect, _on_disconnect)", "pass", "http/guard"),
+    Removal("http/routes/state", "if fingerprint is not None and fingerprint != gallery.card.fingerprint:", "if False:"),
+    Removal("http/routes/search", "if len(queries) > settings.max_queries:", "if False:"),
+    Removal("http/problems", "app.add_exception_handler(ClientDisconnect, _on_disconnect)", "pass", "http/guard"),
     Removal("http/bodies", "if images > settings.max_images:", "if False:"),
     Removal("http/uploads", "if len(data) > most:", "if False:"),
     Removal("http/uploads", "if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):", "if False:"),
@@ -125,10 +125,12 @@ def test_a_guard_that_is_gone_is_noticed(removal: Removal, tmp_path: Path) -> No
     text = source.read_text()
     assert text.count(removal.guard) >= 1, "the guard is not there: has it moved?"
     source.write_text(text.replace(removal.guard, removal.instead))
-    folder, _, name = f"/{removal.tests}".rpartition("/")
-    tests = f"tests/service{folder}/test_{name}.py"
+    tests = [
+        f"tests/service{folder}/test_{name}.py"
+        for folder, _, name in (f"/{one}".rpartition("/") for one in removal.tests.split())
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", tests],
+        [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,

@@ -20,6 +20,7 @@ from service.encoding.encoder import Encoder
 from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFound, NoEmbedding, UnsupportedFormat
 from service.gallery import Gallery, find_model, open_gallery, succeed
 from service.items import NewPicture
+from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
 from service.store import Hit, Item, NewItem
 from service.store.catalog import CatalogWriter
@@ -101,15 +102,15 @@ def test_what_finds_and_what_cannot(gallery: Gallery) -> None:
     for n in range(3):
         assert gallery.add(f"p{n}", encoded(scene(seed=n)), {"n": n})
     assert not gallery.add("p2", encoded(scene(seed=2)), {"n": "again"})
-    assert gallery.find([encoded(scene(seed=1))], 1)[0][0].id == "p1"
+    assert gallery.find([PictureQuery(encoded(scene(seed=1)))], 1)[0][0].id == "p1"
     vector = gallery.embed([encoded(scene(seed=1))])[0]
-    assert gallery.find([(vector * 1e30).tolist()], 1)[0][0].id == "p1"
-    assert {hit.id for hit in gallery.find(["p1"], 10)[0]} == {"p0", "p2"}
-    assert len(gallery.find(["p1"], 1)[0]) == 1
+    assert gallery.find([VectorQuery((vector * 1e30).tolist())], 1)[0][0].id == "p1"
+    assert {hit.id for hit in gallery.find([ItemQuery("p1")], 10)[0]} == {"p0", "p2"}
+    assert len(gallery.find([ItemQuery("p1")], 1)[0]) == 1
     with pytest.raises(ItemNotFound):
-        gallery.find(["p9"], 1)
+        gallery.find([ItemQuery("p9")], 1)
     with pytest.raises(InvalidQuery, match="only zeros"):
-        gallery.find([np.zeros_like(vector).tolist()], 1)
+        gallery.find([VectorQuery(np.zeros_like(vector).tolist())], 1)
     gallery.remove("p1")
     with pytest.raises(ItemNotFound):
         gallery.remove("p1")
@@ -123,7 +124,7 @@ def test_settings_come_from_the_environment(tmp_path: Path, encoder: Encoder, mo
     gallery.add("p", encoded(scene()), {})
     assert store.original("p") is None
     with pytest.raises(InvalidQuery, match="from 1 to 2, got 3"):
-        gallery.find(["p"], 3)
+        gallery.find([ItemQuery("p")], 3)
     gallery.close()
 
 
@@ -191,7 +192,7 @@ def test_a_gallery_works_on_any_store(encoder: Encoder, gallery: Gallery) -> Non
         one.remove("p3")
         one.probe()
     query = encoded(scene(seed=1))
-    (ours,), (theirs,) = gallery.find([query], 3), other.find([query], 3)
+    (ours,), (theirs,) = gallery.find([PictureQuery(query)], 3), other.find([PictureQuery(query)], 3)
     assert [(hit.id, hit.metadata) for hit in ours] == [(hit.id, hit.metadata) for hit in theirs]
     assert np.allclose([hit.score for hit in ours], [hit.score for hit in theirs], atol=1e-6)
     assert (other.notice(), other.thumbnail("p0")) == (gallery.notice(), gallery.thumbnail("p0"))

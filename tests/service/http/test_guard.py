@@ -132,7 +132,7 @@ def test_a_failure_of_ours_is_a_problem_with_its_id_in_the_log(
     served: Served, records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = served()
-    monkeypatch.setattr("service.http.routes._info", lambda _: 1 / 0)
+    monkeypatch.setattr("service.http.routes.info._info", lambda _: 1 / 0)
     answer = client.get("/info")
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"

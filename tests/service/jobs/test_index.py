@@ -5,6 +5,7 @@ from pathlib import Path
 from service.gallery import Gallery
 from service.jobs.index import index_source
 from service.jobs.reading import Tally
+from service.queries import PictureQuery
 from service.sources import open_source
 from tests.conftest import encoded, missing, scene
 
@@ -24,7 +25,7 @@ def test_indexing_is_idempotent_and_sees_changes(tmp_path: Path, gallery: Galler
     item = gallery.get("scenes/1.png")
     assert item.metadata == {"label": "scenes"}
     assert item.source == f"{tmp_path}/pictures/scenes/1.png"
-    assert gallery.find([encoded(scene(seed=9))], 1)[0][0].id == "scenes/1.png"
+    assert gallery.find([PictureQuery(encoded(scene(seed=9)))], 1)[0][0].id == "scenes/1.png"
 
 
 def test_every_digit_finds_itself(gallery: Gallery) -> None:

@@ -11,6 +11,7 @@ from service.errors import InvalidRequest, InvalidStore, StoreMismatch
 from service.gallery import open_gallery, succeed
 from service.jobs.index import index_source
 from service.jobs.reindex import reindex
+from service.queries import PictureQuery
 from service.settings import Settings
 from service.sources import open_source
 from service.store.embedded import EmbeddedStore
@@ -44,7 +45,7 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
     served.add("after", encoded(scene(seed=2)), {"n": 2})
     served.change_metadata("before", {"n": 3})
     served.remove("digits/00004")
-    assert served.find([encoded(scene(seed=2))], 1)[0][0].id == "after"
+    assert served.find([PictureQuery(encoded(scene(seed=2)))], 1)[0][0].id == "after"
 
     following = succeed(served)
     assert following.card.name == "other"
@@ -54,8 +55,8 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
     for id in ("after", "before", "digits/00005"):
         picture = served.original(id)
         assert following.original(id) == picture
-        assert following.find([picture], 1)[0][0].id == id
-        assert following.find([picture], 1)[0][0].score > 0.9999
+        assert following.find([PictureQuery(picture)], 1)[0][0].id == id
+        assert following.find([PictureQuery(picture)], 1)[0][0].score > 0.9999
     # Only the new one takes changes, and it has the folder.
     with pytest.raises(InvalidStore, match="replaced by one of another encoder"):
         served.add("late", encoded(scene()), {})
@@ -86,8 +87,8 @@ def test_a_store_of_the_earlier_mnist_is_refused_with_both_names_and_comes_over(
     gallery = open_gallery(settings)
     assert (gallery.card.name, gallery.store.count(), gallery.encoder.dimension) == ("mnist", 20, 128)
     digit = open_source("digits[:20]").entry(7)
-    assert gallery.find([digit.data], 1)[0][0].id == digit.id
-    assert gallery.find([digit.data], 1)[0][0].score > 0.9999
+    assert gallery.find([PictureQuery(digit.data)], 1)[0][0].id == digit.id
+    assert gallery.find([PictureQuery(digit.data)], 1)[0][0].score > 0.9999
     gallery.close()
 
 

@@ -14,6 +14,7 @@ from service.jobs.embed import embed_source
 from service.jobs.index import index_source
 from service.jobs.parquet_parts import open_embeddings
 from service.jobs.transfer import export_store, import_items
+from service.queries import ItemQuery, VectorQuery
 from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
@@ -52,7 +53,7 @@ def test_what_embed_wrote_is_taken_in_with_its_labels(copy: Gallery, tmp_path: P
     )
     assert import_items(tmp_path / "out", copy) == (20, 0, 0)
     assert copy.get("digits/00007").metadata == {"label": "7"}
-    assert len(copy.find(["digits/00007"], 5)[0]) == 5
+    assert len(copy.find([ItemQuery("digits/00007")], 5)[0]) == 5
     with pytest.raises(ItemNotFound, match="came as an embedding, without a picture"):
         copy.thumbnail("digits/00007")
     assert copy.notice() is None  # which looks at pictures, where there are any
@@ -66,8 +67,8 @@ def test_embeddings_of_elsewhere_are_made_unit_length_and_bad_rows_left_out(copy
     table = pa.table({"id": ["a", "b", "zero", "nan", "bad\nid"], "embedding": [row.tolist() for row in rows]})
     pq.write_table(table, tmp_path / "made.parquet")
     assert import_items(tmp_path / "made.parquet", copy) == (2, 0, 3)
-    assert copy.find([rows[0].tolist()], 1)[0][0].id == "a"
-    assert copy.find([rows[0].tolist()], 1)[0][0].score == pytest.approx(1)
+    assert copy.find([VectorQuery(rows[0].tolist())], 1)[0][0].id == "a"
+    assert copy.find([VectorQuery(rows[0].tolist())], 1)[0][0].score == pytest.approx(1)
     copy.close()
 
 

@@ -1,0 +1,29 @@
+"""The HTTP app and its routes, one APIRouter module for each subject."""
+
+import fastapi_swagger
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from service.http import openapi, problems
+from service.http.routes import embed, info, items, search
+
+
+def create_app() -> FastAPI:
+    """Return the HTTP app. Its caller sets `app.state.gallery` and `app.state.slots` before the first request."""
+    app = FastAPI(
+        title="Lookalike",
+        version=info.VERSIONS["lookalike"],
+        description="Image similarity search. Errors are application/problem+json.",
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+        # Not include_router: it matches every request twice, once for the router and once for the route.
+        routes=[*embed.direct.routes, *search.direct.routes, *items.router.routes, *info.router.routes],
+    )
+    # /docs, with its scripts from the package instead of a CDN.
+    fastapi_swagger.patch_fastapi(app, redirect_from_root_to_docs=False)
+    app.mount("/page", StaticFiles(directory=info.PAGE), name="page")
+    openapi.describe(app)
+    problems.add_handlers(app)
+    return app

@@ -1,0 +1,70 @@
+"""GET /info, GET /metrics and the demo page."""
+
+import asyncio
+import importlib.metadata
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import faiss
+import onnxruntime
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+from service import metrics
+from service.gallery import Gallery
+from service.http import schemas
+from service.http.openapi import WORK, answers
+from service.http.routes.state import gallery_of, stored_gallery_of, work
+
+PAGE = Path(__file__).parents[2] / "page"
+VERSIONS = {
+    name: importlib.metadata.version(name) for name in ("lookalike", "bentoml", "pillow", "fastapi", "apsw")
+} | {
+    "onnxruntime": onnxruntime.__version__,
+    "faiss": faiss.__version__,
+}
+
+router = APIRouter()
+
+
+@router.get("/", include_in_schema=False)
+async def page(request: Request) -> FileResponse:
+    """Return the demo page."""
+    stored_gallery_of(request)
+    return FileResponse(PAGE / "index.html")
+
+
+@router.get("/metrics", include_in_schema=False)
+async def prometheus(request: Request) -> Response:
+    """Return the metrics for Prometheus. It takes no slot, so it answers while all of them are occupied."""
+    gallery = gallery_of(request)
+    if not gallery.settings.no_store:
+        metrics.items.set(await asyncio.to_thread(gallery.store.count))
+    return Response(await asyncio.to_thread(metrics.report), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+@router.get("/info", responses=answers(schemas.Info, *WORK))
+async def info(request: Request) -> Response:
+    """What runs here: encoder, embedding space, gallery, limits, versions."""
+    return await work(request, lambda: JSONResponse(_info(gallery_of(request))))
+
+
+def _info(gallery: Gallery) -> dict[str, Any]:
+    settings = gallery.settings
+    return {
+        "model": gallery.card.name,
+        "fingerprint": gallery.card.fingerprint,
+        "dimension": gallery.encoder.dimension,
+        "count": None if settings.no_store else gallery.store.count(),
+        "variant": gallery.encoder.variant,
+        "provider": gallery.encoder.provider,
+        "preprocessing": {k: v for k, v in asdict(gallery.card.preprocessing).items() if k != "canonical"},
+        "notice": None if settings.no_store else gallery.notice(),
+        "limits": {
+            name: getattr(settings, name)
+            for name in type(settings).model_fields
+            if name.startswith("max_") or name.endswith("_timeout_s")
+        },
+        "versions": VERSIONS,
+    }

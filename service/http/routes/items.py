@@ -1,0 +1,156 @@
+"""/images: add, list, show, change and remove items."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.convertors import Convertor, register_url_convertor
+
+from service.encoding.images import media_type
+from service.errors import InvalidRequest, UnsupportedFormat
+from service.http import schemas, uploads
+from service.http.bodies import content_type, parse_json_object, read_body, read_form, read_one_picture
+from service.http.openapi import BODY, WORK, answers, body, json_body, ndjson, picture_body, zip_body
+from service.http.routes.parameters import Cursor, Fingerprint, ItemId, Limit, Metadata
+from service.http.routes.state import (
+    check_content_type,
+    check_fingerprint,
+    gallery_of,
+    slots_of,
+    stored_gallery_of,
+    work,
+)
+from service.http.schemas import read_json
+from service.store import Item
+
+_MERGE_PATCH = "application/merge-patch+json"
+
+
+class _IdConvertor(Convertor[str]):
+    """An id in a path: any text but one that ends like the routes of an item's pictures."""
+
+    regex = r"(?s:.*)(?<!/thumbnail)(?<!/content)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("item", _IdConvertor())
+router = APIRouter()
+
+
+@router.get("/images", responses=answers(schemas.Page, 400, 404, *WORK))
+async def list_images(request: Request, limit: Limit = 100, cursor: Cursor = None) -> Response:
+    """List items in the order of adding; `next` is the cursor of the next page, or null."""
+
+    def list_page() -> Response:
+        items, following = gallery_of(request).store.scan(limit, int(cursor or 0))
+        after = None if following is None else str(following)
+        return JSONResponse({"items": [_shown(item) for item in items], "next": after})
+
+    return await work(request, list_page)
+
+
+@router.post(
+    "/images",
+    openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
+    responses=answers(None, *BODY, *WORK, 403, 404, 409)
+    | {200: {"description": "A line a picture.", "content": ndjson()}},
+)
+async def add_images(request: Request, fingerprint: Fingerprint = None) -> Response:
+    """Add or replace many pictures: `file` fields whose names are the ids, or a zip whose paths are.
+
+    The form's field `metadata`, in a zip `metadata.json`, holds an object of metadata by id. The answer has a
+    line of JSON for each picture, as it reaches the store or will not: one that failed may be sent again, and so
+    may one that did not.
+    """
+    gallery = stored_gallery_of(request)
+    check_fingerprint(gallery, fingerprint)
+    kind = content_type(request)
+    pictures: uploads.Archive | uploads.Uploads
+    if kind == "multipart/form-data":
+        pictures = uploads.Uploads(await read_form(request, gallery.settings, gallery.settings.max_bulk_images))
+    elif kind in ("application/zip", "application/x-zip-compressed"):
+        content = await read_body(request, gallery.settings.max_request_bytes)
+        pictures = await work(request, lambda: uploads.Archive(content, gallery.settings))
+    else:
+        raise UnsupportedFormat("expected multipart/form-data with fields file, or application/zip")
+    lines: AsyncIterator[str] = uploads.add_all(pictures, gallery, slots_of(request))
+    return StreamingResponse(lines, media_type="application/x-ndjson")
+
+
+@router.get("/images/{id:item}/thumbnail", response_class=Response, responses=answers("image/webp", 400, 404, *WORK))
+async def image_thumbnail(request: Request, id: ItemId) -> Response:
+    """A small WebP of an item."""
+    gallery = gallery_of(request)
+    data = await work(request, lambda: gallery.thumbnail(gallery.check_id(id)))
+    return Response(data, media_type="image/webp")
+
+
+@router.get("/images/{id:item}/content", response_class=Response, responses=answers("image/*", 400, 404, *WORK))
+async def image_content(request: Request, id: ItemId) -> Response:
+    """The picture's own bytes, where the store keeps them."""
+    gallery = gallery_of(request)
+    data = await work(request, lambda: gallery.original(gallery.check_id(id)))
+    # A client sent these bytes. We decide their type, and the guard forbids a browser to guess another.
+    return Response(data, media_type=media_type(data))
+
+
+@router.put(
+    "/images/{id:item}",
+    openapi_extra=body(picture_body(metadata="metadata")),
+    responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404, 409, 422, success=(200, 201)),
+)
+async def put_image(
+    request: Request, id: ItemId, metadata: Metadata = None, fingerprint: Fingerprint = None
+) -> Response:
+    """Add a picture under an id of yours, or replace it; `metadata` is a JSON object."""
+    gallery = stored_gallery_of(request)
+    id = gallery.check_id(id)
+    check_fingerprint(gallery, fingerprint)
+    image, form_fields = await read_one_picture(request, gallery.settings)
+    if form_fields.keys() - {"metadata"}:
+        raise InvalidRequest("expected the form fields file and metadata, no others")
+    text = form_fields.get("metadata", metadata)
+    checked = gallery.check_metadata({} if text is None else parse_json_object(text, "metadata"))
+    is_new = await work(request, lambda: gallery.add(id, image, checked))
+    return JSONResponse({"id": id, "metadata": checked}, 201 if is_new else 200)
+
+
+@router.get("/images/{id:item}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
+async def get_image(request: Request, id: ItemId) -> Response:
+    """An item's id and metadata, and the variant of the encoder that embedded it."""
+    gallery = gallery_of(request)
+    item = await work(request, lambda: gallery.get(gallery.check_id(id)))
+    return JSONResponse(_shown(item) | {"variant": item.variant})
+
+
+@router.patch(
+    "/images/{id:item}",
+    openapi_extra=body(json_body(schemas.PatchBody, types=("application/json", _MERGE_PATCH))),
+    responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404),
+)
+async def patch_image(request: Request, id: ItemId) -> Response:
+    """Change an item's metadata by a merge patch: a field given as null goes, others are set."""
+    gallery = gallery_of(request)
+    id = gallery.check_id(id)
+    check_content_type(request, "application/json", _MERGE_PATCH)
+    asked = await read_json(request, gallery.settings, schemas.PATCH)
+    item = await work(request, lambda: gallery.change_metadata(id, asked.metadata))
+    return JSONResponse(_shown(item))
+
+
+@router.delete("/images/{id:item}", status_code=204, responses=answers(None, 400, 403, 404, *WORK, success=(204,)))
+async def delete_image(request: Request, id: ItemId) -> Response:
+    """Remove an item."""
+    gallery = gallery_of(request)
+    await work(request, lambda: gallery.remove(gallery.check_id(id)))
+    return Response(status_code=204)
+
+
+def _shown(item: Item) -> dict[str, Any]:
+    return {"id": item.id, "metadata": item.metadata}

@@ -1,0 +1,36 @@
+"""Parameters in a URL: their types, the limits that FastAPI enforces, and their descriptions in /docs."""
+
+from typing import Annotated
+
+from fastapi import Path, Query
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
+
+from service.http.openapi import ITEM_ID
+from service.http.schemas import Included
+
+# A longer one, percent-encoded, would not fit into a line of the HTTP parser.
+_MAX_CHARACTERS = 2000
+# A URL has no null: a parameter is given or left out, so its schema is that of the text alone.
+_Missing = SkipJsonSchema[None]
+
+ItemId = Annotated[str, Path(json_schema_extra=ITEM_ID)]
+K = Annotated[int, Query(ge=1, description="Hits a query, at most.")]
+Threshold = Annotated[float, Query(ge=-1, le=1, allow_inf_nan=False)]
+FilterText = Annotated[
+    Annotated[str, Field(max_length=_MAX_CHARACTERS)] | _Missing,
+    Query(description='JSON, as {"label": "7"}.', json_schema_extra={"format": "filter"}),
+]
+Include = Annotated[tuple[Included, ...], Query()]
+Fingerprint = Annotated[
+    Annotated[str, Field(max_length=128)] | _Missing,
+    Query(description="Refused with 409 where another encoder runs here."),
+]
+Metadata = Annotated[
+    Annotated[str, Field(max_length=_MAX_CHARACTERS)] | _Missing,
+    Query(description="A JSON object.", json_schema_extra={"format": "metadata"}),
+]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+Cursor = Annotated[
+    Annotated[str, Field(pattern="^[0-9]{1,18}$")] | _Missing, Query(description="An earlier answer's `next`.")
+]

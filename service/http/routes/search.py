@@ -1,0 +1,126 @@
+"""POST /search: a picture, a vector or an item → the items most like it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from service.errors import TooLarge, each
+from service.gallery import Gallery
+from service.http import schemas
+from service.http.bodies import check_count, content_type, parse_json_object, read_one_picture
+from service.http.openapi import BODY, WORK, answers, body, json_body, picture_body
+from service.http.routes.direct import DirectRoute
+from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Threshold
+from service.http.routes.state import NumPyJsonResponse, check_fingerprint, slots_of, stored_gallery_of
+from service.http.schemas import DEFAULT_K, Included, SearchBody, SearchMany, read_json
+from service.queries import PictureQuery, Query
+from service.store import Hit
+from service.store.filters import Filter, parse_filter
+
+direct = APIRouter(route_class=DirectRoute)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The options of a search, common to all its queries.
+
+    Attributes:
+        k: hits per query, at most.
+        threshold: smallest score of a hit.
+        filter: only items whose metadata matches it.
+        include: fields of a hit besides its id and score.
+        fingerprint: the encoder that the client expects.
+    """
+
+    k: int
+    threshold: float
+    filter: Filter | None
+    include: Sequence[Included]
+    fingerprint: str | None
+
+    @classmethod
+    def merged(cls, url: "SearchOptions", body: SearchBody) -> "SearchOptions":
+        """Return the options of a request: a field that its body gives, and that is not null, wins over the URL's.
+
+        A list of queries takes its `k` from the body alone, since it has a limit of its own.
+
+        Raises:
+            InvalidQuery: the body's filter is malformed.
+        """
+        given: dict[str, Any] = {
+            name: getattr(body, name) for name in _OPTIONS & body.model_fields_set if getattr(body, name) is not None
+        }
+        if isinstance(body, SearchMany):
+            given["k"] = body.k
+        if "filter" in given:
+            given["filter"] = parse_filter(given["filter"])
+        return replace(url, **given)
+
+
+_OPTIONS = {field.name for field in fields(SearchOptions)}
+
+
+@direct.post(
+    "/search",
+    openapi_extra=body(
+        picture_body()
+        | json_body(schemas.SearchById, schemas.SearchByImage, schemas.SearchByVector, schemas.SearchMany)
+    ),
+    responses=answers((schemas.Hits, schemas.Results), *WORK, *BODY, 404, 409, 422),
+)
+async def search(
+    request: Request,
+    k: K = DEFAULT_K,
+    threshold: Threshold = -1,
+    filter: FilterText = None,
+    include: Include = ("metadata",),
+    fingerprint: Fingerprint = None,
+) -> Response:
+    """Find the k items most like a picture, a vector or an item; the item itself is left out.
+
+    In JSON also several at once: the answer to `queries` is `results`. What the body leaves out of `threshold`,
+    `filter`, `include`, `fingerprint` and, for a single query, `k`, the address may say.
+    """
+    gallery = stored_gallery_of(request)
+    settings = gallery.settings
+    where = None if filter is None else parse_filter(parse_json_object(filter, "filter"))
+    options = SearchOptions(k, threshold, where, include, fingerprint)
+    several = False
+    if content_type(request) == "application/json":
+        asked = await read_json(request, settings, schemas.SEARCH)
+        options = SearchOptions.merged(options, asked)
+        several = isinstance(asked, SearchMany)
+        members = asked.queries if isinstance(asked, SearchMany) else [asked]
+        queries: list[Query] = [member.query(settings) for member in members]
+    else:
+        queries = [PictureQuery((await read_one_picture(request, settings))[0])]
+    check_fingerprint(gallery, options.fingerprint)
+    if len(queries) > settings.max_queries:
+        raise TooLarge(f"expected at most {settings.max_queries} queries, got {len(queries)}")
+    check_count(sum(isinstance(query, PictureQuery) for query in queries), settings)
+
+    def find() -> Response:
+        found = gallery.find_begun(begun, options.k, options.threshold, options.filter)
+        results = [{"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found]
+        return NumPyJsonResponse({"results": results} if several else results[0])
+
+    async with slots_of(request).place(request.receive) as place:
+        begun = each("query", queries, gallery.begin)
+        await place.wait([query.embedding for query in begun if query.embedding is not None])
+        return await place.run(find)
+
+
+def _shown(gallery: Gallery, hit: Hit, include: Sequence[Included]) -> dict[str, Any]:
+    shown: dict[str, Any] = {"id": hit.id, "score": hit.score}
+    if "metadata" in include:
+        # As the store keeps it: orjson would refuse integers beyond 64 bits.
+        shown["metadata"] = orjson.Fragment(hit.metadata_json)
+    if "embedding" in include:
+        embedding = gallery.store.embedding(hit.id)
+        # The item may have been removed since it was found.
+        if embedding is not None:
+            shown["embedding"] = embedding
+    return shown
