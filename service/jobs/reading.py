@@ -1,12 +1,12 @@
 """What the jobs share: pictures are read ahead of their use, progress is shown, outcomes are counted."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from service import cores
 from service.errors import LookalikeError, NoEmbedding
 
 _CHUNK = 64
@@ -32,7 +32,7 @@ def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tupl
             return position, error
 
     chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         ahead = pool.map(attempt, chunks[0]) if chunks else iter(())
         for following in [*chunks[1:], None]:
             current, ahead = ahead, pool.map(attempt, following or ())
