@@ -202,6 +202,18 @@ def read_card(folder: Path) -> Card:
     return Card(folder.resolve(), name, own, files[MODEL_FILE], preprocessing, facts, variants)
 
 
+def digest(card: Card, dimension: int) -> dict[str, Any]:
+    """Return what `lookalike info` shows of an encoder: identity and sizes, then all else that its card says.
+
+    Args:
+        card: of the encoder.
+        dimension: D, as its graph gives it.
+    """
+    shown = {"name": card.name, "fingerprint": card.fingerprint, "dimension": dimension}
+    shown["side"] = card.preprocessing.side
+    return shown | {key: value for key, value in card.facts.items() if key not in (*shown, "canary")}
+
+
 def _belongs(file: str, facts: dict[str, Any]) -> bool:
     """Whether the card has measured a variant's file, and found it near enough to model.onnx."""
     cosine = facts.get("quality", {}).get(file, {}).get("cosine_p1", 0)

@@ -29,9 +29,9 @@ _QUIET = ("/livez", "/readyz", "/healthz", "/metrics")
 class Guard:
     """ASGI middleware around BentoML's app and ours in it."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._settings = Settings()
-        self._keys = read_keys(self._settings)
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = read_keys(settings)
         self._buffered = 0  # bytes of all bodies whose requests are not answered yet
         self._app: ASGIApp = app
         origins = [origin.strip() for origin in self._settings.cors_origins.split(",") if origin.strip()]
