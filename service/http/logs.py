@@ -1,4 +1,4 @@
-"""Logs as JSON lines on stderr: whatever a client sends, it stays one line and one value."""
+"""Logs as JSON lines on stderr; text of a client stays inside one line and one value."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ from typing import Any
 
 access = logging.getLogger("bentoml.access")
 
-# What every record has; the rest is what the call gave as extra.
+# The attributes that every record has; all others came as `extra` of the call.
 _PLAIN = vars(logging.makeLogRecord({}))
 _USUAL = _PLAIN.keys() | {"message", "taskName", "color_message"}
 
@@ -16,7 +16,7 @@ _encode = json.JSONEncoder(default=str).encode
 
 
 class Line(logging.LogRecord):
-    """A record of a request: what LogRecord would look up of its place and process costs more than the line."""
+    """A record of a request. LogRecord's own constructor looks up the caller, which costs more than the line."""
 
     def __init__(self, message: str, fields: dict[str, Any]) -> None:
         self.__dict__.update(_PLAIN, name=access.name, levelno=logging.INFO, levelname="INFO", msg=message)
@@ -25,7 +25,7 @@ class Line(logging.LogRecord):
 
 
 class _JsonLines(logging.Formatter):
-    """A record as one JSON object: time, level, logger, message, what was given as extra, traceback."""
+    """Formats a record as one JSON object: time, level, logger, message, the extra fields, traceback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,20 +51,20 @@ class _JsonLines(logging.Formatter):
 
 
 def request(fields: dict[str, Any]) -> None:
-    """Write the line of a request that was answered."""
+    """Write the line of an answered request."""
     if access.isEnabledFor(logging.INFO):
         access.handle(Line("request", fields))
 
 
 def handler() -> logging.Handler:
-    """Return what writes one JSON object a line to stderr."""
+    """Return a handler that writes one JSON object a line to stderr."""
     made = logging.StreamHandler(sys.stderr)
     made.setFormatter(_JsonLines())
     return made
 
 
 def write_json_lines() -> None:
-    """Let what BentoML, uvicorn and we log be written so, in place of BentoML's own form."""
+    """Have all logs of this process written as JSON lines: BentoML's, uvicorn's and ours."""
     ours = handler()
     for name in ("", "bentoml", "uvicorn.error", "circus"):
         logger = logging.getLogger(name)

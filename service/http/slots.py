@@ -1,4 +1,4 @@
-"""Places for requests at work: a bounded number of them, a time for each, and none for a caller that has gone."""
+"""Work slots: how many requests may be at work or wait, how long each may take, and what stops when a caller leaves."""
 
 import asyncio
 import threading
@@ -14,13 +14,17 @@ from service.errors import Busy, TimedOut
 
 R = TypeVar("R")
 
-# More than cores: they wait for the disk, for one another's commits and for pictures that are being embedded.
+# More threads than cores: they wait for the disk, for one another's commits and for the encoder.
 _THREADS = 32
-_UNWATCHED_S = 0.02  # most requests end sooner, and looking out for their callers would cost more than it saves
+# Most requests end sooner, and watching for their callers' disconnect would cost more than it saves.
+_UNWATCHED_S = 0.02
 
 
 class Slots:
-    """Where requests do their work once their bodies are in; an upload, however slow, holds none."""
+    """The slots that requests work in once their bodies are read; a slow upload occupies none.
+
+    Written by hand and not on anyio's limiter and task groups: see docs/decisions/0022.
+    """
 
     def __init__(self, max_waiting: int, timeout_s: float) -> None:
         self._max_waiting, self._timeout_s = max_waiting, timeout_s
@@ -29,31 +33,30 @@ class Slots:
         self._counting = threading.Lock()
 
     def place(self, receive: Receive | None = None) -> "Place":
-        """Return a place that a request has for as long as an `async with` of it runs.
+        """Return a context manager that occupies a slot during its `async with` block.
 
         Args:
-            receive: of the request, whose body is in; tells when the caller has gone.
+            receive: the request's own, after its body was read; it reports when the caller disconnects.
 
-        Raises, on entering:
-            Busy: as many as may wait are at work or waiting; nothing was begun.
-
-        Raises, on leaving:
-            TimedOut: the block took too long. Python stops no thread: what one is at holds the place to its end.
-            ClientDisconnect: nobody waits for the answer any more; what was not begun is not begun.
+        Raises:
+            Busy: on entering, if `max_waiting` slots are occupied; nothing was started.
+            TimedOut: on leaving, if the block took too long. A thread cannot be killed; its slot stays occupied until
+                the work ends.
+            ClientDisconnect: on leaving, if the caller has disconnected; work that had not started never starts.
         """
         return Place(self, self._threads, self._timeout_s, receive)
 
     async def run(self, work: Callable[[], R], receive: Receive | None = None) -> R:
-        """Do work that blocks in a place of its own and return what it returns. Raises as `place`."""
+        """Run blocking work in a slot and return its result. Raises as `place`, or as the work does."""
         async with self.place(receive) as place:
             return await place.run(work)
 
     def close(self) -> None:
-        """Let what runs end, and begin nothing more."""
+        """Start no more work, and wait for the work that runs."""
         self._threads.shutdown(cancel_futures=True)
 
     def enter(self) -> None:
-        """Count one more. Raises Busy."""
+        """Occupy a slot. Raises Busy."""
         with self._counting:
             if self._count >= self._max_waiting:
                 raise Busy(f"{self._count} requests are waiting already; try again in a second")
@@ -61,14 +64,14 @@ class Slots:
         metrics.requests_at_work.inc()
 
     def leave(self, _: "Future[Any] | None" = None) -> None:
-        """Count one less."""
+        """Free a slot."""
         metrics.requests_at_work.dec()
         with self._counting:
             self._count -= 1
 
 
 class Place:
-    """One request's, from when its body is in to when its answer is known. See Slots.place."""
+    """One request's slot, from the end of its body to its result. See Slots.place."""
 
     def __init__(self, slots: Slots, threads: ThreadPoolExecutor, timeout_s: float, receive: Receive | None) -> None:
         self._slots, self._threads, self._timeout_s, self._receive = slots, threads, timeout_s, receive
@@ -102,12 +105,12 @@ class Place:
                 self._work.add_done_callback(self._slots.leave)
 
     async def run(self, work: Callable[[], R]) -> R:
-        """Do work that blocks on a thread and return what it returns."""
+        """Run blocking work on a thread and return its result. Raises as the work does."""
         self._work = future = self._threads.submit(work)
         return await asyncio.wrap_future(future)
 
     async def wait(self, futures: "Sequence[Future[Any]]") -> None:
-        """Wait until all are done, well or not; those not begun yet are cancelled when the time is over."""
+        """Wait until all futures are done or have failed; if the block is cancelled, cancel those that wait."""
         try:
             for future in futures:
                 if not future.done():
@@ -129,7 +132,7 @@ class Place:
 
 
 async def _done(future: "Future[Any]") -> None:
-    """Wait for a future that a thread resolves, whatever it comes to."""
+    """Wait until a future that a thread resolves is done, has failed or was cancelled."""
     loop = asyncio.get_running_loop()
     waiter = loop.create_future()
     future.add_done_callback(lambda _: loop.call_soon_threadsafe(_wake, waiter))
