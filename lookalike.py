@@ -1,11 +1,9 @@
 """The front door: the `lookalike` command. A verb imports its room only when it runs."""
 
 import json
-import os
-import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -119,9 +117,10 @@ def whiten(
     Of fewer than 500 pictures it learns the mean alone. Pictures of another kind make it worse.
     """
     from service.jobs.whiten import whiten as run
+    from service.settings import read_settings
     from service.sources import open_source
 
-    tally = run(model, open_source(calibrate, data_root), out, _settings(), power, dimension)
+    tally = run(model, open_source(calibrate, data_root), out, read_settings(), power, dimension)
     print(f"{out}: learnt on {tally.done} pictures; {tally.bad} could not be read", file=sys.stderr)
     raise typer.Exit(1 if tally.bad else 0)
 
@@ -174,9 +173,10 @@ def embed(
 ) -> None:
     """Embed a whole source into Parquet; run it again to go on after an interruption."""
     from service.jobs.embed import embed_source
+    from service.settings import read_settings
     from service.sources import open_source
 
-    tally = embed_source(open_source(source, data_root), model, out, _settings())
+    tally = embed_source(open_source(source, data_root), model, out, read_settings())
     print(
         f"{out}: {tally.done} pictures read now, {tally.known} earlier; {tally.bad} could not be read", file=sys.stderr
     )
@@ -191,13 +191,18 @@ def index(
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Add a source's pictures to a store. Those already there with the same bytes are passed over."""
+    from service.encoder_choice import choose_model
     from service.gallery import open_gallery
     from service.jobs.index import index_source
+    from service.settings import read_settings
     from service.sources import open_source
 
     pictures = open_source(source, data_root)
-    settings = _settings(model=model, store=store)
-    gallery = open_gallery(settings.model_copy(update={"model": _choose_model(settings, source)}))
+    settings = read_settings(model=model, store=store)
+    chosen, choice = choose_model(settings, source)
+    if choice:
+        print(choice, file=sys.stderr)
+    gallery = open_gallery(settings.model_copy(update={"model": chosen}))
     try:
         tally = index_source(pictures, gallery)
         gallery.store.settle()
@@ -223,8 +228,9 @@ def reindex(
     """Embed a store's pictures anew with another encoder, beside a service that goes on meanwhile."""
     from service.encoding.pretrained import default_encoder
     from service.jobs.reindex import reindex as run
+    from service.settings import read_settings
 
-    settings = _settings(store=store)
+    settings = read_settings(store=store)
     model = model or default_encoder()
     count = run(model, settings)
     print(
@@ -243,12 +249,13 @@ def search(
     """Find the pictures of a store that are most like a picture."""
     from service.gallery import open_gallery
     from service.queries import PictureQuery
+    from service.settings import read_settings
 
     try:
         data = image.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
-    gallery = open_gallery(_settings(store=store, read_only=True))
+    gallery = open_gallery(read_settings(store=store, read_only=True))
     hits = gallery.find([PictureQuery(data)], k)[0]
     gallery.close()
     if as_json:
@@ -273,7 +280,10 @@ def serve(
     ] = None,
 ) -> None:
     """Serve search over HTTP, with a page, until Ctrl-C."""
-    settings = _settings(
+    from service.serving import serve as run
+    from service.settings import read_settings
+
+    settings = read_settings(
         model=model,
         store=store,
         host=host,
@@ -284,16 +294,7 @@ def serve(
         workers=workers,
         read_only=read_only,
     )
-    settings = _check_serving(settings)
-    bentoml = Path(sys.executable).with_name("bentoml")
-    environment = {  # the keys are there already: only the environment holds them
-        f"LOOKALIKE_{name.upper()}": str(value)
-        for name, value in settings.model_dump(exclude_none=True, exclude={"api_keys"}).items()
-    }
-    print(f"Lookalike on http://{settings.host}:{settings.port}  (Ctrl-C stops it)", flush=True)
-    command = [str(bentoml), "serve", "service.app:Lookalike", "--host", settings.host, "--port", str(settings.port)]
-    command += ["--timeout-graceful-shutdown", "18"]  # service/lifetime.py leaves soon after
-    os.execve(bentoml, command, {"BENTOML_DO_NOT_TRACK": "True", **os.environ, **environment})
+    run(settings)
 
 
 @store_cli.command()
@@ -317,8 +318,9 @@ def export_store(
     """Write a store's items as Parquet: embeddings, metadata and pictures. A service may go on meanwhile."""
     from service.gallery import open_gallery
     from service.jobs.transfer import export_store as run
+    from service.settings import read_settings
 
-    gallery = open_gallery(_settings(store=store, read_only=True))
+    gallery = open_gallery(read_settings(store=store, read_only=True))
     try:
         count = run(gallery, out)
     finally:
@@ -335,8 +337,9 @@ def import_items(
     """Add the items of Parquet files: of `store export`, of `embed`, or made elsewhere: id and embedding at least."""
     from service.gallery import open_gallery
     from service.jobs.transfer import import_items as run
+    from service.settings import read_settings
 
-    gallery = open_gallery(_settings(model=model, store=store))
+    gallery = open_gallery(read_settings(model=model, store=store))
     try:
         tally = run(source, gallery)
         gallery.store.settle()
@@ -352,77 +355,16 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show an encoder's card, after checking its files against it."""
-    from service.encoding.card import read_card
+    from service.encoding.card import digest, read_card
     from service.encoding.encoder import Encoder
 
     card = read_card(model)
-    encoder = Encoder(card, variant="fp32")
-    facts = {
-        "name": card.name,
-        "fingerprint": card.fingerprint,
-        "dimension": encoder.dimension,
-        "side": card.preprocessing.side,
-        **{
-            key: value for key, value in card.facts.items() if key not in ("name", "fingerprint", "dimension", "canary")
-        },
-    }
+    facts = digest(card, Encoder(card, variant="fp32").dimension)
     if as_json:
         print(json.dumps(facts))
         return
     for key, value in facts.items():
         print(f"{key:14} {value if isinstance(value, str) else json.dumps(value)}")
-
-
-def _settings(**flags: Any) -> Any:
-    """Settings from the environment, with the flags that were given set over them."""
-    from pydantic import ValidationError
-
-    from service.settings import Settings
-
-    try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidRequest(f"LOOKALIKE_{str(first['loc'][0]).upper()}: {first['msg']}") from error
-
-
-def _choose_model(settings: Any, source: str = "") -> Path:
-    """The encoder's folder; where it is a default, say which and why."""
-    from service.gallery import find_model
-    from service.store.embedded import recorded_model
-
-    model = find_model(settings, source)
-    if settings.model is None and (settings.no_store or recorded_model(settings.store) is None):
-        from service.encoding.pretrained import of_digits
-
-        kind = "digits" if of_digits(source) else "photographs"
-        print(f"encoder: {model}, the default for {kind}; --model names another", file=sys.stderr)
-    return model
-
-
-def _check_serving(settings: Any) -> Any:
-    """Say here, in a sentence, what would else be a traceback in the server's log; return settings with a model."""
-    from service.encoding.card import read_card
-    from service.encoding.encoder import Encoder
-    from service.gallery import open_store
-    from service.http.keys import read_keys
-
-    read_keys(settings)
-    if settings.workers > 1 and not settings.no_store:
-        raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
-    settings = settings.model_copy(update={"model": _choose_model(settings)})
-    encoder = Encoder(read_card(settings.model), settings.device, settings.variant)
-    if not settings.no_store:
-        open_store(settings, encoder).close()
-    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as error:
-            raise InvalidRequest(
-                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another with --port"
-            ) from error
-    return settings
 
 
 def _need_torch() -> None:

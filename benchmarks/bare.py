@@ -2,24 +2,28 @@
 
 from starlette.types import Receive, Scope, Send
 
-from service.app import app, open_service, own_every_path
+from service.app import open_service, own_every_path
 from service.http.guard import Guard
+from service.http.routes import create_app
 from service.settings import Settings
+
+_settings, _app = Settings(), create_app()
+_owner = own_every_path(_app)
 
 
 async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
-        await own_every_path(scope, receive, send)
+        await _owner(scope, receive, send)
         return
     while True:  # lifespan
         if (await receive())["type"] == "lifespan.startup":
-            open_service(Settings())
+            open_service(_app, _settings)
             await send({"type": "lifespan.startup.complete"})
         else:
-            app.state.slots.close()
-            app.state.gallery.close()
+            _app.state.slots.close()
+            _app.state.gallery.close()
             await send({"type": "lifespan.shutdown.complete"})
             return
 
 
-guarded = Guard(_serve)
+guarded = Guard(_serve, _settings)

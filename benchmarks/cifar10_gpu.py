@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from benchmarks.machine import describe
 from service.encoding.card import square_preprocessing
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
+from service.files import replace_file
 from service.sources import open_source
 from training.augment import augment
 from training.backbones import build_backbone
@@ -475,9 +476,8 @@ def write_encoder(path: Path, backbone: nn.Module, recipe: Recipe, mean: Tensor,
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a file of tensors, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    torch.save(content, temporary)
-    temporary.replace(path)
+    with replace_file(path) as temporary:
+        torch.save(content, temporary)
 
 
 def main(

@@ -8,7 +8,6 @@ Ours also makes thumbnails, keeps the originals and commits to disk. The two tak
 """
 
 import io
-import os
 import shutil
 import tempfile
 import time
@@ -83,7 +82,7 @@ def _bare(folder: Path) -> float:
     files = sorted(folder.iterdir())
     chunks = [files[at : at + _BATCH] for at in range(0, len(files), _BATCH)]
     rows: list[FloatArray] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         ahead = pool.map(_decode, chunks[0])
         for following in [*chunks[1:], []]:
             pixels, ahead = np.stack(list(ahead)), pool.map(_decode, following)

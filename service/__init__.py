@@ -3,23 +3,32 @@
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-# onnxruntime reads it when it starts; its wheels report usage unless they are told not to.
+# onnxruntime reads this variable when it starts; its wheels report usage unless it is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-PixelArray = NDArray[np.uint8]
-FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
+if TYPE_CHECKING:
+    from service.arrays import FloatArray as FloatArray
+    from service.arrays import IntArray as IntArray
+    from service.arrays import PixelArray as PixelArray
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import NumPy when a type of array is first asked for: `lookalike --help` needs none."""
+        if name not in ("FloatArray", "IntArray", "PixelArray"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from service import arrays
+
+        return getattr(arrays, name)
 
 
 def cores() -> int:
-    """Return how many cores this process may keep busy: of its affinity, and of its container's share of time."""
+    """Return how many cores this process may keep busy: its affinity, capped by its container's share of time."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return min(count, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such group, or "max"
+    except (OSError, ValueError):
+        # There is no such control group, or its quota is the word "max".
         return count

@@ -10,6 +10,7 @@ import time
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
@@ -22,126 +23,152 @@ from service.http.slots import Slots
 from service.lifetime import Lifetime
 from service.settings import Settings
 
-logs.write_json_lines()
 log = logging.getLogger("bentoml.lookalike")
-app = create_app()
-_MMAP_THRESHOLD, _TOP_PAD = -3, -2  # of malloc.h
-_LARGE = 4_000_000
-_SWITCH_S = 1e-4  # in place of 5e-3: a decoder that comes back to Python must not wait for a burst of the event loop
+# glibc's names for them in malloc.h.
+_MMAP_THRESHOLD, _TOP_PAD = -3, -2
+_LARGE_BYTES = 4_000_000
+# Python's own 5e-3 lets a decoder that returns to Python wait for a whole burst of the event loop.
+_SWITCH_S = 1e-4
 _BENTOML_OWN = ("/livez", "/readyz", "/healthz", "/schema.json")
-_settings = Settings()
 
 
-async def own_every_path(scope: Scope, receive: Receive, send: Send) -> None:
-    """Hand every path to our app, and say which of its routes took it.
+class Worker:
+    """One gallery behind the HTTP app, from the start of a worker process to its end.
 
-    BentoML offers a Starlette app only the paths it knows and answers the others with pages of its
-    own; a plain callable is offered them all. Without BentoML's router in the scope, ours names the routes.
-    """
-    inner = {key: value for key, value in scope.items() if key != "router"}
-    try:
-        await app(inner, receive, send)
-    finally:
-        scope["state"]["route"] = getattr(inner.get("route"), "path_format", "other")
-
-
-def _give_large_blocks_back() -> None:
-    """Let glibc return every block above 4 MB as it is freed, and keep as much for the next smaller ones.
-
-    Left alone it learns from the first large ones to keep such blocks, for each thread apart. A JSON body of 64 MB cost
-    2.2 times its size so, and costs 2.0 times with this. What it returns has to be cleared when it is asked for again:
-    64 queries in a call, which need some blocks of 1.3 MB, took a tenth longer.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGE)
-        mallopt(_TOP_PAD, _LARGE)
-
-
-class Fronted(bentoml.Service):  # type: ignore[misc]  # BentoML has no types
-    """A service whose requests do not go through what BentoML puts before every route.
-
-    Its tracing opens three spans a request though nobody collects them, and its timeout keeps 5 KB of every request
-    until a timer fires (docs/decisions/0010). With an exporter of traces in BentoML's configuration, requests go
-    through both.
+    Attributes:
+        app: the HTTP app; `app.state.gallery` is the gallery that serves.
+        settings: what the service was told.
     """
 
-    def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        """Return what BentoML's worker hands to uvicorn."""
-        theirs = super().to_asgi(is_main)
-        traced = BentoMLContainer.tracing.exporter_type.get() is not None
-
-        async def front(scope: Scope, receive: Receive, send: Send) -> None:
-            if traced or scope["type"] != "http" or scope["path"] in _BENTOML_OWN:
-                await theirs(scope, receive, send)
-            else:
-                await own_every_path(scope, receive, send)
-
-        return Guard(front)
-
-
-# The gallery's index lives in a worker's memory, and its store has one writer: one worker, unless there is no store.
-# BentoML's access log writes what clients send as it is, and its metrics have a label for every path that was ever
-# asked for: both are ours instead (docs/decisions/0009). Its time for a request counts only where requests are traced;
-# it covers ours for the body and for the work.
-@bentoml.service(
-    name="lookalike",
-    service_class=Fronted,
-    workers=_settings.workers,
-    traffic={"timeout": _settings.body_timeout_s + _settings.work_timeout_s + 2},
-    logging={"access": {"enabled": False}},
-    metrics={"enabled": False},
-)
-@bentoml.asgi_app(own_every_path, path="/")
-class Lookalike:
-    """One gallery, opened when the worker starts and closed when it stops."""
+    app: FastAPI
+    settings: Settings
 
     def __init__(self) -> None:
-        _give_large_blocks_back()
-        settings = Settings()
-        self.gallery = open_service(settings)
-        if threading.current_thread() is threading.main_thread():  # where alone signals can be caught
-            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.take_up, daemon=True).start())
-        self._lifetime = Lifetime(alone=settings.workers == 1)
+        _return_large_blocks()
+        open_service(self.app, self.settings)
+        # Signals can be caught in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.switch, daemon=True).start())
+        self._lifetime = Lifetime(alone=self.settings.workers == 1)
         self._failed = ""
 
-    def take_up(self) -> None:
-        """Go over to the store's generation that counts by now; where that cannot be, go on and say why."""
+    @property
+    def gallery(self) -> Gallery:
+        """The gallery that serves."""
+        gallery: Gallery = self.app.state.gallery
+        return gallery
+
+    def switch(self) -> None:
+        """Serve the current generation of the store; if it cannot be opened, log why and change nothing."""
         earlier = self.gallery
         try:
-            self.gallery = app.state.gallery = succeed(earlier)
+            _use(self.app, succeed(earlier))
         except LookalikeError as error:
             log.warning("no other generation of the store is taken up: %s", error)
             return
         log.info("serving %d pictures with the encoder %s", self.gallery.store.count(), self.gallery.card.name)
-        time.sleep(earlier.settings.work_timeout_s)  # who has begun with the earlier one ends with it
+        # Requests that began with the earlier gallery end with it.
+        time.sleep(self.settings.work_timeout_s)
         earlier.close()
 
     def __is_ready__(self) -> bool:
-        """Ready is: the canary goes all the way to the index and comes to what it was, and nobody said stop."""
+        """Return whether the canary picture is found as it was at the start, and the process is not ending."""
         try:
             self.gallery.probe()
             failed = "stopping" if self._lifetime.ending else ""
         except LookalikeError as error:
             failed = str(error)
         metrics.ready.set(not failed)
-        if failed != self._failed:  # once for each change, however often somebody asks
+        # Each change is logged once, however often a load balancer asks.
+        if failed != self._failed:
             log.error("not ready: %s", failed) if failed else log.info("ready again")
         self._failed = failed
         return not failed
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
-        """Let go of the store."""
-        app.state.slots.close()
+        """Close the gallery and its store."""
+        self.app.state.slots.close()
         self.gallery.close()
 
 
-def open_service(settings: Settings) -> Gallery:
-    """Open the gallery that the settings name, and have the app serve it."""
+class Fronted(bentoml.Service):  # type: ignore[misc]  # BentoML has no types
+    """A service whose requests bypass BentoML's own middleware.
+
+    BentoML's tracing opens three spans a request even if nobody collects them, and its timeout keeps 5 KB of every
+    request until a timer fires (docs/decisions/0010). If BentoML's configuration names an exporter of traces, requests
+    pass through both.
+    """
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        """Return the app that BentoML's worker hands to uvicorn."""
+        theirs = super().to_asgi(is_main)
+        ours = own_every_path(self.inner.app)
+        traced = BentoMLContainer.tracing.exporter_type.get() is not None
+
+        async def front(scope: Scope, receive: Receive, send: Send) -> None:
+            if traced or scope["type"] != "http" or scope["path"] in _BENTOML_OWN:
+                await theirs(scope, receive, send)
+            else:
+                await ours(scope, receive, send)
+
+        return Guard(front, self.inner.settings)
+
+
+def make_service(settings: Settings) -> bentoml.Service:
+    """Return the BentoML service of one gallery; the gallery is opened when a worker starts.
+
+    A worker holds the gallery's index in its memory, and a store has one writer: with a store there is one worker.
+    BentoML's access log writes paths as clients send them, and its metrics have a label for every path that was ever
+    asked for: ours replace both (docs/decisions/0009). BentoML's timeout applies to traced requests only; it covers
+    our own two, for the body and for the work.
+    """
+    metrics.configure(settings.workers)
+    http, told = create_app(), settings
+
+    class Lookalike(Worker):
+        """One gallery, opened when the worker starts and closed when it stops."""
+
+        app, settings = http, told
+
+    return bentoml.asgi_app(own_every_path(http), path="/")(
+        bentoml.service(
+            name="lookalike",
+            service_class=Fronted,
+            workers=settings.workers,
+            traffic={"timeout": settings.body_timeout_s + settings.work_timeout_s + 2},
+            logging={"access": {"enabled": False}},
+            metrics={"enabled": False},
+        )(Lookalike)
+    )
+
+
+def own_every_path(app: ASGIApp) -> ASGIApp:
+    """Return an ASGI app that hands every path to `app` and notes which of its routes answered.
+
+    BentoML offers a Starlette app only the paths that the app knows and answers the others with pages of its own; it
+    offers a plain callable all of them. The scope loses BentoML's router, so that `app` sets its own route there.
+    """
+
+    async def owner(scope: Scope, receive: Receive, send: Send) -> None:
+        inner = {key: value for key, value in scope.items() if key != "router"}
+        try:
+            await app(inner, receive, send)
+        finally:
+            scope["state"]["route"] = getattr(inner.get("route"), "path_format", "other")
+
+    return owner
+
+
+def open_service(app: FastAPI, settings: Settings) -> None:
+    """Open the gallery that the settings name, and have the app serve it.
+
+    Raises:
+        InvalidModel, InvalidStore, StoreMismatch: as open_gallery.
+    """
     gallery = open_gallery(settings)
-    app.state.gallery = gallery
     app.state.slots = Slots(settings.max_waiting, settings.work_timeout_s)
+    _use(app, gallery)
     log.info(
         "serving %s with the encoder %s (%s) on %s",
         "without a store" if settings.no_store else f"{gallery.store.count()} pictures from {settings.store}",
@@ -151,8 +178,31 @@ def open_service(settings: Settings) -> Gallery:
     )
     if not settings.no_store and (notice := gallery.notice()):
         log.warning(notice)
-    # Full collections of all that was loaded so far would stop everybody for 100 ms each.
+    # A full collection of all that was loaded so far would stop every request for 100 ms.
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(_SWITCH_S)
-    return gallery
+
+
+def _use(app: FastAPI, gallery: Gallery) -> None:
+    """Serve a gallery from now on, and report its encoder at /metrics."""
+    app.state.gallery = gallery
+    encoder = gallery.encoder
+    metrics.tell_encoder(encoder.card.name, encoder.variant, encoder.provider, len(encoder.lanes))
+
+
+def _return_large_blocks() -> None:
+    """Have glibc return every block above 4 MB to the system when it is freed, and keep as much for smaller ones.
+
+    By default glibc learns from the first large blocks to keep such blocks, separately for each thread. A JSON body of
+    64 MB then costs 2.2 times its size; with this it costs 2.0 times. Returned memory has to be cleared when it is
+    allocated again: 64 queries in a call, which need some blocks of 1.3 MB, took a tenth longer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_TOP_PAD, _LARGE_BYTES)
+
+
+logs.write_json_lines()
+Lookalike = make_service(Settings())

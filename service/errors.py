@@ -1,4 +1,4 @@
-"""What can go wrong, as a map of the data flow; each class is an arrow or what stands at its end.
+"""What can go wrong, as a map of the data flow; each class is an arrow, or the result at its end.
 
     source ─read─▶ bytes ─decode─▶ picture ─resize─▶ pixels ─encode─▶ embedding ─search─▶ hits
       InvalidSource  │                │                  NoEmbedding     │          InvalidQuery
@@ -6,10 +6,10 @@
                      ├ TooLarge       └ TooLarge (pixels, sides)         ▼
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
-Around them: InvalidRequest (what a request or a flag says), InvalidModel (models/NAME), OutOfMemory, InvalidOutput
+Around them: InvalidRequest (a request or a flag is malformed), InvalidModel (models/NAME), OutOfMemory, InvalidOutput
 (--out); over HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded, NoStore and TimedOut.
-`status` is what HTTP answers, `code` the word a program reads. At the command line every one of them
-is one sentence on stderr and exit code 2.
+`status` is the HTTP status, `code` the word that programs read. At the command line each of them is one sentence on
+stderr and exit code 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class LookalikeError(Exception):
     """Base of every error that a user may cause; str() is one sentence for that user.
 
     Attributes:
-        parts: where the error is about members of a list, each one's place there and what is wrong with it.
+        parts: if the error is about members of a list, the position and the error of each bad member.
     """
 
     status = 500
@@ -42,7 +42,7 @@ class InvalidRequest(LookalikeError):
 
 
 class EmptyPicture(InvalidRequest):
-    """There are no bytes where a picture was expected."""
+    """A picture was expected, and its file is empty."""
 
     code = "empty_picture"
 
@@ -55,7 +55,7 @@ class TooLarge(LookalikeError):
 
 
 class UnsupportedFormat(LookalikeError):
-    """The bytes are in no picture format that we take, or the body in no form that we read."""
+    """The bytes are in no picture format that we decode, or the body in no form that we read."""
 
     status = 415
     code = "unsupported_format"
@@ -76,7 +76,7 @@ class NoEmbedding(LookalikeError):
 
 
 class InvalidQuery(InvalidRequest):
-    """A search that cannot be: wrong dimension, not finite, k out of range."""
+    """A search is malformed: wrong dimension, numbers that are not finite, k out of range."""
 
     code = "invalid_query"
 
@@ -115,21 +115,21 @@ class StoreMismatch(LookalikeError):
 
 
 class NoStore(LookalikeError):
-    """A service without a store is asked for something that only a store has."""
+    """A request needs a store, and the service runs without one."""
 
     status = 404
     code = "no_store"
 
 
 class OutOfMemory(LookalikeError):
-    """The device has no memory for this batch."""
+    """The device has too little memory for this batch."""
 
     status = 503
     code = "out_of_memory"
 
 
 class InvalidOutput(LookalikeError):
-    """A file or folder that cannot be written, or already holds something else."""
+    """A file or folder that cannot be written, or that holds something else already."""
 
     code = "invalid_output"
 
@@ -138,21 +138,21 @@ class InvalidOutput(LookalikeError):
 
 
 class Unauthorized(LookalikeError):
-    """No API key, or none that the service knows."""
+    """The request has no API key, or one that the service does not know."""
 
     status = 401
     code = "unauthorized"
 
 
 class Forbidden(LookalikeError):
-    """An API key that may read, for a request that changes something."""
+    """The request changes something, and its API key may only read."""
 
     status = 403
     code = "read_only_key"
 
 
 class FingerprintMismatch(LookalikeError):
-    """The request names the fingerprint of another encoder than the one that runs here."""
+    """The request expects another encoder, by fingerprint, than the one that runs here."""
 
     status = 409
     code = "fingerprint_mismatch"
@@ -166,35 +166,35 @@ class UnknownModel(LookalikeError):
 
 
 class SlowBody(LookalikeError):
-    """The body did not come in full in the time that a body may take."""
+    """The body did not arrive completely in its time."""
 
     status = 408
     code = "slow_body"
 
 
 class HeadersTooLarge(LookalikeError):
-    """The headers of a request have more bytes than is taken."""
+    """The headers of a request have more bytes than the limit."""
 
     status = 431
     code = "headers_too_large"
 
 
 class Busy(LookalikeError):
-    """As many requests as may wait for a work slot are waiting already."""
+    """The queue for a work slot is full."""
 
     status = 429
     code = "busy"
 
 
 class Overloaded(LookalikeError):
-    """The bodies that are being received have taken all the memory that they may."""
+    """The bodies that are being received fill the memory that is set aside for them."""
 
     status = 503
     code = "overloaded"
 
 
 class TimedOut(LookalikeError):
-    """The work took longer than a request may."""
+    """The work took longer than a request is given."""
 
     status = 504
     code = "timed_out"
@@ -204,17 +204,27 @@ class TimedOut(LookalikeError):
 
 
 def kept(error: LookalikeError) -> LookalikeError:
-    """Return an error as it can be kept: without its traceback.
+    """Strip an error of its traceback, cause and context, so that it can be stored, and return it.
 
-    Whoever keeps an error is in that traceback, too, and so keeps, in a circle, all that the frames worked on: the
-    bytes of bad pictures would stay until the next full collection.
+    A stored exception forms a reference cycle through its traceback: the traceback refers to the frame that stores it,
+    and so keeps all that the frames worked on. The bytes of bad pictures would stay until the next full collection.
     """
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """Do the work on every member; the error that is raised names all that failed."""
+    """Do the work on every member of a list, and return the results in order.
+
+    Args:
+        what: names a member in messages, such as "picture".
+        members: of the list.
+        work: is called with one member.
+
+    Raises:
+        LookalikeError: the work raised it for one or more members. It is of the class of the first one, and its
+            `parts` name them all.
+    """
     done: list[R] = []
     failed: list[tuple[int, LookalikeError]] = []
     for number, member in enumerate(members):

@@ -1,4 +1,4 @@
-"""How a worker ends: not ready at once, then no more connections, then what was accepted is answered, then gone."""
+"""How a worker process ends: it turns not ready, refuses connections, answers what it accepted, and exits."""
 
 import asyncio
 import logging
@@ -13,24 +13,27 @@ from typing import Any
 
 log = logging.getLogger("bentoml.lookalike")
 
-_SEEN_S = 1.0  # whoever asks /readyz, a load balancer, sees that it is not before connections are refused
-_LAST_S = 24.0  # requests that have not ended by then never will
-_LOOK_S = 0.25  # how often a worker looks for its parent
-_ORPHAN_S = 1.0  # what an orphan's requests have to end
+# A load balancer that polls /readyz sees the change before connections are refused.
+_SEEN_S = 1.0
+# Requests that have not ended by then never will.
+_LAST_S = 24.0
+# How often a worker checks that its parent is there, and how long its requests have to end if it is not.
+_LOOK_S = 0.25
+_ORPHAN_S = 1.0
 
 
 class Lifetime:
-    """Watches over one worker process from when its service is open.
+    """Ends one worker process in order, when it gets SIGTERM or when its parent is gone.
 
-    BentoML's parent tells workers to stop by SIGTERM and waits a day for it; a parent that is killed tells nothing, and
-    its worker would hold the port and the store's lock.
+    BentoML's parent sends SIGTERM to its workers and waits a day for their end. A parent that is killed sends nothing,
+    and its worker would keep the port and the store's lock.
 
     Attributes:
-        ending: whether the worker is about to end; it is not ready then.
+        ending: whether the worker is ending; it is not ready then.
     """
 
     def __init__(self, alone: bool) -> None:
-        """Begin, where this is a server's process: elsewhere signals belong to somebody else.
+        """Catch SIGTERM and watch the parent, if uvicorn runs this process; any other process stays untouched.
 
         Args:
             alone: whether no other worker listens on the same socket.
@@ -39,7 +42,8 @@ class Lifetime:
         self._alone = alone
         self._parent = os.getppid()
         told = signal.getsignal(signal.SIGTERM)
-        self._server: Any = getattr(told, "__self__", None)  # uvicorn's, whose handle_exit this is
+        # uvicorn has set its server's handle_exit as the handler.
+        self._server: Any = getattr(told, "__self__", None)
         if threading.current_thread() is threading.main_thread() and hasattr(self._server, "handle_exit"):
             self._loop = asyncio.get_running_loop()
             signal.signal(signal.SIGTERM, self._on_signal)
@@ -55,7 +59,8 @@ class Lifetime:
         log.error("the process that started this one is gone; so this one ends, too")
         self._loop.call_soon_threadsafe(self._end, 0, _ORPHAN_S)
         time.sleep(_ORPHAN_S)
-        os._exit(1)  # also where the loop stands still
+        # The event loop may be blocked, so the process does not wait for it.
+        os._exit(1)
 
     def _end(self, seen_s: float, last_s: float) -> None:
         self.ending = True
@@ -67,7 +72,7 @@ class Lifetime:
 
     def _refuse(self) -> None:
         if self._alone:
-            # The parent has this socket, too: without this, connections would wait in its line until it is closed.
+            # The parent holds this socket, too: without a shutdown, connections would wait in its queue.
             for listening in (one for server in self._server.servers for one in server.sockets):
                 with suppress(OSError):
                     socket.socket(fileno=os.dup(listening.fileno())).shutdown(socket.SHUT_RDWR)

@@ -1,42 +1,47 @@
-"""One frozen Settings, read once from LOOKALIKE_* variables; command-line flags are set over it."""
+"""One frozen Settings, read once from LOOKALIKE_* variables; command-line flags override them."""
 
+import os
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from service.encoding.images import Limits
+from service.errors import InvalidRequest
+
+_PREFIX = "lookalike_"
 
 
-class Settings(BaseSettings):
-    """What a service can be told. Every field is an environment variable: LOOKALIKE_MODEL, LOOKALIKE_STORE …
+class Settings(BaseModel):
+    """All settings of a service. Every field is an environment variable: LOOKALIKE_MODEL, LOOKALIKE_STORE …
 
     Attributes:
-        model: the encoder's folder; None takes the one the store was built with, else the one for photographs.
-        store: the store's folder; made when it is not there.
-        no_store: whether to embed alone and keep nothing.
-        workers: processes that serve; more than one only without a store, which has one writer.
+        model: the encoder's folder; None means the encoder of the store, or for a new store the one for photographs.
+        store: the store's folder; it is made if it does not exist.
+        no_store: whether the service only embeds and keeps nothing.
+        workers: processes that serve; more than one needs no_store, because a store has one writer.
         device: "auto", "cpu" or "cuda".
-        variant: of the encoder: "auto" for the fastest here, "fp32", "fp16" or "int8".
+        variant: the encoder's variant: "fp32", "fp16" or "int8"; "auto" for the fastest here.
         host, port: where the service listens.
         keep_originals: whether the store keeps the pictures' own bytes.
         read_only: open the store beside the process that changes it; every change is refused.
-        exact_limit: pictures up to which a search looks at every one; above it, at a part with a measured recall.
-        vector_type: float32 or float16, of vectors on disk, in a store that is new.
-        api_keys: "read:KEY" and "write:KEY", with commas between; none and no api_keys_file: no key is asked for.
-        api_keys_file: a file of them, one a line.
+        exact_limit: up to this many items a search scans all; above it, a part of them with a measured recall.
+        vector_type: float32 or float16, the type of vectors on disk in a new store.
+        api_keys: "read:KEY" and "write:KEY", separated by commas; without any, and without api_keys_file, the service
+            asks for no key.
+        api_keys_file: a file of such keys, one a line.
         metrics_public: whether /metrics answers without a key.
-        cors_origins: origins whose pages may call the API from a browser, with commas between; "*" for all.
-        max_image_bytes, max_pixels, max_side, max_aspect: what a picture may be (images.Limits).
-        max_images: pictures a request; max_bulk_images: in a POST /images.
-        max_request_bytes: body of a request; max_buffered_bytes: of all that are being received.
-        max_id_bytes, max_metadata_bytes: of an item, in UTF-8.
-        max_k: neighbours a query; max_queries: queries a search; max_k_of_many: neighbours of each where they are many.
-        max_waiting: requests at work or waiting for it.
-        body_timeout_s: time for a whole body to come in; work_timeout_s: for the work on it.
+        cors_origins: origins whose pages may call the API from a browser, separated by commas; "*" for all.
+        max_image_bytes, max_pixels, max_side, max_aspect: limits of a picture (images.Limits).
+        max_images: pictures in a request; max_bulk_images: pictures in a POST /images.
+        max_request_bytes: body of a request; max_buffered_bytes: all bodies that are being received.
+        max_id_bytes, max_metadata_bytes: limits of an item, in UTF-8.
+        max_k: neighbours of a query; max_queries: queries in a search; max_k_of_many: neighbours of each of several.
+        max_waiting: requests that are at work or wait for a thread.
+        body_timeout_s: time for a whole body to arrive; work_timeout_s: time for the work on it.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LOOKALIKE_", frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     model: Path | None = None
     store: Path = Path(".lookalike/store")
@@ -71,7 +76,27 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(default=30, gt=0)
     work_timeout_s: float = Field(default=30, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_environment(cls, given: dict[str, Any]) -> dict[str, Any]:
+        variables = {name.lower(): value for name, value in os.environ.items()}
+        found = {field: variables.get(_PREFIX + field) for field in cls.model_fields}
+        return {field: value for field, value in found.items() if value is not None} | given
+
     @property
     def limits(self) -> Limits:
-        """What a picture may be."""
+        """The limits of a picture."""
         return Limits(self.max_image_bytes, self.max_pixels, self.max_side, self.max_aspect)
+
+
+def read_settings(**flags: Any) -> Settings:
+    """Return the settings of the environment, with the flags that are not None set over them.
+
+    Raises:
+        InvalidRequest: a value is not allowed; the message names its variable.
+    """
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidRequest(f"LOOKALIKE_{str(first['loc'][0]).upper()}: {first['msg']}") from error

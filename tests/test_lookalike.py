@@ -54,6 +54,37 @@ def test_search_needs_no_model(store: Path, tmp_path: Path) -> None:
     assert text == f'{hits[0]["score"]:.4f}  digits/00007  {{"label": "7"}}\n'
 
 
+def imported_by(*arguments: str | Path) -> set[str]:
+    """Run a command that succeeds; return the packages that its process has imported at its end."""
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr))\n"
+        "import lookalike\n"
+        "sys.argv = ['lookalike', *sys.argv[1:]]\n"
+        "lookalike.main()\n"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_help_imports_none_of_what_the_verbs_need() -> None:
+    heavy = {"numpy", "onnxruntime", "onnx", "faiss", "apsw", "PIL", "pydantic", "prometheus_client", "pyarrow"}
+    heavy |= {"bentoml", "fastapi", "starlette", "sklearn", "scipy", "torch", "tqdm", "asyncio"}
+    imported = imported_by("--help")
+    assert "typer" in imported
+    assert not imported & heavy
+
+
+def test_search_imports_no_server_and_no_tool_of_other_verbs(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "seven.png").write_bytes(open_source("digits").entry(7).data)
+    imported = imported_by("search", tmp_path / "seven.png", "--store", store, "--json")
+    assert "faiss" in imported
+    assert not imported & {"bentoml", "fastapi", "starlette", "uvicorn", "anyio", "asyncio", "opentelemetry"}
+    assert not imported & {"pyarrow", "sklearn", "scipy", "onnx", "torch", "pydantic_settings", "rich", "tqdm"}
+
+
 def test_info() -> None:
     facts = json.loads(run("info", MODEL, "--json").stdout)
     assert facts["name"] == "mnist"

@@ -1,13 +1,13 @@
 """A run's folder, OUT.run, and its checkpoint, written whole or not at all."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from service.errors import InvalidOutput, InvalidRequest
+from service.files import write_file
 
 FILE = "checkpoint.pt"
 
@@ -25,20 +25,9 @@ def write_checkpoint(folder: Path, content: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(content, buffer)  # to memory first: torch's own writer turns a full disk into an error without a name
-    temporary = folder / f".{FILE}"
     try:
-        with temporary.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE)
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        write_file(folder / FILE, buffer.getbuffer())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InvalidOutput(
             f"{folder / FILE}: a checkpoint of {buffer.tell() / 2**20:.0f} MiB cannot be written: {error.strerror}; "
             "the earlier one, if any, is whole: mend this and go on with --resume"

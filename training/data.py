@@ -15,10 +15,11 @@ from torch import Tensor
 from torchvision import datasets
 from tqdm import tqdm
 
-from service import IntArray, PixelArray
+from service import IntArray, PixelArray, cores
 from service.encoding.card import Preprocessing
 from service.encoding.images import Limits, decode_pixels
 from service.errors import InvalidSource, LookalikeError
+from service.files import write_file
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
 
@@ -111,7 +112,7 @@ class Canvas:
             self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
             self._uploaded = np.zeros(len(source), bool)
         self.on_device = self._resident is not None
-        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._pool = ThreadPoolExecutor(cores())
         where = {"memory": "in memory", "disk": f"in {self._path}", "nowhere": "kept nowhere: decoded at each epoch"}
         print(
             f"{source.name}: {len(source)} pictures, {size / 2**20:.0f} MiB decoded, {where[self.residence]}"
@@ -167,9 +168,7 @@ class Canvas:
         """Write ids and reasons of the bad pictures, a line each; nothing where there are none."""
         if self.bad:
             lines = [f"{self.source.ids[position]}\t{reason}\n" for position, reason in sorted(self.bad.items())]
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-            temporary.replace(path)
+            write_file(path, "".join(lines).encode("utf-8", "surrogateescape"))
 
     def close(self) -> None:
         """Give memory and threads back; a canvas on disk stays for a resumed run."""

@@ -13,7 +13,7 @@ import onnx
 from onnx import numpy_helper
 from tqdm import tqdm
 
-from service import FloatArray, IntArray, PixelArray
+from service import FloatArray, IntArray, PixelArray, cores
 from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import Limits, decode_pixels
@@ -225,7 +225,7 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
         return len(positions)
 
     with (
-        ThreadPoolExecutor(os.cpu_count() if preprocessing.side > _SMALL_SIDE else 1) as pool,
+        ThreadPoolExecutor(cores() if preprocessing.side > _SMALL_SIDE else 1) as pool,
         tqdm(desc=f"reading {source.name}", total=len(source), unit=" pictures", leave=False) as bar,
     ):
         for count in pool.map(read_chunk, range(0, len(source), _CHUNK)):

@@ -1,6 +1,5 @@
 """Neighbours: the pictures nearest to a picture, the label that they vote for, and how well they are ranked."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from service import FloatArray, IntArray
+from service import FloatArray, IntArray, cores
 from service.encoding.voting import weighted_vote
 
 DoubleArray = NDArray[np.float64]
@@ -107,7 +106,7 @@ def _in_blocks(work: Callable[[int, int], tuple[Any, ...]], count: int, rows: in
     starts = range(0, count, rows)
     with (
         threadpool_limits(1, "blas"),  # a product in every thread of ours, rather than all threads in every product
-        ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(min(_THREADS, cores())) as pool,
         tqdm(desc=f"neighbours {name}", total=count, unit=" queries", leave=False) as bar,
     ):
         blocks = []

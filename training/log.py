@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from service.files import write_file
+
 FILE = "log.jsonl"
 
 
@@ -16,9 +18,7 @@ class Log:
         """Open the log of a run that goes on after `step`, 0 for a new one."""
         path = folder / FILE
         kept = _lines_up_to(path, step) if step else []
-        temporary = path.with_name(f".{FILE}")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        write_file(path, "".join(f"{line}\n" for line in kept).encode())
         if not step:
             for events in folder.glob("events.out.tfevents.*"):
                 events.unlink()

@@ -1,1 +1,1 @@
-"""Image bytes → picture → pixels → unit embedding, and the model folders that encoders come in."""
+"""Image bytes → picture → pixels → unit embedding; and model folders, which hold an encoder each."""

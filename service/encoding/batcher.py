@@ -13,14 +13,19 @@ _Job = tuple[PixelArray, "Future[FloatArray]"]
 
 
 class Batcher:
-    """Greedy: each lane runs whatever waits, up to the largest batch, as soon as it is free.
+    """Greedy batching: a free lane runs all pictures that wait, up to the largest batch.
 
-    Nobody waits for a batch to fill: under light load a batch is one picture, under heavy load the
-    pictures that came while the last batch ran. A lane is a thread and what encodes on it, one for each device.
+    No picture waits for a batch to fill. Under light load a batch is one picture; under heavy load it holds the
+    pictures that arrived while the last batch ran. A lane is a thread with an encoder on it, one for each device.
     """
 
     def __init__(self, lanes: Sequence[Encode], max_batch: int) -> None:
-        """Start the threads. Each lane takes 1 to max_batch pixels (S, S, 3) and returns (N, D)."""
+        """Start a thread for each lane.
+
+        Args:
+            lanes: each takes 1 to max_batch pixels (S, S, 3) and returns (N, D); one thread at a time calls it.
+            max_batch: pictures in a batch, at most.
+        """
         self._max_batch = max_batch
         self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._threads = [
@@ -31,12 +36,12 @@ class Batcher:
             thread.start()
 
     def submit(self, pixels: PixelArray, future: "Future[FloatArray]") -> None:
-        """Have pixels (S, S, 3) embedded together with whoever else is waiting; call from any thread.
+        """Queue a picture for the next batch; call from any thread, it does not block.
 
         Args:
-            pixels: of one picture.
-            future: gets the embedding (D,), or what the lane raised for these pixels; other callers' pixels have no
-                part in it. Cancelled before its batch begins, it is passed over.
+            pixels: (S, S, 3) of one picture.
+            future: receives the embedding (D,), or the error that the lane raised for these pixels, never one for
+                another caller's. If it is cancelled before its batch starts, the picture is skipped.
         """
         metrics.pictures_waiting.inc()
         self._waiting.put((pixels, future))
@@ -56,7 +61,7 @@ class Batcher:
         return [attempt(future.result) for future in futures]
 
     def close(self) -> None:
-        """Finish what waits, then end the threads."""
+        """Embed all pictures that wait, then end the threads."""
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
@@ -69,7 +74,8 @@ class Batcher:
             job = self._waiting.get()
             while job is not None:
                 metrics.pictures_waiting.dec()
-                if job[1].set_running_or_notify_cancel():  # else its caller has gone
+                # A cancelled future's caller has left.
+                if job[1].set_running_or_notify_cancel():
                     batch.append(job)
                 if len(batch) == most:
                     break
@@ -85,14 +91,15 @@ class Batcher:
 
 
 def _resolve(encode: Encode, batch: list[_Job], halved: bool = False) -> bool:
-    """Give every caller of a batch its embedding or its error; False where memory was too short for the batch.
+    """Resolve the futures of a batch; return whether the device had enough memory for it.
 
-    What failed is tried in halves, until an error has reached only the caller it belongs to. A batch that memory was
-    too short for is halved once: what fails again then is not a matter of its size.
+    A batch that fails is split in halves until each error reaches only the caller whose pixels caused it. A batch that
+    ran out of memory is halved once: if a half fails again, its size is not the cause.
     """
     try:
         embeddings = encode([pixels for pixels, _ in batch])
-    except Exception as error:  # it belongs to the callers, whatever it is
+    # Any error belongs to the callers; the lane itself goes on.
+    except Exception as error:
         no_memory = isinstance(error, OutOfMemory)
         if len(batch) == 1 or (no_memory and halved):
             for _, future in batch:

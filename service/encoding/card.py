@@ -15,14 +15,18 @@ from service import FloatArray
 from service.errors import InvalidModel
 
 MODEL_FILE = "model.onnx"
-# The same encoder in other arithmetic, by the name that a person calls it.
+# The graphs of one encoder in different arithmetic, by the names that users write.
 VARIANTS = {"fp32": MODEL_FILE, "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
-OUTPUTS = ("embedding", "image_embeds")  # names that an embedding has; else it is the only 2-D output
-_UNLIKE, _ALIKE = 0.6, 0.45  # distances of tones
-LEAST_VARIANT_COSINE = 0.99  # to model.onnx, of 99 pictures in 100
+# Names of a graph's output that mark the embedding; without them it is the only 2-D output.
+OUTPUTS = ("embedding", "image_embeds")
+# Distances between tone histograms, as `suits` compares them.
+_UNLIKE, _ALIKE = 0.6, 0.45
+# A variant belongs to the encoder if 99 pictures in 100 have this cosine to model.onnx.
+LEAST_VARIANT_COSINE = 0.99
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "card.json"
-TEXT_FILE = "text.onnx"  # the text tower of an image-text encoder
+# The text tower of an image-text encoder.
+TEXT_FILE = "text.onnx"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Preprocessing:
         """Read the keys of preprocessor_config.json.
 
         Raises:
-            InvalidModel: a key is missing, of the wrong kind, or asks for something we do not do.
+            InvalidModel: a key is missing, of the wrong type, or asks for a step that we do not have.
         """
         try:
             resize: tuple[int, int] | int | None = None
@@ -103,10 +107,10 @@ class Card:
     """An encoder's folder, read and verified.
 
     Attributes:
-        folder: where it was read from.
+        folder: the folder it was read from, absolute.
         name: the encoder's name.
         fingerprint: sha256 (hex) over model.onnx and the canonical preprocessing: the embedding space.
-        model: the bytes of model.onnx, the very ones that were verified.
+        model: the bytes of model.onnx that were verified.
         preprocessing: how pictures become pixels for it.
         facts: card.json as written by export; {} for an encoder that came without one.
         variants: the bytes of model.onnx's variants by name, verified and measured as well.
@@ -122,10 +126,10 @@ class Card:
 
     @property
     def canary(self) -> FloatArray | None:
-        """The embedding (D,) of the canary picture by model.onnx when it was exported, where the card tells it.
+        """The embedding (D,) of the canary picture that the card records from the export, or None.
 
         Raises:
-            InvalidModel: it tells something else there.
+            InvalidModel: the card's entry is not float32 numbers in base64.
         """
         text = self.facts.get("canary")
         try:
@@ -135,9 +139,14 @@ class Card:
 
 
 def square_preprocessing(side: int, shortest_edge: int | None = None, resample: int = 3) -> Preprocessing:
-    """The preprocessing of our encoders: the shortest edge to S, or to what is named, then the central S × S.
+    """Return the preprocessing of our encoders: resize the shortest edge, then crop the central square.
 
-    Pixels go into the graph as uint8; normalisation is inside it.
+    Pixels go into the graph as uint8; the graph normalises them.
+
+    Args:
+        side: S, in pixels.
+        shortest_edge: its length after resizing; S if None.
+        resample: Pillow's number of the filter.
     """
     config = {
         "do_resize": True,
@@ -152,7 +161,11 @@ def square_preprocessing(side: int, shortest_edge: int | None = None, resample: 
 
 
 def choose_output(outputs: dict[str, int]) -> str | None:
-    """Return which of a graph's outputs, given with the number of their axes, is the embedding, or None."""
+    """Return the name of the output that is the embedding, or None.
+
+    Args:
+        outputs: the number of axes of each of a graph's outputs, by name.
+    """
     for name in OUTPUTS:
         if name in outputs:
             return name
@@ -202,23 +215,35 @@ def read_card(folder: Path) -> Card:
     return Card(folder.resolve(), name, own, files[MODEL_FILE], preprocessing, facts, variants)
 
 
+def digest(card: Card, dimension: int) -> dict[str, Any]:
+    """Return the facts that `lookalike info` shows: identity and sizes, then all other entries of the card.
+
+    Args:
+        card: the encoder's.
+        dimension: D, as its graph gives it.
+    """
+    shown = {"name": card.name, "fingerprint": card.fingerprint, "dimension": dimension}
+    shown["side"] = card.preprocessing.side
+    return shown | {key: value for key, value in card.facts.items() if key not in (*shown, "canary")}
+
+
 def _belongs(file: str, facts: dict[str, Any]) -> bool:
-    """Whether the card has measured a variant's file, and found it near enough to model.onnx."""
+    """Whether the card says that a variant's file was measured and is close enough to model.onnx."""
     cosine = facts.get("quality", {}).get(file, {}).get("cosine_p1", 0)
     return file in facts.get("sha256", {}) and float(cosine) >= LEAST_VARIANT_COSINE
 
 
 def suits(card: Card, gallery_tones: list[float] | None, store: Path) -> str | None:
-    """Say in two sentences that these pictures are unlike those the encoder is for, and what to do, or None.
+    """Return a warning that a gallery's pictures are unlike the encoder's training pictures, or None.
 
-    Tone histograms (see images.tones) are compared by total variation, which is 0 for the same tones and 1 for
-    disjoint ones. To MNIST's scikit-learn's digits have 0.31, photographs at a third of their brightness 0.58,
-    photographs 0.76, the same in grey 0.74, and CIFAR-10 0.79.
+    Tone histograms (see images.tones) are compared by total variation: 0 for equal ones, 1 for disjoint ones. The
+    distance from MNIST is 0.31 for scikit-learn's digits, 0.58 for photographs at a third of their brightness, 0.76 for
+    photographs, 0.74 for photographs in grey, and 0.79 for CIFAR-10.
 
     Args:
-        card: tells in `data` the tones it was trained on, or those it is not for.
-        gallery_tones: of the pictures.
-        store: where they are, for the command that mends it.
+        card: its `data` holds the tones that the encoder was trained on, or the tones that it does not suit.
+        gallery_tones: the tones of the gallery's pictures; None or empty gives no warning.
+        store: the store's folder, for the command that the warning recommends.
     """
     data = card.facts.get("data", {})
     if not gallery_tones:

@@ -17,14 +17,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 THUMBNAIL_SIDE = 128
 
-# JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves this many times the side that is
-# needed. One rule for every route, so the same bytes give the same pixels everywhere: what an encoder sees never
-# depends on whether somebody also wanted a thumbnail.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the side that the encoder needs. The
+# rule is the same on every route, so the same bytes give the same pixels, with or without a thumbnail.
 _DRAFT_MARGIN = 2
 
-_MOST_SCANS = 64  # usual are 10
-_MOST_CHUNKS = 50_000  # usual are 10 MB in a thousand
-_MOST_MARKS = 500_000  # a restart mark for every block of 25 MP would be 390,000
+# An ordinary progressive JPEG has 10 scans, and an ordinary PNG of 10 MB a thousand chunks. A restart marker for every
+# block of 25 megapixels makes 390,000 markers.
+_MOST_SCANS = 64
+_MOST_CHUNKS = 50_000
+_MOST_MARKS = 500_000
 _RUN_LENGTHS = (1, 2)
 
 # Our own limits refuse a large picture before it is decoded, with a better message than Pillow's.
@@ -33,7 +34,7 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may be. Bytes of the file, pixels and sides of the decoded picture, long side : short side."""
+    """Limits of a picture: bytes of its file, pixels and sides in pixels when decoded, long side : short side."""
 
     max_image_bytes: int = 10_000_000
     max_pixels: int = 25_000_000
@@ -42,13 +43,13 @@ class Limits:
 
 
 def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
-    """Decode image bytes to an upright RGB picture, white behind what is transparent.
+    """Decode image bytes to an upright RGB picture; transparent parts are laid on white.
 
     Args:
         data: a JPEG, PNG, WebP, GIF (first frame) or BMP file.
-        side: the side in pixels that will be needed; a JPEG may come back smaller than it is stored,
-            but its short edge never below twice that side unless it is stored so.
-        limits: checked on the header, before anything is decoded.
+        side: the side in pixels that the caller needs. A JPEG may come back smaller than it is stored, but its short
+            edge is at least twice that side unless the stored one is shorter.
+        limits: checked on the header, before the pixels are decoded.
 
     Raises:
         EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
@@ -64,15 +65,18 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             _check_size(*picture.size, limits)
             _check_scans(data, picture)
-            if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:  # Pillow unpacks in Python
+            # Pillow unpacks run lengths in Python, pixel by pixel.
+            if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
                 raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
             least = _DRAFT_MARGIN * side
-            picture.draft(None, (least, least))  # None: any mode; for a JPEG alone
+            # Only a JPEG has drafts; None accepts its mode as it is.
+            picture.draft(None, (least, least))
             picture.load()
             return _to_rgb(_upright(picture))
     except (TooLarge, UnsupportedFormat):
         raise
-    except Exception as error:  # a decoder meeting damaged bytes may raise nearly anything
+    # A decoder may raise nearly anything on damaged bytes.
+    except Exception as error:
         if isinstance(error, UnidentifiedImageError) and not _begins_like_a_picture(data):
             raise UnsupportedFormat(
                 f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"
@@ -85,6 +89,9 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
 
     Returns:
         (S, S, 3) uint8.
+
+    Raises:
+        TooLarge: the crop is larger than the picture, whose preprocessing does not resize.
 
     Cost: only the part of the picture that survives the crop is resampled.
     """
@@ -99,8 +106,8 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
         resized = (resize, max(resize, int(resize * height / width)))
     else:
         resized = (max(resize, int(resize * width / height)), resize)
-    # Crop offsets as in torchvision and transformers, carried back to source coordinates: the crop
-    # samples exactly where resize-then-crop would have.
+    # The crop's offsets are those of torchvision and transformers, converted to source coordinates: the resampling
+    # reads the same places as resizing first and cropping then.
     left, top = round((resized[0] - side) / 2), round((resized[1] - side) / 2)
     across, down = width / resized[0], height / resized[1]
     if left < 0 or top < 0:
@@ -119,7 +126,7 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
 
     Args:
         data: the picture's file.
-        picture: the same decoded; where it came back too small for this, the file is decoded once more.
+        picture: the decoded picture; if its draft is too small for a thumbnail, the file is decoded once more.
         limits: as for `decode`.
 
     Raises:
@@ -131,13 +138,13 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
     width, height = (max(1, round(side * scale)) for side in picture.size)
     small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()
-    # Glyphs of a few pixels would drown in the losses of a lossy file.
+    # Lossy compression would blur glyphs that are a few pixels wide.
     small.save(buffer, "WEBP", quality=85, method=2, lossless=max(small.size) <= 64)
     return buffer.getvalue()
 
 
 def media_type(data: bytes) -> str:
-    """Return the media type of a picture that was decoded before, by its first bytes."""
+    """Return the media type of a file that was decoded before, by its first bytes."""
     for start, kind in ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
         if data.startswith(start):
             return f"image/{kind}"
@@ -145,13 +152,13 @@ def media_type(data: bytes) -> str:
 
 
 def tones(pixels: PixelArray) -> list[float]:
-    """Return the pictures' tone histogram: what share of their pixels lies in each of 16 kinds.
+    """Return the tone histogram of pictures: the share of their pixels in each of 16 bins.
 
     Args:
         pixels: (..., 3) uint8.
 
     Returns:
-        16 shares that sum to 1: eight steps of luminance for grey pixels, then eight for coloured ones.
+        16 shares that sum to 1: eight bins of luminance for grey pixels, then eight for coloured ones.
     """
     flat = pixels.reshape(-1, 3).astype(np.int32)
     luminance = (flat @ np.array([299, 587, 114], np.int32)) // 1000
@@ -170,10 +177,10 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def _check_parts(data: bytes) -> None:
-    """Refuse a file that is small and asks for much work.
+    """Refuse a small file that costs much work. Raises TooLarge.
 
-    Pillow reads segments and fill bytes of a JPEG, and chunks of a PNG, one by one, in Python, while everybody else
-    waits. A JPEG's marks do not occur within the data of a scan, where ff 00 stands for ff.
+    Pillow reads the segments and fill bytes of a JPEG and the chunks of a PNG one by one in Python, and holds the
+    interpreter meanwhile. A JPEG's markers begin with ff; in the data of a scan, ff is written as ff 00.
     """
     if data.startswith(b"\x89PNG"):
         place = 8
@@ -189,21 +196,23 @@ def _check_parts(data: bytes) -> None:
 
 
 def _check_scans(data: bytes, picture: Image.Image) -> None:
-    """Refuse a JPEG of too many scans: each goes over the whole picture again.
+    """Refuse a JPEG with too many scans, each of which decodes the whole picture again. Raises TooLarge.
 
-    Most have one, of all their components, and libjpeg refuses any further one there. It is where Pillow stopped
-    reading; to count the marks of a whole file would take a twentieth of its decoding.
+    Counting scan markers in a whole file costs a twentieth of its decoding, so the common case is recognised first: a
+    baseline JPEG whose first scan holds all components. libjpeg refuses a second scan there. Pillow has stopped reading
+    right after the header of the first scan.
     """
     if not isinstance(picture, JpegImageFile):
         return
-    header = data[picture.fp.tell() - 8 - 2 * picture.layers :]  # type: ignore[union-attr]  # it is open
+    header = data[picture.fp.tell() - 8 - 2 * picture.layers :]  # type: ignore[union-attr]
     alone = header[:2] == b"\xff\xda" and header[4] == picture.layers and "progressive" not in picture.info
     if not alone and data.count(b"\xff\xda") > _MOST_SCANS:
         raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey: scale to 8 bits, where convert() would clip
+    # 16-bit grey is scaled to 8 bits; convert() would clip it.
+    if picture.mode.startswith("I"):
         grey = np.clip(np.rint(np.asarray(picture, dtype=np.float64) / 257), 0, 255)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if picture.has_transparency_data:
@@ -214,7 +223,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    # Metadata that cannot be read says nothing about which way is up.
+    # A picture with unreadable metadata is taken to be upright.
     with suppress(Exception):
         ImageOps.exif_transpose(picture, in_place=True)
     return picture
@@ -229,5 +238,5 @@ def _begins_like_a_picture(data: bytes) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "its header cannot be read"
-    # Pillow's own words name no path and no client bytes; an exception of another kind is only named.
+    # Pillow's messages contain neither paths nor bytes of the client; of other exceptions only the class is shown.
     return str(error) if isinstance(error, OSError) and str(error) else type(error).__name__

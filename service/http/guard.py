@@ -30,9 +30,9 @@ _QUIET = ("/livez", "/readyz", "/healthz", "/metrics")
 class Guard:
     """ASGI middleware around BentoML's app, which contains ours."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._settings = Settings()
-        self._keys = read_keys(self._settings)
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._settings = settings
+        self._keys = read_keys(settings)
         # Bytes of all bodies whose requests are not answered yet.
         self._buffered = 0
         self._app: ASGIApp = app

@@ -21,7 +21,10 @@ _UNWATCHED_S = 0.02
 
 
 class Slots:
-    """The slots of a service. A request takes one when its body is complete, so a slow upload occupies none."""
+    """The slots of a service. A request takes one when its body is complete, so a slow upload occupies none.
+
+    Written by hand and not on anyio's limiter and task groups: see docs/decisions/0022.
+    """
 
     def __init__(self, max_waiting: int, timeout_s: float) -> None:
         self._max_waiting, self._timeout_s = max_waiting, timeout_s

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from service import FloatArray
 from service.errors import InvalidOutput, InvalidSource
+from service.files import replace_file
 from service.sources.compact import Labels, Names
 from service.sources.source import Source, slice_source
 
@@ -132,11 +133,14 @@ def _damaged(part: Path, error: Exception) -> InvalidSource:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    """Write a table as a Parquet file, whole or not at all; its folder is made where it is missing.
+
+    Raises:
+        InvalidOutput: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary)
-        temporary.rename(path)
+        with replace_file(path) as temporary:
+            pq.write_table(table, temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InvalidOutput(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 from service.errors import InvalidStore
+from service.files import sync, write_file
 from service.store.catalog import FILE
-from service.store.snapshot import sync
 
 _LOCK = "LOCK"
 _CURRENT = "CURRENT"
@@ -50,11 +50,7 @@ def following(folder: Path) -> Path:
 
 def publish(folder: Path, new: Path) -> None:
     """Make a generation the current one. Durable when it returns. Raises OSError."""
-    temporary = folder / (_CURRENT + ".tmp")
-    temporary.write_text(new.name + "\n")
-    sync(temporary)
-    temporary.rename(folder / _CURRENT)
-    sync(folder)
+    write_file(folder / _CURRENT, f"{new.name}\n".encode())
 
 
 def _folder_of(folder: Path, number: int) -> Path:

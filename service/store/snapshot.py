@@ -18,6 +18,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+# A snapshot is written while changes wait and published after that, so the two steps of files.replace_file are apart.
+from service.files import publish as publish
+from service.files import sync as sync
+from service.files import temporary_path
+
 SNAPSHOT = "index.snapshot"
 _MAGIC = b"LOOKSNAP"
 _NUMBER = np.dtype("<u4")
@@ -53,7 +58,7 @@ def write(path: Path, facts: dict[str, Any], sections: list[Section]) -> Path:
     """
     described = [{"name": one.name, "dtype": one.dtype, "shape": one.shape} for one in sections]
     header = json.dumps({"facts": facts, "arrays": described}).encode()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_path(path)
     with temporary.open("wb") as file:
         checksum = _put(file, 0, _MAGIC + _number(len(header)) + header)
         for one in sections:
@@ -61,13 +66,6 @@ def write(path: Path, facts: dict[str, Any], sections: list[Section]) -> Path:
                 checksum = _put(file, checksum, np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         _put(file, 0, _number(checksum))
     return temporary
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Rename a temporary file to its final name, durably: fsync, rename, fsync of the folder. Raises OSError."""
-    sync(temporary)
-    temporary.rename(path)
-    sync(path.parent)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -100,15 +98,6 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         if file.read() != _number(checksum):
             raise DamagedSnapshot("its checksum is not that of its content")
     return facts, arrays
-
-
-def sync(path: Path) -> None:
-    """Flush the content of a file or a folder to the disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:

@@ -29,6 +29,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
 
@@ -355,16 +356,13 @@ _MUTATIONS = (*_OF_PARTS, _flip_bits, _overwrite, _cut, _double, _leave_out, _fi
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The service, empty."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOOKALIKE_STORE", str(tmp_path_factory.mktemp("mutants") / "store"))
-        patch.setenv("LOOKALIKE_MODEL", str(MODEL))
-        patch.setenv("LOOKALIKE_VARIANT", "fp32")
         patch.setenv("BENTOML_DO_NOT_TRACK", "True")
-        # A timer of BentoML's keeps 5 KB of every request for as long as both: soon gone, they hide no other growth.
-        patch.setenv("LOOKALIKE_BODY_TIMEOUT_S", "2")
-        patch.setenv("LOOKALIKE_WORK_TIMEOUT_S", "4")
-        from service.app import Lookalike
+        from service.app import make_service
 
-        app = Lookalike.to_asgi()  # type: ignore[attr-defined]  # bentoml.service made it a Service
+        store = tmp_path_factory.mktemp("mutants") / "store"
+        # A timer of BentoML's keeps 5 KB of every request for as long as both: soon gone, they hide no other growth.
+        settings = Settings(store=store, model=MODEL, variant="fp32", body_timeout_s=2, work_timeout_s=4)
+        app = make_service(settings).to_asgi()
         with TestClient(app, raise_server_exceptions=False) as opened:
             yield opened
 

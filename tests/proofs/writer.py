@@ -22,6 +22,7 @@ from typing import Any
 
 import apsw
 
+from service import files
 from service.errors import InvalidStore
 from service.store import maintenance, snapshot
 from service.store.catalog import FILE, CatalogWriter
@@ -154,7 +155,7 @@ def put_points() -> None:
     around(snapshot, "_put", behind="in the middle of a snapshot")
     around(snapshot, "publish", "before a snapshot is published")
     around(snapshot, "_parse", "while a snapshot is read")
-    around(snapshot, "sync", "before a snapshot is synced")
+    around(files, "sync", "before a snapshot is synced")
     around(Path, "rename", "before a snapshot is renamed", "after a snapshot was renamed")
 
 

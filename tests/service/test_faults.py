@@ -19,7 +19,8 @@ from onnx import TensorProto, helper
 from PIL import Image
 from starlette.testclient import TestClient
 
-from service import app as app_module
+from service.app import make_service
+from service.settings import Settings
 from tests.conftest import MODEL, encoded, scene
 from tests.serving import LOOKALIKE, running, status_of
 
@@ -119,14 +120,12 @@ def test_a_model_folder_that_changes_is_not_what_is_served(tmp_path: Path) -> No
 
 
 def test_a_provider_that_is_lost_makes_it_not_ready_and_is_told_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for name, value in {"NO_STORE": "true", "MODEL": str(MODEL), "VARIANT": "fp32"}.items():
-        monkeypatch.setenv(f"LOOKALIKE_{name}", value)
-    service: Any = app_module.Lookalike
+    service = make_service(Settings(no_store=True, model=MODEL, variant="fp32"))
     with TestClient(service.to_asgi()) as client, caplog.at_level(logging.INFO, "bentoml.lookalike"):
         assert client.get("/readyz").status_code == 200
-        lane = app_module.app.state.gallery.encoder._graphs[0]
+        lane = service.inner.app.state.gallery.encoder._graphs[0]
         session = lane._session
         del lane._session
         for _ in range(3):

@@ -1,7 +1,6 @@
 """Spans are made where somebody collects them, and nowhere else."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from bentoml._internal.configuration.containers import BentoMLContainer
@@ -10,26 +9,25 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 
-from service import app as app_module
+from service.app import make_service
+from service.settings import Settings
 from tests.conftest import MODEL, encoded, scene
 
 PICTURE = encoded(scene())
 
 
 @pytest.fixture
-def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+def spans() -> Iterator[InMemorySpanExporter]:
     """What BentoML's tracer provider gives away."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    for name, value in {"NO_STORE": "true", "MODEL": str(MODEL), "VARIANT": "fp32"}.items():
-        monkeypatch.setenv(f"LOOKALIKE_{name}", value)
     BentoMLContainer.tracer_provider.set(provider)
     yield exporter
     BentoMLContainer.tracer_provider.reset()
 
 
 def embed() -> None:
-    service: Any = app_module.Lookalike
+    service = make_service(Settings(no_store=True, model=MODEL, variant="fp32"))
     with TestClient(service.to_asgi()) as client:
         assert client.post("/embed", content=PICTURE).status_code == 200
         assert client.get("/images").json()["code"] == "no_store"

@@ -115,7 +115,8 @@ def test_it_takes_its_place_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "fsync", fsync)
     write_checkpoint(tmp_path, CONTENT)
     write_checkpoint(tmp_path, CONTENT | {"step": 8})
-    assert forced == [(".checkpoint.pt", None), (tmp_path.name, 7), (".checkpoint.pt", 7), (tmp_path.name, 8)]
+    temporary = "checkpoint.pt.tmp"
+    assert forced == [(temporary, None), (tmp_path.name, 7), (temporary, 7), (tmp_path.name, 8)]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, 0.5, -1])

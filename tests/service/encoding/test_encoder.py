@@ -269,8 +269,8 @@ graph = helper.make_graph(
 )
 model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
 config = {"size": {"width": SIDE, "height": SIDE}, "do_rescale": False, "do_normalize": False}
-import service.encoding.encoder
-service.encoding.encoder._LARGEST_BATCH["cpu"] = 1  # so that the warm-up keeps no memory for more
+from service.encoding import runtimes
+runtimes.LARGEST_BATCH["cpu"] = 1  # so that the warm-up keeps no memory for more
 encoder = Encoder(Card(Path("t"), "t", "f" * 64, model, Preprocessing.from_config(config, "t"), {}), "cpu")
 now = psutil.Process().memory_info().vms
 resource.setrlimit(resource.RLIMIT_AS, (now + 480_000_000, now + 480_000_000))

@@ -22,7 +22,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Iterat
     store = EmbeddedStore(tmp_path_factory.mktemp("refusals") / "store", encoder.card, encoder.dimension)
     app.state.gallery = Gallery(encoder, store, settings)
     app.state.slots = Slots(settings.max_waiting, settings.work_timeout_s)
-    with TestClient(Guard(app), raise_server_exceptions=False) as opened:
+    with TestClient(Guard(app, settings), raise_server_exceptions=False) as opened:
         assert opened.put("/images/kept", content=PICTURE).status_code == 201
         yield opened
     app.state.slots.close()

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from service.http import logs
 from service.http.guard import Guard
 from service.http.uploads import _groups
+from service.settings import Settings
 from tests.conftest import encoded, scene
 from tests.service.conftest import Served
 
@@ -168,7 +169,7 @@ def test_other_scopes_pass() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    asyncio.run(Guard(app)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
+    asyncio.run(Guard(app, Settings())({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == ["lifespan"]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from service.encoding.encoder import Encoder
+from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
 from tests.service.conftest import Served
@@ -26,12 +27,10 @@ PICTURE = encoded(scene())
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The service with twenty digits in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOOKALIKE_STORE", str(tmp_path_factory.mktemp("api") / "store"))
-        patch.setenv("LOOKALIKE_MODEL", str(MODEL))
         patch.setenv("BENTOML_DO_NOT_TRACK", "True")
-        from service.app import Lookalike
+        from service.app import make_service
 
-        app = Lookalike.to_asgi()  # type: ignore[attr-defined]  # bentoml.service made it a Service
+        app = make_service(Settings(store=tmp_path_factory.mktemp("api") / "store", model=MODEL)).to_asgi()
         with TestClient(app, raise_server_exceptions=False) as opened:
             digits = open_source("digits[:20]")
             for position in range(len(digits)):

@@ -1,0 +1,205 @@
+"""Run one ONNX graph in onnxruntime, on a CPU or a GPU: pixels → unit embeddings."""
+
+import ctypes
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+
+from service import FloatArray, PixelArray, cores, metrics
+from service.encoding.card import OUTPUTS, VARIANTS, Card, choose_output
+from service.errors import InvalidModel, NoEmbedding, OutOfMemory
+
+VERSION: str = ort.__version__
+# Larger batches are no faster per picture on a CPU, and every caller in them waits longer.
+LARGEST_BATCH = {"cpu": 16, "cuda": 64}
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+_NO_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "failed to grow", "cublas_status_alloc_failed")
+_MEASURED_S = 0.3
+
+
+class Device(NamedTuple):
+    """A processor that runs graphs: "cpu", or "cuda" with a GPU's number; if required, nothing replaces it."""
+
+    kind: str
+    number: int = 0
+    required: bool = False
+
+
+def find_devices(name: str) -> list[Device]:
+    """Return every GPU that CUDA shows, or the CPU.
+
+    Args:
+        name: "cpu", "cuda", or "auto" for CUDA where this onnxruntime has it.
+
+    Raises:
+        InvalidModel: "cuda", and this onnxruntime has no CUDA.
+    """
+    if name == "cpu" or _PROVIDERS["cuda"] not in ort.get_available_providers():
+        if name == "cuda":
+            raise InvalidModel(f"device cuda was asked for, but this onnxruntime has {ort.get_available_providers()}")
+        return [Device("cpu")]
+    ort.preload_dlls()
+    return [Device("cuda", number, name == "cuda") for number in range(max(1, _count_gpus()))]
+
+
+def _count_gpus() -> int:
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return count.value if cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+class Graph:
+    """One ONNX graph in an onnxruntime session. One thread at a time may call it.
+
+    Attributes:
+        path: its file, for messages.
+        provider: the onnxruntime provider that really runs it.
+        kind: the kind of device that really runs it, "cpu" or "cuda".
+    """
+
+    def __init__(self, card: Card, variant: str, model: bytes, device: Device) -> None:
+        """Open a graph.
+
+        Args:
+            card: the model folder, whose preprocessing the graph's input must fit.
+            variant: the graph's name in VARIANTS.
+            model: its bytes.
+            device: runs it. onnxruntime may fall back to the CPU, unless the device is required.
+
+        Raises:
+            InvalidModel: a graph outside the contract, or a required device that cannot be used.
+        """
+        self.path = card.folder / VARIANTS[variant]
+        self._name, self._preprocessing = card.name, card.preprocessing
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = cores()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        settings: dict[str, Any] = {}
+        if device.kind == "cuda":
+            # HEURISTIC: a search for the best algorithm costs up to a second for each new shape.
+            settings = {
+                "device_id": device.number,
+                "cudnn_conv_algo_search": "HEURISTIC",
+                "arena_extend_strategy": "kSameAsRequested",
+            }
+        try:
+            # From bytes: these were verified, and a graph that refers to data in other files does not load.
+            self._session = ort.InferenceSession(model, options, providers=[(_PROVIDERS[device.kind], settings)])
+        # onnxruntime raises a class of its own for every status.
+        except Exception as error:
+            raise InvalidModel(f"{self.path}: onnxruntime cannot load it: {_first_line(error)}") from error
+        self.provider: str = self._session.get_providers()[0]
+        # onnxruntime falls back to the CPU silently.
+        if device.required and self.provider != _PROVIDERS[device.kind]:
+            raise InvalidModel(f"device {device.kind} was asked for, but onnxruntime runs on {self.provider}")
+        self.kind = device.kind if self.provider == _PROVIDERS[device.kind] else "cpu"
+        self._input, self._type = self._image_input()
+        self._output = self._embedding_output()
+
+    def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
+        """Embed a batch of pixels. See Encoder.encode."""
+        with metrics.inference_seconds.time():
+            count = len(pixels)
+            return self.run(np.asarray(self._padded(pixels)))[:count]
+
+    def run(self, pixels: PixelArray) -> FloatArray:
+        """Embed pixels (N, S, S, 3) without padding the batch. Raises as Encoder.encode."""
+        batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        try:
+            (raw,) = self._session.run([self._output], {self._input: self._prepare(batch)})
+        except Exception as error:
+            if any(words in str(error).lower() for words in _NO_MEMORY):
+                raise OutOfMemory(f"{self._name}: no memory for a batch of {len(batch)} pictures") from error
+            raise InvalidModel(f"{self._name}: inference failed: {_first_line(error)}") from error
+        embeddings = np.asarray(raw, np.float32)
+        if embeddings.ndim != 2 or len(embeddings) != len(batch):
+            raise InvalidModel(f"{self._name}: output {self._output} has shape {embeddings.shape}, not (N, D)")
+        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        if not np.isfinite(norms).all() or not norms.all():
+            raise NoEmbedding(f"the encoder {self._name} gives this picture no embedding: zero or not finite")
+        return np.asarray(embeddings / norms, np.float32)
+
+    def warm_buckets(self, pixels: PixelArray) -> None:
+        """Run every batch size that `encode` pads to: a new shape costs a GPU time, and a CPU memory.
+
+        Args:
+            pixels: (S, S, 3) of one picture.
+        """
+        for size in _buckets(self.kind):
+            self.warm_up(np.repeat(pixels[None], size, axis=0))
+
+    def _padded(self, pixels: Sequence[PixelArray] | PixelArray) -> Sequence[PixelArray] | PixelArray:
+        """Pad a batch to a size that was warmed up; a CPU runs any size equally well."""
+        if self.kind == "cpu":
+            return pixels
+        size = next((bucket for bucket in _buckets(self.kind) if bucket >= len(pixels)), len(pixels))
+        return [*pixels, *[pixels[-1]] * (size - len(pixels))]
+
+    def warm_up(self, pixels: PixelArray) -> FloatArray:
+        """Run as `run`; raise InvalidModel instead of NoEmbedding and OutOfMemory."""
+        try:
+            return self.run(pixels)
+        except (NoEmbedding, OutOfMemory) as error:
+            raise InvalidModel(f"{self.path}: {error}") from error
+
+    def seconds(self, pixels: PixelArray) -> float:
+        """Return the shortest time of 2 to 10 runs, about 0.3 s in all."""
+        taken: list[float] = []
+        while len(taken) < 2 or (len(taken) < 10 and sum(taken) < _MEASURED_S):
+            start = time.perf_counter()
+            self.run(pixels)
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    def _prepare(self, batch: PixelArray) -> PixelArray | FloatArray:
+        if self._type == np.uint8:
+            return batch
+        preprocessing = self._preprocessing
+        values = batch.astype(np.float32)
+        if preprocessing.rescale is not None:
+            values *= np.float32(preprocessing.rescale)
+        if preprocessing.mean is not None and preprocessing.std is not None:
+            values -= np.asarray(preprocessing.mean, np.float32).reshape(1, 3, 1, 1)
+            values /= np.asarray(preprocessing.std, np.float32).reshape(1, 3, 1, 1)
+        return values
+
+    def _image_input(self) -> tuple[str, type[Any]]:
+        images = [node for node in self._session.get_inputs() if len(node.shape) == 4]
+        if len(images) != 1 or len(self._session.get_inputs()) != 1 or images[0].type not in _TYPES:
+            have = ", ".join(f"{node.name} {node.type} {node.shape}" for node in self._session.get_inputs())
+            raise InvalidModel(f"{self.path}: expected one image input (N, 3, S, S) of uint8 or float32; it has {have}")
+        node, side = images[0], self._preprocessing.side
+        if any(
+            isinstance(have, int) and have != want for have, want in zip(node.shape[1:], (3, side, side), strict=True)
+        ):
+            raise InvalidModel(f"{self.path}: input {node.name} is {node.shape}, preprocessing gives 3x{side}x{side}")
+        return node.name, _TYPES[node.type]
+
+    def _embedding_output(self) -> str:
+        outputs = {node.name: len(node.shape) for node in self._session.get_outputs()}
+        output = choose_output(outputs)
+        if output is None:
+            raise InvalidModel(
+                f"{self.path}: expected an output named {' or '.join(OUTPUTS)}, or a single 2-D one; "
+                f"it has {', '.join(outputs)}"
+            )
+        return output
+
+
+def _buckets(kind: str) -> list[int]:
+    """Return the batch sizes to warm up, the largest last."""
+    largest = LARGEST_BATCH[kind]
+    return [largest] if kind == "cpu" else [2**power for power in range(largest.bit_length())]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

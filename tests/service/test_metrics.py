@@ -1,0 +1,59 @@
+"""What is counted is the app's affair: nothing is, and nothing changes, because a module or an encoder is opened."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from service import metrics
+from service.encoding.card import read_card
+from service.encoding.encoder import Encoder
+from tests.conftest import MODEL, ROOT
+
+_IMPORT = """
+import os, sys
+before = dict(os.environ)
+from service import metrics
+import service.encoding.encoder
+assert dict(os.environ) == before, "importing it changed the environment"
+assert "prometheus_client" not in sys.modules
+metrics.configure(workers=int(sys.argv[1]))
+metrics.batch_size.observe(3)
+assert b"lookalike_batch_size_sum 3.0" in metrics.report()
+print(os.environ.get("PROMETHEUS_MULTIPROC_DIR", "memory"))
+"""
+
+
+def counted_where(folder: str, workers: int) -> str:
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": folder, "ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT, str(workers)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_changes_nothing_and_the_app_says_where_to_count(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    assert counted_where(str(shared), 1) == "memory"
+    assert counted_where(str(shared), 2).startswith(f"{tmp_path}/lookalike-metrics-{os.getpid()}-")
+    assert not list(shared.iterdir())
+
+
+def test_opening_an_encoder_leaves_the_metrics_as_they_were() -> None:
+    metrics.tell_encoder("another", "fp32", "CPUExecutionProvider", 1)
+    before = ours(metrics.report())
+    Encoder(read_card(MODEL), "cpu", "auto")
+    assert ours(metrics.report()) == before
+    assert 'lookalike_encoder_lanes{model="another",provider="CPUExecutionProvider",variant="fp32"} 1.0' in before
+
+
+def ours(report: bytes) -> list[str]:
+    """The lines of our own metrics: those of the process change by themselves."""
+    return [line for line in report.decode().splitlines() if line.startswith("lookalike_")]
