@@ -10,7 +10,7 @@ PHOTOS := .lookalike/models/photos
 MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/mnist)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss \
+.PHONY: help serve test test-all check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss \
         disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container setup setup-serve \
         lock clean
 
@@ -28,7 +28,10 @@ $(PHOTOS): requirements/serve-cpu.txt service/encoding/pretrained.json | setup-s
 	@rm -rf $@
 	.venv-serve/bin/lookalike import efficientnet-lite0 --out $@
 
-test: setup ## run every test that this machine has the means for
+test: setup ## run the tests that find most faults, in a few minutes
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile -m "not proof and not slow"
+
+test-all: setup ## run every test that this machine has the means for
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup ## lint, types, import rules
@@ -50,7 +53,7 @@ fuzz-pictures: setup ## 2,000 mutated pictures, or LONG=1 for 20,000
 	$(if $(LONG),LOOKALIKE_MUTATIONS=20000) .venv/bin/python -m pytest -m proof tests/proofs/test_mutated_pictures.py
 
 guards: setup ## take out one guard at a time, and see a test notice
-	.venv/bin/python -m pytest -m proof --numprocesses auto tests/proofs/test_guards.py
+	.venv/bin/python -m pytest -m proof -s tests/proofs/test_guards.py
 
 slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)

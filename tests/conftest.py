@@ -29,6 +29,22 @@ def missing(what: str) -> None:
     pytest.skip(what)
 
 
+def reason_of(mark: pytest.Mark) -> str:
+    """Return why a test is marked slow. Raises ValueError without a reason."""
+    if len(mark.args) != 1 or not isinstance(mark.args[0], str) or not mark.args[0].strip() or mark.kwargs:
+        raise ValueError(f'expected @pytest.mark.slow("why it takes so long"), got {mark.args}')
+    return mark.args[0]
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Refuse a test that is marked slow without a reason."""
+    for mark in item.iter_markers("slow"):
+        try:
+            reason_of(mark)
+        except ValueError as error:
+            raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """End by naming what was skipped and how to get it."""
     reasons: dict[str, int] = {}

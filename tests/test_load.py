@@ -63,6 +63,7 @@ def requests(tmp_path: Path) -> list[Path]:
     return files
 
 
+@pytest.mark.slow("measures the benchmarks' load generator against the clock for two seconds")
 def test_a_closed_loop_counts_answers_by_status_and_what_got_none(server: _Server, requests: list[Path]) -> None:
     result = load.run(server.server_address[1], requests, connections=2, seconds=2, warm_up=0.2)
     answers = sum(result.statuses.values())
@@ -75,6 +76,7 @@ def test_a_closed_loop_counts_answers_by_status_and_what_got_none(server: _Serve
     assert {len(body) for body in server.bodies} == {200_000}
 
 
+@pytest.mark.slow("measures the benchmarks' load generator against the clock for two seconds")
 def test_an_open_loop_counts_from_when_a_request_was_due(server: _Server, requests: list[Path]) -> None:
     """Twice what the server can: each request waits for all before it, whether or not it was sent."""
     result = load.run(server.server_address[1], requests, connections=2, seconds=2, warm_up=0, rate=2 / _SLOW_S)

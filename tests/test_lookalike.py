@@ -154,6 +154,7 @@ def test_a_search_where_no_store_is_makes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.slow("runs ten commands of a second each")
 def test_import_and_whiten_refuse_in_a_sentence(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "is there already" in refused("import", "efficientnet-lite0", "--out", tmp_path)
@@ -172,6 +173,7 @@ def test_import_and_whiten_refuse_in_a_sentence(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow("runs five commands, one of which learns a whitening")
 def test_an_encoder_is_whitened_where_torch_is_not(tmp_path: Path) -> None:
     """The verbs of the serving set: in a process where importing torch or training fails."""
     code = (

@@ -6,12 +6,15 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT, encoded, scene
 from tests.serving import running
 
 METRIC = re.compile(r"\b((?:lookalike|process)_[a-z_]+)(?:\{([^}]*)\})?")
 
 
+@pytest.mark.slow("starts a service to read its metrics once")
 def test_every_metric_of_the_dashboard_is_there(tmp_path: Path) -> None:
     dashboard = json.loads((ROOT / "deploy" / "grafana.json").read_text())
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]

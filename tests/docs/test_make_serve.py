@@ -19,6 +19,8 @@ import pytest
 
 from tests.conftest import ROOT, encoded, missing, scene
 
+pytestmark = pytest.mark.slow("installs an environment from the package index and starts the service four times")
+
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:

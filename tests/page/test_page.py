@@ -301,6 +301,7 @@ def test_an_empty_gallery_says_how_to_fill_it_and_shows_what_comes(page: Page, e
     expect(page.locator("#query-picture")).to_have_js_property("naturalWidth", 64)
 
 
+@pytest.mark.slow("starts a service of its own")
 def test_the_page_asks_for_a_key_and_shows_pictures_with_it(page: Page, tmp_path: Path, complaints: list[str]) -> None:
     key = "a-key-that-may-write"
     with serving(tmp_path, "digits[:5]", api_keys=f"write:{key}") as url:

@@ -33,7 +33,13 @@ def lanes(url: str) -> str:
     return "\n".join(line for line in lines if line.startswith("lookalike_encoder_lanes"))
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow("starts a service; SIGTERM ends one in the same way")),
+        signal.SIGTERM,
+    ],
+)
 def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, tmp_path: Path) -> None:
     port, store = free_port(), tmp_path / "new" / "store"
     log = tmp_path / "log"
@@ -65,6 +71,7 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow("starts a service and runs four commands beside it")
 def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) -> None:
     other = another_encoder(tmp_path / "other")
     with serving(tmp_path, "digits[:20]") as url:
@@ -113,6 +120,7 @@ def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) ->
         assert b'"count":21' in get(f"{url}/info")[1]
 
 
+@pytest.mark.slow("starts two services")
 def test_a_reader_serves_beside_the_writer_and_sees_its_changes(tmp_path: Path) -> None:
     with serving(tmp_path, "digits[:20]") as url:
         (tmp_path / "reader").mkdir()

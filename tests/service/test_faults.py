@@ -85,6 +85,7 @@ def test_a_poisoned_picture_in_a_batch_harms_one_caller(tmp_path: Path) -> None:
         assert 'lookalike_errors_total{code="no_embedding"} 5.0' in metrics
 
 
+@pytest.mark.slow("starts a service of its own and sends it 600 pictures")
 def test_a_full_queue_answers_429_and_the_rest_as_ever(tmp_path: Path) -> None:
     model = write_model(tmp_path / "flat", slow=300)
     with running(tmp_path, "--no-store", "--model", str(model), max_waiting="4") as (_, address, _):
@@ -98,6 +99,7 @@ def test_a_full_queue_answers_429_and_the_rest_as_ever(tmp_path: Path) -> None:
         assert "lookalike_requests_at_work 0.0" in urllib.request.urlopen(address + "/metrics").read().decode()
 
 
+@pytest.mark.slow("starts a service of its own and then refuses another")
 def test_a_model_folder_that_changes_is_not_what_is_served(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(MODEL, model)

@@ -102,6 +102,7 @@ def test_a_request_that_is_coming_in_is_answered_after_sigterm(tmp_path: Path) -
         assert server.wait(25) == 0
 
 
+@pytest.mark.slow("waits until the draining of a service is given up")
 def test_a_request_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
     with running(tmp_path, "--model", str(MODEL), "--no-store", body_timeout_s="300") as (server, address, _):
         host, port = urlsplit(address).netloc.split(":")
@@ -114,6 +115,7 @@ def test_a_request_that_never_ends_is_not_waited_for(tmp_path: Path) -> None:
             assert time.monotonic() - begun < 25
 
 
+@pytest.mark.slow("starts a service and waits until its orphaned worker notices")
 def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
     with running(tmp_path, "--model", str(MODEL), "--store", str(tmp_path / "store")) as (server, address, _):
         workers = psutil.Process(server.pid).children(recursive=True)
@@ -134,6 +136,7 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr  # and so the store's lock is free
 
 
+@pytest.mark.slow("starts two services and waits for their restarted workers")
 @pytest.mark.parametrize("flags", [["--store"], ["--no-store", "--workers", "2"]])
 def test_a_killed_worker_is_replaced(flags: list[str], tmp_path: Path) -> None:
     flags = [*flags, str(tmp_path / "store")] if flags == ["--store"] else flags
@@ -153,6 +156,7 @@ def metrics(address: str) -> str:
     return str(urllib.request.urlopen(address + "/metrics").read().decode())
 
 
+@pytest.mark.slow("starts a service of several workers")
 def test_without_a_store_several_workers_embed_and_count_together(tmp_path: Path) -> None:
     with running(tmp_path, "--model", str(MODEL), "--no-store", "--workers", "2") as (_, address, _):
         lanes = 'lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"}'

@@ -18,6 +18,8 @@ from tests.serving import serving
 
 LIMIT = 64_000_000
 
+pytestmark = pytest.mark.slow("starts a service of its own and sends it bodies at its limits")
+
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

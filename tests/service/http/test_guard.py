@@ -250,3 +250,8 @@ def test_a_text_field_has_a_limit(served: Served) -> None:
 def test_base64_that_is_too_long_is_refused_undecoded(served: Served) -> None:
     answer = served(max_image_bytes="3000").post("/embed", json={"images": ["*" * 5000]})
     assert answer.status_code == 413
+
+
+def test_headers_have_a_limit(served: Served) -> None:
+    answer = served().get("/info", headers={"X-Some-Name": "x" * 32_768})
+    assert (answer.status_code, "headers of at most" in answer.text) == (431, True)

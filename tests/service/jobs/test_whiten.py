@@ -66,6 +66,7 @@ def test_an_earlier_whitening_is_replaced(whitened: Path, digits: Source, tmp_pa
     assert remove_whitening(without_whitening(read_card(whitened)).model) is None
 
 
+@pytest.mark.slow("embeds all digits with two encoders and counts neighbours")
 def test_it_names_more_digits_rightly(digits: Source, whitened: Path) -> None:
     rest = open_source("digits[800:]")
     assert digits.labels is not None
