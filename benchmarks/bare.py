@@ -1,4 +1,4 @@
-"""Our app on uvicorn alone, without BentoML: the difference is what BentoML costs."""
+"""Our app on uvicorn without BentoML; the difference is the cost of BentoML."""
 
 from starlette.types import Receive, Scope, Send
 
@@ -11,7 +11,8 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
         await own_every_path(scope, receive, send)
         return
-    while True:  # lifespan
+    # All other messages belong to the lifespan protocol.
+    while True:
         if (await receive())["type"] == "lifespan.startup":
             open_service(Settings())
             await send({"type": "lifespan.startup.complete"})
