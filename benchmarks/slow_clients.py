@@ -150,7 +150,7 @@ async def _drip(port: int, phase: Phase) -> None:
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
-        phase.ends["connection refused"] += 1
+        phase.ends["no connection"] += 1
         return
     answer = asyncio.create_task(reader.readline())
     try:

@@ -367,7 +367,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         patch.setenv("LOOKALIKE_WORK_TIMEOUT_S", "4")
         from service.app import Lookalike
 
-        app = Lookalike.to_asgi()  # type: ignore[attr-defined]  # bentoml.service made it a Service
+        # The decorator bentoml.service replaced the class by a Service.
+        app = Lookalike.to_asgi()  # type: ignore[attr-defined]
         with TestClient(app, raise_server_exceptions=False) as opened:
             yield opened
 
