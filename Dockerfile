@@ -1,14 +1,14 @@
 # Serve the pictures in the volume at /data:
 #   docker run -p 3000:3000 -v lookalike:/data --read-only --tmpfs /tmp lookalike
-# Add a folder of pictures to them, while nobody serves them (a store has one writer):
+# Add a folder of pictures while the service is stopped (a store has one writer):
 #   docker run --rm -v lookalike:/data -v "$PWD/pictures:/pictures:ro" lookalike \
 #     index /pictures --store /data/store
-# The encoder for photographs is inside, and is the default; --model models/mnist is the one for handwritten digits.
+# The default is the encoder for photographs; --model models/mnist selects the one for handwritten digits.
 FROM python:3.11-slim
 WORKDIR /app
 
-# The locked set and the user change seldom: they are layers of their own, below the code. Bytecode is made here,
-# because whoever serves cannot write it, and would compile everything anew at every start.
+# The locked set and the user rarely change, so their layers lie below the code. The build compiles bytecode, because the
+# serving user cannot write it and would compile all modules at every start.
 COPY requirements/serve-cpu.txt requirements/
 RUN pip install --no-cache-dir --root-user-action=ignore uv==0.13.9 \
     && uv pip install --system --no-cache --compile-bytecode --require-hashes -r requirements/serve-cpu.txt \
@@ -17,7 +17,7 @@ RUN pip install --no-cache-dir --root-user-action=ignore uv==0.13.9 \
 RUN useradd --uid 10001 --user-group --home-dir /tmp --no-create-home --shell /usr/sbin/nologin lookalike \
     && install -d -o lookalike -g lookalike /data
 
-# What a careful umask hid from others becomes readable to the one who serves.
+# A strict umask on the build machine may hide files; chmod makes them readable to the serving user.
 COPY models/mnist models/mnist
 COPY pyproject.toml lookalike.py ./
 COPY service service
@@ -26,7 +26,7 @@ RUN pip install --no-cache-dir --root-user-action=ignore --no-deps --no-build-is
     && lookalike import efficientnet-lite0 --out .lookalike/models/photos \
     && find . ! -perm -a=r -exec chmod a+rX {} +
 
-# Nothing reports to anyone: BentoML and onnxruntime would.
+# BentoML and onnxruntime send telemetry by default.
 ENV LOOKALIKE_HOST=0.0.0.0 \
     LOOKALIKE_STORE=/data/store \
     BENTOML_HOME=/tmp/bentoml \

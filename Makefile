@@ -5,7 +5,7 @@ PYTHON ?= python3
 HOST   ?= 127.0.0.1
 PORT   ?= 3000
 IMAGES ?= digits
-# Digits and MNIST have an encoder of their own; everything else gets the one for photographs, which is made here.
+# Digits and MNIST have their own encoder. All other pictures use the encoder for photographs, built below.
 PHOTOS := .lookalike/models/photos
 MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/mnist)
 
@@ -17,7 +17,7 @@ MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-# The store's folder is named for its pictures and its encoder: another encoder never meets an old store.
+# The store's name contains a checksum of its pictures' path and its encoder, so a new encoder gets a new store.
 serve: setup-serve $(filter $(PHOTOS),$(MODEL)) ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST=
 	@key=$$( (cat "$(MODEL)/model.onnx" "$(MODEL)/preprocessor_config.json"; realpath "$(IMAGES)") | cksum); \
 	store=".lookalike/$$(basename "$(IMAGES)")-$${key%% *}"; \
@@ -40,49 +40,49 @@ check: setup ## lint, types, import rules
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-survive: setup ## kill a training run 20 times with -9, and see it end as if nothing had been
+survive: setup ## kill a training run 20 times with -9, and compare its result with an undisturbed run
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
-# The short forms are CI's; LONG=1 is what is measured before a release.
+# CI runs the short forms; LONG=1 runs the forms of a release.
 proofs: fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once ## all below
 
-fuzz-api: setup ## requests made from our OpenAPI document, against the real service; LONG=1 for 500 of each, three seeds
+fuzz-api: setup ## send requests derived from our OpenAPI document; LONG=1 for 500 of each, three seeds
 	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
 
-fuzz-pictures: setup ## 2,000 mutated pictures, or LONG=1 for 20,000
+fuzz-pictures: setup ## send 2,000 mutated pictures; LONG=1 for 20,000
 	$(if $(LONG),LOOKALIKE_MUTATIONS=20000) .venv/bin/python -m pytest -m proof tests/proofs/test_mutated_pictures.py
 
 guards: setup ## take out one guard at a time, and see a test notice
 	.venv/bin/python -m pytest -m proof -s tests/proofs/test_guards.py
 
-slow-clients: setup ## 200 slow uploads and 500 unfinished headers beside ordinary requests; LONG=1 for 60 s each
+slow-clients: setup ## ordinary requests beside 200 slow uploads and 500 unfinished headers; LONG=1 for 60 s each
 	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
 
 kills: setup ## kill -9 a process that writes a store, at 25 named points and at random; LONG=1 for 2,000 times
 	$(if $(LONG),LOOKALIKE_KILLS=2000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill.py
 
-kills-http: setup ## kill -9 the whole service under load, and let its clock jump by a day; LONG=1 for 200 times
+kills-http: setup ## kill -9 the whole service under load, and make its clock jump by a day; LONG=1 for 200 times
 	$(if $(LONG),LOOKALIKE_KILLS=200) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
 
-power-loss: setup ## a disk that loses and tears what was not synced; LONG=1 for 300 times each
+power-loss: setup ## a disk that loses and tears unsynced writes; LONG=1 for 300 times each
 	$(if $(LONG),LOOKALIKE_POWER_LOSSES=300) .venv/bin/python -m pytest -m proof -s tests/proofs/test_power_loss.py
 
 disk-errors: setup ## EIO and ENOSPC at 25 of the first 200 writes and syncs; LONG=1 for each of them
 	$(if $(LONG),LOOKALIKE_ERRORS_STEP=1) .venv/bin/python -m pytest -m proof -s tests/proofs/test_disk_errors.py
 
-damaged-snapshots: setup ## 300 damaged snapshots, half with the right checksum; LONG=1 for 10,000
+damaged-snapshots: setup ## 300 damaged snapshots, half with a correct checksum; LONG=1 for 10,000
 	$(if $(LONG),LOOKALIKE_MUTATIONS=10000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_damaged_snapshots.py
 
 many-at-once: setup ## 4 writers and 8 readers against plain NumPy for 10 s; LONG=1 for 10 minutes
 	$(if $(LONG),LOOKALIKE_SECONDS=600) .venv/bin/python -m pytest -m proof -s tests/proofs/test_many_at_once.py
 
-bench-serve: setup ## measure the service beside its peers and limits; LONG=1 for three turns
+bench-serve: setup ## measure the service against its peers and limits; LONG=1 for three turns
 	.venv/bin/python -m benchmarks.serve $(if $(LONG),--turns 3)
 
-bench-search: .venv-bench/.done ## the store beside other programs, in WORK=folder; COUNT=100000 for a quick look, ARGS="--only http"
+bench-search: .venv-bench/.done ## measure the store against peers in WORK=folder; COUNT=100000 is quick; ARGS="--only http"
 	.venv-bench/bin/python -m benchmarks.search --work $(or $(WORK),data/search) --count $(or $(COUNT),1000000) $(ARGS)
 
-soak: setup ## ten minutes of mixed load: memory, threads and descriptors; LONG=1 for thirty
+soak: setup ## measure memory, threads and descriptors in ten minutes of mixed load; LONG=1 for thirty
 	.venv/bin/python -m benchmarks.soak --minutes $(if $(LONG),30,10)
 
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
@@ -98,8 +98,8 @@ setup: .venv/.done ## make .venv: training, serving and test tools
 .venv/.done: requirements/dev.txt pyproject.toml
 .venv-bench/.done: requirements/bench-search.txt pyproject.toml
 
-# One recipe for all: an environment is a folder plus a lock; the project itself comes without
-# dependencies, because the lock holds them all. The mark is written last, so a broken set-up is redone.
+# One recipe makes every environment from its lock. The lock holds all dependencies, so the project itself is installed
+# without any. The recipe writes .done last, so make repeats a failed set-up.
 .venv-serve/.done .venv/.done .venv-bench/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -107,7 +107,7 @@ setup: .venv/.done ## make .venv: training, serving and test tools
 	$(@D)/bin/uv pip install --quiet --python $(@D) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lock: setup-serve ## compile requirements/*.txt anew from pyproject.toml (hashes, no index address)
+lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)
 	for set in "serve-cpu --extra cpu" "serve-gpu --extra gpu" "train --extra cpu --extra train" \
 	    "dev --extra cpu --extra train --extra dev" \
 	    "bench-search --extra cpu --extra train --extra dev --extra bench-search"; do \
@@ -115,5 +115,5 @@ lock: setup-serve ## compile requirements/*.txt anew from pyproject.toml (hashes
 	    --python-version 3.11 --generate-hashes --no-header --quiet --upgrade -o requirements/$$name.txt || exit 2; \
 	done
 
-clean: ## remove the environments and what serving made
+clean: ## remove the environments and the files that serving made
 	rm -rf .venv .venv-serve .venv-bench .lookalike

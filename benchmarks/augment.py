@@ -1,9 +1,9 @@
-"""Views a second: training/augment.py against kornia's augmentations, on the CPU, in one run.
+"""Views per second: training/augment.py against kornia's augmentations, on the CPU, in one run.
 
     python -m benchmarks.augment
 
-Kornia gets the nearest set with numbers of its own for every sample; what it has no equivalent of (stroke) it is
-spared. Both work on the same batch in turn; the table gives medians.
+Kornia runs the nearest set of augmentations, with random numbers for every sample; it has no equivalent of stroke.
+Both take turns on the same batch, and the table shows medians.
 """
 
 import math
@@ -22,7 +22,7 @@ from benchmarks.machine import describe
 from training.augment import augment
 from training.recipe import Augmentation
 
-SHAPES = {"photos": (3, 64), "small-photos": (3, 32), "glyphs": (1, 28)}  # C, S
+SHAPES = {"photos": (3, 64), "small-photos": (3, 32), "glyphs": (1, 28)}  # (C, S)
 
 
 def main(
@@ -49,7 +49,7 @@ def _ours(recipe: Augmentation) -> Callable[[Tensor], Tensor]:
 
 
 def _kornias(recipe: Augmentation, side: int) -> nn.Module:
-    """What comes nearest to a recipe in kornia.augmentation; elastic moves pixels about as far and as smoothly."""
+    """Return the nearest equivalent in kornia.augmentation; elastic moves pixels about as far and as smoothly."""
     r, changes = recipe, list[Any]()
     if r.crop_area < 1:
         changes.append(peer.RandomResizedCrop((side, side), scale=(r.crop_area, 1)))
@@ -79,7 +79,7 @@ def _kornias(recipe: Augmentation, side: int) -> nn.Module:
 def _alternate(
     pictures: Tensor, ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], rounds: int
 ) -> tuple[float, float]:
-    """Median seconds of each, taking turns, after two rounds of warm-up."""
+    """Return the median seconds of each; they take turns, after two rounds of warm-up."""
     seconds: list[tuple[float, float]] = []
     for _ in range(2 + rounds):
         start = time.perf_counter()
@@ -92,5 +92,6 @@ def _alternate(
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)  # kornia draws from torch's own generator
+    # kornia draws from torch's global generator.
+    torch.manual_seed(0)
     typer.run(main)

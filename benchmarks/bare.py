@@ -1,4 +1,4 @@
-"""Our app on uvicorn alone, without BentoML: the difference is what BentoML costs."""
+"""Our app on uvicorn without BentoML; the difference is the cost of BentoML."""
 
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +15,8 @@ async def _serve(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
         await _owner(scope, receive, send)
         return
-    while True:  # lifespan
+    # All other messages belong to the lifespan protocol.
+    while True:
         if (await receive())["type"] == "lifespan.startup":
             open_service(_app, _settings)
             await send({"type": "lifespan.startup.complete"})

@@ -1,4 +1,4 @@
-"""What benchmarks/search.py searches: vectors, queries, their true neighbours, and every program's index, all kept."""
+"""The collections of benchmarks/search.py: vectors, queries, true neighbours and every program's index, on disk."""
 
 import json
 import os
@@ -30,22 +30,25 @@ from service.store.embedded import EmbeddedStore
 
 MODEL = Path(__file__).parent.parent / "models" / "mnist"
 QUERIES = 1000
-FILTERS = (1, 50)  # percent of the items that meet one
-_A_CENTRE = 200  # vectors around each
-_NOISE = 0.6  # its length beside a centre's 1
+# Selectivities in percent.
+FILTERS = (1, 50)
+_PER_CENTRE = 200
+# The length of the noise, relative to the centres' length of 1.
+_NOISE = 0.6
 _BLOCK = 50_000
-_GROUP = 1024  # items a commit, as `lookalike store import` has them
+# As many items a commit as in `lookalike store import`.
+_GROUP = 1024
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A folder of them.
+    """A folder with vectors, queries and indexes.
 
     Attributes:
-        folder: where all is kept; made when it is not there.
-        exact_limit: of the store.
+        folder: created when missing.
+        exact_limit: the store's setting.
     """
 
     folder: Path
@@ -53,27 +56,27 @@ class Collection:
 
     @property
     def vectors(self) -> Path:
-        """File of float32, (count, D) unit rows."""
+        """Return the path of a float32 file: (count, D), unit rows."""
         return self.folder / "vectors.f32"
 
     @property
     def count(self) -> int:
-        """How many."""
+        """Return the number of vectors."""
         return self.vectors.stat().st_size // (4 * D)
 
     @property
     def queries(self) -> FloatArray:
-        """(1000, D) unit rows that are none of the vectors."""
+        """Return (1000, D) unit rows, none of them a stored vector."""
         queries: FloatArray = np.load(self.folder / "queries.npy")
         return queries
 
     @property
     def store(self) -> Path:
-        """Folder of the store."""
+        """Return the store's folder."""
         return self.folder / "store"
 
     def write(self, blocks: Iterator[FloatArray], queries: FloatArray) -> None:
-        """Take vectors and queries in, unless they are there."""
+        """Write vectors and queries, unless they exist."""
         if (self.folder / "queries.npy").exists():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ class Collection:
         np.save(self.folder / "queries.npy", _unit(queries))
 
     def truth(self, percent: int = 100) -> IntArray:
-        """Return the ids of the true 10 nearest of each query among those that meet a filter, by looking at all."""
+        """Return the ids of the 10 nearest items that match a filter, for each query, by an exact scan."""
         path = self.folder / f"truth-{percent}.npy"
         if not path.exists():
             self._find_truth()
@@ -99,9 +102,9 @@ class Collection:
         for numbers, rows in tqdm(chunks(self.vectors), "true neighbours", leave=False):
             scores = queries @ rows.T
             for percent, (known, ids) in best.items():
-                meets = percents(numbers) < percent
-                both = np.concatenate([known, scores[:, meets]], 1)
-                every = np.concatenate([ids, np.broadcast_to(numbers[meets], (QUERIES, int(meets.sum())))], 1)
+                matches = percents(numbers) < percent
+                both = np.concatenate([known, scores[:, matches]], 1)
+                every = np.concatenate([ids, np.broadcast_to(numbers[matches], (QUERIES, int(matches.sum())))], 1)
                 top = np.argpartition(-both, 9, axis=1)[:, :10]
                 best[percent] = (np.take_along_axis(both, top, 1), np.take_along_axis(every, top, 1))
         for percent, (_, ids) in best.items():
@@ -112,11 +115,11 @@ class Collection:
         return EmbeddedStore(self.store, read_card(MODEL), D, exact_limit=self.exact_limit)
 
     def fill(self) -> dict[str, float]:
-        """Make the store, unless it is there; return how that went: vectors/s, seconds, peak bytes."""
+        """Fill the store, unless it exists; return vectors/s, seconds and peak bytes."""
         return self._once("ours", lambda: apart(_fill, self))
 
     def imported(self) -> dict[str, float]:
-        """Let `lookalike store import` fill a store from Parquet, once; return how that went: seconds, peak bytes."""
+        """Run `lookalike store import` from Parquet, once; return seconds and peak bytes."""
         return self._once("import", self._import)
 
     def _import(self) -> dict[str, float]:
@@ -130,9 +133,9 @@ class Collection:
             return self._lookalike("store", "import", parquet, "--store", Path(made) / "store", "--model", MODEL)
 
     def indexed(self, data_root: Path) -> dict[str, float]:
-        """Let `lookalike index` fill a store from as many pictures, once; return how that went: seconds, peak bytes.
+        """Run `lookalike index` on `count` pictures, once; return seconds and peak bytes.
 
-        They are MNIST's digits, each shifted up to 25 ways.
+        The pictures are MNIST's digits, each with up to 25 shifts.
         """
         return self._once("index", lambda: self._index(data_root))
 
@@ -154,11 +157,11 @@ class Collection:
         return apart(_run, command, {"LOOKALIKE_EXACT_LIMIT": str(self.exact_limit)})
 
     def make(self, peer: Peer) -> dict[str, float]:
-        """Make a peer's index, unless it is there; return how that went."""
+        """Build a peer's index, unless it exists; return vectors/s, seconds and peak bytes."""
         return self._once(peer.name, lambda: apart(_make, peer, self.vectors, self.folder / peer.name))
 
     def opened(self, peer: Peer) -> Peer:
-        """Return a peer ready to search, its index made before if it is not there."""
+        """Return a peer ready to search; build its index if missing."""
         self.make(peer)
         peer.load(self.folder / peer.name)
         return peer
@@ -172,9 +175,9 @@ class Collection:
 
 
 def synthetic(folder: Path, count: int, exact_limit: int) -> Collection:
-    """Return clustered vectors: 200 around each centre, with noise."""
+    """Return a collection of clustered vectors, 200 around each centre."""
     rng = np.random.default_rng(0)
-    centres = _unit(rng.standard_normal((max(count // _A_CENTRE, 1), D), np.float32))
+    centres = _unit(rng.standard_normal((max(count // _PER_CENTRE, 1), D), np.float32))
 
     def some(size: int) -> FloatArray:
         noise = rng.standard_normal((size, D), np.float32) * np.float32(_NOISE / D**0.5)
@@ -196,13 +199,13 @@ def item(number: int, vector: FloatArray) -> NewItem:
 
 
 def held(name: str) -> int:
-    """Return what Linux says of this process' memory, in bytes: VmHWM is its peak, RssAnon what it holds now."""
+    """Return a field of /proc/self/status in bytes: VmHWM is the peak memory, RssAnon the current anonymous memory."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def apart(work: Callable[..., R], *args: Any) -> R:
-    """Do work in a process of its own."""
+    """Run work in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 
@@ -243,7 +246,7 @@ def _make(peer: Peer, vectors: Path, folder: Path) -> dict[str, float]:
 
 
 def _run(command: list[str | Path], environment: dict[str, str]) -> dict[str, float]:
-    """Run a command. In a small process: of a child's peak, Linux says at least what its parent had held."""
+    """Run a command. The calling process must be small: Linux reports a child's peak as at least its parent's size."""
     start = time.perf_counter()
     subprocess.run(command, check=True, env=os.environ | environment)
     seconds = time.perf_counter() - start

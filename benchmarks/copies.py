@@ -1,4 +1,4 @@
-"""Hard copies of pictures, and how well an encoder finds the original of each among strangers."""
+"""Hard copies of pictures, and measures of how well an encoder finds their originals."""
 
 import io
 from typing import NamedTuple
@@ -11,11 +11,12 @@ from service.encoding.images import Limits, decode
 
 
 class Found(NamedTuple):
-    """How copies and originals lie.
+    """Measures of a search for originals by their copies.
 
-    recall: share of the copies whose original is the nearest of all originals.
-    margin: 5th percentile of the cosines of copy and original, less the 99.9th of copy and stranger.
-    strangers: median cosine of two originals.
+    Attributes:
+        recall: share of copies whose nearest original is their own.
+        margin: 5th percentile of the cosines of copy and original, less the 99.9th of copy and stranger.
+        strangers: median cosine of two originals.
     """
 
     recall: float
@@ -28,7 +29,7 @@ def hard_copy(data: bytes, kept: float) -> bytes:
 
     Args:
         data: the picture's file.
-        kept: share of its width and of its height.
+        kept: the share of its width and height to keep.
     """
     picture = decode(data, 4096, Limits())
     width, height = (max(1, round(side * kept)) for side in picture.size)

@@ -1,9 +1,9 @@
-"""What the numbers of an embedding cost: memory and disk of an item, and a search, at 1,280, 512 and 256 dimensions.
+"""The cost of an embedding's dimensions: memory and disk of an item, and search time, at 1,280, 512 and 256.
 
     python -m benchmarks.embedding_size
 
-Items are random unit vectors, without pictures. Memory is what a process of its own grows by when it opens the store
-and searches; the limit beside it is the vectors alone, 4 bytes a number.
+Items are random unit vectors without pictures. Memory is the growth of a separate process that opens the store and
+searches. The lower limit is the vectors alone, 4 bytes a number.
 """
 
 import json
@@ -36,7 +36,8 @@ def main(
     if opened:
         print(json.dumps(_open(Path(opened), dimension)))
         return
-    from benchmarks.machine import describe  # here: torch would count in the process that measures its memory
+    # Imported late because torch would add to the memory of the measuring process.
+    from benchmarks.machine import describe
 
     print(describe())
     print(f"{count} items, exact search, k = {_K}")
@@ -75,7 +76,7 @@ def _fill(folder: Path, dimension: int, count: int) -> None:
 
 
 def _open(folder: Path, dimension: int) -> dict[str, float]:
-    """Open a store, search it, and return what that took."""
+    """Open a store and search it; return the growth in bytes and the median search time."""
     process = psutil.Process()
     before = process.memory_info().rss
     store = EmbeddedStore(folder, _card(), dimension)

@@ -1,4 +1,4 @@
-"""Encoders with random weights for measuring servers: how fast they are does not depend on what they have learnt."""
+"""Encoders with random weights for measuring servers; their speed does not depend on the weights."""
 
 from pathlib import Path
 
@@ -13,20 +13,21 @@ from training.backbones import build_backbone
 from training.export import Encoder, export
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_BUILT = {  # by name: backbone, S, length of the shortest edge before the crop
+# By name: backbone, S, length of the shortest edge before the crop.
+_BUILT = {
     "tiny": ("small-cnn", 32, 32),
     "resnet18": ("resnet18", 224, 256),
 }
 
 
 def build(name: str, work: Path) -> Path:
-    """Return the model folder of an encoder, made by the project's own export if it is not there yet.
+    """Return the model folder of an encoder; run the project's export if it is missing.
 
     Args:
         name: "tiny", our small CNN for 32 pixels, cheap beside decoding; or "resnet18", torchvision's for 224.
-        work: the folder it lies in.
+        work: the parent folder.
 
-    The variants are calibrated with half of some crops of the benchmark's photographs, and measured on the other half.
+    Half of 64 crops of the benchmark's photographs calibrate the variants, the other half measures them.
     """
     folder = work / name
     if (folder / CARD_FILE).exists():

@@ -1,4 +1,4 @@
-"""Memory that a training run holds per picture: 100,000 small files against 10,000, the whole process measured."""
+"""Memory of a training process per picture, from runs on 10,000 and on 100,000 small files."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from benchmarks.machine import describe
 
 _COUNTS = (10_000, 100_000)
 _SIDE = 8
-# In a process of its own: opens the folder, decodes an epoch of it into the canvas, and says what it holds then.
+# Runs in a separate process: opens the folder, decodes an epoch into the canvas, and prints its memory.
 _PROGRAM = """
 import gc, re, sys, numpy as np, torch
 from pathlib import Path
@@ -25,7 +25,8 @@ source = open_source(sys.argv[1])
 trained = np.arange(len(source), dtype=np.int32)
 canvas = Canvas(source, square_preprocessing({side}), 1, Path(sys.argv[1]).parent, torch.device("cpu"))
 for number, batch in enumerate(batches(canvas, trained, 500, 0, Cursor())):
-    if number == len(source) // 500:  # the first of the second epoch
+    # The first batch of the second epoch.
+    if number == len(source) // 500:
         break
 gc.collect()
 print(int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def _write(root: Path, count: int) -> None:
-    """Write pictures in 100 folders, under names like those of a camera."""
+    """Write pictures in 100 folders, with names like a camera's."""
     generator = np.random.default_rng(0)
     for number in tqdm(range(count), f"writing {count} pictures", leave=False):
         folder = root / f"album-{number % 100:03d}"

@@ -1,10 +1,10 @@
-"""`lookalike index` beside its limit: a bare loop that decodes with Pillow and runs onnxruntime, and keeps nothing.
+"""`lookalike index` against its upper limit: a bare loop of Pillow and onnxruntime that stores nothing.
 
     python -m benchmarks.index_photos PHOTOS
 
-The pictures of the folder PHOTOS are copied twenty times. Either side reads the same files, decodes JPEGs at a reduced
-size, has two threads for decoding and as many for onnxruntime as there are cores, and decodes ahead of the encoder.
-Ours also makes thumbnails, keeps the originals and commits to disk. The two take turns.
+The folder PHOTOS is copied twenty times. Both read the same files, decode JPEGs at a reduced size in two threads, run
+onnxruntime with a thread a core, and decode ahead of the encoder. Ours also makes thumbnails, keeps the originals and
+commits to disk. The two take turns.
 """
 
 import io
@@ -38,7 +38,7 @@ def main(
     copies: Annotated[int, typer.Option()] = 20,
     turns: Annotated[int, typer.Option()] = 3,
 ) -> None:
-    """Print pictures/s of both, and the ratio."""
+    """Print pictures/s of both and their ratio."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "photos"
         folder.mkdir()
@@ -58,7 +58,7 @@ def main(
 
 
 def _index(folder: Path, store: Path) -> float:
-    """Return the seconds that indexing takes, from listing the files to the last commit and a snapshot."""
+    """Return the seconds of indexing, from listing the files to the last commit and a snapshot."""
     encoder = Encoder(read_card(default_encoder()), "cpu", "fp32")
     settings = Settings(store=store)
     gallery = Gallery(encoder, EmbeddedStore(store, encoder.card, encoder.dimension), settings)
@@ -72,7 +72,7 @@ def _index(folder: Path, store: Path) -> float:
 
 
 def _bare(folder: Path) -> float:
-    """Return the seconds that the bare loop takes."""
+    """Return the seconds of the bare loop."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

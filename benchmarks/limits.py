@@ -1,4 +1,4 @@
-"""What the machine can do without HTTP: decoding alone, onnxruntime alone, and both in a bare loop."""
+"""The machine's limits without HTTP: decoding alone, onnxruntime alone, and both in a bare loop."""
 
 import time
 from collections.abc import Callable
@@ -15,11 +15,12 @@ from service.encoding.images import Limits, decode_pixels
 
 _THREADS = 2
 _BATCH = 16
-_AHEAD = 3 * _BATCH  # pictures that are decoded while a batch runs
+# Pictures decoded ahead of the running batch.
+_AHEAD = 3 * _BATCH
 
 
 def decoding(model: Path, photos: list[bytes], seconds: float) -> float:
-    """Return pictures a second that two threads decode and resize as the service does."""
+    """Return pictures/s that two threads decode and resize as the service does."""
     card = read_card(model)
 
     def decode_on(photos: list[bytes]) -> int:
@@ -36,7 +37,7 @@ def decoding(model: Path, photos: list[bytes], seconds: float) -> float:
 
 
 def inference(model: Path, variant: str, batch: int, seconds: float) -> float:
-    """Return pictures a second that onnxruntime embeds on two threads, in batches."""
+    """Return pictures/s that onnxruntime embeds on two threads, in batches."""
     run, side = _session(model, variant), read_card(model).preprocessing.side
     pixels = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
     run(pixels)
@@ -48,7 +49,7 @@ def inference(model: Path, variant: str, batch: int, seconds: float) -> float:
 
 
 def bare_loop(model: Path, variant: str, photos: list[bytes], seconds: float) -> float:
-    """Return pictures a second of the whole work without HTTP: two threads decode ahead of a loop that runs batches."""
+    """Return pictures/s of the whole work without HTTP: two threads decode ahead of a loop that runs batches."""
     card, run = read_card(model), _session(model, variant)
     source = cycle(photos)
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -67,7 +68,7 @@ def _decode(photo: bytes, card: Card) -> PixelArray:
 
 
 def _session(model: Path, variant: str) -> Callable[[PixelArray], object]:
-    """Open a session with the service's options; what comes back runs pixels (N, S, S, 3)."""
+    """Open a session with the service's options; return a function that runs pixels (N, S, S, 3)."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = _THREADS
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -1,9 +1,9 @@
-"""A load client that costs the machine little: prepared requests, connections that are kept, answers hardly looked at.
+"""A load client that takes little processor time: prepared requests, persistent connections, answers hardly parsed.
 
     python -m benchmarks.load --port 3000 --connections 16 --seconds 10 REQUEST...
 
-A REQUEST is a file with a whole HTTP request, its head as well. The files are sent in rotation, either closed, each
-connection sending the next as soon as the last is answered, or open, at a fixed --rate whatever the server does.
+A REQUEST is a file with a whole HTTP request, including its head. The client sends the files in rotation. In a closed
+loop each connection sends the next one after an answer; in an open loop requests arrive at a fixed --rate.
 """
 
 import asyncio
@@ -23,22 +23,24 @@ from typing import Annotated, cast
 import typer
 import uvloop
 
-_TICK_S = 0.001  # of libuv's clock
-_GRACE_S = 3.0  # for the answers that are due when the time is over; who gets none by then has waited that long
+# The resolution of libuv's clock.
+_TICK_S = 0.001
+# Time after the measurement for outstanding answers. A request still unanswered then counts with its wait so far.
+_GRACE_S = 3.0
 
 
 @dataclass
 class Result:
-    """What a client has seen.
+    """The measurements of a client.
 
     Attributes:
-        seconds: of measuring.
-        good: answers with a status below 300, in an open loop those to requests that were due in this time;
-            per_s: of them a second.
-        p50_ms, p99_ms, longest_ms: their latency, in an open loop from when a request was due; NaN for none.
+        seconds: length of the measurement.
+        good: answers with a status below 300; an open loop counts them by the time their requests were due.
+        per_s: good answers per second.
+        p50_ms, p99_ms, longest_ms: latency of good answers, in an open loop from the due time; NaN for none.
         statuses: answers by status.
-        errors: requests that got no answer, by kind.
-        client_share: of one core, that the client itself took.
+        errors: requests without an answer, by kind.
+        client_share: the client's own processor time, as a share of one core.
     """
 
     seconds: float
@@ -53,26 +55,26 @@ class Result:
 
 
 def raw(path: str, photo: bytes, method: str = "POST") -> bytes:
-    """Return a request whose body is a picture."""
+    """Return a request with a picture as its body."""
     return request(path, "image/jpeg", photo, method)
 
 
 def form(path: str, field: str, photos: Sequence[bytes]) -> bytes:
-    """Return a POST of a multipart form that holds pictures in one field."""
+    """Return a POST of a multipart form with pictures in one field."""
     part = '--limit\r\nContent-Disposition: form-data; name="%s"; filename="%d.jpg"\r\nContent-Type: image/jpeg\r\n\r\n'
     parts = [(part % (field, number)).encode() + photo + b"\r\n" for number, photo in enumerate(photos)]
     return request(path, "multipart/form-data; boundary=limit", b"".join([*parts, b"--limit--\r\n"]))
 
 
 def request(path: str, kind: str = "", body: bytes = b"", method: str = "POST") -> bytes:
-    """Return a request with a body of some media type; without a body, none."""
+    """Return a request with a body of media type `kind`, or without a body if `kind` is empty."""
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n" if kind else ""
     return head.encode() + b"\r\n" + body
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> str:
-    """Send one request, read its answer, and return the status. Raises EOFError or OSError for want of one."""
+    """Send one request, read its answer, and return the status. Raises EOFError or OSError without an answer."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     await reader.readexactly(_length(head))
@@ -80,7 +82,7 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
 
 
 def _length(head: bytes) -> int:
-    """Return the Content-Length that a head in small letters names, or 0."""
+    """Return the Content-Length of a lower-case head, or 0."""
     _, found, rest = head.partition(b"\r\ncontent-length:")
     return int(rest[: rest.index(b"\r")]) if found else 0
 
@@ -93,7 +95,7 @@ def run(
     warm_up: float = 2,
     rate: float | None = None,
 ) -> Result:
-    """Run a client in a process of its own."""
+    """Run a client in a separate process."""
     command = [sys.executable, "-m", "benchmarks.load", *map(str, requests), "--port", str(port)]
     command += ["--connections", str(connections), "--seconds", str(seconds), "--warm-up", str(warm_up)]
     command += [] if rate is None else ["--rate", str(rate)]
@@ -103,13 +105,13 @@ def run(
 
 def main(
     requests: Annotated[list[Path], typer.Argument(metavar="REQUEST...", help="Files with whole HTTP requests.")],
-    port: Annotated[int, typer.Option(help="On this machine.")] = 3000,
+    port: Annotated[int, typer.Option(help="Port of the server on this machine.")] = 3000,
     connections: Annotated[int, typer.Option(min=1)] = 16,
-    seconds: Annotated[float, typer.Option(help="Of measuring.")] = 10,
-    warm_up: Annotated[float, typer.Option(help="Seconds before that.")] = 2,
+    seconds: Annotated[float, typer.Option(help="Length of the measurement.")] = 10,
+    warm_up: Annotated[float, typer.Option(help="Seconds before the measurement.")] = 2,
     rate: Annotated[float | None, typer.Option(help="Requests a second, in place of the closed loop.")] = None,
 ) -> None:
-    """Send requests and print what came of it as JSON."""
+    """Send requests and print the measurements as JSON."""
     contents = [path.read_bytes() for path in requests]
     gc.freeze()
     gc.disable()
@@ -118,7 +120,7 @@ def main(
 
 
 class _Client:
-    """All connections, and the tally."""
+    """All connections and the counts of their answers."""
 
     def __init__(self, port: int, contents: list[bytes], rate: float | None) -> None:
         self._port, self._rate = port, rate
@@ -126,7 +128,8 @@ class _Client:
         self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
         self._opening: set[asyncio.Task[None]] = set()
-        self._waiting: deque[float] = deque()  # when requests were due that found no connection free
+        # Due times of requests that wait for a free connection.
+        self._waiting: deque[float] = deque()
         self._latencies: list[float] = []
         self._statuses: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -155,7 +158,7 @@ class _Client:
         return Result(seconds, good, good / seconds, 1e3 * p50, 1e3 * p99, 1e3 * longest, statuses, errors, used)
 
     def free(self, connection: "_Connection") -> None:
-        """Let a connection that waits for nothing send the next request."""
+        """Send the next request on an idle connection."""
         now = time.perf_counter()
         if self._rate is None:
             if now < self._until:
@@ -166,7 +169,7 @@ class _Client:
             self._free.append(connection)
 
     def answered(self, due: float, status: str) -> None:
-        """Count an answer: in a closed loop when it comes, in an open loop when its request was due."""
+        """Count an answer: in a closed loop at its arrival, in an open loop at its request's due time."""
         now = time.perf_counter()
         if self._from <= (now if self._rate is None else due) < self._until:
             self._statuses[status] += 1
@@ -174,7 +177,7 @@ class _Client:
                 self._latencies.append(now - due)
 
     def lost(self, connection: "_Connection") -> None:
-        """Take note of a connection's end, and open another."""
+        """Count a lost connection and open another."""
         self._connections.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
@@ -198,7 +201,7 @@ class _Client:
                 return
 
     def _arrive(self) -> None:
-        """Send whatever has become due."""
+        """Send the requests that have become due."""
         assert self._rate
         now = time.perf_counter()
         while self._due <= min(now, self._until):
@@ -210,11 +213,11 @@ class _Client:
             self._loop.call_later(_TICK_S, self._arrive)
 
     def _unanswered(self) -> list[float]:
-        """Return when those requests were due that wait for a connection or an answer."""
+        """Return the due times of requests that wait for a connection or an answer."""
         return [one.due for one in self._connections if one.busy] + list(self._waiting)
 
     def _give_up(self) -> None:
-        """Count what was never answered; in an open loop it has waited since it was due."""
+        """Count unanswered requests; in an open loop each counts with its wait since the due time."""
         now = time.perf_counter()
         late = [now - due for due in self._unanswered() if self._from <= due < self._until]
         if late:
@@ -224,12 +227,12 @@ class _Client:
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time."""
+    """A connection that sends one request at a time."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
         self._head = b""
-        self._missing = 0  # bytes of a body
+        self._missing_bytes = 0
         self.due = 0.0
         self.busy = False
 
@@ -242,8 +245,8 @@ class _Connection(asyncio.Protocol):
         self._transport.write(content)
 
     def data_received(self, data: bytes) -> None:
-        if self._missing:
-            self._missing -= len(data)
+        if self._missing_bytes:
+            self._missing_bytes -= len(data)
         else:
             self._head += data
             end = self._head.find(b"\r\n\r\n") + 4
@@ -252,9 +255,9 @@ class _Connection(asyncio.Protocol):
             head = self._head[:end].lower()
             self._status = head[9:12].decode()
             self._closing = b"\r\nconnection: close" in head
-            self._missing = end + _length(head) - len(self._head)
+            self._missing_bytes = end + _length(head) - len(self._head)
             self._head = b""
-        if self._missing == 0:
+        if self._missing_bytes == 0:
             self.busy = False
             self._client.answered(self.due, self._status)
             if self._closing:

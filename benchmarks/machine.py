@@ -1,4 +1,4 @@
-"""The line that stands above every table: which machine it was measured on."""
+"""The line above every table: a description of the machine."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import torch
 
 
 def describe() -> str:
-    """Return processor, cores, threads and versions in one line."""
+    """Return the processor, cores, threads and versions in one line."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,7 +1,7 @@
-"""The encoder for photographs: learn the numbers that service/encoding/pretrained.json holds, or measure it.
+"""The encoder for photographs: learn the numbers in service/encoding/pretrained.json, or measure the encoder.
 
-python -m benchmarks.photo_encoder PHOTOS            the table
-python -m benchmarks.photo_encoder PHOTOS --learn    pretrained.json, from one half of PHOTOS
+python -m benchmarks.photo_encoder PHOTOS            prints the table
+python -m benchmarks.photo_encoder PHOTOS --learn    writes pretrained.json from one half of PHOTOS
 """
 
 import base64
@@ -28,17 +28,15 @@ from service.sources.source import Source
 
 _NUMBERS = Path(__file__).parent.parent / "service" / "encoding" / "pretrained.json"
 _HALVES = 10
-_BLOCK, _LEARNT = 500, 10_000  # pictures
+_BLOCK, _LEARNT = 500, 10_000
 _KEPT = {"half of each side": 0.5, "half of the area": 0.5**0.5}
 
 
 def main(
     photos: Annotated[str, typer.Argument(help="SOURCE of general photographs.")],
-    learn: Annotated[bool, typer.Option("--learn", help="Write service/encoding/pretrained.json anew.")] = False,
-    bank: Annotated[
-        str, typer.Option(help="SOURCE with labels; its pictures vote, and a whitening is learnt on some.")
-    ] = "",
-    queries: Annotated[str, typer.Option(help="SOURCE with labels whose pictures are named.")] = "",
+    learn: Annotated[bool, typer.Option("--learn", help="Rewrite service/encoding/pretrained.json.")] = False,
+    bank: Annotated[str, typer.Option(help="SOURCE with labels: its pictures vote, and some train a whitening.")] = "",
+    queries: Annotated[str, typer.Option(help="SOURCE with labels: its pictures are classified.")] = "",
 ) -> None:
     """Measure the encoder for photographs, or learn its numbers."""
     source = open_source(photos)
@@ -52,7 +50,7 @@ def main(
 
 
 def _learn(source: Source) -> dict[str, Any]:
-    """Learn the mean on every second photograph, and judge the variants on the others."""
+    """Learn the mean on every second photograph and measure the variants on the others."""
     graphs = build_graphs()
     bare = Card(
         Path("photos"), "photos", fingerprint(graphs["fp32"], preprocessing()), graphs["fp32"], preprocessing(), {}
@@ -94,7 +92,7 @@ def _learn(source: Source) -> dict[str, Any]:
 
 
 def _measure(source: Source) -> None:
-    """Print recall and margin of hard copies, and how alike strangers are."""
+    """Print recall and margin of hard copies, and the cosine of strangers."""
     card = read_card(default_encoder())
     bare = Encoder(_card(build_graphs()["fp32"]), "cpu")
     shipped = Encoder(card, "cpu", "fp32")
@@ -103,8 +101,8 @@ def _measure(source: Source) -> None:
     originals = embed_pixels(bare, pixels, "embedding")
     print(f"{len(data)} photographs of {source.name}")
     held = embed_pixels(shipped, pixels, "embedding")[1::2]
-    print(f"median cosine of strangers, shipped, the half it was not learnt on: {_median(held):+.4f}")
-    print(f"the same of EfficientNet-Lite0 as it is: {_median(originals[1::2]):+.4f}")
+    print(f"median cosine of strangers, shipped, on the half held out: {_median(held):+.4f}")
+    print(f"median cosine of strangers, EfficientNet-Lite0 unchanged: {_median(originals[1::2]):+.4f}")
     print("| copies, mirrored, JPEG 20 | encoder | recall@1 | margin | strangers |\n|---|---|---|---|---|")
     for name, kept in _KEPT.items():
         copies = embed_pixels(bare, _pixels([hard_copy(one, kept) for one in data]), "embedding")
@@ -122,7 +120,7 @@ def _measure(source: Source) -> None:
 
 
 def _vote(bank: Source, queries: Source) -> None:
-    """Print the k-NN accuracy of the encoder as it is, as it ships, and whitened."""
+    """Print the k-NN accuracy of the encoder unchanged, as shipped, and whitened."""
     bare = Encoder(_card(build_graphs()["fp32"]), "cpu")
     rows, labels = [], []
     for side in (bank, queries):

@@ -1,4 +1,4 @@
-"""The pictures that servers are measured with: crops of two photographs, JPEGs of 500×375 pixels and some 108 KB."""
+"""The pictures for measuring servers: crops of two photographs, JPEGs of 500×375 pixels and about 108 KB."""
 
 import io
 from pathlib import Path
@@ -6,15 +6,16 @@ from pathlib import Path
 import sklearn.datasets
 from PIL import Image
 
-_FOLDER = Path(sklearn.datasets.__file__).parent / "images"  # 640×427 each
+# scikit-learn's photographs are 640×427.
+_FOLDER = Path(sklearn.datasets.__file__).parent / "images"
 _SIZE = (500, 375)
 _BYTES = 108_000
 
 
 def photos(count: int = 8) -> list[bytes]:
-    """Return JPEG files: crops of either photograph in turn, at places that spread from corner to corner.
+    """Return JPEG files: crops of the two photographs in turn, spread from corner to corner.
 
-    Each has the quality, from 90 to 100, that brings it nearest to 108,000 bytes.
+    The quality of each, between 90 and 100, brings it as near as possible to 108,000 bytes.
     """
     return [min(_files(number, count), key=lambda file: abs(len(file) - _BYTES)) for number in range(count)]
 

@@ -1,7 +1,7 @@
-"""Pictures per second of SimCLR pretraining on a CPU: our loop beside lightly's example.
+"""Pictures per second of SimCLR pretraining on a CPU: our loop against lightly's example.
 
-Both train the same small CNN with a projection head 256 → 512 → 128 on the same pictures in batches of 256. lightly's
-side is its example for plain PyTorch: its SimCLRTransform, its NTXentLoss, SGD, and a DataLoader with two workers.
+Both train the same small CNN with a projection head 256 → 512 → 128 on the same pictures in batches of 256. lightly
+runs its example for plain PyTorch: its SimCLRTransform, its NTXentLoss, SGD, and a DataLoader with two workers.
 """
 
 import time
@@ -30,11 +30,11 @@ from training.pretrain import train
 from training.recipe import Recipe, read_recipe
 
 _SIDE, _BATCH, _PICTURES = 32, 256, 10_000
-_SETTLING = 5  # steps before the clock starts
+_WARM_UP_STEPS = 5
 
 
 class _Pictures(Dataset[Any]):
-    """As torchvision's CIFAR10: a PIL picture, put through `transform`, and a label."""
+    """Like torchvision's CIFAR10: a PIL picture, passed through `transform`, and a label."""
 
     transform: Callable[[Image.Image], Any] | None = None
 
@@ -59,19 +59,19 @@ def lightly_pace(pixels: PixelArray, steps: int) -> float:
     done, begun = 0, 0.0
     while True:
         for (x0, x1), *_ in loader:
-            if done == _SETTLING:
+            if done == _WARM_UP_STEPS:
                 begun = time.perf_counter()
             loss = criterion(model(x0), model(x1))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             done += 1
-            if done == _SETTLING + steps:
+            if done == _WARM_UP_STEPS + steps:
                 return steps * _BATCH / (time.perf_counter() - begun)
 
 
 def our_pace(pixels: PixelArray, steps: int, precision: str) -> float:
-    """Return our pictures/s, decoding of the pictures included."""
+    """Return our pictures/s, including decoding."""
     source = from_arrays("pictures", pixels, ["picture"] * len(pixels), "pictures")
     content = read_recipe("small-photos-simclr").model_dump() | {
         "backbone": "small-cnn",
@@ -94,8 +94,8 @@ def our_pace(pixels: PixelArray, steps: int, precision: str) -> float:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Steps of each to time.")] = 117,
-    rounds: Annotated[int, typer.Option(help="Times each is measured, in turn; the table has the medians.")] = 3,
+    steps: Annotated[int, typer.Option(help="Timed steps of each program.")] = 117,
+    rounds: Annotated[int, typer.Option(help="Rounds in which programs take turns; the table has medians.")] = 3,
 ) -> None:
     """Print a table of both."""
     smooth = np.random.default_rng(0).integers(0, 256, (_PICTURES, 5, 5, 3), dtype=np.uint8)

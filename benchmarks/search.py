@@ -1,4 +1,4 @@
-"""Search in a million vectors, beside bare FAISS, hnswlib, usearch, LanceDB and Milvus Lite: a table of every bar."""
+"""Search in a million vectors against bare FAISS, hnswlib, usearch, LanceDB and Milvus Lite: a table of all targets."""
 
 import http.client
 import json
@@ -27,16 +27,19 @@ from service.store.embedded import EmbeddedStore
 from service.store.filters import Filter, parse_filter
 from service.store.snapshot import SNAPSHOT
 
-_BLOCK = 50  # queries in a row; programs take turns, so that the host's other work hits all of them alike
+# Programs take turns after so many queries, so that other work on the host slows all of them alike.
+_BLOCK = 50
 _HTTP_CALLS = 200
 _MANY = 64
-_RATE = 100  # searches per second beside changes, far below what the store can
+# Searches per second during changes, far below the store's capacity.
+_RATE = 100
 _QUIET_S, _PEER_S, _MOST_S = 20, 20, 160
-_TOGETHER = 32  # pictures a commit, as POST /images has them
+# As many pictures a commit as in POST /images.
+_PER_COMMIT = 32
 _REMOVERS = 8
 
 Search = Callable[[FloatArray], Any]
-"""Finds the 10 nearest of each row."""
+"""Finds the 10 nearest items of each row."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,12 @@ class Row:
     """A line of the table.
 
     Attributes:
-        what: was measured.
-        ours, theirs: figures; none of theirs where the bar is a number.
-        peer: whose figure theirs is.
-        bar: in words, empty where there is none.
-        kept: whether ours meets it.
-        unit: behind both figures.
+        what: the measured quantity.
+        ours, theirs: figures; `theirs` is None when the target is a number.
+        peer: the program of `theirs`.
+        bar: the target in words; empty for none.
+        kept: whether ours reaches the target.
+        unit: of both figures.
     """
 
     what: str
@@ -69,7 +72,7 @@ class Row:
 
 
 class Changed(NamedTuple):
-    """99th percentiles in ms without and with changes; how many changes were made, in how many seconds."""
+    """99th percentiles in ms without and during changes, the number of changes, and their seconds."""
 
     quiet: float
     busy: float
@@ -78,7 +81,7 @@ class Changed(NamedTuple):
 
 
 class Part(StrEnum):
-    """What may be asked for alone."""
+    """A part of the table, for --only."""
 
     INDEX = "index"
     PICTURES = "pictures"
@@ -93,9 +96,9 @@ class Part(StrEnum):
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder for vectors and indexes; what is there is used again.")],
-    count: Annotated[int, typer.Option(min=20_000, help="Vectors.")] = 1_000_000,
-    only: Annotated[list[Part] | None, typer.Option(help="These parts of the table; may be given again.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for vectors and indexes; existing ones are reused.")],
+    count: Annotated[int, typer.Option(min=20_000, help="Number of vectors.")] = 1_000_000,
+    only: Annotated[list[Part] | None, typer.Option(help="Part of the table to measure; repeatable.")] = None,
     data_root: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +107,7 @@ def main(
         ),
     ] = None,
 ) -> None:
-    """Print the table. Exit code 1 when a bar is missed."""
+    """Print the table. Exit code 1 when a target is missed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     collection = synthetic(work / f"synthetic-{count}", count, exact_limit=min(100_000, count // 2))
     parts: dict[Part, Callable[[], list[Row]]] = {
@@ -121,7 +124,8 @@ def main(
     }
     collection.fill()
     rows = [row for part, measure in parts.items() if not only or part in only for row in measure()]
-    from benchmarks.machine import describe  # here: torch would count in processes that measure their memory
+    # Imported late because torch would add to the memory of the measuring processes.
+    from benchmarks.machine import describe
 
     print(f"\n{describe()}\n\n| what | Lookalike | peer | its figure | ours / its | bar | |")
     print("|---|---:|---|---:|---:|---|---|", *rows, sep="\n")
@@ -132,11 +136,11 @@ def main(
 
 
 def _index(collection: Collection) -> list[Row]:
-    """Bulk add, and the memory that it took."""
+    """Measure bulk adds and their memory."""
     ours, imported = collection.fill(), collection.imported()
     rows = [
         Row("bulk add, vectors/s", ours["rate"], bar="≥ 20,000", kept=ours["rate"] >= 20_000),
-        Row("indexing, s, until nothing is left to do", ours["seconds"]),
+        Row("indexing, s, until all work is done", ours["seconds"]),
         _peak("indexing", ours, collection),
         _peak("`lookalike store import`", imported, collection),
     ]
@@ -151,7 +155,7 @@ def _index(collection: Collection) -> list[Row]:
 
 
 def _pictures(collection: Collection, data_root: Path | None) -> list[Row]:
-    """The memory that `lookalike index` takes, with decoders and encoder."""
+    """Measure the memory of `lookalike index`, including decoders and encoder."""
     if data_root is None:
         logging.warning("no pictures to index: --data-root or LOOKALIKE_TEST_DATA names no folder of them")
         return []
@@ -160,14 +164,14 @@ def _pictures(collection: Collection, data_root: Path | None) -> list[Row]:
 
 
 def _peak(what: str, told: dict[str, float], collection: Collection) -> Row:
-    most = 2 * 4 * D * collection.count  # bytes
-    # Of fewer vectors, what any such process needs is the larger part.
-    kept = told["peak"] <= most if collection.count >= 1_000_000 else None
-    return Row(f"{what}, peak memory, MB", told["peak"] / 1e6, bar=f"≤ {most / 1e6:,.0f}", kept=kept)
+    most_bytes = 2 * 4 * D * collection.count
+    # With fewer vectors the process's fixed memory dominates.
+    kept = told["peak"] <= most_bytes if collection.count >= 1_000_000 else None
+    return Row(f"{what}, peak memory, MB", told["peak"] / 1e6, bar=f"≤ {most_bytes / 1e6:,.0f}", kept=kept)
 
 
 def _engine(collection: Collection, peers: list[Peer], what: str) -> list[Row]:
-    """Recall and p50 of one query."""
+    """Measure recall and p50 of single queries."""
     collection.fill()
     queries, truth = collection.queries, collection.truth()
     with closing(collection.open()) as store:
@@ -191,7 +195,7 @@ def _engine(collection: Collection, peers: list[Peer], what: str) -> list[Row]:
 
 
 def _filtered(collection: Collection) -> list[Row]:
-    """Recall and p50 of one query with a filter, beside one without."""
+    """Measure recall and p50 of single queries with and without a filter."""
     queries, rows = collection.queries, []
     bare, lance = Faiss(collection.store), Lancedb()
     peers = [collection.opened(peer) for peer in (bare, lance)]
@@ -210,18 +214,18 @@ def _filtered(collection: Collection) -> list[Row]:
             recall = _recall(_one_by_one(searches["ours"], queries), truth)
             times = _take_turns(searches, queries)
             took, plain = times.pop("ours"), times.pop("ours unfiltered")
-            what = f"p50, filter that {percent} % meet"
+            what = f"p50, filter that matches {percent} %"
             rows += [
-                Row(f"recall@10, filter that {percent} % meet", recall, bar="≥ 0.99", kept=recall >= 0.99),
+                Row(f"recall@10, filter that matches {percent} %", recall, bar="≥ 0.99", kept=recall >= 0.99),
                 Row(what, took, "ours, no filter", plain, "≤ 5 ×", took <= 5 * plain, " ms"),
                 *(Row(what, took, name, other, unit=" ms") for name, other in times.items()),
-                Row(f"first query with a filter that {percent} % meet, s", first),
+                Row(f"first query with a filter that matches {percent} %, s", first),
             ]
     return rows
 
 
 def _http(collection: Collection) -> list[Row]:
-    """POST /search by vector, one at a time and 64 in a call."""
+    """Measure POST /search by vector, one at a time and 64 in a call."""
     queries, bare = collection.queries, Faiss(collection.store)
     collection.opened(bare)
     with closing(collection.open()) as store:
@@ -245,7 +249,7 @@ def _http(collection: Collection) -> list[Row]:
 
 
 def _bytes(collection: Collection) -> list[Row]:
-    """What a vector takes on disk and in memory."""
+    """Measure the bytes of a vector on disk and in memory."""
     count = collection.count
     disk, memory = folder_bytes(collection.store) / count, apart(_memory_of_ours, collection) / count
     rows = [
@@ -263,7 +267,7 @@ def _bytes(collection: Collection) -> list[Row]:
 
 
 def _restart(collection: Collection) -> list[Row]:
-    """Seconds from the command to /readyz, with a snapshot and without."""
+    """Measure the seconds from the command to /readyz, with and without a snapshot."""
     ready = []
     snapshot, aside = collection.store / SNAPSHOT, collection.store / "aside"
     for present in (True, False):
@@ -296,7 +300,7 @@ def _restart(collection: Collection) -> list[Row]:
 
 
 def _churn(collection: Collection) -> list[Row]:
-    """Searches beside adds and deletes."""
+    """Measure searches during adds and deletes."""
     changes = min(100_000, collection.count // 10)
     copy = replace(collection, folder=collection.folder / "changing")
     shutil.rmtree(copy.folder, ignore_errors=True)
@@ -320,7 +324,7 @@ def _churn(collection: Collection) -> list[Row]:
 
 
 def _real(work: Path, data_root: Path | None) -> list[Row]:
-    """As `_engine`: embeddings of a data set's train half, queries of its test half, by our encoder for it."""
+    """Like `_engine`, on the embeddings of two data sets: training pictures are stored, test pictures are queries."""
     from service.jobs.embed import embed_source
     from service.settings import Settings
     from service.sources import open_source
@@ -347,7 +351,7 @@ def _real(work: Path, data_root: Path | None) -> list[Row]:
 
 
 def _small(work: Path) -> Collection:
-    """So few that the store looks at every one."""
+    """Return a collection so small that the store scans it exactly."""
     return synthetic(work / "small", 20_000, exact_limit=100_000)
 
 
@@ -364,7 +368,7 @@ def _steady(peer: Peer, effort: int, below: int | None = None) -> Search:
 
 
 def _enough(peer: Peer, queries: FloatArray, truth: IntArray, below: int | None = None) -> int:
-    """The least effort that finds 0.99 of the nearest, else the most."""
+    """Return the least effort with recall of 0.99 or more, else the largest effort."""
     good = (each for each in peer.efforts if _recall(peer.search(queries, each, below), truth) >= 0.99)
     return next(good, peer.efforts[-1])
 
@@ -378,11 +382,12 @@ def _one_by_one(search: Search, queries: FloatArray) -> IntArray:
 
 
 def _take_turns(searches: dict[str, Search], queries: FloatArray) -> dict[str, float]:
-    """Median milliseconds of one query."""
+    """Return the median milliseconds of a query for each program."""
     times: dict[str, list[float]] = {name: [] for name in searches}
     for start in range(0, len(queries), _BLOCK):
         for name, search in searches.items():
-            search(queries[start : start + 1])  # wakes it
+            # An untimed query wakes threads and caches after another program's turn.
+            search(queries[start : start + 1])
             times[name] += (_clocked(search, query[None]) for query in queries[start : start + _BLOCK])
     return {name: _median(each) for name, each in times.items()}
 
@@ -394,7 +399,7 @@ def _clocked(search: Search, queries: FloatArray) -> float:
 
 
 def _post(client: http.client.HTTPConnection, body: bytes) -> float:
-    """Milliseconds of a search over HTTP."""
+    """Return the milliseconds of a search over HTTP."""
     start = time.perf_counter()
     client.request("POST", "/search", body, {"Content-Type": "application/json"})
     answer = client.getresponse()
@@ -428,7 +433,7 @@ def _short(figure: float) -> str:
     return f"{figure:.1f}" if figure >= 10 else f"{figure:.2f}" if figure >= 1.1 else f"{figure:.3f}"
 
 
-# In processes of their own ----------------------------------------------------------------------
+# Run in separate processes ----------------------------------------------------------------------
 
 
 def _memory_of_ours(collection: Collection) -> float:
@@ -448,13 +453,13 @@ def _memory_of(peer: Peer, collection: Collection) -> float:
 
 
 def _change_ours(collection: Collection, changes: int) -> Changed:
-    """One client adds 32 items a commit, eight delete one item each, as fast as they go."""
+    """Search while one client adds 32 items a commit and eight delete single items, as fast as they can."""
     with closing(collection.open()) as store:
         items = [item(collection.count + number, row) for number, row in enumerate(_first(collection, changes))]
 
         def adding() -> Iterator[int]:
-            for start in range(0, changes, _TOGETHER):
-                yield len(store.add(items[start : start + _TOGETHER]))
+            for start in range(0, changes, _PER_COMMIT):
+                yield len(store.add(items[start : start + _PER_COMMIT]))
 
         def removing(first: int) -> Iterator[int]:
             for number in range(first, changes, _REMOVERS):
@@ -465,13 +470,13 @@ def _change_ours(collection: Collection, changes: int) -> Changed:
 
 
 def _change_faiss(bare: Faiss, collection: Collection) -> Changed:
-    """The same in memory alone, all of it behind one lock."""
+    """Do the same with FAISS in memory, under one lock."""
     bare.load(collection.folder / bare.name)
     rows, lock = _first(collection, 20_000), threading.Lock()
 
     def adding() -> Iterator[int]:
-        for start in range(0, len(rows), _TOGETHER):
-            some = rows[start : start + _TOGETHER]
+        for start in range(0, len(rows), _PER_COMMIT):
+            some = rows[start : start + _PER_COMMIT]
             with lock:
                 bare.index.add_with_ids(some, np.arange(start, start + len(some)) + collection.count)
             yield len(some)
@@ -494,7 +499,7 @@ def _first(collection: Collection, count: int) -> FloatArray:
 
 
 def _beside(search: Search, queries: FloatArray, jobs: list[Iterator[int]], most_s: float) -> Changed:
-    """Search at a steady rate, for a while in quiet and then beside jobs that yield how much they have done."""
+    """Search at a steady rate, first alone and then beside jobs, which yield the number of their changes."""
     stopped, done = threading.Event(), [0] * len(jobs)
 
     def work(number: int) -> None:
@@ -504,7 +509,7 @@ def _beside(search: Search, queries: FloatArray, jobs: list[Iterator[int]], most
                 return
 
     def ask_steadily(seconds: float, unless: Callable[[], bool]) -> float:
-        """99th percentile in milliseconds, from when a search was due: a stall counts for all that it delays."""
+        """Return the 99th percentile in ms, counted from the due times: a stall counts for every search it delays."""
         times: list[float] = []
         begun = due = time.perf_counter()
         while due < begun + seconds and not unless():

@@ -1,4 +1,4 @@
-"""Other programs that search among vectors by inner product, all behind one interface; ids are the rows' numbers."""
+"""Other programs for vector search by inner product, behind one interface; ids are row numbers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _THREADS = 2
 
 
 def chunks(vectors: Path) -> Iterator[tuple[IntArray, FloatArray]]:
-    """Yield numbers and rows (N, D) of a file of float32, without mapping it: a map would count as memory in use."""
+    """Yield row numbers (N,) and rows (N, D) of a float32 file. A memory map would count as memory in use."""
     start = 0
     with vectors.open("rb") as file:
         while len(rows := np.fromfile(file, "<f4", _CHUNK * D).reshape(-1, D)):
@@ -30,17 +30,17 @@ def chunks(vectors: Path) -> Iterator[tuple[IntArray, FloatArray]]:
 
 
 def percents(numbers: IntArray) -> IntArray:
-    """What filters ask for: a whole number from 0 to 99 for each row, 1 % of the rows each."""
+    """Return the filtered field of each row: an integer from 0 to 99, each on 1 % of the rows."""
     mixed: IntArray = (numbers * 2_654_435_761 >> 7) % 100
     return mixed
 
 
 class Peer(ABC):
-    """A program, with what it needs to be told to find more.
+    """A search program with an adjustable effort.
 
     Attributes:
-        name: as it stands in the table.
-        efforts: how hard to look, least first.
+        name: its name in the table.
+        efforts: values of its search parameter, such as nprobe, in ascending order.
     """
 
     name: str
@@ -48,25 +48,25 @@ class Peer(ABC):
 
     @abstractmethod
     def make(self, vectors: Path, folder: Path) -> None:
-        """Index a file of vectors, the index kept in a folder."""
+        """Index a file of vectors into a folder."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Be ready to search what `make` made."""
+        """Load the index that `make` wrote."""
 
     @abstractmethod
     def search(self, queries: FloatArray, effort: int, below: int | None = None) -> IntArray:
-        """Return the ids of the 10 nearest (N, 10), −1 where there are fewer.
+        """Return the ids of the 10 nearest rows (N, 10), padded with −1.
 
         Args:
             queries: (N, D).
             effort: one of `efforts`.
-            below: only rows whose percent is less, where the program has filters that are not called row by row.
+            below: keep only rows with a smaller percent. Only for programs with filters that need no call per row.
         """
 
 
 class Faiss(Peer):
-    """The lists, the quantiser's ranges and the number of probes of a store's own index; no catalog, no re-ranking."""
+    """FAISS with the lists, quantiser ranges and nprobe of a store's own index; no catalog, no re-ranking."""
 
     name = "faiss"
 
@@ -85,7 +85,8 @@ class Faiss(Peer):
         index = faiss.IndexIVFScalarQuantizer(coarse, D, len(self._centroids), kind, faiss.METRIC_INNER_PRODUCT, True)
         faiss.copy_array_to_vector(self._ranges, index.sq.trained)
         index.is_trained = True
-        self._coarse = coarse  # FAISS only points to it
+        # FAISS keeps only a pointer, so Python must own the quantiser.
+        self._coarse = coarse
         return index
 
     def make(self, vectors: Path, folder: Path) -> None:
@@ -107,8 +108,8 @@ class Faiss(Peer):
 
     def _filter(self, below: int) -> Any:
         if below not in self._filters:
-            meets = percents(np.arange(self.index.ntotal, dtype=np.int64)) < below
-            self._bits = np.packbits(meets, bitorder="little")
+            matches = percents(np.arange(self.index.ntotal, dtype=np.int64)) < below
+            self._bits = np.packbits(matches, bitorder="little")
             self._filters[below] = faiss.IDSelectorBitmap(self._bits)  # type: ignore[call-arg, arg-type]
         return self._filters[below]
 
@@ -162,7 +163,7 @@ class Usearch(Peer):
 
 
 class Lancedb(Peer):
-    """LanceDB: lists of 8-bit codes in files, the best 20 ranked again by the vectors themselves."""
+    """LanceDB: IVF lists of 8-bit codes in files; the best 20 are re-ranked by the vectors."""
 
     name = "lancedb"
     efforts = (2, 4, 8, 16, 32, 64, 128)
@@ -189,7 +190,8 @@ class Lancedb(Peer):
         return np.stack([self._one(query, effort, below) for query in queries])
 
     def _one(self, query: FloatArray, effort: int, below: int | None) -> IntArray:
-        asked: Any = self._table.search(query)  # the general builder, as its types have it
+        # LanceDB declares the general query builder, which lacks the methods below.
+        asked: Any = self._table.search(query)
         asked = asked.distance_type("dot").nprobes(effort).refine_factor(2).limit(10)
         if below is not None:
             asked = asked.where(f"percent < {below}", prefilter=True)
@@ -198,7 +200,7 @@ class Lancedb(Peer):
 
 
 class Milvus(Peer):
-    """Milvus Lite: Milvus' interface over a file, for small collections."""
+    """Milvus Lite: the Milvus API over a file, for small collections."""
 
     name = "milvus-lite"
     efforts = (1,)
@@ -223,6 +225,7 @@ class Milvus(Peer):
         return np.asarray([[hit["id"] for hit in hits] for hits in found], np.int64)
 
     def _client(self, folder: Path) -> Any:
-        from pymilvus import MilvusClient  # starts a server of its own
+        # Imported late: Milvus Lite runs a server of its own.
+        from pymilvus import MilvusClient
 
         return MilvusClient(str(folder / "milvus.db"))

@@ -1,9 +1,9 @@
-"""Embeddings over HTTP: this service beside its peers and its limits, with the same pictures, client and encoder.
+"""Embeddings over HTTP: this service against its peers and limits, with the same pictures, client and encoder.
 
     python -m benchmarks.serve
 
-Each server is started in turn and asked by benchmarks/load.py; a figure is the median of the turns. Client and server
-share the machine.
+The servers run one after another under the load of benchmarks/load.py. Each figure is the median of the turns. Client
+and server share the machine.
 """
 
 import signal
@@ -26,27 +26,35 @@ from benchmarks.machine import describe
 from benchmarks.photos import photos
 from benchmarks.servers import BARE, OURS, PEERS, TUNED, Server, serving
 
-_FORM = 32  # pictures in one request
-_SHARE = 0.7  # of our own peak, at which latency is compared
-_RECOVERY_S = 4.0  # a second of warm-up and three of measuring: all within 5 s of the overload's end
+_PICTURES_PER_FORM = 32
+# The share of our own peak rate at which latencies are compared.
+_SHARE = 0.7
+# A second of warm-up and three of measurement lie within 5 s after the overload.
+_RECOVERY_S = 4.0
 _ENCODERS = {"tiny": ("tiny", "fp32"), "resnet18": ("resnet18", "fp32"), "resnet18-int8": ("resnet18", "int8")}
 
 
 class Shape(NamedTuple):
-    """How a server is asked."""
+    """The load on a server.
+
+    Attributes:
+        pictures: the number in each request.
+        open_loop: send at a fixed rate.
+        recovery: measure shortly after an overload.
+    """
 
     connections: int
-    pictures: int = 1  # in a request
+    pictures: int = 1
     open_loop: bool = False
     recovery: bool = False
 
 
-# In this order, where one server is asked in several ways.
+# A server gets its loads in this order.
 _SHAPES = {
     "c=1": Shape(1),
     "c=16": Shape(16),
-    "forms c=1": Shape(1, _FORM),
-    "forms c=4": Shape(4, _FORM),
+    "forms c=1": Shape(1, _PICTURES_PER_FORM),
+    "forms c=4": Shape(4, _PICTURES_PER_FORM),
     "open": Shape(64, open_loop=True),
     "c=256": Shape(256),
     "c=1 after": Shape(1, recovery=True),
@@ -54,7 +62,7 @@ _SHAPES = {
 
 
 class Key(NamedTuple):
-    """What a figure belongs to: an encoder, a server and a shape, by name."""
+    """The names of an encoder, a server and a shape, which identify a figure."""
 
     encoder: str
     server: str
@@ -62,68 +70,68 @@ class Key(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of the table of numbers to reach."""
+    """A line of the table of targets; kept is None for a line without a target."""
 
     what: str
     ours: str
     against: str
     ratio: str
     bar: str
-    kept: bool | None  # None where nothing is asked
+    kept: bool | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """Numbers to reach: what must be measured for them, and what they are."""
+    """A group of targets: the measurements they need and the function that judges them."""
 
     needs: Sequence[Key]
     judge: Callable[["Figures"], list[Line]]
 
 
 class Figures:
-    """Everything that was measured, a value a turn."""
+    """All measurements, one value a turn: results by Key, limits by encoder and name."""
 
     def __init__(self) -> None:
         self.results: defaultdict[Key, list[load.Result]] = defaultdict(list)
-        self.limits: defaultdict[tuple[str, str], list[float]] = defaultdict(list)  # by encoder and limit
+        self.limits: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
 
     def median(self, key: Key, what: str) -> float:
         """Return the median of a field of load.Result."""
         return float(statistics.median(getattr(result, what) for result in self.results[key]))
 
     def limit(self, encoder: str, name: str) -> float:
-        """Return the median of a limit, in pictures a second."""
+        """Return the median of a limit, in pictures/s."""
         return statistics.median(self.limits[encoder, name])
 
     def spread(self, encoder: str, name: str) -> str:
-        """Return a limit with its least and most: turns that differ much were not measured on a quiet machine."""
+        """Return a limit with its minimum and maximum; a wide range shows that the machine was not quiet."""
         values = self.limits[encoder, name]
         return f"{self.limit(encoder, name):.0f} /s ({min(values):.0f} to {max(values):.0f})"
 
     def best_peer(self, encoder: str) -> tuple[str, float]:
-        """Return the peer with the most requests a second, and how many."""
+        """Return the name and requests/s of the fastest peer."""
         return max(
             ((peer.name, self.median(Key(encoder, peer.name, "c=16"), "per_s")) for peer in PEERS),
             key=lambda pair: pair[1],
         )
 
     def cell(self, key: Key) -> str:
-        """Return requests a second and p99 in words; "" where they were not measured."""
+        """Return requests/s and p99 in words, or "" without a measurement."""
         if key not in self.results:
             return ""
         return f"{self.median(key, 'per_s'):.0f} req/s, p99 {self.median(key, 'p99_ms'):.0f} ms"
 
     def answers(self, key: Key) -> Counter[str]:
-        """Return how many answers there were by status, and how many requests got none by kind."""
+        """Return the number of answers by status and of unanswered requests by kind."""
         total: Counter[str] = Counter()
         for result in self.results[key]:
             total.update(result.statuses | result.errors)
         return total
 
 
-# The numbers to reach -----------------------------------------------------------------------------
+# Targets ------------------------------------------------------------------------------------------
 
-_EVERYBODY = (OURS, *PEERS)
+_OURS_AND_PEERS = (OURS, *PEERS)
 _TINY16 = Key("tiny", OURS.name, "c=16")
 _TINY1 = Key("tiny", OURS.name, "c=1")
 
@@ -162,9 +170,10 @@ def _int8(figures: Figures) -> list[Line]:
 
 
 def _p99(figures: Figures) -> list[Line]:
-    keys = _keys("tiny", _EVERYBODY, "open")
+    keys = _keys("tiny", _OURS_AND_PEERS, "open")
     ours, *theirs = (figures.median(key, "p99_ms") for key in keys)
-    best, good = min(theirs), figures.answers(keys[0]).keys() == {"200"}  # refusals come soon, and are no feat
+    # Refusals are fast, so every answer must be a 200.
+    best, good = min(theirs), figures.answers(keys[0]).keys() == {"200"}
     what = "tiny encoder, p99 at 70 % of own peak"
     return [
         Line(what, f"{ours:.1f} ms", "", "", "≤ 25 ms", good and ours <= 25),
@@ -180,7 +189,7 @@ def _p99(figures: Figures) -> list[Line]:
 
 
 def _forms(figures: Figures) -> list[Line]:
-    one, four = (_FORM * figures.median(Key("tiny", OURS.name, f"forms c={c}"), "per_s") for c in (1, 4))
+    one, four = (_PICTURES_PER_FORM * figures.median(Key("tiny", OURS.name, f"forms c={c}"), "per_s") for c in (1, 4))
     alone, many = figures.median(_TINY1, "per_s"), figures.median(_TINY16, "per_s")
     return [
         _line("one request of 32, c = 1, against singles one after another, pictures/s", one, alone, 1.5),
@@ -232,11 +241,11 @@ def _keys(encoder: str, servers: Sequence[Server], *shapes: str) -> list[Key]:
 
 
 ROWS = {
-    "tiny": Row(_keys("tiny", (*_EVERYBODY, TUNED), "c=16"), _tiny),
+    "tiny": Row(_keys("tiny", (*_OURS_AND_PEERS, TUNED), "c=16"), _tiny),
     "bare": Row([*_keys("tiny", (OURS, BARE), "c=16"), _TINY1], _bare),
-    "resnet18": Row(_keys("resnet18", (*_EVERYBODY, TUNED), "c=16"), _resnet),
+    "resnet18": Row(_keys("resnet18", (*_OURS_AND_PEERS, TUNED), "c=16"), _resnet),
     "int8": Row([*_keys("resnet18", (OURS,), "c=16"), *_keys("resnet18-int8", (OURS,), "c=16")], _int8),
-    "p99": Row([_TINY16, *_keys("tiny", _EVERYBODY, "open")], _p99),
+    "p99": Row([_TINY16, *_keys("tiny", _OURS_AND_PEERS, "open")], _p99),
     "forms": Row(_keys("tiny", (OURS,), "c=1", "c=16", "forms c=1", "forms c=4"), _forms),
     "overload": Row(_keys("tiny", (OURS,), "c=1", "c=16", "c=256", "c=1 after"), _overload),
 }
@@ -246,15 +255,16 @@ ROWS = {
 
 
 def main(
-    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ROWS)}; may be given more than once.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Of each measurement, after 2 s of warm-up.")] = 10,
-    turns: Annotated[int, typer.Option(min=1, help="That the servers take.")] = 2,
+    only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(ROWS)}; repeatable.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Length of a measurement, after 2 s of warm-up.")] = 10,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each server.")] = 2,
     work: Annotated[Path | None, typer.Option(help="Folder that keeps the encoders for the next run.")] = None,
 ) -> None:
-    """Print the tables; exit code 1 where a number is not reached."""
+    """Print the tables; exit code 1 when a target is missed."""
     if unknown := set(only or ()) - ROWS.keys():
         raise typer.BadParameter(f"no such row: {', '.join(unknown)}", param_hint="--only")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no server must outlive us
+    # SystemExit runs the context managers that end the servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows = [ROWS[name] for name in only or ROWS]
     with _folder(work) as folder:
         figures = _measure(rows, seconds, turns, folder)
@@ -285,7 +295,7 @@ def _measure(rows: list[Row], seconds: float, turns: int, work: Path) -> Figures
         for encoder in encoders:
             folder, variant = build(_ENCODERS[encoder][0], work), _ENCODERS[encoder][1]
             _measure_limits(figures, encoder, folder, variant, pictures, min(seconds, 3))
-            # Ours first and last in turn; in the first turn it also gives the open loop's rate.
+            # Our server runs first and last alternately; its first result sets the open loop's rate.
             for server in (OURS, BARE, *PEERS, TUNED)[:: -1 if turn % 2 else 1]:
                 shapes = [name for name in _SHAPES if Key(encoder, server.name, name) in needs]
                 if not shapes:
@@ -315,7 +325,7 @@ def _measure_limits(
 
 
 def _requests(server: Server, pictures: list[bytes], shape: Shape, folder: Path) -> list[Path]:
-    """Write a server's requests as files: one for each picture, or forms that begin with each in turn."""
+    """Write a server's requests as files: one for each picture, or four forms with different first pictures."""
     contents = [server.ask(picture) for picture in pictures]
     if shape.pictures > 1:
         contents = [
@@ -334,11 +344,11 @@ def _ask(port: int, requests: list[Path], shape: Shape, seconds: float, rate: fl
     return load.run(port, requests, shape.connections, seconds, rate=rate)
 
 
-# The tables ---------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 def _print_figures(figures: Figures) -> None:
-    """Print servers by encoders, then limits by encoders, then all that was measured."""
+    """Print servers by encoders, limits by encoders, and all measurements."""
     encoders = list(dict.fromkeys(encoder for encoder, _ in figures.limits))
     print(f"| 16 connections | {' | '.join(encoders)} |\n|---|{'---|' * len(encoders)}")
     for server in (*PEERS, TUNED, BARE, OURS):

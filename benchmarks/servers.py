@@ -1,4 +1,4 @@
-"""The servers that are measured: how each is started, asked and, for certain, ended."""
+"""The measured servers: commands, requests, and context managers that start and end them."""
 
 import os
 import socket
@@ -26,11 +26,11 @@ class Server:
     """One way to embed pictures over HTTP.
 
     Attributes:
-        name: in tables.
-        command: with {port} in it.
-        ready: path that answers 200 when it is.
-        ask: makes a request of the bytes of a picture.
-        environment: for the command.
+        name: its name in tables.
+        command: contains {port}.
+        ready: a path that answers 200 once the server is ready.
+        ask: makes a request from the bytes of a picture.
+        environment: additional environment variables.
     """
 
     name: str
@@ -59,7 +59,7 @@ PEERS = (
         lambda photo: form("/embed", "pictures", [photo]),
     ),
 )
-# The best that was found for any peer on two cores: two processes, in each as many runs as there are requests.
+# The fastest configuration of any peer found on two cores: two processes, each with one inference thread a request.
 TUNED = Server("FastAPI tuned: 2 processes", f"{_FASTAPI} --workers 2", "/health", _raw, {"PEER_THREADS": "1"})
 
 
@@ -68,10 +68,10 @@ def serving(server: Server, model: Path, variant: str, folder: Path) -> Iterator
     """Run a server with a variant of an encoder until the end of the block; yield its port.
 
     Args:
-        server: one of the above.
+        server: the server to run.
         model: a model folder.
-        variant: one that it has.
-        folder: an empty one, for a store and a log.
+        variant: a variant in that folder.
+        folder: an empty folder for the store and the log.
     """
     port = free_port()
     environment = {
@@ -90,7 +90,7 @@ def serving(server: Server, model: Path, variant: str, folder: Path) -> Iterator
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return an unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -100,17 +100,17 @@ def free_port() -> int:
 def running(
     command: Sequence[str], ready: str, environment: dict[str, str], log: Path, patience_s: float = 60
 ) -> Iterator[psutil.Process]:
-    """Run a server until the end of the block; yield its first process once it is ready. No process of it stays.
+    """Run a server until the end of the block; yield its first process once it is ready. All its processes end.
 
     Args:
-        command: of the server.
-        ready: a URL that answers 200 when it is.
-        environment: beside our own.
-        log: a file for what it prints.
-        patience_s: time to become ready.
+        command: the server's command.
+        ready: a URL that answers 200 once the server is ready.
+        environment: added to our own.
+        log: a file for its output.
+        patience_s: the time limit for becoming ready.
 
     Raises:
-        RuntimeError: it ends, or does not become ready in time; with its log.
+        RuntimeError: the server ended or was not ready in time; the message contains its log.
     """
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -120,7 +120,8 @@ def running(
     tree = [first]
     try:
         _wait_until_ready(server, ready, log, patience_s)
-        tree += first.children(recursive=True)  # noted now: workers may outlive a parent that dies
+        # Workers may outlive a parent that dies, so their ids are needed before.
+        tree += first.children(recursive=True)
         yield first
     finally:
         if server.poll() is None:

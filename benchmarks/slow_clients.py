@@ -1,4 +1,4 @@
-"""What ordinary requests feel of slow clients: latency in quiet, beside slow uploads, beside half-sent headers."""
+"""Latency of ordinary requests alone, beside slow uploads, and beside half-sent headers."""
 
 import asyncio
 import resource
@@ -22,12 +22,18 @@ from benchmarks.machine import describe
 from benchmarks.servers import OURS, serving
 
 _MODEL = Path(__file__).parent.parent / "models" / "mnist"
-_PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"  # 640x427, a real photograph
-_RATE = 50  # ordinary requests per second, far below what the service can
-_TURNS = 3  # phases take turns, so that the host's other work hits all of them alike
-_SETTLE_S = 2.0  # before each turn: connections open, those of the turn before are gone
-_BODY_TIMEOUT_S = 8  # in place of 30 s, so that a turn sees uploads closed and begun again
-_LIMIT = 2.0  # p99 in company / p99 in quiet
+# A real photograph of 640×427.
+_PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+# Ordinary requests per second, far below the service's capacity.
+_RATE = 50
+# Phases take turns, so that other work on the host slows all of them alike.
+_TURNS = 3
+# Before each turn new connections open and those of the previous turn close.
+_SETTLE_S = 2.0
+# Shorter than the default of 30 s, so that uploads are closed and restarted within a turn.
+_BODY_TIMEOUT_S = 8
+# The largest accepted ratio of the p99 beside slow clients to the quiet p99.
+_LIMIT = 2.0
 
 _UPLOAD = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
 _HALF = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Le"
@@ -35,15 +41,15 @@ _HALF = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Le"
 
 @dataclass
 class Phase:
-    """Slow clients of one kind, and what was seen beside them.
+    """Slow clients of one kind and the measurements beside them.
 
     Attributes:
-        size: how many there are at a time.
-        start: what each sends at once.
-        drops: what it sends after that, a byte a second.
-        latencies: of ordinary requests, in seconds from when one was due: a stall counts for all that it delays.
-        others: answers to ordinary requests that were not 200.
-        ends: what became of the slow clients' connections.
+        size: the number of concurrent slow clients.
+        start: the bytes that each sends at once.
+        drops: the bytes that follow, one a second.
+        latencies: of ordinary requests, in seconds from their due times: a stall counts for every request it delays.
+        others: answers to ordinary requests other than 200.
+        ends: outcomes of the slow clients' connections.
     """
 
     name: str
@@ -56,17 +62,18 @@ class Phase:
 
 
 def main(
-    seconds: Annotated[int, typer.Option(min=_TURNS, help="Of measuring in each phase.")] = 60,
-    uploads: Annotated[int, typer.Option(min=1, help="Slow uploads at a time.")] = 200,
+    seconds: Annotated[int, typer.Option(min=_TURNS, help="Length of the measurement in each phase.")] = 60,
+    uploads: Annotated[int, typer.Option(min=1, help="Concurrent slow uploads.")] = 200,
     idle: Annotated[int, typer.Option(min=1, help="Connections that never finish their headers.")] = 500,
 ) -> None:
-    """Print the table; exit code 1 when an ordinary request was answered with anything but 200."""
+    """Print the table; exit code 1 when an ordinary request got any answer but 200."""
     phases = [
         Phase("quiet"),
         Phase(f"{uploads} slow uploads", uploads, _UPLOAD, _PHOTO.read_bytes()),
         Phase(f"{idle} half-sent headers", idle, _HALF),
     ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive us
+    # SystemExit runs the context manager that ends the server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _allow_files(2 * max(uploads, idle) + 200)
     server = replace(OURS, environment={"LOOKALIKE_BODY_TIMEOUT_S": str(_BODY_TIMEOUT_S)})
     with TemporaryDirectory() as folder, serving(server, _MODEL, "fp32", Path(folder)) as port:
@@ -91,7 +98,7 @@ async def _measure(port: int, phases: list[Phase], turn_s: float) -> None:
 
 
 async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
-    """Send the photograph over and over at the steady rate, one at a time, on a connection that is kept."""
+    """Send the photograph repeatedly at the steady rate, one at a time, on a persistent connection."""
     photo = _PHOTO.read_bytes()
     request = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(photo), photo)
     begun = time.perf_counter()
@@ -117,7 +124,7 @@ async def _ask_steadily(port: int, phase: Phase, turn_s: float) -> None:
 
 @asynccontextmanager
 async def _company(port: int, phase: Phase) -> AsyncIterator[None]:
-    """Keep the phase's slow clients at it."""
+    """Run the phase's slow clients during the block."""
     crowd = [asyncio.create_task(_persist(port, number, phase)) for number in range(phase.size)]
     try:
         yield
@@ -128,20 +135,22 @@ async def _company(port: int, phase: Phase) -> AsyncIterator[None]:
 
 
 async def _persist(port: int, number: int, phase: Phase) -> None:
-    """Connect again whenever the server has had enough."""
-    await asyncio.sleep(number / phase.size)  # spread over the second
+    """Run a slow client, and another after each one that the server ends."""
+    # Spread the clients over a second.
+    await asyncio.sleep(number / phase.size)
     while True:
-        again = time.monotonic() + 1  # a client refused at once waits for this: slow clients, not a flood
+        # At most one connection a second: these are slow clients, not a flood.
+        again = time.monotonic() + 1
         await _drip(port, phase)
         await asyncio.sleep(again - time.monotonic())
 
 
 async def _drip(port: int, phase: Phase) -> None:
-    """Be one slow client until the server answers or closes."""
+    """Run one slow client until the server answers or closes."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
-        phase.ends["not let in"] += 1
+        phase.ends["no connection"] += 1
         return
     answer = asyncio.create_task(reader.readline())
     try:
@@ -162,11 +171,11 @@ async def _drip(port: int, phase: Phase) -> None:
         writer.close()
 
 
-# The table ----------------------------------------------------------------------------------------
+# Table --------------------------------------------------------------------------------------------
 
 
 def _report(phases: list[Phase]) -> bool:
-    """Print what was measured; return whether every ordinary request got its 200."""
+    """Print the table; return whether every ordinary request got a 200."""
     print(f"\n{describe()}; {_RATE} requests/s, one at a time; bodies may take {_BODY_TIMEOUT_S} s\n")
     print("| phase | requests | p50, ms | p99, ms | p99 / quiet | other than 200 |\n|---|---:|---:|---:|---:|---|")
     quiet = float(np.percentile(phases[0].latencies, 99))

@@ -1,9 +1,9 @@
-"""What `lookalike serve` holds on to under a mixed load: memory, threads and descriptors against requests.
+"""Leaks of `lookalike serve` under a mixed load: memory, threads and descriptors against requests.
 
     python -m benchmarks.soak --minutes 10
 
-Clients do one thing after another, drawn by chance: embed and search, change a small gallery, send what is no picture,
-and go away before the answer.
+Clients send random requests: they embed and search, change a small gallery, send broken pictures, and disconnect
+before the answer.
 """
 
 import asyncio
@@ -30,16 +30,21 @@ from benchmarks.photos import photos
 from benchmarks.servers import OURS, serving
 
 _MODEL = Path(__file__).parent.parent / "models" / "mnist"
-_ITEMS = 200  # ids that come and go
+# The number of distinct ids.
+_ITEMS = 200
 _EVERY_S = 5
-_LAST = 0.8  # of the time, in which memory is fitted: before it pools and caches fill
-_LEAST_MINUTES = 6  # what pools and caches take in the first minutes must lie in the first fifth
-_MOST_MB = 1.0  # per 10,000 requests
-_LOOSE = 2  # threads or descriptors more at the end that are no trend
+# Memory is fitted over this last share of the run, after pools and caches have filled.
+_LAST = 0.8
+# Pools and caches fill in the first minutes; a shorter run would fit that growth.
+_LEAST_MINUTES = 6
+# The largest accepted growth per 10,000 requests.
+_MOST_MB = 1.0
+# So many more threads or descriptors at the end are no trend.
+_TOLERANCE = 2
 
 
 class Sample(NamedTuple):
-    """What the worker holds after some requests: memory in MB, of which `unique` is shared with nobody."""
+    """The worker's resources after some requests: memory in MB; `unique` memory is not shared with other processes."""
 
     requests: int
     unique: float
@@ -49,21 +54,22 @@ class Sample(NamedTuple):
 
 
 def main(
-    minutes: Annotated[float, typer.Option(min=0.5, help="Of load.")] = 10,
-    clients: Annotated[int, typer.Option(min=1, help="At a time.")] = 8,
+    minutes: Annotated[float, typer.Option(min=0.5, help="Length of the load.")] = 10,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients.")] = 8,
 ) -> None:
-    """Print the table; exit code 1 for an answer of 500 or above but 503, or where the limit is broken."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive us
+    """Print the table; exit code 1 for growth above a limit or a status of 500 or above other than 503."""
+    # SystemExit runs the context manager that ends the server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with TemporaryDirectory() as folder, serving(OURS, _MODEL, "fp32", Path(folder)) as port:
         statuses, samples = uvloop.run(_load(port, clients, 60 * minutes))
     raise typer.Exit(0 if _report(statuses, samples, minutes) else 1)
 
 
-# The load -----------------------------------------------------------------------------------------
+# Load ---------------------------------------------------------------------------------------------
 
 
-class _Deeds:
-    """What a client may do: a request for each kind, made anew each time."""
+class _Requests:
+    """A random mix of requests."""
 
     def __init__(self) -> None:
         self._photos = photos()
@@ -92,15 +98,16 @@ async def _load(port: int, clients: int, seconds: float) -> tuple[Counter[tuple[
     statuses: Counter[tuple[str, str]] = Counter()
     tree = psutil.Process().children(recursive=True)
     worker = max(tree, key=lambda process: process.memory_info().rss)
-    deeds, end = _Deeds(), time.monotonic() + seconds
-    crowd = [asyncio.create_task(_client(port, deeds, statuses)) for _ in range(clients)]
+    requests, end = _Requests(), time.monotonic() + seconds
+    crowd = [asyncio.create_task(_client(port, requests, statuses)) for _ in range(clients)]
     samples = []
     try:
         while (left := end - time.monotonic()) > 0:
             await asyncio.wait(crowd, timeout=min(left, _EVERY_S), return_when=asyncio.FIRST_EXCEPTION)
             for task in crowd:
                 if task.done():
-                    task.result()  # raises
+                    # Clients run for ever, so a finished one failed: this raises its exception.
+                    task.result()
             samples.append(_sample(worker, statuses.total()))
             print(samples[-1], file=sys.stderr)
     finally:
@@ -110,10 +117,10 @@ async def _load(port: int, clients: int, seconds: float) -> tuple[Counter[tuple[
     return statuses, samples
 
 
-async def _client(port: int, deeds: _Deeds, statuses: Counter[tuple[str, str]]) -> None:
+async def _client(port: int, requests: _Requests, statuses: Counter[tuple[str, str]]) -> None:
     connection = None
     while True:
-        kind, content = deeds.draw()
+        kind, content = requests.draw()
         try:
             connection = connection or await asyncio.open_connection("127.0.0.1", port)
             if kind == "gone before the answer":
@@ -127,7 +134,8 @@ async def _client(port: int, deeds: _Deeds, statuses: Counter[tuple[str, str]]) 
         except (OSError, EOFError) as error:
             status = type(error).__name__
         statuses[kind, status] += 1
-        if connection and not status.startswith("2"):  # an early refusal closes the connection
+        # The server closes the connection after an early refusal.
+        if connection and not status.startswith("2"):
             connection[1].transport.abort()
             with suppress(OSError):
                 await connection[1].wait_closed()
@@ -139,11 +147,11 @@ def _sample(worker: psutil.Process, requests: int) -> Sample:
     return Sample(requests, memory.uss / 1e6, memory.rss / 1e6, worker.num_threads(), worker.num_fds())
 
 
-# The table ----------------------------------------------------------------------------------------
+# Table --------------------------------------------------------------------------------------------
 
 
 def _report(statuses: Counter[tuple[str, str]], samples: list[Sample], minutes: float) -> bool:
-    """Print what came of it; return whether all is well."""
+    """Print the table; return whether all limits hold."""
     print(f"\n{describe()}; {minutes:g} minutes, {statuses.total()} requests\n")
     late = samples[int((1 - _LAST) * len(samples)) :]
     counts = [sample.requests / 10_000 for sample in late]
@@ -164,20 +172,20 @@ def _report(statuses: Counter[tuple[str, str]], samples: list[Sample], minutes: 
     lean, flat = slopes["unique"] < _MOST_MB, all(_flat(column) for column in list(zip(*late, strict=True))[3:])
     failed = sorted({status for _, status in statuses if status.startswith("5") and status != "503"})
     if minutes < _LEAST_MINUTES:
-        print(f"\nMemory: no verdict, for it fills up in the first minutes; run at least {_LEAST_MINUTES}.")
+        print(f"\nMemory: no verdict, since pools and caches fill first; run at least {_LEAST_MINUTES} minutes.")
         lean = True
     else:
         verdict = "kept" if lean else "BROKEN"
         print(f"\nMemory: {verdict}: {slopes['unique']:+.2f}, limit {_MOST_MB} MB a 10,000 requests.")
     print(f"Threads and descriptors: {'flat' if flat else 'NOT FLAT'}.")
-    print(f"Answers of 500 or above, but 503: {', '.join(failed) or 'none'}.")
+    print(f"Statuses of 500 or above, other than 503: {', '.join(failed) or 'none'}.")
     return lean and flat and not failed
 
 
 def _flat(values: Sequence[float]) -> bool:
-    """Whether the last quarter lies no higher than the first."""
+    """Return whether the last quarter is no higher than the first, within the tolerance."""
     quarter = max(1, len(values) // 4)
-    return float(np.median(values[-quarter:]) - np.median(values[:quarter])) <= _LOOSE
+    return float(np.median(values[-quarter:]) - np.median(values[:quarter])) <= _TOLERANCE
 
 
 if __name__ == "__main__":

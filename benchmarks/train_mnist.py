@@ -1,7 +1,7 @@
-"""MNIST's small protocol: our recipe inside the wall time of another program, both run here, one after the other.
+"""MNIST's small protocol: our recipe within the wall time of another program, one after the other on this machine.
 
-The other program trains on MNIST and prints its k-NN accuracy last, as "… accuracy: 0.1234". Ours gets that wall
-time, whole: start, reading, training and export.
+The other program trains on MNIST and prints its k-NN accuracy last, as "… accuracy: 0.1234". Our wall time includes
+start, reading, training and export.
 """
 
 import json
@@ -18,7 +18,7 @@ import typer
 
 from benchmarks.machine import describe
 
-_LEFT_FOR_START_AND_EXPORT_S = 25.0
+_START_AND_EXPORT_S = 25.0
 _LOOKALIKE = Path(sys.executable).with_name("lookalike")
 
 
@@ -38,7 +38,7 @@ def main(
         )
     with TemporaryDirectory() as folder:
         out = Path(folder) / "mnist"
-        minutes = max(0.1, (allowed - _LEFT_FOR_START_AND_EXPORT_S) / 60)
+        minutes = max(0.1, (allowed - _START_AND_EXPORT_S) / 60)
         root = ["--data-root", str(data_root)]
         begun = time.perf_counter()
         command = ["pretrain", "mnist/train", "--recipe", recipe, "--minutes", f"{minutes:.3f}", "--out", str(out)]

@@ -1,7 +1,7 @@
 """A peer: plain FastAPI and onnxruntime, each request on a thread of Starlette's pool.
 
-As fast as plain FastAPI gets: the body is the picture itself, not a form; uvicorn runs on uvloop and httptools.
-PEER_THREADS are onnxruntime's own threads for a run; its default, 0, is one a core, and they spin.
+This is plain FastAPI at its fastest: the body is the picture itself, not a form, and uvicorn runs on uvloop and
+httptools. PEER_THREADS sets onnxruntime's threads; its default, 0, is one spinning thread a core.
 """
 
 import io
@@ -25,13 +25,13 @@ session = ort.InferenceSession(os.environ["PEER_MODEL"], options, providers=["CP
 
 @app.get("/health")
 async def health() -> str:
-    """Answer when it is up."""
+    """Answer once the server is up."""
     return "ok"
 
 
 @app.post("/embed")
 async def embed(request: Request) -> JSONResponse:
-    """Embed the picture that is the body."""
+    """Embed the picture in the body."""
     return await run_in_threadpool(_embed, await request.body())
 
 

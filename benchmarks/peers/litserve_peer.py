@@ -1,6 +1,7 @@
-"""A peer: LitServe, batches of up to 16, without waiting for them to fill, which is its default and its fastest here.
+"""A peer: LitServe with batches of up to 16 and no wait for them to fill, its default and its fastest setting here.
 
-The picture comes in a form: faster here than base64 in JSON. One worker, its default: two were slower on two cores.
+The picture comes in a form, which was faster here than base64 in JSON. One worker is the default; two were slower on
+two cores.
 """
 
 import os
@@ -15,20 +16,20 @@ from service import FloatArray, PixelArray
 _SIDE = int(os.environ["PEER_SIDE"])
 
 
-class Embedding(litserve.LitAPI):  # type: ignore[misc]  # it has no types
-    """Decodes, runs and answers a batch in one process, HTTP in another."""
+class Embedding(litserve.LitAPI):  # type: ignore[misc]
+    """Decodes, runs and encodes a batch in one process; HTTP runs in another."""
 
     def setup(self, _: str) -> None:
         """Open the session."""
         self.session = ort.InferenceSession(os.environ["PEER_MODEL"], providers=["CPUExecutionProvider"])
 
     def decode_request(self, request: litserve.Request) -> PixelArray:
-        """Return pixels (3, S, S) of one request, of which only the form comes here."""
+        """Return pixels (3, S, S) of a request; LitServe passes only its form."""
         picture = Image.open(request["image"].file).convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
         return np.asarray(picture).transpose(2, 0, 1)
 
     def batch(self, inputs: list[PixelArray]) -> PixelArray:
-        """Return them as (N, 3, S, S)."""
+        """Return one batch (N, 3, S, S)."""
         return np.stack(inputs)
 
     def predict(self, x: PixelArray) -> FloatArray:
@@ -36,11 +37,11 @@ class Embedding(litserve.LitAPI):  # type: ignore[misc]  # it has no types
         return np.asarray(self.session.run(None, {"pixels": x})[0])
 
     def unbatch(self, output: FloatArray) -> list[FloatArray]:
-        """Return them one by one."""
+        """Return the rows of a batch."""
         return list(output)
 
     def encode_response(self, output: FloatArray) -> dict[str, list[float]]:
-        """Return one as JSON."""
+        """Return an embedding as JSON."""
         return {"embedding": output.tolist()}
 
 

@@ -1,4 +1,4 @@
-// The answer to a query: the picture that was asked about, and its lookalikes.
+// The answer to a query: its picture and its lookalikes.
 
 import { showPicture } from "./api.js";
 import { keepPixels, makeTile } from "./tile.js";
@@ -15,7 +15,7 @@ keepPixels(picture);
 picture.addEventListener("load", () => picture.classList.remove("broken"));
 picture.addEventListener("error", () => picture.classList.add("broken"));
 
-/** Show what is being asked: the query's name and the address of its picture. */
+/** Show a query that is under way, by its name and the address of its picture. */
 export function showQuery(name, address) {
   section.hidden = false;
   section.setAttribute("aria-busy", "true");
@@ -34,7 +34,7 @@ export function showHits(hits, onClick) {
     : "There is no other picture in the gallery to compare it with.";
 }
 
-/** Show in place of hits why there are none. */
+/** Show an error in place of hits. */
 export function showFailure(name, error) {
   section.setAttribute("aria-busy", "false");
   list.replaceChildren();
@@ -48,7 +48,7 @@ export function hideAnswer() {
   section.hidden = true;
 }
 
-/** Put the focus on the answer, where the button that was clicked has gone. */
+/** Move the focus to the answer, since the clicked button is gone. */
 export function focusAnswer() {
   title.focus({ preventScroll: true });
 }

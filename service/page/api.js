@@ -1,13 +1,14 @@
-// The HTTP API as functions. A failure is an Error whose message can be shown as it is.
+// The HTTP API as functions. A failure is an Error with a message for the visitor.
 
-const KEY = "lookalike-key"; // kept for as long as the tab is open
+// The session storage keeps the API key until the tab closes.
+const KEY = "lookalike-key";
 
-/** What runs here: encoder, number of pictures, notice, limits. */
+/** Facts about the service: encoder, number of pictures, notice, limits. */
 export function getInfo() {
   return ask("info");
 }
 
-/** Items in the order of adding; `next` is the cursor of the next page, or null. */
+/** A page of items, in the order of adding; `next` is the cursor of the next page, or null. */
 export function listItems(limit, cursor) {
   return ask(`images?${new URLSearchParams(cursor ? { limit, cursor } : { limit })}`);
 }
@@ -17,20 +18,20 @@ export async function searchByPicture(picture, k, signal) {
   await picture.slice(0, 1).arrayBuffer().catch(() => {
     throw new Error("The file cannot be read. Is it a folder, or has it been moved?");
   });
-  // The bytes decide, whatever a file is called: a JSON or text file must not pass for another kind of request.
+  // A JSON or text file must not be taken for another kind of request. The service recognises pictures by their bytes.
   const type = picture.type.startsWith("image/") ? picture.type : "application/octet-stream";
   const answer = await ask(`search?k=${k}`, { method: "POST", headers: { "Content-Type": type }, body: picture, signal });
   return answer.hits;
 }
 
-/** The k items most like an item, that item left out, best first. */
+/** The k items most like an item, without that item, best first. */
 export async function searchById(id, k, signal) {
   const headers = { "Content-Type": "application/json" };
   const answer = await ask("search", { method: "POST", headers, body: JSON.stringify({ id, k }), signal });
   return answer.hits;
 }
 
-/** Let an <img> show what is at an address of the API. An <img> alone could not send a key. */
+/** Show a picture of the API in an <img>, which cannot send a key by itself. */
 export async function showPicture(image, address) {
   if (!sessionStorage.getItem(KEY) || address.startsWith("blob:")) {
     image.src = address;
@@ -46,10 +47,10 @@ export async function showPicture(image, address) {
   image.src = local;
 }
 
-/** Where an item's thumbnail is. An id may hold any character; "/" stays "/". */
+/** The address of an item's thumbnail. An id may hold any character; "/" stays "/". */
 export function thumbnailOf(id) {
   const segments = id.split("/").map(encodeURIComponent);
-  // A browser would resolve a "." or ".." between slashes, so there the slashes are written as %2F.
+  // A browser would resolve "." and ".." between slashes, so such ids get %2F instead.
   const slash = segments.some((segment) => segment === "." || segment === "..") ? "%2F" : "/";
   return `images/${segments.join(slash)}/thumbnail`;
 }
@@ -59,7 +60,7 @@ function keyHeader() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-/** Whether there is a key now that was not sent: one that another request asked for meanwhile, or a new one. */
+/** Whether a key other than the one sent is available: another request may have asked for it; else ask the visitor. */
 function hasAnotherKey(sent) {
   if (sessionStorage.getItem(KEY) === sent) {
     const key = window.prompt("This service asks for an API key:");

@@ -7,15 +7,18 @@ const failure = document.querySelector("#file-error");
 export function watchForPictures(onPicture) {
   input.addEventListener("change", () => {
     take(input.files, "");
-    input.value = ""; // so that the same file can be chosen again
+    // Choosing the same file again must fire another change event.
+    input.value = "";
   });
 
   window.addEventListener("dragover", (event) => {
-    event.preventDefault(); // else the browser would open the file in place of the page
+    // The browser would otherwise replace the page by the file.
+    event.preventDefault();
     document.body.classList.toggle("dropping", event.dataTransfer.types.includes("Files"));
   });
   window.addEventListener("dragleave", (event) => {
-    if (event.relatedTarget === null) document.body.classList.remove("dropping"); // null: it has left the window
+    // A related target of null means that the pointer left the window.
+    if (event.relatedTarget === null) document.body.classList.remove("dropping");
   });
   window.addEventListener("drop", (event) => {
     event.preventDefault();

@@ -1,10 +1,13 @@
-// A sheet to draw a digit on, and the drawing as a picture set out as MNIST's are.
+// A sheet to draw a digit on. The drawing becomes a picture in the layout of MNIST.
 
-const SIDE = 280; // px; ten times MNIST's side
-const BRUSH = 28; // px, on the sheet
-const INK_SIDE = 200; // px: the ink's long side in the picture, as MNIST's 20 of 28
-// px: the pen's width in the picture. Of the ten pictures nearest to a drawn digit 83 % are that digit with 20 and
-// 72 % with 28 (models/mnist, gallery digits, 60 synthetic drawings; in a gallery of MNIST over 99 % with both).
+// All lengths are in px. The sheet is ten times MNIST's side.
+const SIDE = 280;
+// The pen's width on the sheet.
+const BRUSH = 28;
+// The ink's longer side in the picture: 20 of 28 in MNIST.
+const INK_SIDE = 200;
+// The pen's width in the picture. Of the ten pictures nearest to a drawn digit 83 % are that digit with 20 and 72 %
+// with 28 (models/mnist, gallery digits, 60 synthetic drawings; in a gallery of MNIST over 99 % with both).
 const PEN = 20;
 
 const view = document.querySelector("#drawing");
@@ -15,12 +18,14 @@ const clear = document.querySelector("#clear");
 /**
  * Show the sheet, and call onDrawing(png, isNew) at the end of every stroke.
  *
- * isNew is false while strokes are added to a drawing that was handed over before.
+ * isNew is false when the stroke continues the previous drawing.
  */
 export function startDrawing(onDrawing) {
-  let strokes = []; // each a list of points [x, y] in px of the canvas
-  let stroke = null; // the one being drawn
-  let pointer = null; // the one finger, pen or mouse that draws it
+  // Each stroke is a list of points [x, y] in px of the canvas.
+  let strokes = [];
+  let stroke = null;
+  // The id of the finger, pen or mouse that draws; others are ignored meanwhile.
+  let pointer = null;
 
   const redraw = () => paint(canvas, strokes, BRUSH);
   redraw();
@@ -61,21 +66,22 @@ export function startDrawing(onDrawing) {
   });
 }
 
-/** Where a pointer is, in px of the canvas, whatever size it is shown at. */
+/** A pointer's position [x, y] in px of the canvas, independent of its size on the screen. */
 function where(event) {
   const box = canvas.getBoundingClientRect();
   return [((event.clientX - box.left) / box.width) * SIDE, ((event.clientY - box.top) / box.height) * SIDE];
 }
 
 /**
- * The drawing as MNIST sets its digits out: ink's long side 20 of 28, ink's centre of mass in the middle.
+ * The drawing as a PNG in MNIST's layout: the ink's longer side is 20 of 28, its centre of mass in the middle.
  *
- * The strokes are scaled and painted anew, so that a small drawing does not become a fat one.
+ * The strokes are scaled and repainted, so that the lines of a small drawing do not become thick.
  */
 function toPicture(strokes) {
   const [xs, ys] = [0, 1].map((axis) => strokes.flat().map((point) => point[axis]));
   const long = Math.max(Math.max(...xs) - Math.min(...xs), Math.max(...ys) - Math.min(...ys));
-  const scale = (INK_SIDE - PEN) / Math.max(long, BRUSH); // a mere dot stays one
+  // The lower bound keeps a dot a dot.
+  const scale = (INK_SIDE - PEN) / Math.max(long, BRUSH);
   const place = (dx, dy) => strokes.map((stroke) => stroke.map(([x, y]) => [x * scale + dx, y * scale + dy]));
 
   const page = document.createElement("canvas");
@@ -84,7 +90,8 @@ function toPicture(strokes) {
   const [left, top] = [middle(xs), middle(ys)];
   paint(page, place(left, top), PEN);
   const [x, y] = centreOfMass(page);
-  const most = (SIDE - INK_SIDE) / 2; // px; further and ink would leave the picture
+  // A larger shift would move ink out of the picture.
+  const most = (SIDE - INK_SIDE) / 2;
   const towards = (centre) => Math.min(most, Math.max(-most, SIDE / 2 - centre));
   paint(page, place(left + towards(x), top + towards(y)), PEN);
   return new Promise((resolve) => page.toBlob(resolve, "image/png"));
@@ -101,14 +108,15 @@ function paint(on, strokes, width) {
   for (const stroke of strokes) {
     context.beginPath();
     context.moveTo(...stroke[0]);
-    for (const point of stroke) context.lineTo(...point); // to its own start too: a dot is a stroke
+    // A line back to the start makes a dot visible.
+    for (const point of stroke) context.lineTo(...point);
     context.stroke();
   }
 }
 
 /** The ink's centre of mass [x, y] in px. */
 function centreOfMass(page) {
-  const { data } = page.getContext("2d").getImageData(0, 0, SIDE, SIDE); // RGBA, row by row
+  const { data } = page.getContext("2d").getImageData(0, 0, SIDE, SIDE); // (SIDE, SIDE, 4)
   let [mass, x, y] = [0, 0, 0];
   for (let at = 0; at < SIDE * SIDE; at += 1) {
     const ink = data[4 * at];

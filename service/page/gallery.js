@@ -1,4 +1,4 @@
-// What there is before any query: the gallery's pictures, page after page.
+// The view before any query: the gallery's pictures, page by page.
 
 import { listItems } from "./api.js";
 import { makeTile } from "./tile.js";
@@ -22,8 +22,8 @@ const more = document.querySelector("#more");
 /**
  * Fill the gallery with its first page.
  *
- * @param onClick called with the item that is clicked.
- * @returns the first item, or undefined where there is none.
+ * @param onClick called with the clicked item.
+ * @returns the first item, or undefined if there is none.
  */
 export async function fillGallery(onClick) {
   let cursor = null;

@@ -1,18 +1,18 @@
-// The header: how many pictures, which encoder, and the notice where the two do not suit each other.
+// The header: the number of pictures, the encoder, and a notice when the two do not suit each other.
 
 import { countPictures, withCode } from "./words.js";
 
 const facts = document.querySelector("#facts");
 const notice = document.querySelector("#notice");
 
-/** Show what GET /info says. */
+/** Show the answer of GET /info. */
 export function showInfo(info) {
   facts.textContent = `${countPictures(info.count)} · encoder ${info.model}`;
   notice.hidden = info.notice === null;
   notice.replaceChildren(...withCode(info.notice ?? ""));
 }
 
-/** Show why there is nothing to show. */
+/** Show the error of GET /info. */
 export function showInfoError(error) {
   facts.textContent = error.message;
 }

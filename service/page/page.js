@@ -1,8 +1,8 @@
-// The page: what is asked stands in the browser's history, and the views show where history is.
+// The page: the browser's history holds the query, and the views show the current entry.
 //
 //   #              the gallery
 //   #id=…          lookalikes of an item
-//   #picture       lookalikes of a picture of the visitor's, which history names by its key in `pictures`
+//   #picture       lookalikes of the visitor's picture; the history entry holds its key in `pictures`
 
 import { focusAnswer, hideAnswer, showFailure, showHits, showQuery } from "./answer.js";
 import { getInfo, searchById, searchByPicture, thumbnailOf } from "./api.js";
@@ -15,11 +15,13 @@ const HITS = 24;
 const ITEM = "#id=";
 const DRAWING = "your drawing";
 
-const pictures = new Map(); // {name, blob, address} by the time they came: kept for Back, as long as the page is open
-let inFlight = new AbortController(); // the latest query; a newer one aborts it
+// {name, blob, address} by time of arrival. Back needs them until the page closes.
+const pictures = new Map();
+// The latest query; a newer one aborts it.
+let inFlight = new AbortController();
 let k = HITS;
 
-/** Show what the browser's history says. */
+/** Show the current entry of the browser's history. */
 function show() {
   inFlight.abort();
   const { hash } = location;
@@ -56,7 +58,7 @@ function askById({ id }) {
   focusAnswer();
 }
 
-/** Search by a picture of the visitor's. */
+/** Search by the visitor's picture. */
 function askByPicture(name, blob) {
   const key = Date.now();
   pictures.set(key, { name, blob, address: URL.createObjectURL(blob) });
@@ -64,7 +66,7 @@ function askByPicture(name, blob) {
   show();
 }
 
-/** Search by a drawing; one that goes on, while its answer is in view, takes the place of what it was before. */
+/** Search by a drawing. A continued drawing replaces its earlier version while the answer is in view. */
 function askByDrawing(blob, isNew) {
   const shown = pictures.get(history.state?.picture);
   if (isNew || shown?.name !== DRAWING) {
@@ -80,7 +82,8 @@ function decode(text) {
   try {
     return decodeURIComponent(text);
   } catch {
-    return text; // not of our making; the service will not know it
+    // The visitor edited the address; the service will report an unknown id.
+    return text;
   }
 }
 
@@ -95,7 +98,7 @@ try {
 } catch (error) {
   showInfoError(error);
 }
-// Whoever was quicker than this has their answer, or waits for it; unless they asked for more than they may have.
+// A query made before this point is already running. It runs again only if the service allows fewer hits.
 if (inFlight === untouched || k < HITS) show();
 if (/^(digits|mnist)\//.test((await first)?.id)) {
   startDrawing(askByDrawing);

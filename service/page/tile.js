@@ -3,12 +3,13 @@
 import { showPicture, thumbnailOf } from "./api.js";
 import { describe, formatScore } from "./words.js";
 
-const SMALL = 64; // px; a picture up to this size is enlarged with its pixels kept square
+// Pictures up to this side in px are enlarged without blur.
+const SMALL = 64;
 
 /**
- * A list item with one button that shows an item, or a hit where it has a score.
+ * A list item with one button that shows an item, or a hit with its score.
  *
- * @param item {id, metadata} or {id, metadata, score}; its texts come from users and are put in as text only.
+ * @param item {id, metadata} or {id, metadata, score}. Users wrote its texts, so they enter the page as text only.
  * @param onClick called with the item.
  */
 export function makeTile(item, onClick) {
@@ -41,7 +42,7 @@ export function makeTile(item, onClick) {
   return entry;
 }
 
-/** Enlarge a picture without blur where it is small. */
+/** Enlarge small pictures without blur. */
 export function keepPixels(picture) {
   picture.addEventListener("load", () => {
     picture.classList.toggle("pixelated", Math.max(picture.naturalWidth, picture.naturalHeight) <= SMALL);

@@ -1,7 +1,7 @@
 """SOURCE → a stream of (id, bytes, label): a folder, .zip, .tar, .parquet, MNIST or digits. Never unpickles.
 
-source.py says what a source is, files.py reads folders and archives, parquet.py tables, named.py the sets that go by a
-name; compact.py is how all of them hold a million ids and labels.
+source.py defines Source; files.py opens folders and archives, parquet.py opens tables, and named.py opens data sets
+by name. compact.py holds their ids and labels in a few bytes each.
 """
 
 import re
@@ -24,19 +24,19 @@ _EXPECTED = (
 
 
 def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT) -> Source:
-    """Open what a user names as SOURCE.
+    """Open the SOURCE argument of a command.
 
     Args:
         name: a folder of pictures, a .zip of one, a .tar or .parquet file, a folder of these, several of them
-            as shards/train-{000..009}.tar, or mnist/train, mnist/test, digits; then perhaps a slice such as
-            [:8000] or [90%:]. A path that has brackets or braces in its own name is that path.
-        data_root: where named sets lie, in torchvision's layout (data_root/MNIST/raw).
+            as shards/train-{000..009}.tar, or mnist/train, mnist/test, digits. A slice such as [:8000] or
+            [90%:] may follow. An existing path takes precedence over a slice or a pattern.
+        data_root: the folder of named data sets, in torchvision's layout (data_root/MNIST/raw).
 
     Raises:
-        InvalidSource: nothing there, no picture in it, damaged, or a slice that leaves none.
+        InvalidSource: the source does not exist, is damaged, holds no picture, or the slice is empty.
 
-    Cost: a .tar is gone through once from header to header (a million pictures: a minute), of a .parquet ids and
-    labels are read. Held for a picture: its id and 5 (folder) to 40 (.zip) bytes.
+    Cost: reads every header of a .tar once (a minute for a million pictures) and the ids and labels of a
+    .parquet. Each picture takes the bytes of its id and 5 (folder) to 40 (.zip) more in memory.
     """
     try:
         named = _NAMED.fullmatch(name)
@@ -55,14 +55,15 @@ def _open_named(name: str, set_name: str, data_root: Path) -> Source:
 
 
 def _open_path(name: str, text: str) -> Source:
-    """Open a folder, a file or a pattern of files; name is for messages, text is the path."""
+    """Open a folder, a file or a pattern of files: text is the path, name appears in messages."""
     path = Path(text)
     if path.is_dir():
         pictures = find(path, SUFFIXES)
         if pictures:
             return open_folder(name, path, pictures)
         tars, tables = find(path, (".tar",)), find(path, (".parquet",))
-        tables = [table for table in tables if not Path(table).name.startswith("_")]  # these are about the others
+        # Names such as _metadata.parquet are reserved for metadata about the other files.
+        tables = [table for table in tables if not Path(table).name.startswith("_")]
         if tars and tables:
             raise InvalidSource(
                 f"{name}: expected files of one kind, found {tars[0]} and {tables[0]}; name one of them"
@@ -80,7 +81,7 @@ def _open_path(name: str, text: str) -> Source:
         case ".tar":
             return open_tars(name, paths)
         case ".parquet":
-            # Here, not above: pyarrow takes long to load.
+            # Imported late because pyarrow loads slowly.
             from service.sources.parquet import open_parquet
 
             return open_parquet(name, paths)

@@ -1,4 +1,4 @@
-"""A million names or labels in a few bytes each: sequences of str that keep their text in one piece."""
+"""Sequences of str that hold a million names or labels in a few bytes each."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,13 @@ Integers = NDArray[np.integer[Any]]
 class Names(Sequence[str]):
     """Strings as one blob of bytes and their offsets in it.
 
-    A slice is a view: it shares the blob. What a file system or an archive hands out for bytes that are
-    not UTF-8 (lone surrogates, as os.fsdecode makes them) comes back as it went in.
+    A slice is a view that shares the blob. Lone surrogates, which os.fsdecode makes of bytes that are not UTF-8,
+    survive the round trip.
 
     Args:
-        names: any number of them, one at a time.
+        names: consumed one at a time.
 
-    Cost: the bytes of the text, and 4 for each name (8 above 4 GiB of text); O(1) to look one up.
+    Cost: the bytes of the text, and 4 for each name (8 above 4 GiB of text); O(1) a lookup.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -53,15 +53,15 @@ class Names(Sequence[str]):
 
 
 class Labels(Sequence[str]):
-    """Strings of few kinds, as whole numbers: label n is names[codes[n]].
+    """Strings with few distinct values, stored as integer codes: label n is names[codes[n]].
 
-    A slice is a view with the same names, so its codes mean the same. The codes of two sources do not compare.
+    A slice is a view with the same names and the same codes. Codes of two sources are not comparable.
 
     Attributes:
         codes: (N,) unsigned, in the smallest dtype that holds them.
-        names: each label once, in the order in which they first came; a slice may have none of some.
+        names: the distinct labels in order of first occurrence; a slice may use only some of them.
 
-    Cost: 1 byte a label up to 256 kinds, 2 up to 65 536.
+    Cost: 1 byte a label up to 256 distinct labels, 2 up to 65,536.
     """
 
     def __init__(self, codes: Integers, names: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ class Labels(Sequence[str]):
 
     @classmethod
     def of(cls, labels: Iterable[str]) -> Self:
-        """Return the labels, taken one at a time."""
+        """Encode labels, consuming them one at a time."""
         codes, names = array("q"), dict[str, int]()
         codes.extend(names.setdefault(label, len(names)) for label in labels)
         return cls(np.frombuffer(codes, np.int64), tuple(names))
@@ -94,12 +94,12 @@ class Labels(Sequence[str]):
 
 
 def smallest(numbers: Integers, least: type[np.unsignedinteger[Any]] = np.uint8) -> Integers:
-    """Return whole numbers, none below 0, as a copy in the smallest unsigned dtype that holds them all."""
+    """Return a copy of non-negative integers in the smallest unsigned dtype that holds them all."""
     return numbers.astype(np.result_type(np.min_scalar_type(int(numbers.max(initial=0))), least))
 
 
 def _same(ours: Sequence[str], other: object) -> bool:
-    """Whether other is a sequence of the same strings, a list for instance."""
+    """Return whether other is a sequence, such as a list, of the same strings."""
     if not isinstance(other, Sequence) or isinstance(other, str):
         return False
     return len(ours) == len(other) and all(map(eq, ours, other))

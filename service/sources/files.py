@@ -1,6 +1,7 @@
-"""Pictures in files: a folder, a .zip, .tar shards. What is held is where they lie; every read opens the file anew.
+"""Pictures in a folder, a .zip or .tar shards.
 
-So any number of threads and processes may read at once, and no handle is left open.
+A source holds offsets and opens the file at every read. So threads and processes may read at once, and no handle
+stays open.
 """
 
 import math
@@ -26,25 +27,26 @@ from service.sources.source import Source
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_FILES = 100_000
-_LONGEST_LABEL = 1000  # bytes of a .cls member
-_BLOCK = 512  # of a tar
+_MAX_LABEL_BYTES = 1000
+_TAR_BLOCK_BYTES = 512
 
 
 def find(root: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the files under root whose names end so, at any depth: sorted posix paths relative to root.
+    """Return the files under root with one of the suffixes, at any depth: sorted posix paths relative to root.
 
-    Hidden files are passed over; links are followed, a folder seen before is not entered.
+    Skips hidden files. Follows links, but enters no folder twice.
     """
     return sorted(_walk(root, suffixes))
 
 
 def expand(pattern: str) -> list[Path]:
-    """Return the files that a pattern names: train-{000..009}.tar is ten of them. No {A..B} in it: none.
+    """Return the files that a pattern names: ten for train-{000..009}.tar, none without an {A..B}.
 
     Raises:
-        InvalidSource: one of them is not there.
+        InvalidSource: one of the files does not exist.
     """
-    texts = _RANGE.split(pattern)  # text, first, last, text, first, last, text
+    # re.split alternates: text, first, last, text, first, last, text.
+    texts = _RANGE.split(pattern)
     spans = [_span(first, last) for first, last in zip(texts[1::3], texts[2::3], strict=True)]
     if not spans:
         return []
@@ -65,32 +67,33 @@ def expand(pattern: str) -> list[Path]:
 
 
 def stems(paths: Sequence[Path]) -> list[str]:
-    """Return what tells files apart: their paths below the folder they share, without the suffix."""
+    """Return paths relative to the common parent folder, without their suffixes: they tell the files apart."""
     shared = os.path.commonpath([path.parent for path in paths])
     return [Path(os.path.relpath(path, shared)).with_suffix("").as_posix() for path in paths]
 
 
 def open_folder(name: str, root: Path, pictures: Sequence[str]) -> Source:
-    """Open a folder.
+    """Open a folder. The first folder level is the label when every picture has one.
 
     Args:
-        pictures: as `find` found them; the first folder level is the label when every picture is in one.
+        pictures: relative paths, as returned by `find`.
     """
     ids = Names(pictures)
     return Source(name, ids, lambda position: (root / ids[position]).read_bytes(), _first_levels(pictures))
 
 
 def open_zip(name: str, path: Path) -> Source:
-    """Open a .zip. The first folder level is the label, below a top folder that all pictures share.
+    """Open a .zip. The first folder level, below a top folder common to all pictures, is the label.
 
     Raises:
-        InvalidSource: not a zip, encrypted, or without a picture.
+        InvalidSource: the file is not a zip, is encrypted, or holds no picture.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # Of two members of one name the later counts, as when unpacking.
+            # The later of two members with one name counts, as when unpacking.
             members = {member.filename: member for member in archive.infolist() if _is_picture(member.filename)}
-    except Exception as error:  # a directory of damaged bytes may raise nearly anything
+    # zipfile raises nearly any exception on a damaged directory.
+    except Exception as error:
         raise InvalidSource(f"{name}: not a zip file that can be read: {error}") from error
     if not members:
         raise InvalidSource(f"{name}: holds no picture; looked for {' '.join(SUFFIXES)} at any depth")
@@ -108,7 +111,7 @@ def open_zip(name: str, path: Path) -> Source:
     )
 
     def read(position: int) -> bytes:
-        # As ZipFile.read does, which would hold half a kilobyte for every member and lock one handle for all.
+        # ZipFile.read would hold half a kilobyte for each member and share one locked handle between all threads.
         member = zipfile.ZipInfo(ids[position])
         start, member.compress_size, member.file_size, member.CRC, member.compress_type = places[position].item()
         with path.open("rb") as file:
@@ -121,30 +124,36 @@ def open_zip(name: str, path: Path) -> Source:
                 return zipfile.ZipExtFile(file, "r", member).read()
             except OSError:
                 raise
-            except Exception as error:  # every kind of compression has its own
+            # Every compression method has exceptions of its own.
+            except Exception as error:
                 raise OSError(str(error) or "the archive is cut short") from error
 
     return Source(name, ids, read, _first_levels(paths, _shared_top(paths)))
 
 
 class _Shard(NamedTuple):
-    """The pictures of one .tar, in the order in which they lie there."""
+    """The pictures of one .tar, in archive order.
+
+    Attributes:
+        paths: N member paths.
+        places: (N, 2) offset and size in bytes.
+        labels: the text of each picture's .cls member; None when a picture lacks one.
+    """
 
     paths: list[str]
-    places: IntArray  # (N, 2) offset and size of their bytes
-    labels: list[str] | None  # from the .cls beside each; None where one has none
+    places: IntArray
+    labels: list[str] | None
 
 
 def open_tars(name: str, paths: Sequence[Path]) -> Source:
-    """Open .tar files, WebDataset's shards among them: the pictures in the order in which they lie there.
+    """Open .tar files, such as WebDataset shards. Pictures keep their archive order.
 
-    A label is the text of the .cls member beside a picture (000123.cls beside 000123.jpg) when every picture
-    has one, else the first folder level, as for a zip. An id is the member's path, after its shard's name
-    (train-000/000123.jpg) where there are several shards. Links to pictures other than hard links, devices and
-    the like are passed over.
+    The label is the text of the .cls member beside a picture (000123.cls beside 000123.jpg) when every picture
+    has one, else the first folder level, as for a zip. The id is the member's path; with several shards the
+    shard's name precedes it (train-000/000123.jpg). Symbolic links and devices are skipped; hard links count.
 
     Raises:
-        InvalidSource: compressed, damaged, cut short, or without a picture.
+        InvalidSource: a file is compressed, damaged or truncated, or none holds a picture.
     """
     shards = [_scan(path) for path in paths]
     members = [member for shard in shards for member in shard.paths]
@@ -174,29 +183,33 @@ def open_tars(name: str, paths: Sequence[Path]) -> Source:
 
 
 def _scan(path: Path) -> _Shard:
-    """Go through a .tar once, from header to header."""
-    kept: dict[str, int] = {}  # path of a picture → its row in places
+    """Read every header of a .tar once.
+
+    `kept` maps the path of a picture to its row in `places`, `classes` the stem of a WebDataset sample to its label.
+    """
+    kept: dict[str, int] = {}
     places = array("q")
-    classes: dict[str, str] = {}  # what the files of a sample share → its label
+    classes: dict[str, str] = {}
     with path.open("rb") as file:
         for member in _members(path, file):
             inside = _relative(member.name)
             row = len(places) // 2
-            if member.islnk():  # a file that was packed before, under another name
+            # A hard link names an earlier member by another path.
+            if member.islnk():
                 row = kept.get(_relative(member.linkname), -1)
             if row < 0 or not (member.isreg() or member.islnk()):
                 continue
             if _is_picture(inside):
                 if member.issparse():
                     raise InvalidSource(f"{path}: {inside} is stored as a sparse file; expected a .tar without any")
-                # Of two members of one name the later counts, as when unpacking.
+                # The later of two members with one name counts, as when unpacking.
                 kept.pop(inside, None)
                 kept[inside] = row
                 if not member.islnk():
                     places.extend((member.offset_data, member.size))
-            elif inside.endswith(".cls") and member.size <= _LONGEST_LABEL:
+            elif inside.endswith(".cls") and member.size <= _MAX_LABEL_BYTES:
                 text = os.pread(file.fileno(), member.size, member.offset_data)
-                # Interned: a million labels of a few kinds are a few strings.
+                # Interning keeps one string for each distinct label.
                 classes[_sample(inside)] = sys.intern(text.decode(errors="replace").strip())
     labels = [classes.get(_sample(inside), "") for inside in kept]
     rows = np.fromiter(kept.values(), np.int64, len(kept))
@@ -204,36 +217,38 @@ def _scan(path: Path) -> _Shard:
 
 
 def _members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield what a .tar holds, up to its end.
+    """Yield the members of a .tar.
 
     Raises:
-        InvalidSource: compressed, damaged or cut short.
+        InvalidSource: the file is compressed, damaged or truncated.
     """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             held = vars(tar)["members"]
             before = -1
             while (member := tar.next()) is not None:
-                held.clear()  # tarfile would hold every one
+                # tarfile would keep every member in memory.
+                held.clear()
                 if tar.offset <= before:
                     raise tarfile.ReadError(f"the size of {member.name} is negative")
                 before = tar.offset
                 yield member
-            # tarfile ends quietly at a header that it cannot read.
-            end = os.pread(file.fileno(), _BLOCK, tar.offset)
-            if end != bytes(_BLOCK):
+            # tarfile stops silently at a header that it cannot read.
+            end = os.pread(file.fileno(), _TAR_BLOCK_BYTES, tar.offset)
+            if end != bytes(_TAR_BLOCK_BYTES):
                 raise tarfile.ReadError(f"damaged at byte {tar.offset}" if end else "cut short: no end mark")
-    except Exception as error:  # headers of damaged bytes may raise nearly anything
+    # tarfile raises nearly any exception on a damaged header.
+    except Exception as error:
         raise InvalidSource(f"{path}: cannot be read as an uncompressed .tar: {error}") from error
 
 
 def _relative(member: str) -> str:
-    """A member's path as `tar -C folder .` would have it without its ./ in front."""
+    """Return a member's path without a leading ./ or /."""
     return member.removeprefix("./").lstrip("/")
 
 
 def _sample(member: str) -> str:
-    """What the files of one WebDataset sample share: the path up to the first dot of the file's name."""
+    """Return the stem that groups a WebDataset sample: the path up to the first dot of the file's name."""
     folder, slash, file = member.rpartition("/")
     return folder + slash + file.split(".", 1)[0]
 
@@ -258,22 +273,22 @@ def _is_picture(member: str) -> bool:
 
 
 def _first_levels(paths: Sequence[str], above: int = 0) -> Labels | None:
-    """The first folder level as label, when every picture is in one; `above` characters in front do not count."""
+    """Return the first folder level as labels, or None when a picture has none; skip `above` leading characters."""
     if not all("/" in path[above:] for path in paths):
         return None
     return Labels.of(path[above : path.index("/", above)] for path in paths)
 
 
 def _shared_top(paths: Sequence[str]) -> int:
-    """The length of a top folder that all paths share and have a folder under, or 0.
+    """Return the length of a top folder common to all paths, each of which has a folder below it; else 0.
 
-    Who packs a folder packs its name too.
+    Packing a folder puts its own name in front of every path.
     """
     top = paths[0].split("/", 1)[0] + "/"
     return len(top) if all(path.startswith(top) and path.count("/") > 1 for path in paths) else 0
 
 
 def _span(first: str, last: str) -> tuple[range, int]:
-    """The numbers of {first..last}, and their width where one of the two begins with a zero."""
+    """Return the numbers of {first..last} and the width to pad them to: 0 unless a bound has a leading zero."""
     padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
     return range(int(first), int(last) + 1), max(len(first), len(last)) if padded else 0

@@ -1,4 +1,4 @@
-"""Sets that go by a name: MNIST as torchvision keeps it, and scikit-learn's digits. Never unpickles."""
+"""Data sets opened by name: MNIST in torchvision's layout and scikit-learn's digits. Never unpickles."""
 
 import struct
 from pathlib import Path
@@ -13,19 +13,20 @@ _IDX = {"train": ("train", 60_000), "test": ("t10k", 10_000)}
 
 
 def open_digits(name: str) -> Source:
-    """Open scikit-learn's digits: 1797 grey pictures of 8x8."""
+    """Open scikit-learn's digits: 1,797 grey pictures of 8x8."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), 0..16 → 0..255
+    # The digits range from 0 to 16, pixels from 0 to 255.
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
     return from_arrays(name, pixels, [str(label) for label in digits.target], "digits")
 
 
 def open_mnist(name: str, part: str, data_root: Path) -> Source:
-    """Open a part of MNIST: "train" or "test", grey pictures of 28x28.
+    """Open the "train" or "test" part of MNIST: grey pictures of 28x28.
 
     Raises:
-        InvalidSource: it is not under data_root, or not these files.
+        InvalidSource: the IDX files are missing under data_root, or are not those of MNIST.
     """
     stem, count = _IDX[part]
     folder = data_root / "MNIST" / "raw"

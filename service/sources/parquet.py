@@ -1,4 +1,4 @@
-"""Pictures in Parquet files, as image sets lie on the Hugging Face Hub. Imports pyarrow, which takes a while."""
+"""Pictures in Parquet files, in the layout of the Hugging Face Hub. Imports pyarrow, which loads slowly."""
 
 import json
 from collections import OrderedDict
@@ -18,33 +18,42 @@ from service.sources.compact import Labels, Names
 from service.sources.files import stems
 from service.sources.source import Source
 
-_HELD_BYTES = 256 * 2**20
-_PICTURES = ("image", "img", "bytes")  # which column, where several hold bytes
+_CACHE_BYTES = 256 * 2**20
+# Column names in order of preference, for a file with several binary columns.
+_PICTURE_COLUMNS = ("image", "img", "bytes")
 
 
 class _Table(NamedTuple):
-    """What is held of a file: its footer, where its pictures are, and its small columns."""
+    """The footer and the small columns of one Parquet file.
+
+    Attributes:
+        path: the file.
+        footer: pq.FileMetaData.
+        leaf: the column of the pictures' bytes, such as image.bytes.
+        paths: pa.ChunkedArray of large_string, or None without such a column.
+        labels: codes (N,) and the label of each code; None when a picture lacks a label.
+    """
 
     path: Path
-    footer: Any  # pq.FileMetaData
-    leaf: str  # of the picture's bytes, such as image.bytes
-    paths: Any  # pa.ChunkedArray of large_string, or None
-    labels: tuple[Any, list[str]] | None  # codes (N,) and what they stand for; None where a picture has none
+    footer: Any
+    leaf: str
+    paths: Any
+    labels: tuple[Any, list[str]] | None
 
 
 def open_parquet(name: str, paths: Sequence[Path]) -> Source:
     """Open Parquet files that hold the bytes of pictures.
 
-    The picture is a struct column with a binary field `bytes`, else a binary column: image or img if there is
-    one, else the only one. The label is the column `label`, else the only ClassLabel of the Hugging Face
-    metadata, which also names its numbers; a source in which a picture has none has no labels. An id is the
-    struct's `path` where all are there and no two the same, else the file's name and the row's number
-    (train-00000-of-00002/00000123).
+    Pictures come from a struct column with a binary field `bytes`, else from a binary column. Of several such
+    columns `image`, `img` or `bytes` is taken, in this order. Labels come from the column `label`, else from the
+    only ClassLabel in the Hugging Face metadata, which also names its numbers. The source has no labels when one
+    picture has none. Ids are the `path` fields of the struct when all are present and distinct, else the file's
+    name and the row's number (train-00000-of-00002/00000123).
 
     Raises:
-        InvalidSource: not Parquet, damaged, no column of pictures, or no row.
+        InvalidSource: a file is not Parquet, is damaged or has no column of pictures, or all files are empty.
 
-    Cost: a row group is read and decoded whole; the last 256 MiB of them are held, and those being read.
+    Cost: reads and decodes whole row groups. A cache holds the last 256 MiB of them.
     """
     tables = [_read_table(path) for path in paths]
     groups = [
@@ -69,11 +78,11 @@ def open_parquet(name: str, paths: Sequence[Path]) -> Source:
             raise OSError(f"its row group is damaged: expected {rows} rows, got {len(column)}")
         return column
 
-    held = RowGroups(load, _HELD_BYTES)
+    cache = RowGroups(load, _CACHE_BYTES)
 
     def read(position: int) -> bytes:
         group = int(starts.searchsorted(position, "right")) - 1
-        data: bytes | None = held[group][position - int(starts[group])].as_py()
+        data: bytes | None = cache[group][position - int(starts[group])].as_py()
         if data is None:
             raise OSError("there are no bytes in its row")
         return data
@@ -82,28 +91,30 @@ def open_parquet(name: str, paths: Sequence[Path]) -> Source:
 
 
 class RowGroups:
-    """The row groups that were asked for last, each loaded by one thread while others wait for it.
+    """An LRU cache of row groups. One thread loads a group while others wait for its result.
 
     Args:
-        load: a group's column of pictures.
-        most_bytes: what is held after a load; one group alone may be larger.
+        load: reads the column of pictures of a row group.
+        most_bytes: the limit after each load. A single larger group stays cached.
     """
 
     def __init__(self, load: Callable[[int], Any], most_bytes: int) -> None:
         self._load = load
         self._most_bytes = most_bytes
         self._lock = Lock()
-        self._held: OrderedDict[int, Future[Any]] = OrderedDict()  # the one asked for last at the end
-        self._sizes: dict[int, int] = {}  # of those that are loaded
+        # Ordered from the least to the most recently used group.
+        self._columns: OrderedDict[int, Future[Any]] = OrderedDict()
+        # Groups still being loaded have no size yet.
+        self._sizes: dict[int, int] = {}
         self._total = 0
 
     def __getitem__(self, group: int) -> Any:
         with self._lock:
-            column = self._held.get(group)
+            column = self._columns.get(group)
             if waits := column is not None:
-                self._held.move_to_end(group)
+                self._columns.move_to_end(group)
             else:
-                column = self._held[group] = Future()
+                column = self._columns[group] = Future()
         if not waits:
             self._fill(group, column)
         return column.result()
@@ -111,17 +122,18 @@ class RowGroups:
     def _fill(self, group: int, column: "Future[Any]") -> None:
         try:
             loaded = self._load(group)
-        except BaseException as error:  # who waits must not wait for ever, and the next one tries again
+        # Any exception must reach the waiting threads; otherwise they block forever. The next reader loads again.
+        except BaseException as error:
             with self._lock:
-                del self._held[group]
+                del self._columns[group]
             column.set_exception(error)
             return
         with self._lock:
             self._sizes[group] = loaded.nbytes
             self._total += loaded.nbytes
             while self._total > self._most_bytes and len(self._sizes) > 1:
-                oldest = next(one for one in self._held if one in self._sizes and one != group)
-                del self._held[oldest]
+                oldest = next(one for one in self._columns if one in self._sizes and one != group)
+                del self._columns[oldest]
                 self._total -= self._sizes.pop(oldest)
         column.set_result(loaded)
 
@@ -136,7 +148,8 @@ def _read_table(path: Path) -> _Table:
             picture_path = leaf.removesuffix(".bytes") + ".path"
             wanted = [picture_path] if _has_paths(schema, leaf) else []
             small = file.read(columns=wanted + ([label] if label else []), use_threads=False).flatten()
-            small.validate(full=True)  # text that is not UTF-8 shows here
+            # Full validation finds text that is not UTF-8.
+            small.validate(full=True)
             counts = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
             if sum(counts) != file.metadata.num_rows or (small.num_columns and len(small) != file.metadata.num_rows):
                 raise ValueError(f"expected {file.metadata.num_rows} rows, got {len(small)}")
@@ -148,14 +161,14 @@ def _read_table(path: Path) -> _Table:
 
 
 def _picture_leaf(path: Path, schema: Any) -> str:
-    """The column of pictures, as image.bytes or image."""
+    """Return the column of pictures, such as image.bytes or image."""
     structs = [
         field.name
         for field in schema
         if pa.types.is_struct(field.type) and any(part.name == "bytes" and _is_binary(part.type) for part in field.type)
     ]
     for names, ending in ((structs, ".bytes"), ([field.name for field in schema if _is_binary(field.type)], "")):
-        chosen = [name for name in _PICTURES if name in names] or (names if len(names) == 1 else [])
+        chosen = [name for name in _PICTURE_COLUMNS if name in names] or (names if len(names) == 1 else [])
         if chosen:
             return chosen[0] + ending
     if b"lookalike" in (schema.metadata or {}):
@@ -182,7 +195,7 @@ def _has_paths(schema: Any, leaf: str) -> bool:
 
 
 def _features(schema: Any) -> dict[str, list[str]]:
-    """The names of every ClassLabel in the metadata that Hugging Face's datasets leaves in a file."""
+    """Return the names of every ClassLabel in the metadata that Hugging Face's datasets writes into a file."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {
@@ -190,7 +203,8 @@ def _features(schema: Any) -> dict[str, list[str]]:
             for name, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names
         }
-    except (KeyError, TypeError, ValueError, AttributeError):  # none there, or not as they write it
+    # The metadata is missing or not in the format of datasets.
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 
@@ -205,9 +219,9 @@ def _label_column(schema: Any, features: dict[str, list[str]]) -> str | None:
 
 
 def _codes(column: Any, names: list[str] | None) -> tuple[Any, list[str]] | None:
-    """A column's labels as codes and what they stand for; None where a row has no label.
+    """Return the codes of a column and the label of each code; None when a row has no label.
 
-    Hugging Face writes −1 for a label that is not known.
+    Hugging Face writes −1 for an unknown label.
     """
     if column.null_count:
         return None
@@ -223,7 +237,7 @@ def _codes(column: Any, names: list[str] | None) -> tuple[Any, list[str]] | None
 
 
 def _merged(tables: Sequence[_Table]) -> Labels | None:
-    """The labels of all files, in which one label may have another code in each."""
+    """Return the labels of all files under common codes: one label may have different codes in two files."""
     names = dict[str, int]()
     codes = []
     for table in tables:

@@ -1,4 +1,4 @@
-"""What a SOURCE is: pictures in a fixed order, with their ids and labels."""
+"""Source: pictures in a fixed order, with their ids and labels."""
 
 import io
 import re
@@ -16,7 +16,7 @@ _SLICE = re.compile(r"\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 
 class Entry(NamedTuple):
-    """One picture of a source, not decoded yet; label is None where the source has none."""
+    """One undecoded picture of a source; label is None when the source has no labels."""
 
     id: str
     data: bytes
@@ -25,15 +25,15 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures in a fixed order, read one at a time, by several threads at once if need be.
+    """Pictures in a fixed order, read one at a time. Several threads may read at once.
 
     Attributes:
-        name: as the user wrote it.
-        ids: of all pictures, in order; no two are the same.
-        read: the bytes of the picture at a position; OSError says why there are none.
-        labels: of all pictures, or None.
-        blocks: where the blocks of pictures start that are cheap to read together (a Parquet row group is
-            read whole), 0 first and ascending; None where every picture is as cheap by itself.
+        name: the SOURCE argument as the user wrote it.
+        ids: one distinct id for each picture, in order.
+        read: returns the bytes of the picture at a position, or raises OSError with the reason.
+        labels: one for each picture, or None.
+        blocks: ascending start positions, from 0, of blocks that are cheap to read together: a Parquet row
+            group is read whole. None when every picture costs the same alone.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Source:
         """Return the entry at a position.
 
         Raises:
-            UndecodablePicture: its bytes cannot be read from the disk or the archive.
+            UndecodablePicture: the bytes cannot be read from the disk or the archive.
         """
         try:
             data = self.read(position)
@@ -59,10 +59,10 @@ class Source:
 
 
 def slice_source(source: Source, text: str) -> Source:
-    """Keep a slice of a source: "" all, "[:8000]", "[8000:]", "[10%:20%]", "[-100:]". Nothing is copied.
+    """Return a slice of a source without copying: "[:8000]", "[8000:]", "[10%:20%]", "[-100:]", or "" for all.
 
     Raises:
-        InvalidSource: a slice that does not parse or leaves no picture.
+        InvalidSource: the slice does not parse or is empty.
     """
     if not text:
         return source
@@ -88,12 +88,12 @@ def slice_source(source: Source, text: str) -> Source:
 
 
 def from_arrays(name: str, pixels: PixelArray, labels: Sequence[str], prefix: str) -> Source:
-    """Make a source of pictures in memory, handed out as PNG files.
+    """Return a source of pictures in memory that encodes each one as PNG when read.
 
     Args:
         pixels: (N, H, W) grey or (N, H, W, 3), uint8.
-        labels: N of them.
-        prefix: ids are prefix/00000 and so on.
+        labels: N labels.
+        prefix: the start of each id, as in prefix/00000.
     """
 
     def read(position: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Work in a forked process, which may come to any end."""
+"""Run work in a forked process that may crash."""
 
 import os
 import sys
@@ -9,13 +9,14 @@ import faiss
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Fork, work, and return how that ended: 0, 1 after an error, or minus the signal."""
+    """Run work in a forked child; return 0, 1 after an exception, or minus the signal that killed it."""
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            faiss.omp_set_num_threads(1)  # OpenMP's own threads stay in the parent
+            # A fork does not copy OpenMP's threads.
+            faiss.omp_set_num_threads(1)
             work()
             status = 0
         except BaseException:

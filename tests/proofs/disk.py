@@ -1,8 +1,8 @@
-"""A disk whose power can be cut and whose writes can fail, as a SQLite VFS. Nothing in the store knows of it.
+"""A SQLite VFS that simulates power loss and failing writes. The store does not know of it.
 
-SQLite sees what it wrote at once; on the platter it is after xSync. When the power is cut, each 512-byte sector of what
-was written since is on the platter or is not, whatever came before or after it; of files made or removed since a folder
-was last synced the later ones are undone.
+SQLite reads its writes back at once, but only xSync puts them on the platter. After a power loss each unsynced
+512-byte sector is on the platter or not, independently of all others. Files made or removed since the last sync of
+their folder are undone, the latest first.
 """
 
 import random
@@ -14,16 +14,24 @@ from typing import Any
 import apsw
 
 SECTOR = 512
-_UNIX = "unix"  # SQLite's own, below: for locks and shared memory
+# SQLite's own VFS handles locks and shared memory.
+_UNIX = "unix"
 
 
 class _Content:
-    """A file: as SQLite sees it, as it is on the platter, and what was done in between."""
+    """The content of a file in SQLite's view and on the platter.
+
+    Attributes:
+        seen: the bytes that SQLite reads.
+        platter: the bytes that survive a power loss.
+        pending: unsynced writes: (offset, data), or (size, None) for a truncation.
+        named: whether the file's name is on the platter.
+    """
 
     def __init__(self, data: bytes, named: bool) -> None:
         self.seen, self.platter = bytearray(data), bytearray(data)
-        self.pending: list[tuple[int, bytes | None]] = []  # (offset, data), or (size, None): cut to a size
-        self.named = named  # whether its name is on the platter
+        self.pending: list[tuple[int, bytes | None]] = []
+        self.named = named
 
     def write(self, offset: int, data: bytes | None) -> None:
         self.pending.append((offset, data))
@@ -34,7 +42,7 @@ class _Content:
         self.pending.clear()
 
     def torn(self, chance: random.Random) -> bytes:
-        """What is found after the power was cut."""
+        """Return the content after a power loss."""
         found, share = bytearray(self.platter), chance.choice([0.0, 0.5, 0.9, 1.0])
         for offset, data in self.pending:
             if data is None:
@@ -46,7 +54,8 @@ class _Content:
                 end = min((at // SECTOR + 1) * SECTOR, offset + len(data))
                 if chance.random() < share:
                     _put(found, at, data[at - offset : end - offset])
-                elif end > len(found) and chance.random() < 0.5:  # room was made, and something else lies there
+                # The file system may have allocated the sector without writing it: it then holds garbage.
+                elif end > len(found) and chance.random() < 0.5:
                     _put(found, at, chance.randbytes(end - at))
                 at = end
         return bytes(found)
@@ -62,18 +71,19 @@ def _put(content: bytearray, offset: int, data: bytes | None) -> None:
 
 
 class Disk(apsw.VFS):
-    """All that SQLite opens while it is there, in memory; files that are there already are read first.
+    """The default VFS while registered: keeps every file in memory, after reading existing ones.
 
     Attributes:
-        count: writes and syncs up to now.
-        before: called before each with its number, the file's name and "write" or "sync"; what it raises is what
-            SQLite gets to see.
+        count: writes and syncs so far.
+        before: called before each with its number, the file's name and "write" or "sync". SQLite receives its
+            exceptions.
     """
 
     def __init__(self, before: Callable[[int, str, str], None]) -> None:
         self.count, self.before = 0, before
         self._files: dict[str, _Content] = {}
-        self._removed: dict[str, _Content] = {}  # whose names are on the platter yet
+        # Removed files whose names are still on the platter.
+        self._removed: dict[str, _Content] = {}
         self._using = threading.RLock()
         self._name = f"disk {id(self)}"
         super().__init__(self._name, _UNIX, makedefault=True)
@@ -86,12 +96,13 @@ class Disk(apsw.VFS):
         self.unregister()
 
     def after_power_loss(self, chance: random.Random) -> dict[str, bytes]:
-        """Return names and contents of what is found when the power is cut now."""
+        """Return the name and content of each file after a power loss now."""
         with self._using:
             found = {name: content.torn(chance) for name, content in self._files.items() if content.named}
             kept = True
             for name, content in self._files.items():
-                kept = kept and chance.random() < 0.7  # names come in the order in which they were given
+                # The file system writes names in order: a lost name loses all later ones.
+                kept = kept and chance.random() < 0.7
                 if not content.named and kept:
                     found[name] = content.torn(chance)
             for name, content in self._removed.items():
@@ -100,16 +111,16 @@ class Disk(apsw.VFS):
             return {Path(name).name: data for name, data in found.items()}
 
     def after_kill(self) -> dict[str, bytes]:
-        """Return names and contents of what is found when the process ends now and the power stays."""
+        """Return the name and content of each file after a kill now, without a power loss."""
         with self._using:
             return {Path(name).name: bytes(content.seen) for name, content in self._files.items()}
 
     def at_work(self, name: str, what: str) -> None:
-        """Count, and let `before` have its say."""
+        """Count a write or a sync and call `before`."""
         self.count += 1
         self.before(self.count, name, what)
 
-    # What SQLite calls -------------------------------------------------------------------------------
+    # Methods called by SQLite ------------------------------------------------------------------------
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
         if name is None:
@@ -135,17 +146,19 @@ class Disk(apsw.VFS):
 
     def xAccess(self, pathname: str, flags: int) -> bool:  # noqa: N802
         if flags == apsw.SQLITE_ACCESS_EXISTS and pathname in self._files:
-            return bool(self._files[pathname].seen)  # as the one for Unix: an empty file is none
+            # SQLite's Unix VFS also reports an empty file as missing.
+            return bool(self._files[pathname].seen)
         return bool(super().xAccess(pathname, flags))
 
     def sync_names(self) -> None:
-        """What was made or removed is so on the platter, too."""
+        """Put all names on the platter and take all removed ones off it."""
         for content in self._files.values():
             content.named = True
         self._removed.clear()
 
     def excepthook(self, *_: object) -> bool:
-        return True  # SQLite goes on where it does not ask for the outcome, such as when a file is closed
+        # SQLite ignores the outcome of some calls, such as closing a file, so their exceptions end here.
+        return True
 
 
 class _File(apsw.VFSFile):
@@ -173,7 +186,8 @@ class _File(apsw.VFSFile):
         with self._using:
             self._disk.at_work(self._name, "sync")
             self._content.sync()
-            if not self._content.named:  # SQLite syncs the folder after a new file
+            # SQLite syncs the folder after a new file.
+            if not self._content.named:
                 self._disk.sync_names()
 
     def xFileSize(self) -> int:  # noqa: N802

@@ -1,4 +1,4 @@
-"""What schemathesis sends where our OpenAPI document says "picture", "zip", "filter" or "metadata"."""
+"""Hypothesis strategies for the pictures, zips, filters and metadata in our OpenAPI document."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ _filters = st.recursive(
 
 
 def _is_zero(body: Any) -> bool:
-    """Whether a vector is all 0. To say so in the document takes `contains`, which schemathesis 4.32 gives up on."""
+    """Return whether a vector is all zeros. The document cannot forbid it: schemathesis 4.32 fails on `contains`."""
     queries = body.get("queries") if isinstance(body, dict) else None
     vectors = [
         part.get("vector") for part in [body, *(queries if isinstance(queries, list) else [])] if isinstance(part, dict)
@@ -50,8 +50,9 @@ def _is_zero(body: Any) -> bool:
 
 @schemathesis.hook
 def filter_body(context: Any, body: Any) -> bool:
-    """Leave out zero vectors, and forms that are only wrong before they are written down: there all is text."""
-    form = getattr(body, "body", body)  # where parts have types of their own
+    """Leave out zero vectors, and forms whose metadata is invalid only until the form turns it into text."""
+    # A form whose parts have their own media types is wrapped in an object.
+    form = getattr(body, "body", body)
     is_form = isinstance(form, dict) and "file" in form
     return not _is_zero(form) and not (is_form and isinstance(form.get("metadata"), list | dict))
 

@@ -1,8 +1,8 @@
-"""Thousands of damaged snapshots, loaded: made anew, refused, or as good as the whole one; no signal, no wrong answer.
+"""Load thousands of damaged snapshots: the store rebuilds the index or answers correctly, and never crashes.
 
-To half of them nothing more is done, and their checksum tells. In the others the checksum is made right again, as
-nobody but an enemy would, so that their content is really used. `mutant(whole, other, number)` is the same bytes on
-every run, so a number in a message is enough to have the file again.
+Half of them have a wrong checksum. The other half get a correct checksum, as an attacker would give them, so their
+content is really parsed. `mutant(whole, other, number)` returns the same bytes on every run, so the number in a
+message reproduces the file.
 """
 
 import json
@@ -30,17 +30,18 @@ from tests.proofs.truth import SEEDS, VECTORS, D, Kept, State, after, do, held, 
 
 pytestmark = pytest.mark.proof
 
-MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "300"))  # the long form is 10,000; a third each
-BATCH = 25  # files to a child
-COUNT = 100  # so few that every code is compared with the catalog when a snapshot is loaded
-LARGE = 1500  # of these only some are
+# 10,000 in the long form; each kind of store gets a third.
+MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "300"))
+FILES_PER_CHILD = 25
+# Loading a snapshot of COUNT items compares every code with the catalog; of LARGE items it compares a sample.
+COUNT, LARGE = 100, 1500
 LISTS = 8
 KINDS = ["bits", "cut", "swap", "zeros", "foreign", "splice", "numbers", "header"]
 
 
 @pytest.fixture(scope="module", params=["exact", "approximate", "large"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a snapshot of an index of either kind, and another store's, named `other`."""
+    """Return a store folder with a snapshot, and the snapshot of another store, named `other`."""
     made = tmp_path_factory.mktemp(request.param)
     assert in_child(lambda: _make(made, request.param)) == 0
     return made
@@ -50,8 +51,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_damaged_snapshots(folder: Path) -> None:
     whole, other = (folder / SNAPSHOT).read_bytes(), (folder / "other").read_bytes()
     outcomes = Counter[str]()
-    for first in range(0, MUTATIONS // 3, BATCH):
-        numbers = range(first, min(first + BATCH, MUTATIONS // 3))
+    for first in range(0, MUTATIONS // 3, FILES_PER_CHILD):
+        numbers = range(first, min(first + FILES_PER_CHILD, MUTATIONS // 3))
         told = folder / "told"
         told.write_text("")
         status = in_child(partial(_load, folder, whole, other, numbers))
@@ -63,15 +64,16 @@ def test_damaged_snapshots(folder: Path) -> None:
     print(f"\n{folder.name}: " + "".join(f"\n{count:5} {name}" for name, count in sorted(outcomes.items())))
     assert sum(outcomes.values()) == MUTATIONS // 3
     index = sum(count for name, count in outcomes.items() if name.startswith("mended, used") or "other" in name)
-    assert index > 0.1 * MUTATIONS // 3, "hardly any damage got as far as the index"
+    assert index > 0.1 * MUTATIONS // 3, "hardly any damage reached the index"
 
 
 def mutant(whole: bytes, other: bytes, number: int) -> tuple[bytes, str]:
-    """Return a damaged snapshot, and what was done to it."""
+    """Return a damaged snapshot and a description of the damage."""
     chance = random.Random(number)
     kind, mended = KINDS[number // 2 % len(KINDS)], number % 2 == 1
     data = bytearray(whole[:-4] if mended else whole)
-    start = chance.choice([0, int.from_bytes(whole[8:12], "little") + 12])  # of anything, or of the arrays
+    # Half of the mutants leave the header intact and damage the arrays alone.
+    start = chance.choice([0, int.from_bytes(whole[8:12], "little") + 12])
     at = chance.randrange(start, len(data))
     length = min(chance.choice([1, 4, 8, 64, 512]), len(data) - at)
     match kind:
@@ -90,7 +92,8 @@ def mutant(whole: bytes, other: bytes, number: int) -> tuple[bytes, str]:
             data[at:] = other[at:-4] if chance.random() < 0.7 else chance.randbytes(len(data) - at)
         case "splice":
             data[at:at] = chance.randbytes(length)
-        case "numbers":  # the arrays hold numbers of 8 and 4 bytes
+        # The arrays hold numbers of 8 and 4 bytes.
+        case "numbers":
             at = start + (at - start) // 8 * 8
             value = chance.choice([-(2**63), -1, 0, 1, COUNT, 2**31, 2**40, 2**63 - 1])
             data[at : at + 8] = value.to_bytes(8, "little", signed=True)
@@ -102,7 +105,7 @@ def mutant(whole: bytes, other: bytes, number: int) -> tuple[bytes, str]:
 
 
 def _other_header(data: bytes, chance: random.Random) -> bytes:
-    """The same file with something else in its header, of the right length."""
+    """Return the file with one value of its header replaced and a correct header length."""
     length = int.from_bytes(data[8:12], "little")
     header = json.loads(data[12 : 12 + length])
     value: object = chance.choice([None, -1, 0, 1, 2, 3, 17, 2**40, 2**62, 1.5, "7", [], {}, True])
@@ -120,7 +123,7 @@ def _other_header(data: bytes, chance: random.Random) -> bytes:
     return data[:8] + len(text).to_bytes(4, "little") + text + data[12 + length :]
 
 
-# What is done in children ------------------------------------------------------------------------
+# Run in child processes --------------------------------------------------------------------------
 
 
 def _contents(count: int, start: int) -> State:
@@ -139,7 +142,7 @@ def _make(folder: Path, kind: str) -> None:
 
 
 def _approximate(store: EmbeddedStore) -> FaissIndex:
-    """An index of few lists that looks into all: what it finds is what there is, if nothing is wrong with it."""
+    """Return an index that probes all of its few lists: its results are exact when it is intact."""
     centroids = VECTORS[:LISTS]
     ranges = np.repeat(np.asarray([-2, 4], np.float32), D)
     index = FaissIndex(D, Partition(centroids, ranges, LISTS, 1000, 2.0, COUNT, COUNT, 1.0))
@@ -149,7 +152,7 @@ def _approximate(store: EmbeddedStore) -> FaissIndex:
 
 
 def _load(folder: Path, whole: bytes, other: bytes, numbers: Iterable[int]) -> None:
-    """Load some mutants, and write a line about each."""
+    """Load mutants and write a line about each."""
     for number in numbers:
         data, done = mutant(whole, other, number)
         count = LARGE if folder.name.startswith("large") else COUNT
@@ -160,7 +163,7 @@ def _load(folder: Path, whole: bytes, other: bytes, numbers: Iterable[int]) -> N
                 outcome = _loaded(Path(copy), number, _contents(count, 0))
             except AssertionError as error:
                 raise AssertionError(f"mutant {number} ({done})") from error
-            assert outcome.startswith("made anew") or done.endswith("mended") or data == whole, f"{number} ({done})"
+            assert outcome.startswith("rebuilt") or done.endswith("mended") or data == whole, f"{number} ({done})"
             told.write(f"{'mended' if done.endswith('mended') else 'as it came'}, {outcome}\n")
 
 
@@ -172,11 +175,13 @@ def _loaded(folder: Path, number: int, state: State) -> str:
     partition = store.partition
     outcome, whole = "used", not warnings.texts
     if warnings.texts:
-        outcome, whole = "made anew: " + re.sub(r"\d+", "N", warnings.texts[0].partition("cannot be used: ")[2]), True
+        outcome, whole = "rebuilt: " + re.sub(r"\d+", "N", warnings.texts[0].partition("cannot be used: ")[2]), True
     elif partition is not None and (partition.nprobe < LISTS or partition.oversampling * 7 < COUNT):
-        outcome, whole = "used, looks at a part", False  # no mistake of such an index, if what it finds is right
+        # An index that probes fewer lists may miss items; its hits must still be correct.
+        outcome, whole = "used, probes fewer lists", False
     elif len(state) == LARGE:
-        whole = False  # a code that is not compared may be wrong: its item is not found, what is found is right
+        # A code outside the compared sample may be wrong: its item is not found, and every hit is still correct.
+        whole = False
     assert not whole or held(store) == state
     _assert_right(store, state)
     if number % 4 >= 2:
@@ -190,7 +195,7 @@ def _loaded(folder: Path, number: int, state: State) -> str:
 
 
 class Warnings(logging.Handler):
-    """What a store says of its snapshot."""
+    """Collects the warnings that a store logs about its snapshot."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -201,7 +206,7 @@ class Warnings(logging.Handler):
 
 
 def _assert_right(store: EmbeddedStore, state: State) -> None:
-    """See that what is found is there, as like as is said, in the right order."""
+    """Check that every hit exists and has the right score and rank."""
     order = {id: n for n, id in enumerate(state)}
     for query, hits in zip(VECTORS, store.search(VECTORS, 7), strict=True):
         for hit in hits:

@@ -1,4 +1,4 @@
-"""A write or a sync fails, once or from then on: an error is said, nothing acknowledged is lost, searches go on."""
+"""A write or a sync fails, once or for good: the store raises, loses nothing acknowledged and keeps searching."""
 
 import os
 import random
@@ -20,8 +20,10 @@ from tests.proofs.truth import Change, State, after, do, held, opened, some_chan
 
 pytestmark = pytest.mark.proof
 
-POINTS = 200  # writes and syncs, from the first of a new store on
-STEP = int(os.environ.get("LOOKALIKE_ERRORS_STEP", "8"))  # the long form is every one
+# The first writes and syncs of a new store.
+POINTS = 200
+# 1 in the long form.
+STEP = int(os.environ.get("LOOKALIKE_ERRORS_STEP", "8"))
 IDS = [f"p{n}" for n in range(16)]
 
 
@@ -37,7 +39,7 @@ def test_disk_errors(tmp_path: Path, error: type[apsw.Error], lasting: bool) -> 
 
 
 def _fails_at(folder: Path, point: int, error: type[apsw.Error], lasting: bool) -> str:
-    """Work until the error comes, see what is to be seen, and return what failed."""
+    """Change a store until a write or sync fails, check the aftermath, and return which of them failed."""
     failed, opening, state, doubtful = "", True, State(), None
 
     def before(count: int, _: str, what: str) -> None:
@@ -56,14 +58,15 @@ def _fails_at(folder: Path, point: int, error: type[apsw.Error], lasting: bool) 
         if store is not None:
             writer_of(store)._database.execute("PRAGMA wal_autocheckpoint = 8").fetchall()
             state, doubtful = _work(store, random.Random(1))
-            assert failed and doubtful, "no error was said"
-            # Where a checkpoint after the commit failed, apsw tells of it though SQLite does not: the change is there.
+            assert failed and doubtful, "no error was raised"
+            # apsw raises for a checkpoint that fails after the commit, so the change may be stored.
             assert held(store) in (state, after(state, doubtful)), "searches do not go on"
             for change in (["put", {"p1": [1, 1]}], ["remove", "p1"], ["describe", "p1", 1]):
                 with pytest.raises(InvalidStore, match="read-only until the service starts again"):
                     do(store, change)
             assert held(store) in (state, after(state, doubtful)), "searches do not go on"
-            with suppress(apsw.Error):  # the real SQLite says nothing of what fails while it closes
+            # SQLite itself ignores failures while closing.
+            with suppress(apsw.Error):
                 store.close()
         files = disk.after_kill()
     reopened = folder.with_name(folder.name + " reopened")
@@ -114,9 +117,10 @@ def _fills_the_disk(folder: Path, state: State, most_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     store._maintenance._unsaved = 10**9
     store.settle()
-    assert (folder / SNAPSHOT).read_bytes() == before, "half a snapshot has taken the place of a whole one"
+    assert (folder / SNAPSHOT).read_bytes() == before, "a partial snapshot replaced a complete one"
     assert held(store) == after(state, ["remove", "p8"])
-    if most_bytes < 1000:  # the log has no room either
+    # The write-ahead log does not fit either.
+    if most_bytes < 1000:
         with pytest.raises(InvalidStore):
             do(store, ["remove", "p9"])
         assert held(store) == after(state, ["remove", "p8"])

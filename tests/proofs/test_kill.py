@@ -1,7 +1,7 @@
-"""kill -9 at random moments and at named points: what was acknowledged is there, what was deleted stays away.
+"""kill -9 at random moments and at named points: no acknowledged change is lost, no deleted item returns.
 
-Three threads change the store, each its own items. Of each thread the change that was under way may have come through
-or not. The store is then opened by a writer or by a reader, compared with the model, and written on.
+Three threads change the store, each its own items. The change that each thread had in flight may be stored or not. The
+test then opens the store as a writer or a reader, compares it with the model, and goes on with it.
 """
 
 import json
@@ -24,9 +24,11 @@ from tests.proofs.writer import POINTS, THREADS, fixed, ids_of
 
 pytestmark = pytest.mark.proof
 
-CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "36"))  # the long form is 2,000
+# 2,000 in the long form.
+CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "36"))
 SEED = int(os.environ.get("LOOKALIKE_KILLS_SEED", "0"))
-LONGEST_S = 3.0  # a point that is not passed until then is no point of this cycle
+# A writer that has not reached its point by then is killed anyway.
+LONGEST_S = 3.0
 
 
 @pytest.mark.timeout(60 + 10 * CYCLES)
@@ -52,9 +54,9 @@ def test_kills(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.clear()
         found = _reopened(folder, read_only=point != "while a store is made" and chance.random() < 0.5)
         assert not list(examine(folder))
-        # A kill leaves the snapshot before or the snapshot after, and either can be used.
+        # A kill leaves the previous or the new snapshot; both are usable.
         assert not [record.getMessage() for record in caplog.records if "cannot be used" in record.getMessage()]
-        name = f"cycle {cycle}, killed at {point}, {'had' if died else 'had not'} come there"
+        name = f"cycle {cycle}, killed {'at' if died else 'before'} {point}"
         if not started and ["ready"] not in lines:
             assert found in ({}, fixed()), name
         for thread in range(THREADS):
@@ -66,14 +68,14 @@ def test_kills(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             through += now != before
         assert all(found[id] == kept for id, kept in state.items() if id.startswith("fixed")), name
         state = found
-    print(f"\n{CYCLES} kills -9: {acknowledged} changes acknowledged, none lost; {through} came through unacknowledged")
+    print(f"\n{CYCLES} kills -9: {acknowledged} changes acknowledged, none lost; {through} stored unacknowledged")
     print("\n".join(f"{count:4} at {point}" for point, count in deaths.items()))
     missed = set(POINTS) - set(deaths)
-    assert len(POINTS) - len(missed) >= 12, f"never came to {missed}"
+    assert len(POINTS) - len(missed) >= 12, f"never reached {missed}"
 
 
 def _killed(folder: Path, cycle: int, point: str, chance: random.Random) -> tuple[list[list[Any]], bool]:
-    """What the writer said before it was killed, and whether it came to the point."""
+    """Run and kill a writer; return the lines that it printed and whether it reached the point."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "LOOKALIKE_KILL_AT": point,
@@ -96,7 +98,7 @@ def _killed(folder: Path, cycle: int, point: str, chance: random.Random) -> tupl
 
 
 def _read(lines: list[list[Any]]) -> tuple[list[Change], dict[int, Change]]:
-    """Changes that were acknowledged, and of each thread the one that was not."""
+    """Return the acknowledged changes, and the unacknowledged change of each thread."""
     done: list[Change] = []
     begun: dict[int, Change] = {}
     for what, *words in lines:

@@ -1,6 +1,6 @@
-"""kill -9 of the whole service while pictures come, go and are looked for; and a clock that jumps while it serves.
+"""kill -9 of the whole service under adds, deletes and searches; and a clock that jumps while it serves.
 
-The worker has a session of its own and outlives its parents, so every process is killed and the port is looked at.
+The worker has a session of its own and outlives its parent, so the test kills every process and checks the port.
 """
 
 import os
@@ -20,13 +20,14 @@ from tests.serving import killed, serving
 
 pytestmark = pytest.mark.proof
 
-CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "4"))  # the long form is 200
+# 200 in the long form.
+CYCLES = int(os.environ.get("LOOKALIKE_KILLS", "4"))
 SEED = int(os.environ.get("LOOKALIKE_KILLS_SEED", "0"))
 THREADS, IDS = 3, 8
 PICTURES = [open_source("digits").read(n) for n in range(40)]
 KEEPING = {"BENTOML_DO_NOT_TRACK": "True"}
-# What Python runs when it starts: the worker's clock goes a day forth and back every other second. The parent's does
-# not: circus waits by it after starting a worker, for a day where it goes back then, and hears no SIGTERM meanwhile.
+# Python runs this at start. It moves the worker's clock by a day every second, forward and back. The parent keeps its
+# clock: circus sleeps by it after starting a worker, and would sleep for a day and ignore SIGTERM.
 JUMPS = """
 import sys, time
 real, real_ns, start = time.time, time.time_ns, time.monotonic()
@@ -38,11 +39,11 @@ if "_bentoml_impl.worker.service" in sys.orig_argv:
 """
 
 Held = dict[str, tuple[int, int]]
-"""The number of the picture and what its metadata says, by id."""
+"""The picture's number and the number in its metadata, by id."""
 
 
 class Client(threading.Thread):
-    """Changes its own items and looks for one, until the service is gone."""
+    """Changes and searches its own items until the service is gone."""
 
     def __init__(self, url: str, number: int, held: Held, chance: random.Random) -> None:
         super().__init__()
@@ -112,12 +113,12 @@ def test_kills_over_http(tmp_path: Path) -> None:
             assert not client.wrong, client.wrong
             done.update(client.done)
     print(f"\n{CYCLES} kills -9 of the service: {dict(sorted(done.items()))}; none lost, none back;")
-    print(f"{unacknowledged} changes came through unacknowledged")
+    print(f"{unacknowledged} changes stored unacknowledged")
     assert done["PUT 201"] > 3 * CYCLES and done["DELETE 204"] > CYCLES and done["POST 200"] > CYCLES
 
 
 def _compared(url: str, clients: list[Client]) -> tuple[Held, int]:
-    """What the service holds, which is what it said or else what it had no time to say; and how often the latter."""
+    """Compare the service with its clients; return its items and the number of unacknowledged changes it stored."""
     found, came = _read(url), 0
     for client in clients:
         own = {id: kept for id, kept in found.items() if id.startswith(client.prefix)}
@@ -132,7 +133,7 @@ def _compared(url: str, clients: list[Client]) -> tuple[Held, int]:
 
 
 def _read(url: str) -> Held:
-    """All that the service holds: lists, bytes and searches agree."""
+    """Return all items of the service; check that its lists, bytes and searches agree."""
     with httpx2.Client(base_url=url, timeout=20) as http:
         listed = http.get("/images", params={"limit": 100}).json()["items"]
         found = {one["id"]: (one["metadata"]["picture"], one["metadata"]["n"]) for one in listed}
@@ -155,7 +156,8 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
             assert _read(url) == client.held
             with httpx2.Client(base_url=url, timeout=20) as http:
                 begun = time.monotonic()
-                while time.monotonic() < begun + 4:  # through a whole round of jumps
+                # The four jumps take four seconds.
+                while time.monotonic() < begun + 4:
                     client.one(http)
                     time.sleep(0.02)
             assert not client.wrong, client.wrong

@@ -1,7 +1,7 @@
-"""Writers and searches at once: every search finds what plain NumPy finds in the store as it was at one moment of it.
+"""Concurrent writers and searches: every search equals a plain NumPy search in one state of the store.
 
-While a commit reaches the index, it is written down here what the catalog holds from then on. A search must agree with
-one of the states between the last one before it began and the last one before it ended.
+The test records the catalog's state whenever a commit reaches the index. A search must agree with a state between the
+last one before its start and the last one before its end.
 """
 
 import os
@@ -46,13 +46,14 @@ from tests.proofs.truth import (
 
 pytestmark = pytest.mark.proof
 
-SECONDS = float(os.environ.get("LOOKALIKE_SECONDS", "10"))  # the long form is 600
+# 600 in the long form.
+SECONDS = float(os.environ.get("LOOKALIKE_SECONDS", "10"))
 WRITERS, READERS = 4, 8
 FEW = FILTER["n"]["$lt"]
 
 
 class Watched(EmbeddedStore):
-    """A store that writes down its states by the number of the last change; it keeps the latest of them."""
+    """A store that records its latest states, each with the sequence number of its last change."""
 
     def write_down(self, changes: list[Change], sequence: int) -> None:
         """Apply a commit, and keep the state that it made."""
@@ -62,7 +63,7 @@ class Watched(EmbeddedStore):
         with self._reader.connections.borrow() as database:
             for key, _ in database.execute("SELECT key, id FROM removed WHERE sequence > ?", (since,)):
                 latest.pop(key, None)
-            # In the order of keys: so a new one comes last, as it does in a search.
+            # Ordered by key, so that new items come last, as in a search.
             query = "SELECT key, id, digest, metadata ->> 'n' FROM items WHERE sequence > ? ORDER BY key"
             for key, id, digest, n in database.execute(query, (since,)):
                 latest[key] = (id, Kept(int(digest), n))
@@ -71,7 +72,7 @@ class Watched(EmbeddedStore):
         self.reached = sequence
 
     def watch(self) -> None:
-        """Begin with what is there."""
+        """Start recording with the current state."""
         self.apply, self._commits._apply = self._commits._apply, self.write_down
         self.states: deque[tuple[int, dict[int, tuple[str, Kept]]]] = deque(maxlen=5_000)
         with self._reader.connections.borrow() as database:
@@ -82,9 +83,9 @@ class Watched(EmbeddedStore):
         self.states.append((self.reached, {key: (id, Kept(int(digest), n)) for key, id, digest, n in rows}))
 
     def between(self, first: int) -> list[State]:
-        """The states from a number on, each in the order of adding."""
+        """Return the states since a sequence number, each in insertion order."""
         found = [state for sequence, state in list(self.states) if sequence >= first]
-        assert self.states[0][0] <= first, "a search took longer than states are kept"
+        assert self.states[0][0] <= first, "a search outlived the recorded states"
         return [dict(state.values()) for state in found]
 
 
@@ -102,7 +103,8 @@ def test_writers_and_searches_at_once(tmp_path: Path, kind: str, monkeypatch: py
     crowd = Crowd(store, kind == "exact")
     add = FaissIndex.add
 
-    def slowly(*arguments: Any) -> None:  # so that others come in between, if they may
+    def slowly(*arguments: Any) -> None:
+        # Gives other threads time to interleave, if a lock lets them.
         time.sleep(0.01)
         add(*arguments)
 
@@ -121,7 +123,7 @@ def test_writers_and_searches_at_once(tmp_path: Path, kind: str, monkeypatch: py
 
 
 class Crowd:
-    """Threads that write, each its own items, threads that search, and one that looks after the index."""
+    """Threads that write, each its own items, threads that search, and one that maintains the index."""
 
     def __init__(self, store: Watched, exact: bool) -> None:
         self.store, self.exact = store, exact
@@ -130,7 +132,7 @@ class Crowd:
         self.ending = threading.Event()
 
     def run(self) -> None:
-        """Let all work for the time."""
+        """Run all threads for SECONDS."""
         work: list[tuple[Callable[[int], None], int]] = [(self.write, writer) for writer in range(WRITERS)]
         work += [(self.search, reader) for reader in range(READERS)] + [(self.settle, 0)]
         threads = [threading.Thread(target=self.again, args=each) for each in work]
@@ -142,7 +144,7 @@ class Crowd:
             thread.join()
 
     def again(self, work: Callable[[int], None], number: int) -> None:
-        """Work until the end or an error of anybody's."""
+        """Repeat work until the end or until any thread fails."""
         self.chances = getattr(self, "chances", threading.local())
         self.chances.one = random.Random(f"{work.__name__} {number}")
         try:
@@ -171,14 +173,14 @@ class Crowd:
         self.done["beside changes"] += len(states) > 1
 
     def agrees(self, state: State, filtered: bool, seeds: list[int], k: int, found: list[list[Hit]]) -> bool:
-        """Whether hits are those of a state: all of them of an exact index, right ones in order of another."""
-        met = {id: kept for id, kept in state.items() if not filtered or kept.n < FEW}
-        order = {id: place for place, id in enumerate(met)}
+        """Return whether hits fit a state: all the nearest for an exact index, else correct items in order."""
+        matching = {id: kept for id, kept in state.items() if not filtered or kept.n < FEW}
+        order = {id: place for place, id in enumerate(matching)}
         for seed, hits in zip(seeds, found, strict=True):
-            if self.exact and [(hit.id, hit.metadata["n"]) for hit in hits] != nearest(met, VECTORS[seed], k):
+            if self.exact and [(hit.id, hit.metadata["n"]) for hit in hits] != nearest(matching, VECTORS[seed], k):
                 return False
             for hit in hits:
-                kept = met.get(hit.id)
+                kept = matching.get(hit.id)
                 if kept is None or hit.metadata != {"n": kept.n} or not _close(hit.score, seed, kept.seed):
                     return False
             ranks = [(-hit.score, order[hit.id]) for hit in hits]
@@ -187,7 +189,7 @@ class Crowd:
         return True
 
     def settle(self, _: int) -> None:
-        """Take a snapshot or make the index anew."""
+        """Save a snapshot or rebuild the index."""
         if self.chances.one.random() < 0.5:
             self.store._maintenance.save()
         else:
@@ -206,7 +208,7 @@ def _now(store: EmbeddedStore) -> State:
 
 
 class Machine(RuleBasedStateMachine):
-    """One after the other, in the order that is most likely to go wrong; hypothesis makes it short."""
+    """Random sequences of operations by one writer and one reader; hypothesis shrinks a failing one."""
 
     ids = st.sampled_from([f"p{n}" for n in range(8)])
     seeds, numbers = st.integers(0, 4), st.integers(0, NUMBERS - 1)
@@ -262,7 +264,8 @@ class Machine(RuleBasedStateMachine):
         if hasattr(self, "store"):
             for store in (self.store, self.reader):
                 if store is not None:
-                    assert list(_now(store).items()) == list(self.state.items())  # in the order of adding
+                    # Lists compare the insertion order, too.
+                    assert list(_now(store).items()) == list(self.state.items())
                     assert_finds(store, self.state, 5)
 
     def teardown(self) -> None:

@@ -1,9 +1,9 @@
-"""Thousands of damaged and hostile pictures against POST /embed: each gets an answer, soon, and no memory stays.
+"""Thousands of damaged and hostile pictures against POST /embed: each gets a fast answer, and memory does not grow.
 
-A mutant is a whole picture to which one to three things were done. What knows the format (parts dropped or
-repeated, header fields set to extreme values) mends checksums and lengths, so that the decoder gets past its first
-look; what does not (flipped bits, overwritten bytes, cuts, splices) leaves them wrong. `mutant(number)` is the same
-bytes on every run with the same Pillow, so a number in a message is enough to have the file again.
+A mutant is an intact picture after one to three mutations. Mutations of the format's parts (parts dropped or repeated,
+header fields set to extreme values) repair checksums and lengths, so the decoder gets past its first checks. Mutations
+of bytes (flipped bits, overwritten bytes, cuts, splices) leave them wrong. `mutant(number)` returns the same bytes on
+every run with the same Pillow, so the number in a message reproduces the file.
 """
 
 import ctypes
@@ -35,17 +35,19 @@ from tests.conftest import MODEL, encoded, scene
 
 pytestmark = pytest.mark.proof
 
-MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "2000"))  # the long form is 20,000
+# 20,000 in the long form.
+MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "2000"))
 SEED = 0
 LONGEST_S = 2.0
-MOST_GROWTH = 50_000_000  # bytes of resident memory, second half over first
+# Growth of the resident memory in the second half of the run.
+MOST_GROWTH_BYTES = 50_000_000
 
 _BYTES = (0x00, 0x7F, 0x80, 0xFF)
-# Sides about the limits of the service and of the formats' number types, and what says nothing at all.
+# Values near zero, near the service's limits and near the limits of the formats' number types.
 _NUMBERS = [0, 1, 2, 3, 7, 8, 16, 28, 100, 255, 256, 4_999, 5_000, 5_001, 9_999, 10_000, 10_001, 16_383, 16_384]
 _NUMBERS += [32_767, 32_768, 65_535, 2**24 - 1, 2**31 - 1, 2**31, 2**32 - 1]
 
-# Header fields: how their part begins, where in the part they stand, and how many bytes they have.
+# Header fields: the pattern at the start of their part, their offset in it, and their size in bytes.
 _SIDES = {
     "PNG": [(rb".{4}IHDR", at, 4) for at in (8, 12)],
     "JPEG": [(rb"\xff[\xc0-\xc2]", at, 2) for at in (5, 7)],
@@ -67,19 +69,19 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Whole:
-    """A picture's file, undamaged, in the parts that its format is made of: chunks, segments, blocks."""
+    """An intact picture file, split into the chunks, segments or blocks of its format."""
 
     name: str
     format: str
     parts: tuple[bytes, ...]
 
 
-# What the mutants are made from -------------------------------------------------------------------
+# Intact pictures ----------------------------------------------------------------------------------
 
 
 @cache
 def wholes() -> dict[str, Whole]:
-    """Return pictures in every kind of the five formats that can be written here, by name."""
+    """Return intact pictures by name: every kind of the five formats that this file can write."""
     colour, grey = scene(96, 64), scene(96, 64, 1).convert("L")
     digit = Image.open(io.BytesIO(open_source("digits").entry(3).data))
     see_through = colour.convert("RGBA")
@@ -119,14 +121,14 @@ def wholes() -> dict[str, Whole]:
 
 
 def _pick(generator: np.random.Generator) -> Whole:
-    """Pick a whole picture, of each format as often as of any other."""
+    """Draw an intact picture; all formats are equally likely."""
     format = tuple(_SIDES)[generator.integers(len(_SIDES))]
     several = [whole for whole in wholes().values() if whole.format == format]
     return several[generator.integers(len(several))]
 
 
 def interlaced(grey: Image.Image) -> bytes:
-    """Return a PNG of seven interlaced passes, which Pillow reads and does not write."""
+    """Return a PNG of seven interlaced passes, which Pillow reads but cannot write."""
     pixels = np.asarray(grey)
     passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     rows = [row for top, left, down, across in passes for row in pixels[top::down, left::across]]
@@ -136,7 +138,7 @@ def interlaced(grey: Image.Image) -> bytes:
 
 
 def run_lengths(palette: Image.Image) -> bytes:
-    """Return a BMP of run lengths, which Pillow reads, in Python, and does not write."""
+    """Return a run-length encoded BMP, which Pillow reads in Python code but cannot write."""
     plain = encoded(palette, "BMP")
     header = plain[:30] + b"\1" + plain[31 : int.from_bytes(plain[10:14], "little")]
     rows = [
@@ -162,7 +164,8 @@ def _split_webp(data: bytes) -> tuple[bytes, ...]:
 
 
 def _split_jpeg(data: bytes) -> tuple[bytes, ...]:
-    marker = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in a scan's data 0xff is followed by 0 or is a restart
+    # In a scan's data 0xff precedes a 0 or begins a restart marker.
+    marker = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 
     def end(at: int) -> int:
         if data[at + 1] == 0xD9:
@@ -208,11 +211,11 @@ def _split(data: bytes, head: int, end: Callable[[int], int]) -> tuple[bytes, ..
 _SPLITTERS = {"PNG": _split_png, "JPEG": _split_jpeg, "WEBP": _split_webp, "GIF": _split_gif, "BMP": _split_bmp}
 
 
-# What is done to them -----------------------------------------------------------------------------
+# Mutations ----------------------------------------------------------------------------------------
 
 
 def mutant(number: int) -> tuple[bytes, str]:
-    """Return the bytes of a mutant, and in words what it was made from and what was done."""
+    """Return the bytes of a mutant, and the names of its picture and its mutations."""
     generator = np.random.default_rng([SEED, number])
     whole = _pick(generator)
     chosen = sorted(int(pick) for pick in generator.integers(len(_MUTATIONS), size=generator.integers(1, 4)))
@@ -246,20 +249,20 @@ def _swap(parts: list[bytes], _: str, generator: np.random.Generator) -> None:
 
 
 def _bring_in(parts: list[bytes], _: str, generator: np.random.Generator) -> None:
-    """Put in a part of another picture, mostly of another format."""
+    """Insert a part of another picture, usually of another format."""
     other = _pick(generator).parts
     parts.insert(int(generator.integers(len(parts) + 1)), other[generator.integers(len(other))])
 
 
 def _set_fields(parts: list[bytes], format: str, generator: np.random.Generator) -> None:
-    """Set one or two header fields to a number that means something, or that nobody expects."""
+    """Set one or two header fields to a valid or an extreme number."""
     fields = _SIDES[format] + _OTHERS[format]
     for pick in generator.integers(len(fields), size=generator.integers(1, 3)):
         _set(parts, format, fields[pick], int(generator.choice(_NUMBERS)))
 
 
 def _set_both_sides(parts: list[bytes], format: str, generator: np.random.Generator) -> None:
-    """Say that the picture is large, as far as the service lets it: what is missing is the decoder's problem."""
+    """Declare a large picture; the decoder must cope with the missing data."""
     _set_sides(parts, format, int(generator.choice([64, 1_000, 4_000, 5_000, 10_000, 65_535])))
 
 
@@ -285,7 +288,7 @@ def _overwrite_within(parts: list[bytes], _: str, generator: np.random.Generator
 
 
 def _refill(parts: list[bytes], format: str, generator: np.random.Generator) -> None:
-    """Change the pixels under a PNG's compression: filters out of range, too few rows, far too many."""
+    """Change the data inside a PNG's compression: filters out of range, too few rows, far too many."""
     for position, part in enumerate(parts):
         if format == "PNG" and part[4:8] == b"IDAT":
             rows = [zlib.decompress(part[8:-4])]
@@ -294,7 +297,7 @@ def _refill(parts: list[bytes], format: str, generator: np.random.Generator) -> 
 
 
 def _mend(parts: list[bytes], format: str) -> None:
-    """Make lengths and checksums right again."""
+    """Correct lengths and checksums."""
     if format == "PNG":
         parts[:] = [
             part if part[:4] == b"\x89PNG" or len(part) < 12 else _chunk(part[4:8], part[8:-4]) for part in parts
@@ -339,28 +342,28 @@ def _fill_in(joined: list[bytes], _: str, generator: np.random.Generator) -> Non
 
 
 def _splice(joined: list[bytes], _: str, generator: np.random.Generator) -> None:
-    """Go on as another file does."""
+    """Cut the file and append the end of another."""
     other = b"".join(_pick(generator).parts)
     joined[0] = joined[0][: generator.integers(len(joined[0]) + 1)] + other[generator.integers(len(other)) :]
 
 
-# In the order in which they are done: under the compression comes first, while it is whole.
+# In the order of application: _refill comes first because it needs intact compressed data.
 _OF_PARTS = (_refill, _drop, _repeat, _swap, _bring_in, _set_fields, _set_both_sides, _overwrite_within)
 _MUTATIONS = (*_OF_PARTS, _flip_bits, _overwrite, _cut, _double, _leave_out, _fill_in, _splice)
 
 
-# The proofs ---------------------------------------------------------------------------------------
+# Proofs -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """The service, empty."""
+    """Return a client of an empty service."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENTOML_DO_NOT_TRACK", "True")
         from service.app import make_service
 
         store = tmp_path_factory.mktemp("mutants") / "store"
-        # A timer of BentoML's keeps 5 KB of every request for as long as both: soon gone, they hide no other growth.
+        # BentoML's timer keeps 5 KB of every request for the sum of both; short times keep that out of the growth.
         settings = Settings(store=store, model=MODEL, variant="fp32", body_timeout_s=2, work_timeout_s=4)
         app = make_service(settings).to_asgi()
         with TestClient(app, raise_server_exceptions=False) as opened:
@@ -371,7 +374,7 @@ def test_whole_pictures_are_taken(client: TestClient) -> None:
     for whole in wholes().values():
         parts = list(whole.parts)
         _mend(parts, whole.format)
-        assert tuple(parts) == whole.parts, f"{whole.name}: mending changed a whole file"
+        assert tuple(parts) == whole.parts, f"{whole.name}: mending changed an intact file"
         expected = 415 if whole.name == "BMP run lengths" else 200
         assert client.post("/embed", content=b"".join(parts)).status_code == expected, whole.name
 
@@ -382,11 +385,12 @@ def test_a_mutant_can_be_made_again() -> None:
 
 
 def bombs() -> dict[str, bytes]:
-    """Return small files that ask for much work: of memory, of passes, of loops in Python."""
+    """Return small files that demand much memory, many passes, or long loops in Python."""
     scans = list(wholes()["JPEG progressive"].parts)
     _set_sides(scans, "JPEG", 5_000)
     segments = list(wholes()["JPEG"].parts)
-    first_scan = b"\xff\xda\0\x08\1\1\0\1\5\2\0"  # of one component, without data
+    # A scan of one component without data.
+    first_scan = b"\xff\xda\0\x08\1\1\0\1\5\2\0"
     rows = list(wholes()["BMP run lengths"].parts)
     _set_sides(rows, "BMP", 5_000)
     film = list(wholes()["GIF"].parts)
@@ -412,7 +416,8 @@ def test_small_files_that_ask_for_much_work(client: TestClient) -> None:
 
 @pytest.mark.timeout(1800)
 def test_mutated_pictures_get_an_answer(client: TestClient, tmp_path: Path) -> None:
-    sent = tmp_path / "sent"  # always the file now under way: it is there, too, when a decoder takes the process down
+    # The current mutant stays on disk, in case a decoder crashes the process.
+    sent = tmp_path / "sent"
     kinds, slowest, half_time = Counter[tuple[str, int]](), (0.0, ""), 0
     for number in range(MUTATIONS):
         if number == MUTATIONS // 2:
@@ -440,11 +445,11 @@ def test_mutated_pictures_get_an_answer(client: TestClient, tmp_path: Path) -> N
     taken, refused = statuses[200] / MUTATIONS, 1 - statuses[200] / MUTATIONS
     assert taken > 0.05, f"{taken:.1%} were taken: the mutations are too wild to get past the headers"
     assert refused > 0.20, f"{refused:.1%} were refused: the mutations are too tame"
-    assert growth < MOST_GROWTH, f"memory grew by {growth / 1e6:.0f} MB in the second half"
+    assert growth < MOST_GROWTH_BYTES, f"memory grew by {growth / 1e6:.0f} MB in the second half"
 
 
 def _embed(client: TestClient, data: bytes) -> tuple[float, httpx2.Response]:
-    """Send a picture; once more if it took too long, in case another program had the processor."""
+    """Send a picture; retry once after a slow answer, in case another program had the processor."""
     for _ in range(2):
         begun = time.perf_counter()
         answer = client.post("/embed", content=data)
@@ -455,7 +460,7 @@ def _embed(client: TestClient, data: bytes) -> tuple[float, httpx2.Response]:
 
 
 def _resident() -> int:
-    """Return the resident memory, less what the allocator holds back of what was freed."""
+    """Return the resident memory in bytes, after returning freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(psutil.Process().memory_info().rss)

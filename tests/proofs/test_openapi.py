@@ -1,5 +1,5 @@
-"""Schemathesis against the real service: requests made from our own OpenAPI document, valid and not, alone and in
-chains, and every answer held against what the document says."""
+"""Schemathesis against the real service: it derives valid and invalid requests, single and chained, from our OpenAPI
+document and checks every answer against the document."""
 
 import os
 import subprocess

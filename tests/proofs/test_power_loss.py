@@ -1,4 +1,4 @@
-"""The power goes while the store is written: nothing that was acknowledged is lost. With less care, it is."""
+"""Power loss during writes loses nothing acknowledged with synchronous=FULL, and loses some with weaker settings."""
 
 import os
 import random
@@ -16,9 +16,10 @@ from tests.proofs.truth import Change, State, after, do, held, opened, some_chan
 
 pytestmark = pytest.mark.proof
 
-CYCLES = int(os.environ.get("LOOKALIKE_POWER_LOSSES", "30"))  # the long form is 300
+# 300 in the long form.
+CYCLES = int(os.environ.get("LOOKALIKE_POWER_LOSSES", "30"))
 IDS = [f"p{n}" for n in range(24)]
-CHANGES = 25  # at most, between two losses
+MOST_CHANGES_PER_CYCLE = 25
 
 
 @pytest.mark.timeout(1800)
@@ -29,9 +30,10 @@ def test_power_loss(tmp_path: Path, synchronous: str) -> None:
     folder = tmp_path
     for cycle in range(CYCLES):
         chance = random.Random(cycle)
-        if state is None or cycle % 8 == 0:  # else the loss comes upon what the loss before left
+        # Other cycles continue with the files that the previous power loss left.
+        if state is None or cycle % 8 == 0:
             folder, state = tmp_path / f"new{cycle}", {}
-        found, state, doubtful, was_cut = _until_the_power_goes(folder, state, synchronous, chance)
+        found, state, doubtful, was_cut = _until_power_loss(folder, state, synchronous, chance)
         cuts += was_cut
         folder = tmp_path / f"after{cycle}"
         folder.mkdir()
@@ -46,23 +48,27 @@ def test_power_loss(tmp_path: Path, synchronous: str) -> None:
         good = now in ([state] if doubtful is None else [state, after(state, doubtful)])
         assert good or synchronous != "FULL", f"cycle {cycle}: expected {state} or that and {doubtful}, found {now}"
         lost, state = lost + (not good), now
-    print(
-        f"\nsynchronous={synchronous}: {lost} of {CYCLES} power losses lost what was acknowledged; {cuts} came in work"
-    )
+    print(f"\nsynchronous={synchronous}: {lost} of {CYCLES} power losses lost acknowledged changes; {cuts} hit a write")
     assert cuts > CYCLES / 2
     assert synchronous == "FULL" or lost, "this test cannot fail"
 
 
-def _until_the_power_goes(
+def _until_power_loss(
     folder: Path, state: State, synchronous: str, chance: random.Random
 ) -> tuple[dict[str, bytes], State, Change | None, bool]:
-    """The files then, what was acknowledged, what was not yet, and whether the power went in the middle of work."""
+    """Change a store until the power loss.
+
+    Returns:
+        The surviving files, the acknowledged state, the unacknowledged change, and whether the loss hit a write or
+        a sync.
+    """
     found: dict[str, bytes] | None = None
     cut_at = int(10 ** chance.uniform(0, 2.7))
 
     def before(count: int, name: str, what: str) -> None:
         nonlocal found
-        if count >= cut_at and found is None:  # nobody looks at what is written after that
+        # Later writes do not reach the platter.
+        if count >= cut_at and found is None:
             found = look()
             raise apsw.IOError("the power is gone")
 
@@ -80,21 +86,24 @@ def _until_the_power_goes(
             assert found is not None
             return found, state, None, True
         pragmas = [f"wal_autocheckpoint = {chance.choice([4, 16, 1000])}"]
-        pragmas += [] if synchronous == "FULL" else [f"synchronous = {synchronous}"]  # FULL is the store's own
+        # The store itself sets FULL.
+        pragmas += [] if synchronous == "FULL" else [f"synchronous = {synchronous}"]
         for pragma in pragmas:
             writer_of(store)._database.execute(f"PRAGMA {pragma}").fetchall()
-        for _ in range(chance.randrange(CHANGES)):
+        for _ in range(chance.randrange(MOST_CHANGES_PER_CYCLE)):
             doubtful = some_change(chance, IDS)
             try:
                 do(store, doubtful)
             except InvalidStore:
                 break
-            if found is not None:  # gone in a checkpoint after the commit, or with one that asked for no sync
+            # The power failed in a checkpoint after the commit, or in a commit that did not sync.
+            if found is not None:
                 break
             state, doubtful = after(state, doubtful), None
             if chance.random() < 0.1:
                 store._maintenance.save()
-        with suppress(apsw.Error):  # the real SQLite says nothing of what fails while it closes
+        # SQLite itself ignores failures while closing.
+        with suppress(apsw.Error):
             if chance.random() < 0.3:
                 store.close()
         was_cut = found is not None
@@ -105,14 +114,15 @@ def _until_the_power_goes(
 
 
 def _reopened(folder: Path, chance: random.Random) -> State:
-    """What the store holds, read by a reader or by a writer."""
+    """Return the state of the store, opened as a reader or as a writer."""
     read_only = chance.random() < 0.5 and (folder / "catalog.sqlite").exists()
     try:
         store = opened(folder, read_only=read_only)
     except InvalidStore:
         if not read_only:
             raise
-        store = opened(folder)  # what was never finished needs a writer
+        # Only a writer can finish an incomplete store.
+        store = opened(folder)
     try:
         return held(store)
     finally:

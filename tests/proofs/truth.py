@@ -1,7 +1,7 @@
-"""What a store must hold, as a dict; and a store held against it, by plain NumPy.
+"""A model of a store as a dict, and plain NumPy searches to compare the store with it.
 
-An item is two numbers: a seed, which its vector, its digest and its thumbnail follow from, and what its metadata says.
-Seeds are few, so that many items are exactly alike and only the order of adding tells them apart.
+An item is two numbers: a seed, which determines its vector, digest and thumbnail, and the number n in its metadata.
+Seeds are few, so many items are exactly alike and only the insertion order ranks them.
 """
 
 import random
@@ -26,7 +26,7 @@ FILTER = {"n": {"$lt": 4}}
 
 
 class Kept(NamedTuple):
-    """What is remembered of an item."""
+    """An item of the model."""
 
     seed: int
     n: int
@@ -34,23 +34,24 @@ class Kept(NamedTuple):
 
 State = dict[str, Kept]
 Change = list[Any]
-"""["put", {id: [seed, n]}], ["remove", id], ["describe", id, n], or ["fail", id]: what is refused half way."""
+"""["put", {id: [seed, n]}], ["remove", id], ["describe", id, n], or ["fail", id], which fails in its transaction."""
 
 
 def encoder(name: str = "encoder") -> Card:
-    """Return the card of an encoder that there is not."""
+    """Return the card of an encoder without files."""
     config = {"size": {"width": 8, "height": 8}, "do_normalize": False}
     return Card(Path(f"/models/{name}"), name, name * 4, b"", Preprocessing.from_config(config, name), {})
 
 
 def vector(seed: int) -> FloatArray:
-    """Return (D,) of length 1."""
+    """Return a unit vector (D,)."""
     drawn = np.random.default_rng(seed).normal(size=D).astype(np.float32)
     return np.asarray(drawn / np.linalg.norm(drawn), np.float32)
 
 
 ALL = np.stack([vector(seed) for seed in range(3000)])
-VECTORS = ALL[:SEEDS]  # those that are changed and asked for
+# Changes and queries use these alone.
+VECTORS = ALL[:SEEDS]
 
 
 def new_item(id: str, seed: int, n: int) -> NewItem:
@@ -70,7 +71,7 @@ def some_change(chance: random.Random, ids: list[str]) -> Change:
 
 
 def after(state: State, change: Change) -> State:
-    """Return what a change makes of a state."""
+    """Return the state after a change."""
     match change:
         case ["put", items]:
             return state | {id: Kept(*numbers) for id, numbers in items.items()}
@@ -82,7 +83,7 @@ def after(state: State, change: Change) -> State:
 
 
 def do(store: Store, change: Change) -> None:
-    """Change a store so."""
+    """Apply a change to a store."""
     match change:
         case ["put", items]:
             store.add([new_item(id, *numbers) for id, numbers in items.items()])
@@ -91,15 +92,16 @@ def do(store: Store, change: Change) -> None:
         case ["describe", id, n]:
             store.set_metadata(id, lambda _: {"n": n})
         case ["fail", id]:
-            try:  # the first is written when the second turns out to be no text
+            # The store writes the first item before the second id turns out to be invalid text.
+            try:
                 store.add([new_item(id, 0, 0), new_item(id + " \ud800", 0, 0)])
             except UnicodeEncodeError:
                 return
-            raise InvalidRequest("half a character was taken")
+            raise InvalidRequest("the store took a lone surrogate")
 
 
 def held(store: Store) -> State:
-    """Return what a store holds, having seen that it agrees with itself and that it finds what plain NumPy finds."""
+    """Return the state of a store; check its consistency, and its searches against plain NumPy."""
     items, cursor = [], 0
     while True:
         found, following = store.scan(50, cursor)
@@ -107,10 +109,10 @@ def held(store: Store) -> State:
         if following is None:
             break
         cursor = following
-    assert store.count() == len(items), f"{store.count()} are counted, {len(items)} are there"
+    assert store.count() == len(items), f"count is {store.count()}, but {len(items)} items were listed"
     state: State = {}
     for item in items:
-        assert item.id not in state, f"{item.id} is there twice"
+        assert item.id not in state, f"{item.id} was listed twice"
         state[item.id] = kept = Kept(int(item.digest), item.metadata["n"])
         assert store.get(item.id) == item
         embedding = store.embedding(item.id)
@@ -122,16 +124,16 @@ def held(store: Store) -> State:
 
 
 def assert_finds(store: Store, state: Mapping[str, Kept], k: int) -> None:
-    """See that all queries find what they must in a state, which is in the order of adding; with a filter, too."""
+    """Check the hits of all queries, with and without a filter, against a state in insertion order."""
     for where in (None, FILTER):
         found = store.search(VECTORS, k, None if where is None else parse_filter(where))
-        met = {id: kept for id, kept in state.items() if where is None or kept.n < FILTER["n"]["$lt"]}
+        matching = {id: kept for id, kept in state.items() if where is None or kept.n < FILTER["n"]["$lt"]}
         for query, hits in zip(VECTORS, found, strict=True):
-            assert [(hit.id, hit.metadata["n"]) for hit in hits] == nearest(met, query, k), "a search went wrong"
+            assert [(hit.id, hit.metadata["n"]) for hit in hits] == nearest(matching, query, k), "wrong hits"
 
 
 def nearest(state: Mapping[str, Kept], query: FloatArray, k: int) -> list[tuple[str, int]]:
-    """Return ids and n of the k nearest, by score and then in the state's order."""
+    """Return the id and n of the k nearest items, by score and then by insertion order."""
     if not state:
         return []
     by_seed = (ALL.astype(np.float64) @ query.astype(np.float64)).astype(np.float32)
@@ -141,7 +143,7 @@ def nearest(state: Mapping[str, Kept], query: FloatArray, k: int) -> list[tuple[
 
 
 def opened(folder: Path, **options: Any) -> EmbeddedStore:
-    """Open a store of these items."""
+    """Open a store for items of this model."""
     return EmbeddedStore(folder, encoder(), D, **options)
 
 

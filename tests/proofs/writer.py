@@ -1,10 +1,10 @@
-"""A process that changes a store until it is killed, and says on stdout what it is about to do and what is done.
+"""A process that changes a store until it is killed, and prints each change before and after making it.
 
     python -m tests.proofs.writer FOLDER SEED
 
-LOOKALIKE_KILL_AT names a point, LOOKALIKE_KILL_AFTER how often it is passed before the process kills itself there; the
-points are put around functions of the store and of its disk here, the store knows of none. LOOKALIKE_SNAPSHOTS=1 has
-snapshots taken all the time, LOOKALIKE_CLOCK=1 has the clock jump by a day.
+LOOKALIKE_KILL_AT names a point, and LOOKALIKE_KILL_AFTER the number of passes before the process kills itself there.
+This module wraps functions of the store and its VFS to mark the points; the store does not know them.
+LOOKALIKE_SNAPSHOTS=1 saves snapshots all the time, LOOKALIKE_CLOCK=1 makes the clock jump by a day.
 """
 
 import functools
@@ -33,7 +33,8 @@ from service.store.maintenance import Maintenance
 from tests.proofs.truth import State, after, do, new_item, opened, some_change, writer_of
 
 THREADS = 3
-FIXED = 300  # items that nobody changes, so that a snapshot is compared with the catalog in part only
+# Items that no thread changes. With so many, loading a snapshot compares only a sample with the catalog.
+FIXED = 300
 POINTS = [
     "before a transaction",
     "after a row was put",
@@ -64,12 +65,12 @@ POINTS = [
 
 
 def ids_of(thread: int) -> list[str]:
-    """Return the ids that a thread changes; the others leave them alone."""
+    """Return the ids that only this thread changes."""
     return [f"t{thread} {n}" for n in range(12)]
 
 
 def fixed() -> State:
-    """Return what is there before anything else."""
+    """Return the state of a new store: the items that no thread changes."""
     state: State = {}
     for n in range(FIXED):
         state = after(state, ["put", {f"fixed {n}": [n % 40, n % 10]}])
@@ -77,7 +78,7 @@ def fixed() -> State:
 
 
 def say(*words: Any) -> None:
-    """Send a line, whole or not at all."""
+    """Print a line atomically."""
     os.write(1, (json.dumps(words) + "\n").encode())
 
 
@@ -85,14 +86,14 @@ _left = itertools.count(int(os.environ.get("LOOKALIKE_KILL_AFTER", "0")), -1)
 
 
 def at(point: str) -> None:
-    """Die here, if this is the point and it was passed often enough."""
+    """Kill the process if this is the chosen point and it was passed often enough."""
     if point == os.environ.get("LOOKALIKE_KILL_AT") and next(_left) <= 0:
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
 
 
 def around(owner: Any, name: str, before: str = "", behind: str = "") -> None:
-    """Put points before and behind a function."""
+    """Wrap a function with a point before and a point behind it."""
     inner: Callable[..., Any] = getattr(owner, name)
 
     @functools.wraps(inner)
@@ -106,7 +107,7 @@ def around(owner: Any, name: str, before: str = "", behind: str = "") -> None:
 
 
 class Files(apsw.VFS):
-    """SQLite's own files, with points where they are written and synced."""
+    """SQLite's own VFS with points around writes and syncs."""
 
     def __init__(self) -> None:
         super().__init__("points", "unix", makedefault=True)
@@ -144,7 +145,7 @@ made, closing = threading.Event(), threading.Event()
 
 
 def put_points() -> None:
-    """Put all points where they belong."""
+    """Wrap the functions of the store with their points."""
     around(CatalogWriter, "transaction", "before a transaction")
     around(CatalogWriter, "put", behind="after a row was put")
     around(CatalogWriter, "remove", behind="after a row was removed")
@@ -160,14 +161,14 @@ def put_points() -> None:
 
 
 def jump() -> None:
-    """Let the clock go back and forth by a day, at every look."""
+    """Make the clock jump by up to a day, forward or back, at every call."""
     real, real_ns, chance = time.time, time.time_ns, random.Random(0)
     time.time = lambda: real() + chance.choice([-86_400, 0, 86_400])
     time.time_ns = lambda: real_ns() + chance.choice([-86_400, 0, 86_400]) * 10**9
 
 
 def work(store: EmbeddedStore, thread: int, chance: random.Random) -> None:
-    """Change a store for ever."""
+    """Change a store until the process ends or the store is closed."""
     for number in itertools.count():
         change = some_change(chance, ids_of(thread))
         say("begin", thread, number, change)
@@ -181,7 +182,7 @@ def work(store: EmbeddedStore, thread: int, chance: random.Random) -> None:
 
 
 def main() -> None:
-    """Open the store, fill it if it is new, and change it in threads; close it where the point is there."""
+    """Open the store, fill a new one, and change it in threads; close it when the point lies in closing."""
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     files = Files()
     put_points()
