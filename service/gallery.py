@@ -163,16 +163,17 @@ class Gallery:
         added = iter(self.add_read(good))
         return [picture if isinstance(picture, LookalikeError) else next(added) for picture in read]
 
-    def add_read(self, pictures: Sequence[NewPicture[ReadPicture]]) -> list[Outcome[bool]]:
-        """Embed pictures, and add or replace all that have an embedding in one commit. Durable when it returns.
+    def embed_read(self, pictures: Sequence[NewPicture[ReadPicture]]) -> list[Outcome[NewItem]]:
+        """Embed pictures.
 
         Returns:
-            For each picture whether its id was new, or the error that kept it out of the store: NoEmbedding,
-            OutOfMemory or InvalidModel for a picture of its own, InvalidStore for all of them.
+            For each picture the item to store, or NoEmbedding, OutOfMemory or InvalidModel.
         """
         embeddings = self._batcher.embed([one.picture.pixels for one in pictures])
-        new = [
-            NewItem(
+        return [
+            embedding
+            if isinstance(embedding, LookalikeError)
+            else NewItem(
                 id=one.id,
                 metadata=one.metadata,
                 source=one.source,
@@ -183,11 +184,20 @@ class Gallery:
                 original=one.picture.data if self.settings.keep_originals else None,
             )
             for one, embedding in zip(pictures, embeddings, strict=True)
-            if not isinstance(embedding, LookalikeError)
         ]
+
+    def add_read(self, pictures: Sequence[NewPicture[ReadPicture]]) -> list[Outcome[bool]]:
+        """Embed pictures, and add or replace all that have an embedding in one commit. Durable when it returns.
+
+        Returns:
+            For each picture whether its id was new, or the error that kept it out of the store: as `embed_read` for a
+            picture of its own, InvalidStore for all of them.
+        """
+        embedded = self.embed_read(pictures)
+        new = [item for item in embedded if not isinstance(item, LookalikeError)]
         stored = attempt(self.store.add, new)
         added: Iterator[Outcome[bool]] = iter([stored] * len(new) if isinstance(stored, LookalikeError) else stored)
-        return [embedding if isinstance(embedding, LookalikeError) else next(added) for embedding in embeddings]
+        return [item if isinstance(item, LookalikeError) else next(added) for item in embedded]
 
     def get(self, id: str) -> Item:
         """Return an item. Raises ItemNotFound."""

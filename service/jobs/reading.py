@@ -1,7 +1,7 @@
 """What the jobs share: they read pictures ahead of their use, show progress and count outcomes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from service.errors import LookalikeError, NoEmbedding, Outcome, attempt
 _CHUNK = 64
 
 T = TypeVar("T")
+S = TypeVar("S")
 R = TypeVar("R")
 
 
@@ -65,6 +66,27 @@ def use_good(
     return [
         (position, outcome if isinstance(outcome, LookalikeError) else next(remaining)) for position, outcome in chunk
     ]
+
+
+def in_two_stages(chunks: Iterable[T], first: Callable[[T], S], second: Callable[[S], R]) -> Iterator[R]:
+    """Yield second(first(chunk)) of every chunk, in order; `second` runs while `first` takes the following chunk.
+
+    An error of either ends the iteration, after the chunks before it have passed both.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending: Future[R] | None = None
+        for chunk in chunks:
+            try:
+                between = first(chunk)
+            except BaseException:
+                if pending is not None:
+                    yield pending.result()
+                raise
+            if pending is not None:
+                yield pending.result()
+            pending = pool.submit(second, between)
+        if pending is not None:
+            yield pending.result()
 
 
 def progress(what: str, total: int, done: int) -> "tqdm[Any]":

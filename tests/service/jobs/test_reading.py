@@ -1,9 +1,11 @@
 """What the jobs share: outcomes keep their places, and errors that concern no picture end the job."""
 
+import threading
+
 import pytest
 
 from service.errors import InvalidStore, LookalikeError, NoEmbedding, Outcome, UndecodablePicture
-from service.jobs.reading import read_ahead, use_good
+from service.jobs.reading import in_two_stages, read_ahead, use_good
 
 
 def read(position: int) -> int:
@@ -40,3 +42,33 @@ def test_an_error_of_the_store_ends_the_job() -> None:
     failed: list[Outcome[int]] = [1, InvalidStore("full")]
     with pytest.raises(InvalidStore, match="full"):
         use_good([(0, 1), (1, 2), (2, LookalikeError("bad"))], lambda _: failed)
+
+
+def test_stages_overlap_and_keep_the_order() -> None:
+    begun = threading.Event()
+
+    def first(number: int) -> int:
+        if number == 1:
+            begun.set()
+        return number
+
+    def second(number: int) -> int:
+        # Chunk 0 ends only while chunk 1 is in its first stage or past it.
+        assert begun.wait(10)
+        return 10 * number
+
+    assert list(in_two_stages(range(5), first, second)) == [0, 10, 20, 30, 40]
+    assert list(in_two_stages([], first, second)) == []
+
+
+def test_an_error_in_a_stage_comes_after_the_chunks_before_it() -> None:
+    def fail_at_2(number: int) -> int:
+        if number == 2:
+            raise InvalidStore("full")
+        return number
+
+    for stages in ((fail_at_2, int), (int, fail_at_2)):
+        done: list[int] = []
+        with pytest.raises(InvalidStore, match="full"):
+            done.extend(in_two_stages(range(5), *stages))
+        assert done == [0, 1]
