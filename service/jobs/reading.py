@@ -78,7 +78,7 @@ def in_two_stages(chunks: Iterable[T], first: Callable[[T], S], second: Callable
         for chunk in chunks:
             try:
                 between = first(chunk)
-            except BaseException:
+            except Exception:
                 if pending is not None:
                     yield pending.result()
                 raise
