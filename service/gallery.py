@@ -116,7 +116,8 @@ class Gallery:
                 return
             try:
                 with metrics.decode_seconds.time():
-                    pixels = self._pixels(data if isinstance(data, bytes) else data())
+                    image = data if isinstance(data, bytes) else data()
+                    pixels = decode_pixels(image, self.card.preprocessing, self.settings.limits)
             # Any error belongs to the caller, who waits on the future.
             except Exception as error:
                 if future.set_running_or_notify_cancel():
@@ -309,8 +310,9 @@ class Gallery:
         """
         size = self.store.count().bit_length()
         if size != self._notice[0]:
+            preprocessing, limits = self.card.preprocessing, self.settings.limits
             sampled = [self.store.thumbnail(item.id) for item in self.store.scan(_SAMPLED_THUMBNAILS)[0]]
-            pixels = [self._pixels(data) for data in sampled if data is not None]
+            pixels = [decode_pixels(data, preprocessing, limits) for data in sampled if data is not None]
             tone = tones(np.stack(pixels)) if pixels else None
             self._notice = (size, suits(self.card, tone, self.settings.store))
         return self._notice[1]
@@ -334,10 +336,6 @@ class Gallery:
         self._batcher.close()
         if self._store is not None:
             self._store.close()
-
-    def _pixels(self, data: bytes) -> PixelArray:
-        """Decode the bytes of an image file to pixels (S, S, 3). Raises as `read`."""
-        return decode_pixels(data, self.card.preprocessing, self.settings.limits)
 
 
 def open_gallery(settings: Settings) -> Gallery:
