@@ -148,7 +148,7 @@ def answers(
     return told | {status: _problem(status, openai) for status in sorted(statuses)}
 
 
-_DONE = {200: "Done.", 201: "The id is new.", 204: "Gone."}
+_DONE = {200: "Done.", 201: "The id is new.", 204: "The item is removed."}
 
 
 def ndjson() -> dict[str, Any]:

@@ -50,7 +50,7 @@ Vector = Annotated[
     Field(description="As many numbers as `/info` names as dimension, not all 0. Made unit length here."),
 ]
 Fingerprint = Annotated[
-    str | None, Field(description="Answered with 409 where it is not the fingerprint of the encoder that runs here.")
+    str | None, Field(description="The encoder that the client expects; 409 if another one runs here.")
 ]
 FilterObject = Annotated[
     Annotated[dict[str, Any], WithJsonSchema({"allOf": [{"$ref": "#/components/schemas/Filter"}]})] | None,
@@ -67,7 +67,7 @@ class EmbedBody(Body):
 
 
 class ByImage(Body):
-    """What to look for: a picture."""
+    """Search with a picture."""
 
     image: Base64
 
@@ -77,7 +77,7 @@ class ByImage(Body):
 
 
 class ByVector(Body):
-    """What to look for: a direction."""
+    """Search with a vector, of which only the direction counts."""
 
     vector: Vector
 
@@ -87,7 +87,7 @@ class ByVector(Body):
 
 
 class ById(Body):
-    """What to look for: the likes of an item, itself left out."""
+    """Search with a stored item, which is left out of its own hits."""
 
     id: str
 
@@ -108,7 +108,7 @@ class _Wanted(Body):
     k: Whole = Field(DEFAULT_K, ge=1, description="Hits a query, at most.")
     threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
     filter: FilterObject = None
-    include: list[Included] = Field(["metadata"], description="What a hit tells besides id and score.")
+    include: list[Included] = Field(["metadata"], description="Fields of a hit besides id and score.")
     fingerprint: Fingerprint = None
 
 
@@ -136,7 +136,7 @@ AnyQuery = Annotated[
 
 
 class SearchMany(_Wanted):
-    """Several searches that share what is wanted."""
+    """Several searches with the same options."""
 
     queries: list[AnyQuery] = Field(min_length=1)
 
@@ -151,13 +151,13 @@ SearchBody = Annotated[
 
 
 class PatchBody(Body):
-    """A merge patch (RFC 7396) of an item: a metadata field that is null goes, others are set."""
+    """A merge patch (RFC 7396) of an item: a metadata field given as null is removed, others are set."""
 
     metadata: dict[str, Any]
 
 
 class OpenAIBody(Body):
-    """What OpenAI's clients send to /v1/embeddings, with pictures as data URIs."""
+    """A request of OpenAI's clients to /v1/embeddings, with pictures as data URIs."""
 
     model: str
     input: Base64 | Annotated[list[Base64], Field(min_length=1)]
@@ -177,7 +177,7 @@ class Hit(BaseModel):
 
 
 class Hits(BaseModel):
-    """Best first."""
+    """The hits of one query, best first."""
 
     hits: list[Hit]
 
@@ -189,7 +189,7 @@ class Results(BaseModel):
 
 
 class Embeddings(BaseModel):
-    """One for each picture, in their order: D numbers, or in base64 D little-endian float32."""
+    """One embedding per picture, in their order: D numbers, or base64 of D little-endian float32."""
 
     model: str
     fingerprint: str
@@ -198,7 +198,7 @@ class Embeddings(BaseModel):
 
 
 class OpenAIEmbedding(BaseModel):
-    """One picture's."""
+    """The embedding of one picture."""
 
     object: Literal["embedding"]
     index: int
@@ -206,7 +206,7 @@ class OpenAIEmbedding(BaseModel):
 
 
 class OpenAIEmbeddings(BaseModel):
-    """As OpenAI answers."""
+    """An answer in OpenAI's shape."""
 
     object: Literal["list"]
     data: list[OpenAIEmbedding]
@@ -235,7 +235,7 @@ class Page(BaseModel):
 
 
 class BulkLine(BaseModel):
-    """What became of one picture: status 201 new, 200 replaced, else why it is not in the store."""
+    """The outcome of one picture: status 201 for a new item, 200 for a replaced one, else the error."""
 
     index: int
     id: str | None
@@ -245,7 +245,7 @@ class BulkLine(BaseModel):
 
 
 class Info(BaseModel):
-    """What runs here."""
+    """The encoder, the gallery, the limits and the versions of this service."""
 
     model: str
     fingerprint: str
@@ -260,7 +260,7 @@ class Info(BaseModel):
 
 
 class PartAnswer(BaseModel):
-    """What is wrong with one member of a list."""
+    """The error of one member of a list."""
 
     index: int
     code: str
@@ -268,7 +268,7 @@ class PartAnswer(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457."""
+    """An error as RFC 9457 defines it."""
 
     type: str
     title: str
@@ -280,10 +280,10 @@ class Problem(BaseModel):
 
 
 class OpenAIError(BaseModel):
-    """As OpenAI says it."""
+    """An error in OpenAI's shape."""
 
     class Inner(BaseModel):
-        """What went wrong."""
+        """The error itself."""
 
         message: str
         type: str

@@ -32,9 +32,9 @@ direct = APIRouter(route_class=DirectRoute)
 async def embed(
     request: Request, encoding_format: EncodingFormat = "float", fingerprint: Fingerprint = None
 ) -> Response:
-    """Embed pictures: one as the body, or `file` fields, or JSON with base64 strings or data URIs.
+    """Embed pictures: one as the body, several as `file` fields, or JSON with base64 strings or data URIs.
 
-    `Accept: application/x-npy` gives them as a NumPy file, (N, D) float32.
+    With `Accept: application/x-npy` the answer is a NumPy file, (N, D) float32.
     """
     gallery = gallery_of(request)
     pictures: Sequence[bytes | str]
@@ -69,7 +69,7 @@ async def embed(
     responses=answers(schemas.OpenAIEmbeddings, *WORK, *BODY, 404, 422, openai=True),
 )
 async def openai_embeddings(request: Request) -> Response:
-    """Embed pictures for clients that were written for OpenAI's API; errors come in its shape, too."""
+    """Embed pictures for clients of OpenAI's API. Errors have its shape, too."""
     gallery = gallery_of(request)
     check_content_type(request, "application/json")
     asked = await read_json(request, gallery.settings, schemas.OPENAI)

@@ -46,7 +46,7 @@ async def prometheus(request: Request) -> Response:
 
 @router.get("/info", responses=answers(schemas.Info, *WORK))
 async def info(request: Request) -> Response:
-    """What runs here: encoder, embedding space, gallery, limits, versions."""
+    """Describe this service: encoder, embedding space, gallery, limits, versions."""
     return await work(request, lambda: JSONResponse(_info(gallery_of(request))))
 
 

@@ -59,14 +59,13 @@ async def list_images(request: Request, limit: Limit = 100, cursor: Cursor = Non
     "/images",
     openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
     responses=answers(None, *BODY, *WORK, 403, 404, 409)
-    | {200: {"description": "A line a picture.", "content": ndjson()}},
+    | {200: {"description": "One line per picture.", "content": ndjson()}},
 )
 async def add_images(request: Request, fingerprint: Fingerprint = None) -> Response:
-    """Add or replace many pictures: `file` fields whose names are the ids, or a zip whose paths are.
+    """Add or replace many pictures. Their ids are the file names of the form's `file` fields, or the paths in a zip.
 
-    The form's field `metadata`, in a zip `metadata.json`, holds an object of metadata by id. The answer has a
-    line of JSON for each picture, as it reaches the store or will not: one that failed may be sent again, and so
-    may one that did not.
+    The form's field `metadata`, or the zip's member `metadata.json`, is an object of metadata by id. The answer is one
+    line of JSON per picture, written once it is stored or refused. Sending a picture again is safe.
     """
     gallery = stored_gallery_of(request)
     check_fingerprint(gallery, fingerprint)
@@ -93,7 +92,7 @@ async def image_thumbnail(request: Request, id: ItemId) -> Response:
 
 @router.get("/images/{id:item}/content", response_class=Response, responses=answers("image/*", 400, 404, *WORK))
 async def image_content(request: Request, id: ItemId) -> Response:
-    """The picture's own bytes, where the store keeps them."""
+    """The picture's own bytes, if the store keeps them."""
     gallery = gallery_of(request)
     data = await work(request, lambda: gallery.original(gallery.check_id(id)))
     # A client sent these bytes. We decide their type, and the guard forbids a browser to guess another.
@@ -135,7 +134,7 @@ async def get_image(request: Request, id: ItemId) -> Response:
     responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404),
 )
 async def patch_image(request: Request, id: ItemId) -> Response:
-    """Change an item's metadata by a merge patch: a field given as null goes, others are set."""
+    """Change an item's metadata by a merge patch: a field given as null is removed, others are set."""
     gallery = gallery_of(request)
     id = gallery.check_id(id)
     check_content_type(request, "application/json", _MERGE_PATCH)

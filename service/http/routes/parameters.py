@@ -24,7 +24,7 @@ FilterText = Annotated[
 Include = Annotated[tuple[Included, ...], Query()]
 Fingerprint = Annotated[
     Annotated[str, Field(max_length=128)] | _Missing,
-    Query(description="Refused with 409 where another encoder runs here."),
+    Query(description="The encoder that the client expects; 409 if another one runs here."),
 ]
 Metadata = Annotated[
     Annotated[str, Field(max_length=_MAX_CHARACTERS)] | _Missing,

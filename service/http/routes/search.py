@@ -81,8 +81,8 @@ async def search(
 ) -> Response:
     """Find the k items most like a picture, a vector or an item; the item itself is left out.
 
-    In JSON also several at once: the answer to `queries` is `results`. What the body leaves out of `threshold`,
-    `filter`, `include`, `fingerprint` and, for a single query, `k`, the address may say.
+    JSON may hold several `queries`; their answer is `results`. The URL may give `threshold`, `filter`, `include`,
+    `fingerprint` and, for a single query, `k`; a JSON body that gives one of them, too, wins.
     """
     gallery = stored_gallery_of(request)
     settings = gallery.settings
