@@ -12,10 +12,10 @@ from service.files import write_folder
 
 
 def check_out(out: Path) -> None:
-    """Make sure that a model may be written to `out`, and make the folder that it is to lie in.
+    """Check that a model may be written to `out`, and make its parent folder.
 
     Raises:
-        InvalidOutput: a file, or a folder of something else, is there; or its parent cannot be made.
+        InvalidOutput: `out` is a file, or a folder of something else; or its parent cannot be made.
     """
     if out.name in ("", ".."):
         raise InvalidOutput(f"{out}: expected a folder with a name of its own, such as models/mine")
@@ -28,7 +28,7 @@ def check_out(out: Path) -> None:
 
 
 def check_new(out: Path) -> None:
-    """The same where nothing may be replaced. Raises InvalidOutput also where something is at `out`."""
+    """As check_out, for a verb that replaces nothing: raises InvalidOutput also if `out` exists."""
     if out.exists() or out.is_symlink():
         raise InvalidOutput(f"{out}: is there already; remove it, or choose another --out")
     check_out(out)
@@ -49,16 +49,16 @@ def write_model(
         out: the folder; its name is the encoder's.
         graphs: ONNX, by the name of the variant; "fp32" is model.onnx.
         preprocessing: goes beside them.
-        facts: for the card: method, data and whatever else is known.
-        quality: what was measured of each file.
-        known_canary: the canary's embedding in base64 of float32, where it is known already.
-        name: the encoder's, where it is not the folder's.
+        facts: more entries of the card, such as method and data.
+        quality: the measurements of each file, by its name.
+        known_canary: the canary's embedding as float32 in base64; None computes it here.
+        name: the encoder's name; None for the folder's.
 
     Raises:
         InvalidModel: a graph outside the contract.
         InvalidOutput: the folder cannot be written.
     """
-    # Here, not above: a machine that only trains has no onnxruntime.
+    # Imported late: a machine that only trains has no onnxruntime.
     from service.encoding.encoder import Encoder, canary
 
     model = graphs["fp32"]

@@ -1,7 +1,7 @@
-"""Encoders that others trained → models/NAME, without torch: the weights come inside a package of the serving set.
+"""Encoders that others trained → models/NAME, without torch: the weights come in a package of the serving set.
 
-EfficientNet-Lite0 is Google's, trained on ImageNet, converted to torch by others. Its network is built here with onnx;
-the numbers that we learnt for it (the mean that is subtracted) and measured of it lie in pretrained.json.
+Google trained EfficientNet-Lite0 on ImageNet; others converted its weights to torch. This module builds its network
+with onnx. pretrained.json holds the mean that we learnt for it, and its measured quality.
 """
 
 import base64
@@ -40,7 +40,8 @@ _NUMBERS = "pretrained.json"
 
 _SIDE, _SHORTEST_EDGE, _BICUBIC = 224, 256, 3
 _MEAN, _SCALE = 127, 1 / 128
-_EPSILON = 1e-3  # of its batch norms
+# Of the batch norms.
+_EPSILON = 1e-3
 # repeats, kernel, stride, expansion, channels in, channels out
 _STAGES = (
     (1, 3, 1, 1, 32, 16),
@@ -63,11 +64,12 @@ def import_efficientnet_lite0(out: Path) -> None:
     """Write EfficientNet-Lite0, centred, as a model folder: the same bytes on every machine.
 
     Args:
-        out: the folder; it must not be there.
+        out: the folder; it must not exist.
 
     Raises:
-        InvalidModel: the package with the weights is missing or has another content.
-        InvalidOutput: something is at `out`.
+        InvalidModel: the package with the weights is missing or damaged, or other versions of the requirements make
+            other bytes of the graph.
+        InvalidOutput: `out` exists, or cannot be written.
 
     Cost: a second.
     """
@@ -87,7 +89,7 @@ def import_efficientnet_lite0(out: Path) -> None:
 
 
 def build_graphs() -> dict[str, bytes]:
-    """Return EfficientNet-Lite0 as ONNX by the name of the variant, as others trained it. Raises as read_weights."""
+    """Return EfficientNet-Lite0 as ONNX by the name of the variant, without centring. Raises as read_weights."""
     state = read_state(read_weights())
     return {
         "fp32": efficientnet_lite0(state, np.dtype(np.float32)),
@@ -96,12 +98,14 @@ def build_graphs() -> dict[str, bytes]:
 
 
 def of_digits(source: str) -> bool:
-    """Whether a source is a set of digits by its name, with or without a slice."""
+    """Whether a SOURCE names a set of digits, with or without a slice."""
     return source.partition("[")[0] in _DIGIT_SETS
 
 
 def default_encoder(digits: bool = False) -> Path:
-    """Return the encoder to take where none is named: EfficientNet-Lite0, made if it is not there, or models/mnist.
+    """Return the folder of the default encoder: models/mnist for digits, else EfficientNet-Lite0.
+
+    EfficientNet-Lite0 is written first if this version's is not there yet.
 
     Raises:
         InvalidModel, InvalidOutput: as import_efficientnet_lite0.
@@ -110,13 +114,14 @@ def default_encoder(digits: bool = False) -> Path:
         return _DIGITS
     if not _is_current(_PHOTOS):
         if _PHOTOS.exists():
-            shutil.rmtree(_PHOTOS)  # an earlier version's; the folder is ours
+            # An earlier version wrote it; the folder is ours.
+            shutil.rmtree(_PHOTOS)
         import_efficientnet_lite0(_PHOTOS)
     return _PHOTOS
 
 
 def _is_current(folder: Path) -> bool:
-    """Whether a folder has the encoder that this version makes."""
+    """Whether a folder holds the encoder that this version writes."""
     try:
         sums = json.loads((folder / CARD_FILE).read_text())["sha256"]
     except (OSError, ValueError, KeyError):
@@ -125,21 +130,21 @@ def _is_current(folder: Path) -> bool:
 
 
 def preprocessing() -> Preprocessing:
-    """How pictures become the pixels of EfficientNet-Lite0; normalisation is in the graph."""
+    """Return the preprocessing of EfficientNet-Lite0; its graph normalises the pixels."""
     return square_preprocessing(_SIDE, _SHORTEST_EDGE, _BICUBIC)
 
 
 def read_numbers() -> dict[str, Any]:
-    """Return what we learnt and measured of EfficientNet-Lite0; benchmarks/photo_encoder.py says how."""
+    """Return pretrained.json: our mean and measurements for EfficientNet-Lite0, made by benchmarks/photo_encoder.py."""
     numbers: dict[str, Any] = json.loads((files("service.encoding") / _NUMBERS).read_text())
     return numbers
 
 
 def read_weights() -> bytes:
-    """Return the bytes of the weights' file, without running code of the package that has it.
+    """Return the bytes of the file with the weights, without running code of its package.
 
     Raises:
-        InvalidModel: the package is missing, or its file has another content.
+        InvalidModel: the package is missing, or its file has another checksum.
     """
     spec = find_spec(_PACKAGE)
     path = Path(spec.origin).parent / _FILE if spec and spec.origin else None
@@ -155,13 +160,13 @@ def read_weights() -> bytes:
 
 
 def read_state(data: bytes) -> State:
-    """Read a state dict that torch saved before version 1.6, without torch and without running anything in it.
+    """Read a state dict that torch saved before version 1.6, without torch and without running code in it.
 
-    Such a file is a row of pickles (magic number, version, facts of the machine, tensors, keys of storages) and the
-    storages' raw numbers, each led by its length as an int64.
+    Such a file is a sequence of pickles (magic number, version, system facts, tensors, keys of storages), followed by
+    the raw numbers of each storage after its length as an int64.
 
     Raises:
-        InvalidModel: damaged, or it asks for anything but tensors.
+        InvalidModel: the file is damaged, or it refers to anything but tensors.
     """
     if len(data) > _LARGEST_STATE:
         raise InvalidModel(f"not a state file of ours: it has {len(data)} bytes, expected {_LARGEST_STATE} at most")
@@ -169,7 +174,7 @@ def read_state(data: bytes) -> State:
     try:
         if _Unpickler(stream).load() != _MAGIC_NUMBER:
             raise ValueError("it does not begin with torch's magic number")
-        for _ in ("version", "facts of the machine"):
+        for _ in ("version", "system facts"):
             _Unpickler(stream).load()
         reader = _Unpickler(stream)
         tensors = reader.load()
@@ -181,12 +186,13 @@ def read_state(data: bytes) -> State:
                 raise ValueError(f"storage {key} is cut short")
             storage.content = np.frombuffer(content, storage.dtype)
         return {str(name): tensor.array() for name, tensor in tensors.items()}
-    except Exception as error:  # an unpickler that meets strange bytes may raise nearly anything
+    # An unpickler may raise nearly anything on damaged bytes.
+    except Exception as error:
         raise InvalidModel(f"not a state file that we read: {error}") from error
 
 
 class _Storage:
-    """Numbers in a row, which tensors are views of."""
+    """A flat array of numbers that tensors are views of."""
 
     def __init__(self, dtype: str, length: int) -> None:
         self.dtype, self.length = np.dtype(dtype), length
@@ -194,7 +200,7 @@ class _Storage:
 
 
 class _Tensor:
-    """A view of a storage, until its numbers are read."""
+    """A view of a storage, made before the storage's numbers are read."""
 
     def __init__(
         self, storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
@@ -202,7 +208,7 @@ class _Tensor:
         self._storage, self._offset, self._shape, self._strides = storage, offset, shape, strides
 
     def array(self) -> NDArray[Any]:
-        """Its numbers. Raises ValueError where it reaches beyond its storage."""
+        """Return its numbers. Raises ValueError if it reaches beyond its storage."""
         content = self._storage.content[self._offset :]
         steps = list(zip(self._shape, self._strides, strict=True))
         last = sum((size - 1) * step for size, step in steps)
@@ -213,7 +219,7 @@ class _Tensor:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes tensors and nothing else; every other name that a pickle asks for is refused."""
+    """Makes tensors and nothing else; it refuses every other name in a pickle."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream)
@@ -240,7 +246,7 @@ def efficientnet_lite0(state: State, precision: np.dtype[Any]) -> bytes:
 
     Args:
         state: the weights, by torch's names; batch norms are folded into the convolutions.
-        precision: float32 or float16, of the network's weights and arithmetic.
+        precision: float32 or float16, the type of the weights and of the arithmetic.
 
     Raises:
         InvalidModel: a weight is missing or has another shape.
@@ -274,7 +280,7 @@ def efficientnet_lite0(state: State, precision: np.dtype[Any]) -> bytes:
 
 
 class _Graph:
-    """An ONNX graph of convolutions, written node by node in a fixed order, so that its bytes are always the same."""
+    """Writes an ONNX graph of convolutions node by node in a fixed order, so its bytes are always the same."""
 
     def __init__(self, state: State, precision: np.dtype[Any]) -> None:
         self._state, self._precision = state, precision
@@ -288,7 +294,7 @@ class _Graph:
         return output
 
     def scaled(self, pixels: str) -> str:
-        """Add (pixels − 127) / 128: to the network these are numbers around 0."""
+        """Add (pixels − 127) / 128, which brings pixels to about −1..1. Return the name of the output."""
         x = self.node("Cast", [pixels], "values", to=self._type)
         x = self.node("Sub", [x, self._constant("middle", np.float64(_MEAN))], "centred")
         return self.node("Mul", [x, self._constant("scale", np.float64(_SCALE))], "scaled")
@@ -296,16 +302,16 @@ class _Graph:
     def convolution(
         self, x: str, name: str, norm: str, shape: tuple[int, ...], side: int, stride: int = 1, activated: bool = False
     ) -> tuple[str, int]:
-        """Add a convolution and its batch norm, folded into one; with ReLU6 where activated.
+        """Add a convolution with its batch norm folded into it, and ReLU6 if activated.
 
         Args:
-            x: its input (N, C, side, side).
-            name, norm: of its weight and its batch norm in the state.
-            shape: (outputs, inputs of a group, K, K).
-            side: of its input; padding is TensorFlow's "SAME".
+            x: the name of its input (N, C, side, side).
+            name, norm: the names of its weight and its batch norm in the state.
+            shape: of its weight: (channels out, channels in per group, K, K).
+            side: of its input, in pixels; the padding is TensorFlow's "SAME".
 
         Returns:
-            The name of its output, and that one's side.
+            The name and the side of its output.
         """
         gain, shift, mean, variance = (
             self._weight(f"{norm}.{part}", shape[:1]) for part in ("weight", "bias", "running_mean", "running_var")
@@ -327,13 +333,13 @@ class _Graph:
         return (self.node("Clip", [y, *self._bounds], f"{name}.activated") if activated else y), result
 
     def pool(self, x: str) -> None:
-        """Add the mean over all places, in float32: the features."""
+        """Add the mean over height and width, cast to float32; its output is `embedding`."""
         x = self.node("GlobalAveragePool", [x], "pooled")
         x = self.node("Flatten", [x], "flat", axis=1)
         self.node("Cast", [x], "embedding", to=TensorProto.FLOAT)
 
     def model(self) -> bytes:
-        """Return the whole as ONNX."""
+        """Return the graph as the bytes of an ONNX file."""
         pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 3, _SIDE, _SIDE])
         embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["N", _DIMENSION])
         graph = helper.make_graph(self._nodes, EFFICIENTNET_LITE0, [pixels], [embedding], self._weights)

@@ -1,4 +1,4 @@
-"""An encoder in other arithmetic, float16 and int8: each is measured against model.onnx before it belongs to it."""
+"""Variants of an encoder in float16 and int8: each is compared with model.onnx before it is written beside it."""
 
 import json
 import sys
@@ -16,18 +16,19 @@ from service.errors import InvalidModel, NoEmbedding
 if TYPE_CHECKING:
     from service.encoding.encoder import Encoder
 
-_MOST_LOST = 0.003  # of k-NN accuracy
+# The k-NN accuracy that a variant may lose.
+_MOST_LOST = 0.003
 _BATCH = 50
 
 
 class Pictures(NamedTuple):
-    """Real pixels, (N, S, S, 3) uint8 each, that an export is checked with.
+    """Real pixels that an export is checked with, each (N, S, S, 3) uint8.
 
-    calibration: training pictures, whose activations give int8 its ranges.
-    held_out: pictures to compare on, outside the training where it held some out.
+    calibration: training pictures; their activations give int8 its ranges.
+    held_out: pictures that variants are compared on; not trained on, if the training held any out.
     bank: training pictures that vote on the held-out ones.
-    labels: (N,) of the bank's and of the held-out ones, or None where there are none.
-    learnt_on: training pictures that a whitening is learnt on; None where none shall be.
+    labels: (N,) of the bank and of the held-out pictures, or None.
+    learnt_on: training pictures that a whitening is learnt on, or None for no whitening.
     """
 
     calibration: PixelArray
@@ -40,13 +41,13 @@ class Pictures(NamedTuple):
 def keep_good(
     card: Card, made: dict[str, bytes], pictures: Pictures, quality: dict[str, dict[str, Any]]
 ) -> dict[str, bytes]:
-    """Return model.onnx and those of the variants made that are good enough; say which are not, and why.
+    """Return model.onnx and the variants that are good enough, by name; report the others on stderr.
 
     Args:
         card: of model.onnx.
-        made: ONNX by the name of the variant.
-        pictures: as `judge` wants them.
-        quality: by file; what `judge` finds is added.
+        made: the variants as ONNX, by name.
+        pictures: for `judge`.
+        quality: measurements by file; those of `judge` are added.
     """
     quality |= judge(card, made, pictures)
     graphs = {"fp32": card.model}
@@ -63,7 +64,7 @@ def keep_good(
 
 
 def embed_pixels(encoder: "Encoder", pixels: PixelArray, what: str) -> FloatArray:
-    """Return the embeddings (N, D) of pixels (N, S, S, 3), N > 0; `what` names the bar of progress."""
+    """Return the embeddings (N, D) of pixels (N, S, S, 3), N > 0; `what` labels the progress bar."""
     starts = tqdm(range(0, len(pixels), _BATCH), what, unit=" batches", leave=False, delay=3)
     return np.concatenate([encoder.encode(pixels[start : start + _BATCH]) for start in starts])
 
@@ -72,9 +73,9 @@ def judge(card: Card, variants: dict[str, bytes], pictures: Pictures) -> dict[st
     """Compare variants with model.onnx.
 
     Returns:
-        by file: bytes, pictures, cosine_p1 (the 1st percentile of cosines to model.onnx), least_cosine, with labels
-        knn and knn_lost (headline accuracy of the held-out pictures, and how much less that is than
-        model.onnx's), and `belongs`: cosine_p1 is 0.99 or more and knn_lost 0.003 or less.
+        Figures by file: bytes; pictures; cosine_p1, the 1st percentile of cosines to model.onnx; least_cosine; with
+        labels knn, the headline accuracy on the held-out pictures, and knn_lost, the difference to model.onnx's; and
+        `belongs`: whether cosine_p1 is at least 0.99 and knn_lost at most 0.003.
     """
     expected, accuracy = _measure(card, "fp32", pictures)
     figures: dict[str, dict[str, Any]] = {}
@@ -99,7 +100,7 @@ def judge(card: Card, variants: dict[str, bytes], pictures: Pictures) -> dict[st
 
 def _measure(card: Card, variant: str, pictures: Pictures) -> tuple[FloatArray, float | None]:
     """Return a variant's embeddings of the held-out pictures and, with labels, their k-NN accuracy."""
-    # Here, not above: a machine that only trains has no onnxruntime.
+    # Imported late: a machine that only trains has no onnxruntime.
     from service.encoding.encoder import Encoder
 
     served, what = Encoder(card, "cpu", variant), f"checking {VARIANTS[variant]}"

@@ -1,7 +1,8 @@
-"""The step behind an encoder: subtract a mean from its embeddings, whiten them, make them unit length again.
+"""Whitening at the end of an encoder: subtract a mean from its embeddings, whiten them, make them unit length again.
 
-Embeddings of contrastive encoders lie in a narrow cone, where two strangers have a cosine of 0.7 or 0.9. Learnt without
-labels, this step opens the cone. It is one affine layer at the end of the graph, in float32 in every variant.
+Embeddings of contrastive encoders lie in a narrow cone, where two unrelated pictures have a cosine of 0.7 or 0.9. This
+step widens the cone, and is learnt without labels. It is one affine layer at the end of the graph, in float32 in every
+variant.
 Source: Jégou and Chum, Negative evidences and co-occurrences in image retrieval, ECCV 2012.
 """
 
@@ -18,25 +19,28 @@ from service import FloatArray
 from service.encoding.card import MODEL_FILE, Card, choose_output, fingerprint
 from service.errors import InvalidModel
 
-LEAST_LEARNT = 20  # pictures whose mean is one
+# The fewest pictures to learn a mean from.
+LEAST_LEARNT = 20
 _LEAST_WHITENED, _MOST_DIMENSIONS = 500, 512
-_NOISE = 1e-6  # of float32 embeddings
+# Rounding of float32 embeddings.
+_NOISE = 1e-6
 _PREFIX = "whitening/"
-_BARE = _PREFIX + "bare"  # the embedding that the encoder had before
+# The name that the encoder's own embedding gets in the graph.
+_BARE = _PREFIX + "bare"
 
 
 class Whitening(NamedTuple):
     """An affine map of unit embeddings.
 
-    mean: (D,) float32, subtracted.
-    matrix: (D, d) float32 that the rest is multiplied by; None leaves it at centring.
+    mean: (D,) float32, subtracted first.
+    matrix: (D, d) float32, multiplied then; None for centring alone.
     """
 
     mean: FloatArray
     matrix: FloatArray | None
 
     def apply(self, embeddings: FloatArray) -> FloatArray:
-        """Return what the graph would give: (N, d) rows of L2 norm 1, of embeddings (N, D) of L2 norm 1."""
+        """Return (N, d) rows of L2 norm 1 for embeddings (N, D) of L2 norm 1, as the graph computes them."""
         rows = embeddings - self.mean
         if self.matrix is not None:
             rows = rows @ self.matrix
@@ -48,17 +52,17 @@ def learn_whitening(embeddings: FloatArray, power: float, dimension: int) -> Whi
 
     Args:
         embeddings: (N, D) of L2 norm 1, of pictures like those that will be searched.
-        power: p, 0 <= p <= 1: a direction is divided by σ^p, its standard deviation; 0 rotates and truncates alone,
+        power: p, 0 <= p <= 1: each direction is divided by σ^p, σ its standard deviation. 0 only rotates and truncates,
             1 whitens fully.
-        dimension: d directions are kept, 1 <= d <= min(D, N − 1).
+        dimension: d, the number of directions kept, 1 <= d <= min(D, N − 1).
 
     Returns:
-        The map. With power 0 and d = D nothing but centring is left, and there is no matrix.
+        The map; it has no matrix if power is 0 and d = D, because a rotation changes no cosine.
 
     Raises:
         InvalidModel: all rows are the same.
 
-    Cost: O(N · D²) in float64 on one thread, whose sums have one order: the same rows give the same bytes.
+    Cost: O(N · D²) in float64 on one thread, which sums in a fixed order: the same rows give the same bytes.
     """
     mean = embeddings.mean(0, dtype=np.float64)
     rows = embeddings - mean  # (N, D)
@@ -69,19 +73,23 @@ def learn_whitening(embeddings: FloatArray, power: float, dimension: int) -> Whi
     with threadpool_limits(1, "blas"):
         _, values, directions = np.linalg.svd(rows, full_matrices=False)  # (min(N, D),), (min(N, D), D)
     values, directions = values[:dimension], directions[:dimension]
-    # A direction and its opposite serve alike, and which one comes out differs between machines: fix the sign.
+    # A direction and its opposite are equally good, and machines differ in which one they return: fix the sign.
     largest = np.abs(directions).argmax(1)
     directions *= np.sign(directions[np.arange(len(directions)), largest])[:, None]
-    # The scale is lost with the length: relative to the first direction, it keeps the numbers near 1.
+    # The scale does not matter, since rows become unit length; relative to the first direction, numbers stay near 1.
     deviations: NDArray[np.float64] = np.maximum(values / values[0], np.finfo(np.float32).eps)
     return Whitening(mean.astype(np.float32), (directions / deviations[:, None] ** power).T.astype(np.float32))
 
 
 def default_whitening(count: int, dimension: int) -> tuple[float, int]:
-    """Return the power and the dimension that suit so many pictures to learn from.
+    """Return the power and the dimension that suit this number of pictures.
 
-    Measured on CIFAR-10 (docs/decisions/0016): of fewer than 500 pictures the smaller directions are noise, and only
-    the mean is sure; from there on power 0.5 gains with every dimension that has a few pictures to learn it from.
+    Measured on CIFAR-10 (docs/decisions/0016): with fewer than 500 pictures the smaller directions are noise, and only
+    the mean is reliable; with more, power 0.5 gains with each dimension that has a few pictures to learn it from.
+
+    Args:
+        count: of pictures to learn from.
+        dimension: D, of the encoder.
     """
     if count < _LEAST_WHITENED:
         return 0.0, dimension
@@ -89,13 +97,14 @@ def default_whitening(count: int, dimension: int) -> tuple[float, int]:
 
 
 def append_whitening(model: bytes, whitening: Whitening) -> bytes:
-    """Return an encoder's ONNX graph with a whitening behind it; its output is `embedding`, of L2 norm 1.
+    """Return an encoder's ONNX graph with a whitening at its end; its output is `embedding`, of L2 norm 1.
 
     Args:
-        model: a graph as the encoder takes it, without one; its embeddings need not be of length 1.
+        model: a graph within the contract, without a whitening; its embeddings need not be of length 1.
+        whitening: the map to append.
 
     Raises:
-        InvalidModel: no output of it is an embedding.
+        InvalidModel: no output of the graph is an embedding.
     """
     proto = onnx.load_from_string(model)
     graph = proto.graph
@@ -104,7 +113,8 @@ def append_whitening(model: bytes, whitening: Whitening) -> bytes:
     if name is None:
         raise InvalidModel(f"expected an output named embedding, or one that is 2-D; the graph has {_outputs(graph)}")
     (output,) = [output for output in graph.output if output.name == name]
-    bare = graph.value_info.add()  # as what remove_whitening gives it back
+    # remove_whitening makes this the output again.
+    bare = graph.value_info.add()
     bare.CopyFrom(output)
     bare.name = _BARE
     _rename(graph, name, _BARE)
@@ -119,7 +129,8 @@ def append_whitening(model: bytes, whitening: Whitening) -> bytes:
         return _PREFIX + name
 
     def unit(x: str) -> str:
-        if opset < 18:  # axes were an attribute
+        # Before opset 18, axes were an attribute.
+        if opset < 18:
             return add("Div", [x, add("ReduceL2", [x], axes=[1], keepdims=1)])
         return add("Div", [x, add("ReduceL2", [x, axis], keepdims=1)])
 
@@ -138,7 +149,7 @@ def append_whitening(model: bytes, whitening: Whitening) -> bytes:
 
 
 def remove_whitening(model: bytes) -> bytes | None:
-    """Return an encoder's graph without the whitening behind it; None where it has none."""
+    """Return an encoder's graph without its whitening, or None if it has none."""
     proto = onnx.load_from_string(model)
     graph = proto.graph
     bare = next((value for value in graph.value_info if value.name == _BARE), None)
@@ -155,10 +166,10 @@ def remove_whitening(model: bytes) -> bytes | None:
 
 
 def without_whitening(card: Card) -> Card:
-    """Return an encoder's card with its graphs as they were before a whitening; of the facts, none is kept.
+    """Return a card whose graphs have no whitening, and which has no facts.
 
     Raises:
-        InvalidModel: a variant has no whitening where model.onnx has one.
+        InvalidModel: model.onnx has a whitening, and a variant has none.
     """
     model = remove_whitening(card.model)
     if model is None:
@@ -171,7 +182,7 @@ def without_whitening(card: Card) -> Card:
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Give a tensor another name, wherever it is made and used."""
+    """Rename a tensor in the nodes that make it and that use it."""
     for node in graph.node:
         for names in (node.input, node.output):
             for place, name in enumerate(names):

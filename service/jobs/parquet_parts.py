@@ -1,7 +1,7 @@
-"""What `lookalike embed` writes: a folder of Parquet parts → ids, labels and embeddings, and whose they are.
+"""The folders of Parquet parts that `lookalike embed` writes: ids, labels and embeddings of one source by one encoder.
 
-embed.py writes the parts: part-00000.parquet and so on, each with the columns id, label, embedding and, as JSON
-in its schema's metadata, the source and the encoder that it was made of; last of all _failures.parquet.
+The parts are part-00000.parquet and so on, with the columns id, label and embedding. The metadata of each part's schema
+holds source and encoder as JSON. A finished job has written _failures.parquet last.
 """
 
 import json
@@ -28,15 +28,15 @@ _SLICED = re.compile(r"(.+)(\[[^\[\]]*\])")
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of pictures that are not at hand themselves.
+    """Embeddings that were read from a folder, without their pictures.
 
     Attributes:
-        name: as the user wrote it.
-        ids: N of them.
-        labels: of all, or None.
+        name: the folder and slice as the user wrote them.
+        ids: of the N pictures.
+        labels: of all N pictures, or None.
         rows: (N, D) float32, rows of L2 norm 1.
         fingerprint: of the encoder that made them.
-        variant: of that encoder; several, with commas, where parts differ.
+        variant: of that encoder; several, separated by commas, if parts differ.
     """
 
     name: str
@@ -51,15 +51,15 @@ class Embeddings:
 
 
 def part_path(folder: Path, number: int) -> Path:
-    """Return where the part of a number lies, 0 being the first."""
+    """Return the path of a part; the first one has number 0."""
     return folder / f"part-{number:05d}.parquet"
 
 
 def read_facts(part: Path) -> dict[str, Any] | None:
-    """Return what a part says of itself (source, fingerprint, …), or None where it is Parquet of another kind.
+    """Return the facts in a part's metadata (source, fingerprint, …), or None if another program wrote the file.
 
     Raises:
-        InvalidSource: it cannot be read.
+        InvalidSource: the file cannot be read.
     """
     try:
         metadata = pq.read_schema(part).metadata or {}
@@ -69,14 +69,14 @@ def read_facts(part: Path) -> dict[str, Any] | None:
 
 
 def open_embeddings(name: str) -> Embeddings | None:
-    """Read a folder that `lookalike embed` wrote; None where the name is of something else.
+    """Read a folder that `lookalike embed` wrote; return None for any other folder or name.
 
     Args:
         name: the folder; a slice may follow, as in emb[:8000].
 
     Raises:
-        InvalidSource: a part is missing, damaged or of another source or encoder than the first; the job that
-            writes them has not ended; no embedding, or a slice that leaves none.
+        InvalidSource: a part is missing, damaged, or of another source or encoder than the first; the job has not
+            finished; there is no embedding, or the slice leaves none.
     """
     sliced = None if Path(name).exists() else _SLICED.fullmatch(name)
     folder, slicing = (Path(sliced[1]), sliced[2]) if sliced else (Path(name), "")
@@ -111,7 +111,7 @@ def open_embeddings(name: str) -> Embeddings | None:
 
 
 def _read_part(part: Path) -> tuple[list[str], Any, FloatArray]:
-    """A part's ids, its labels or None where a picture has none, and its embeddings."""
+    """Return a part's ids, its labels (None if any picture has none), and its embeddings (N, D)."""
     try:
         with pq.ParquetFile(part) as file:
             table = file.read(["id", "label", "embedding"], use_threads=False).combine_chunks()

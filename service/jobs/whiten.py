@@ -1,4 +1,4 @@
-"""An encoder and pictures of the kind that will be searched → a new encoder with a whitening learnt on them."""
+"""`lookalike whiten`: an encoder and pictures of the kind to be searched → a new encoder with a whitening."""
 
 import sys
 from contextlib import closing
@@ -26,14 +26,22 @@ from service.jobs.reading import Tally, progress, read_ahead, use_good
 from service.settings import Settings
 from service.sources.source import Source
 
-_MOST_READ = 20_000  # pictures; a curve of quality is flat long before
-_KEPT_OUT, _MOST_KEPT_OUT = 10, 1000  # one picture in so many is not learnt on; so many at most
-_VOTING = 2000  # pictures that vote on those kept out
-_COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", "whitening")  # anew, of a card
+# Pictures; the quality stops rising long before.
+_MOST_READ = 20_000
+# One picture in 10, and at most 1,000, is held out of the learning to judge variants on; 2,000 others vote on them.
+_KEPT_OUT, _MOST_KEPT_OUT = 10, 1000
+_VOTING = 2000
+# Entries of the card that are computed for the new encoder.
+_COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", "whitening")
 
 
 class Sample(NamedTuple):
-    """What a source gave: embeddings (N, D) to learn on, pixels to judge variants with, pictures that are bad."""
+    """What was read of a source.
+
+    rows: (N, D) embeddings to learn on.
+    pictures: pixels to judge variants with.
+    bad: the number of pictures that could not be read.
+    """
 
     rows: FloatArray
     pictures: Pictures
@@ -43,28 +51,28 @@ class Sample(NamedTuple):
 def whiten(
     model: Path, source: Source, out: Path, settings: Settings, power: float | None = None, dimension: int | None = None
 ) -> Tally:
-    """Put a whitening, learnt on a source's pictures without their labels, behind an encoder; write a new one.
+    """Learn a whitening on a source's pictures, without their labels, and write a new encoder that ends in it.
 
-    An earlier whitening is replaced. One picture in ten, up to 1,000, is not learnt on: on these the variants are
-    measured, and where there are labels up to 2,000 of the others vote on them.
+    It replaces an earlier whitening. One picture in ten, up to 1,000, is held out: the variants are compared on these,
+    and if there are labels, up to 2,000 of the others vote on them.
 
     Args:
         model: the encoder's folder.
-        source: pictures like those that will be searched; of more than 20,000 so many, evenly spread.
-        out: the new model folder; it must not be there.
+        source: pictures like those that will be searched; if there are more than 20,000, that many, evenly spread.
+        out: the new model folder; it must not exist.
         settings: device and picture limits.
-        power, dimension: as of learn_whitening; None for what suits the number of pictures.
+        power, dimension: as in learn_whitening; None for what suits the number of pictures.
 
     Returns:
-        Pictures learnt on, kept out (as known), and bad.
+        The numbers of pictures learnt on, held out (as `known`), and bad.
 
     Raises:
         InvalidModel: no such encoder, one with a text tower, or one that embeds all pictures alike.
-        InvalidRequest: a dimension that the encoder does not have.
+        InvalidRequest: the dimension is larger than the encoder's.
         InvalidSource: too few pictures.
-        InvalidOutput: something is at `out`.
+        InvalidOutput: `out` exists, or cannot be written.
 
-    Cost: embeds each picture once and the judged ones once more with each variant; then O(N · D²).
+    Cost: embeds each picture once, and those that judge variants once more with each variant; then O(N · D²).
     """
     check_new(out)
     card = read_card(model)
@@ -103,7 +111,7 @@ def whiten(
 
 
 def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample:
-    """Embed a source's pictures, or 20,000 of them. Raises InvalidSource for too few that can be read."""
+    """Embed a source's pictures, or 20,000 of them. Raises InvalidSource if too few can be read."""
     positions: IntArray = np.linspace(0, len(source) - 1, min(len(source), _MOST_READ)).astype(np.int64)
     if len(positions) < len(source):
         print(

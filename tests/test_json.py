@@ -1,0 +1,68 @@
+"""docs/json.md: the keys that it promises are those that the commands print."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import lookalike
+from service.sources import open_source
+from tests.conftest import MODEL, ROOT
+from tests.test_lookalike import run
+
+_ROWS = re.findall(r"^\| `([a-z ]+)` \| (.*) \| (.*) \|$", (ROOT / "docs" / "json.md").read_text(), re.MULTILINE)
+ALWAYS = {verb: set(re.findall(r"`([^`]+)`", always)) for verb, always, _ in _ROWS}
+MAYBE = {verb: set(re.findall(r"`([^`]+)`", maybe)) - {"card.json"} for verb, _, maybe in _ROWS}
+
+
+def keys(content: Any, path: str = "") -> Iterator[str]:
+    """Every key of nested objects, as the page writes them."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield f"{path}{key}"
+            yield from keys(value, f"{path}{key}.")
+    elif isinstance(content, list):
+        for value in content:
+            yield from keys(value, f"{path.removesuffix('.')}[].")
+
+
+def assert_as_promised(verb: str, content: Any) -> None:
+    have = set(keys(content))
+    assert ALWAYS[verb] <= have, ALWAYS[verb] - have
+    names = tuple(key.removesuffix("*") for key in MAYBE[verb] if key.endswith(".*"))
+    unknown = {key for key in have - ALWAYS[verb] - MAYBE[verb] if not key.startswith(names)}
+    assert not unknown
+
+
+def test_the_page_has_every_verb_with_json() -> None:
+    def verbs(command: Any, name: str = "") -> Iterator[str]:
+        for key, verb in getattr(command, "commands", {}).items():
+            yield from verbs(verb, f"{name} {key}".strip())
+        if any("--json" in option.opts for option in command.params):
+            yield name
+
+    assert set(verbs(typer.main.get_command(lookalike.cli))) == set(ALWAYS)
+
+
+def test_search(tmp_path: Path) -> None:
+    store, picture = tmp_path / "store", tmp_path / "seven.png"
+    assert run("index", "digits[:20]", "--model", MODEL, "--store", store).returncode == 0
+    picture.write_bytes(open_source("digits").entry(7).data)
+    assert_as_promised("search", json.loads(run("search", picture, "--store", store, "--json").stdout))
+
+
+def test_info_of_every_encoder_that_comes_along() -> None:
+    for model in sorted(path.parent for path in (ROOT / "models").glob("*/model.onnx")):
+        assert_as_promised("info", json.loads(run("info", model, "--json").stdout))
+
+
+def test_evaluate() -> None:
+    pytest.importorskip("torch")
+    command = ("evaluate", MODEL, "--bank", "digits[:60]", "--queries", "digits[60:80]", "--json")
+    content = json.loads(run(*command).stdout)
+    assert_as_promised("evaluate", content)
+    assert all(set(figures) == set(content["figures"]) for figures in content["baselines"].values())
