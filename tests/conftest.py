@@ -1,4 +1,4 @@
-"""What the tests stand on: the shipped encoder, real pictures, and a plain word about what is missing here."""
+"""Fixtures and hooks for all tests: the shipped encoder, stores, pictures, a browser, and reasons for skipped tests."""
 
 import io
 import json
@@ -23,7 +23,7 @@ MODEL = ROOT / "models" / "mnist"
 
 
 def missing(what: str) -> None:
-    """Skip for want of something, or fail where everything was promised to be there."""
+    """Skip the test with this reason, or fail it if LOOKALIKE_TEST_ALL=1 promised that nothing is missing."""
     if os.environ.get("LOOKALIKE_TEST_ALL") == "1":
         pytest.fail(what)
     pytest.skip(what)
@@ -46,7 +46,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """End by naming what was skipped and how to get it."""
+    """List at the end of the run why tests were skipped, with the number of each reason."""
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else "skipped"
@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder with real MNIST and photographs."""
+    """Return the folder with MNIST and photographs."""
     folder = os.environ.get("LOOKALIKE_TEST_DATA", "")
     if not folder or not (Path(folder) / "MNIST" / "raw").is_dir():
         missing("no MNIST: set LOOKALIKE_TEST_DATA to a folder with MNIST/raw as torchvision keeps it, and photos/")
@@ -66,13 +66,13 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
-    """The shipped encoder, on CPU."""
+    """Return the shipped encoder, on CPU."""
     return Encoder(read_card(MODEL), device="cpu")
 
 
 @pytest.fixture
 def store(tmp_path: Path, encoder: Encoder) -> Iterator[EmbeddedStore]:
-    """An empty store."""
+    """Yield an empty store of the shipped encoder."""
     opened = EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension)
     yield opened
     opened.close()
@@ -80,7 +80,7 @@ def store(tmp_path: Path, encoder: Encoder) -> Iterator[EmbeddedStore]:
 
 @pytest.fixture
 def gallery(tmp_path: Path, encoder: Encoder) -> Iterator[Gallery]:
-    """An empty gallery."""
+    """Yield an empty gallery of the shipped encoder."""
     opened = Gallery(encoder, EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension), Settings())
     yield opened
     opened.close()
@@ -88,7 +88,7 @@ def gallery(tmp_path: Path, encoder: Encoder) -> Iterator[Gallery]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, asking nobody about updates. While it runs, its event loop is this thread's."""
+    """Yield Debian's Chromium without its update checks. Until it closes, this thread runs Playwright's event loop."""
     chromium = shutil.which("chromium")
     if chromium is None:
         missing("no Chromium: install Debian's package chromium")
@@ -101,7 +101,7 @@ def browser() -> Iterator[Browser]:
 
 
 def another_encoder(folder: Path) -> Path:
-    """Write the shipped encoder under another preprocessing, so another embedding space, and return its folder."""
+    """Write the shipped encoder with another preprocessing, which is another embedding space; return its folder."""
     shutil.copytree(MODEL, folder)
     config = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
@@ -122,6 +122,6 @@ def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> byt
 
 
 def scene(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
-    """A smooth coloured picture, unlike at every corner."""
+    """Return a smooth coloured picture with another colour in each corner."""
     corners = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""The real `lookalike serve` in processes of its own, ended for certain."""
+"""Run the real `lookalike serve` in a process tree of its own, and make sure that no process of it is left."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ LOOKALIKE = Path(sys.executable).with_name("lookalike")
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -28,12 +28,12 @@ def free_port() -> int:
 
 @contextmanager
 def serving(folder: Path, pictures: str = "", **settings: str) -> Iterator[str]:
-    """Serve a store in a folder on a free port until the end of the block; yield the address.
+    """Serve the store in a folder on a free port until the block ends; yield the address.
 
     Args:
-        folder: for the store, and for the log, serve.log.
-        pictures: a source to index first.
-        settings: as text, like environment variables; a name in capitals is one.
+        folder: holds the store and the log, serve.log.
+        pictures: a source to index before serving; "" for none.
+        settings: environment variables as text. A name in lower case gets the prefix LOOKALIKE_.
     """
     chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
     if pictures:
@@ -51,7 +51,7 @@ def serving(folder: Path, pictures: str = "", **settings: str) -> Iterator[str]:
 def running(folder: Path, *flags: str, **settings: str) -> Iterator[tuple["subprocess.Popen[bytes]", str, Path]]:
     """Run `lookalike serve` on a free port; yield its process, its address and its log once it is ready.
 
-    At the end of the block no process of it is left, however it ended.
+    When the block ends, every process of the service is ended too, even after a failure.
     """
     port = free_port()
     log = folder / "serve.log"
@@ -61,7 +61,7 @@ def running(folder: Path, *flags: str, **settings: str) -> Iterator[tuple["subpr
     tree = []
     try:
         wait_until_ready(f"http://127.0.0.1:{port}", server, log)
-        # Workers have sessions of their own and may survive their parent's death: each is ended by its id.
+        # Workers run in sessions of their own and may survive their parent, so each is ended by its id.
         tree = psutil.Process(server.pid).children(recursive=True)
         yield server, f"http://127.0.0.1:{port}", log
     finally:
@@ -78,16 +78,21 @@ def running(folder: Path, *flags: str, **settings: str) -> Iterator[tuple["subpr
 
 @contextmanager
 def killed(folder: Path, **settings: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Serve the store in a folder; yield the address and what kills every process at once, as the end does."""
+    """Serve the store in a folder; yield the address and a function that kills all processes at once.
+
+    The processes are killed when the block ends, too.
+    """
     tree: list[psutil.Process] = []
     chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
     with running(folder, *chosen, **settings) as (server, address, _):
 
         def kill() -> None:
-            if server.poll() is None:  # else they were killed before
+            # A second call finds nothing to kill.
+            if server.poll() is None:
                 tree.extend([psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)])
+                # All are stopped first, so that no process can react to the death of another.
                 for process in tree:
-                    process.suspend()  # so that nobody has a word about another's end
+                    process.suspend()
                 for process in tree:
                     process.kill()
                 server.wait()
@@ -103,7 +108,7 @@ def killed(folder: Path, **settings: str) -> Iterator[tuple[str, Callable[[], No
 
 
 def status_of(url: str) -> int:
-    """Return the status of a GET. Raises OSError without an answer."""
+    """Return the HTTP status of a GET request. Raises OSError if no answer comes."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return int(answer.status)
@@ -112,10 +117,11 @@ def status_of(url: str) -> int:
 
 
 def wait_until_ready(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Return as soon as /readyz answers 200."""
+    """Wait until /readyz answers 200. Fails after 60 s, or when the server ends, with its log."""
     deadline = time.monotonic() + 60
     while True:
-        with suppress(OSError):  # refused, reset, or no answer in time
+        # The connection is refused or reset while the service starts.
+        with suppress(OSError):
             if status_of(f"{address}/readyz") == 200:
                 return
         assert time.monotonic() < deadline, log.read_text()
@@ -125,4 +131,5 @@ def wait_until_ready(address: str, server: "subprocess.Popen[bytes]", log: Path)
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     named = {name if name.isupper() else f"LOOKALIKE_{name.upper()}": value for name, value in settings.items()}
-    return {**os.environ, "LOOKALIKE_VARIANT": "fp32", **named}  # the fastest differs from machine to machine
+    # The fastest variant differs from machine to machine.
+    return {**os.environ, "LOOKALIKE_VARIANT": "fp32", **named}

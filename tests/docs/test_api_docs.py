@@ -25,7 +25,7 @@ ROUTES = {
 
 
 def table(first: str) -> list[list[str]]:
-    """The rows of the table in docs/api.md whose heading begins so."""
+    """Return the rows of the table in docs/api.md whose first heading is this one."""
     lines = API[API.index(f"| {first} |") :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 

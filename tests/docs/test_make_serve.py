@@ -1,4 +1,4 @@
-"""`make serve` from what git tracks alone: environment, demo gallery, service; then a folder of one's own."""
+"""`make serve` in a copy of the files that git tracks: environment, demo gallery, service; then a user's folder."""
 
 import json
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow("installs an environment from the package index an
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git knows, and nothing else."""
+    """Return a copy of the checkout that holds only the files that git does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -44,12 +44,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def served(checkout: Path, *variables: str) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Run make serve; yield /info once it answers, and the log; stop it as Ctrl-C does."""
+    """Run `make serve`; yield the answer of /info and the log; stop the service with SIGINT."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = checkout / "log"
-    # The environment of a user who did nothing: no active virtual environment, no settings of ours.
+    # A new user has no active virtual environment and none of our settings.
     clean = {key: value for key, value in os.environ.items() if not re.match("LOOKALIKE_|VIRTUAL_ENV|MAKE|MFLAGS", key)}
     with log.open("w") as output:
         command = ["make", "serve", f"PORT={port}", *variables]
@@ -98,7 +98,7 @@ def test_a_folder_of_ones_own_has_its_own_store(checkout: Path, tmp_path: Path) 
         assert "note: The encoder mnist was trained on mnist/train" in log.read_text()
         recommended = re.findall("`(.*?)`", info["notice"])
     assert len(recommended) == 1
-    # What the notice recommends works where its reader is: with what `make serve` has installed.
+    # The recommended command works with the environment that `make serve` has installed.
     done = subprocess.run(
         ["bash", "-c", f".venv-serve/bin/{recommended[0]}"],
         cwd=checkout,

@@ -1,4 +1,4 @@
-"""README runs: its commands are executed and answer what it says; every verb and route stands in it."""
+"""README is executed: its commands print what it shows; every verb, route and file of the tree is in it."""
 
 import json
 import os
@@ -22,11 +22,12 @@ from tests.serving import LOOKALIKE, serving
 README = (ROOT / "README.md").read_text()
 
 
-OTHERS = ("raw_pixels", "without_whitening", "random_encoder")  # as the columns of the table are
+# In the order of the columns in README's table of figures.
+OTHERS = ("raw_pixels", "without_whitening", "random_encoder")
 
 
 class Block(NamedTuple):
-    """A fenced block: what it is (sh, json, text) and for whom (no-test, mnist), and its lines."""
+    """A fenced block of README: its language, the mark behind it (no-test, mnist or none), and its text."""
 
     kind: str
     mark: str
@@ -38,13 +39,13 @@ BLOCKS = [Block(*match) for match in re.findall(r"^```(\w+)[ ]?([\w-]*)\n(.*?)^`
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """What `make serve` runs, on another port: the digits gallery, indexed and served by the real commands."""
+    """Return the port of a digits gallery, indexed and served by the real commands as `make serve` does."""
     with serving(tmp_path_factory.mktemp("readme"), "digits") as url:
         yield int(url.rpartition(":")[2])
 
 
 def matches(expected: Any, actual: Any) -> bool:
-    """Compare JSON; numbers to a thousandth, and … stands for anything in a text."""
+    """Compare JSON: numbers to a thousandth; … in a text stands for any characters, as a key for any other keys."""
     if isinstance(expected, dict) and isinstance(actual, dict):
         if expected.get("…") == "…":  # and more that is not shown
             return all(name in actual and matches(expected[name], actual[name]) for name in expected if name != "…")
@@ -59,7 +60,7 @@ def matches(expected: Any, actual: Any) -> bool:
 
 
 def run_js(browser: Browser, port: int, text: str) -> str:
-    """Run a snippet in a page of the service, as the body of a function that returns."""
+    """Run a snippet as the body of an async function in a page of the service; return its result as JSON."""
     page = browser.new_page()
     page.goto(f"http://127.0.0.1:{port}/")
     found = page.evaluate(f"async () => {{ {text} }}")

@@ -22,7 +22,7 @@ REMOVALS: list[Removal] = [
     refusal(
         "the body has {} bytes; the limit is {}", "test_a_length_beyond_the_limit_is_refused_before_the_body_comes"
     ),
-    refusal("the body is larger than the limit of {} bytes", "test_more_than_max_request_bytes"),
+    refusal("the body is larger than the limit of {} bytes", "test_what_comes_after_a_refusal_is_taken_and_dropped"),
     code("_open", "len(self._form.files) == self._most_files", "False", "test_more_than_max_bulk_images"),
     refusal("a picture has more than {} bytes, which is the limit", "test_more_than_max_request_bytes"),
     refusal("a text field has more than {} bytes", "test_a_text_field_has_a_limit"),
@@ -149,7 +149,7 @@ REMOVALS: list[Removal] = [
         "test_a_client_that_goes_is_no_failure",
     ),
     code("check_count", "images > settings.max_images", "False", "test_refused[33 in"),
-    refusal("the zip's member has more than {} bytes", "test_bulk"),
+    refusal("the zip's member has more than {} bytes", "test_more_than_max_request_bytes"),
     refusal("the zip's member is packed in a way that is not taken", "test_bulk"),
     refusal("the zip's member is encrypted", "test_bulk"),
     code("Archive", "len(self._members) > settings.max_bulk_images", "False", "test_more_than_max_bulk_images"),

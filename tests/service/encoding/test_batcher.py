@@ -158,6 +158,7 @@ def test_no_memory_for_the_halves_either_is_told_to_all() -> None:
 
 
 def test_close_finishes_what_waits() -> None:
+    before = set(threading.enumerate())
     recorder = Recorder()
     recorder.free.clear()
     batcher = Batcher([recorder.encode], max_batch=64)
@@ -167,4 +168,4 @@ def test_close_finishes_what_waits() -> None:
         recorder.free.set()
         assert [future.result(10)[0] for future in futures] == [20, 21]
         closing.result(10)
-    assert not any(thread.is_alive() for thread in batcher._threads)
+    assert not [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("lane")]

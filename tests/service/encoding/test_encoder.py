@@ -35,13 +35,15 @@ def flat_graph(
     outputs: tuple[str, ...] = ("image_embeds",),
     side: int = SIDE,
 ) -> bytes:
-    """An encoder whose embedding is its flattened input: what went in can be read off."""
+    """Return an encoder whose embedding is its flattened input; an output named `other` is the negative of that."""
     nodes = [helper.make_node("Cast", [input], ["cast"], to=TensorProto.FLOAT)]
     for name in outputs:
-        flatten = helper.make_node("Flatten", ["cast"], [name if name != "nest" else "flat"])
-        nodes.append(flatten)
+        flat = "flat" if name in ("nest", "other") else name
+        nodes.append(helper.make_node("Flatten", ["cast"], [flat]))
         if name == "nest":
-            nodes.append(helper.make_node("Unsqueeze", ["flat", "axes"], ["nest"]))
+            nodes.append(helper.make_node("Unsqueeze", [flat, "axes"], [name]))
+        elif name == "other":
+            nodes.append(helper.make_node("Neg", [flat], [name]))
     shapes: dict[str, list[str | int | None]] = {
         name: ["N", 3 * side * side] if name != "nest" else ["N", 3 * side * side, 1] for name in outputs
     }
@@ -78,8 +80,10 @@ def test_a_uint8_graph_gets_pixels_as_they_are() -> None:
 
 
 def test_which_output_is_the_embedding() -> None:
-    assert Encoder(card(flat_graph(outputs=("other", "embedding"))), device="cpu")._graphs[0]._output == "embedding"
-    assert Encoder(card(flat_graph(outputs=("nest", "only"))), device="cpu")._graphs[0]._output == "only"
+    flat = normalised(PIXELS.transpose(0, 3, 1, 2).astype(float))
+    for outputs in (("other", "embedding"), ("nest", "only")):
+        encoder = Encoder(card(flat_graph(TensorProto.UINT8, "pixels", outputs)), device="cpu")
+        assert np.allclose(encoder.encode(PIXELS), flat, atol=1e-6)
     with pytest.raises(InvalidModel, match="or a single 2-D one; it has one, two"):
         Encoder(card(flat_graph(outputs=("one", "two"))), device="cpu")
 
