@@ -140,6 +140,7 @@ def evaluate(
     """Report how good an encoder is as it is served, beside raw pixels and a random encoder."""
     _need_torch()
     from training.evaluate import evaluate as run
+    from training.evaluate import print_table
 
     if report is not None:
         from training.report import check_folder, write_report
@@ -150,18 +151,10 @@ def evaluate(
         write_report(report, evaluation)
     for note in evaluation.notes():
         print(f"note: {note}", file=sys.stderr)
-    found = evaluation.report
     if as_json:
-        print(json.dumps(found))
-        return
-    counts = found["bank"]["pictures"], found["queries"]["pictures"]
-    print(f"{counts[0]} of {bank} vote on {counts[1]} of {queries}; variant {found['variant']}")
-    columns = [(found["model"], found["figures"])]
-    columns += [(name.replace("_", " "), figures) for name, figures in (found["baselines"] or {}).items()]
-    print("".join([f"{'':14}", *(f"  {name:>17}" for name, _ in columns)]))
-    for key in found["figures"]:
-        values = ("-" if figures[key] is None else f"{figures[key]:.4f}" for _, figures in columns)
-        print("".join([f"{key:14}", *(f"  {value:>17}" for value in values)]))
+        print(json.dumps(evaluation.report))
+    else:
+        print_table(evaluation, bank, queries)
 
 
 @cli.command()

@@ -10,7 +10,8 @@ from service.encoding.card import CARD_FILE, square_preprocessing
 from service.encoding.images import Limits, decode_pixels
 from service.encoding.variants import Pictures
 from training.backbones import build_backbone
-from training.export import Encoder, export
+from training.encoder import Encoder
+from training.export import export
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # By name: backbone, S, length of the shortest edge before the crop.

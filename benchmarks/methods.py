@@ -16,6 +16,7 @@ from service.encoding.card import square_preprocessing
 from service.encoding.voting import headline_accuracy
 from service.sources import open_source
 from training.backbones import build_backbone
+from training.checkpoint import Identity
 from training.data import Canvas
 from training.material import Material, prepare
 from training.methods import METHODS, build_method
@@ -51,10 +52,10 @@ def main(
             backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side)
             method = build_method(recipe, backbone, len(source))
             (root / name).mkdir()
-            run = train(method, material, recipe, None, root / name, {})
+            run = train(method, material, Identity(_TRAINED, recipe), root / name).progress
             accuracy = _accuracy(method.backbone, material, queries)
-            pace = run.steps * recipe.batch_size / run.seconds
-            lines.append(f"| {name} | {run.steps} | {run.seconds:.0f} | {accuracy:.4f} | {run.loss:.3f} | {pace:.0f} |")
+            pace = run.step * recipe.batch_size / run.seconds
+            lines.append(f"| {name} | {run.step} | {run.seconds:.0f} | {accuracy:.4f} | {run.loss:.3f} | {pace:.0f} |")
     print(f"\n{describe()}\n")
     print("| method | steps | seconds | weighted 20-NN | last loss | pictures/s |\n|---|---|---|---|---|---|")
     print("\n".join(lines))

@@ -24,6 +24,7 @@ from benchmarks.machine import describe
 from service import PixelArray
 from service.sources.source import from_arrays
 from training.backbones import build_backbone
+from training.checkpoint import Identity
 from training.material import prepare
 from training.methods import build_method
 from training.pretrain import train
@@ -86,9 +87,9 @@ def our_pace(pixels: PixelArray, steps: int, precision: str) -> float:
         with TemporaryDirectory() as folder:
             material = prepare(source, recipe, Path(folder), torch.device("cpu"))
             method = build_method(recipe, build_backbone("small-cnn", 3, _SIDE), len(source))
-            done = train(method, material, recipe, None, Path(folder), {})
+            done = train(method, material, Identity(source.name, recipe), Path(folder)).progress
             material.canvas.close()
-        return done.steps * _BATCH / done.seconds
+        return done.step * _BATCH / done.seconds
 
     return run(steps * _BATCH)
 

@@ -2,10 +2,10 @@
 
     pictures ─geometry─ stroke ─ colour ─ blur ─ solarise ─ erase─▶ views
 
-torchvision's tensor transforms draw one set of numbers for a whole batch; here a number is a tensor with one entry
-a row. What is linear is done as a matrix product: all geometry (crop, flip, affine, elastic) is one sampling grid, so
-a picture is interpolated once; all colour (brightness, contrast, saturation, hue, grey) is one affine map; a blur is
-one matrix from each side.
+torchvision's tensor transforms draw one set of numbers for a whole batch; here each number is a tensor with one entry
+a row. Linear changes are matrix products: all geometry (crop, flip, affine, elastic) is one sampling grid, so a picture
+is interpolated once; all colour (brightness, contrast, saturation, hue, grey) is one affine map; a blur is one matrix
+from each side.
 """
 
 import math
@@ -26,15 +26,15 @@ def augment(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Ten
     """Return one random view of each picture.
 
     Args:
-        pictures: (N, C, S, S) float32 in 0..1, C 1 or 3; of one channel, hue and grey leave it as it is.
-        recipe: which changes and how strong.
-        generator: on the pictures' device; the only source of randomness. The same state gives the same views, and
-            a change switched on leaves the numbers of the others as they are.
+        pictures: (N, C, S, S) float32 in 0..1, C 1 or 3; hue and grey do not change a single channel.
+        recipe: the changes and their strengths.
+        generator: on the pictures' device, the only source of randomness. The same state gives the same views;
+            switching one change on does not alter the numbers of the others.
 
     Returns:
         (N, C, S, S) float32 in 0..1, new memory.
 
-    Cost: one grid_sample and one pass for colour, plus passes over the rows that a chance hits. Call it outside
+    Cost: one grid_sample and one pass for colour, plus passes over the rows that are hit at random. Call it outside
         autocast: bfloat16 is too coarse for positions.
     """
     r = recipe
@@ -92,16 +92,17 @@ def gaussian_kernels(sigma: Tensor, radius: int) -> Tensor:
 
 
 def _draw(pictures: Tensor, recipe: Augmentation, generator: Generator) -> dict[str, Tensor]:
-    """All numbers by name, in one draw whatever is on: (N,) each, and bumps (N, 2, 16)."""
+    """Draw all numbers at once, used or not; return them by name: (N,) each, and bumps (N, 2, 16)."""
     names, low, high = _ranges(recipe, pictures.shape[-1], pictures.device)
     random = torch.rand(len(names) + 32, len(pictures), generator=generator, device=pictures.device)
-    bumps = (2 * random[-32:] - 1) * 2 * recipe.elastic  # the grid's unit is half a side
+    # The grid's unit is half a side.
+    bumps = (2 * random[-32:] - 1) * 2 * recipe.elastic
     return {"bumps": bumps.T.view(-1, 2, 16), **dict(zip(names, low.lerp(high, random[:-32]), strict=True))}
 
 
 @lru_cache
 def _ranges(recipe: Augmentation, side: int, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
-    """Names of the numbers, and the (count, 1) bounds between which each is uniform."""
+    """Return the names of the numbers, and the (count, 1) bounds between which each is uniform."""
     r = recipe
     factor = (1 - r.jitter_strength, 1 + r.jitter_strength)
     ranges = {
@@ -136,20 +137,21 @@ def _largest_sigma(recipe: Augmentation, side: int) -> float:
 
 
 def _where(hit: Tensor, views: Tensor, change: Callable[..., Tensor], *numbers: Tensor) -> Tensor:
-    """Change the rows that are hit (N,), given their numbers (N, …); `views` may be written to."""
+    """Return views with the rows that are hit (N,) changed, given their numbers (N, …). `views` may be overwritten."""
     if views.device.type == "cpu":
         rows = hit.nonzero()[:, 0]
         return views.index_copy_(0, rows, change(views[rows], *(number[rows] for number in numbers)))
-    # On a GPU it costs less to change all than to wait until it knows which.
+    # On a GPU changing all rows costs less than waiting for the indices of those that are hit.
     return torch.where(hit.view(-1, 1, 1, 1), change(views, *numbers), views)
 
 
 def _grid(side: int, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor:
-    """(N, S, S, 2) sampling positions in −1..1: where each pixel of the view lies in its picture."""
+    """Return (N, S, S, 2) sampling positions in −1..1: the place in the picture of each pixel of the view."""
     across, down, x, y = n["across"], n["down"], n["x"], n["y"]
-    if recipe.crop_area < 1:  # area and aspect as in random-resized-crop; the crop stays inside the picture
+    if recipe.crop_area < 1:
+        # Area and aspect as in random-resized-crop; the clamp keeps both sides inside the picture.
         area = n["area"]
-        aspect = torch.exp(n["aspect"] * (-area.log()).clamp(max=math.log(4 / 3)))  # neither side above 1
+        aspect = torch.exp(n["aspect"] * (-area.log()).clamp(max=math.log(4 / 3)))
         width, height = (area * aspect).sqrt(), (area / aspect).sqrt()
         x, y = x + (1 - width) * n["crop_x"], y + (1 - height) * n["crop_y"]
         across, down = across * width, down * height
@@ -164,23 +166,24 @@ def _grid(side: int, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor:
     if recipe.elastic:
         weights = torch.cat([weights, n["bumps"]], 2)  # (N, 2, 19)
     shapes = _shapes(side, weights.device)[: weights.shape[2]]
-    # One plane for x, one for y: grid_sample is quicker to read them apart, and affine_grid slower to write them.
+    # One plane for x and one for y: grid_sample reads separate planes faster, and affine_grid would be slower.
     return (weights.flatten(0, 1) @ shapes).view(-1, 2, side, side).permute(0, 2, 3, 1)
 
 
 def _stroke(views: Tensor, amount: Tensor) -> Tensor:
     """Blend each view with its dilation (thicker, amount (N,) 0..1) or its erosion (thinner, −1..0)."""
     amount = amount.view(-1, 1, 1, 1)
-    sign = torch.where(amount < 0, -1.0, 1.0)  # erosion is the dilation of the negative
+    # Erosion is the dilation of the negative.
+    sign = torch.where(amount < 0, -1.0, 1.0)
     padded = F.pad(views * sign, (1, 1, 1, 1), mode="replicate")
     wide = torch.maximum(padded[..., :-2], padded[..., 1:-1]).maximum(padded[..., 2:])
     full = torch.maximum(wide[..., :-2, :], wide[..., 1:-1, :]).maximum(wide[..., 2:, :]) * sign
-    # A thin stroke vanishes when eroded fully: at most half of the way.
+    # A thin stroke vanishes under full erosion, so it goes at most half of the way.
     return views.lerp(full, torch.where(amount < 0, -amount / 2, amount))
 
 
 def _colour(views: Tensor, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor:
-    """Brightness, contrast about the mean luminance, saturation and hue where jittered; then grey."""
+    """Change brightness, contrast about the mean luminance, saturation and hue of jittered rows; then grey."""
     jittered = n["jitter"] < recipe.jitter
     brightness, contrast = (torch.where(jittered, n[name], 1.0) for name in ("brightness", "contrast"))
     matrix = (brightness * contrast)[:, None, None]  # (N, 1, 1)
@@ -194,7 +197,7 @@ def _colour(views: Tensor, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor
 
 
 def _blur(views: Tensor, kernels: Tensor) -> Tensor:
-    """Blur each view with its own kernel (N, taps) along both axes; the picture is reflected at its borders."""
+    """Blur each view with its own kernel (N, taps) along both axes, with reflection at the borders."""
     side = views.shape[-1]
     reflections = _reflections(side, kernels.shape[1] // 2, views.device)
     matrix = (kernels @ reflections).view(-1, 1, side, side)  # (N, 1, S, S)
@@ -202,13 +205,15 @@ def _blur(views: Tensor, kernels: Tensor) -> Tensor:
 
 
 def _solarise(views: Tensor) -> Tensor:
-    return torch.minimum(views, 1 - views)  # 1 − v is the smaller from a half upwards
+    # From a half upwards 1 − v is the smaller.
+    return torch.minimum(views, 1 - views)
 
 
 def _erase(views: Tensor, size: Tensor, left: Tensor, top: Tensor) -> Tensor:
-    """Blank one square a view in place, of side `size` (N,) in pixels; left and top (N,) 0..1 of the room there is."""
+    """Blank one square a view in place: side `size` (N,) in pixels, left and top (N,) as shares of the free room."""
     side = views.shape[-1]
-    ruler = torch.arange(side, device=views.device) + 0.5  # pixel centres, or the first row would never go
+    # Pixel centres: with corners the first row would never be blank.
+    ruler = torch.arange(side, device=views.device) + 0.5
     start = torch.stack([left, top], 1)[:, :, None] * (side - size)[:, None, None]  # (N, 2, 1)
     within = (ruler >= start) & (ruler < start + size[:, None, None])  # (N, 2, S)
     return views.masked_fill_(within[:, :1, None, :] & within[:, 1:, :, None], 0)
@@ -216,17 +221,17 @@ def _erase(views: Tensor, size: Tensor, left: Tensor, top: Tensor) -> Tensor:
 
 @lru_cache
 def _shapes(side: int, device: torch.device) -> Tensor:
-    """(19, S · S) planes whose weighted sum is a sampling grid: x, y, 1, and the bumps of a 4×4 bicubic spline."""
+    """Return (19, S · S) planes whose weighted sum is a sampling grid: x, y, 1, and bumps of a 4×4 bicubic spline."""
     ruler = (2 * torch.arange(side) + 1) / side - 1  # pixel centres in −1..1
     y, x = torch.meshgrid(ruler, ruler, indexing="ij")
-    # Neighbouring strokes move together: between the 16 corners displacements are interpolated smoothly.
+    # Displacements are interpolated smoothly between 16 corners, so neighbouring strokes move together.
     bumps = F.interpolate(torch.eye(16).view(16, 1, 4, 4), size=(side, side), mode="bicubic", align_corners=True)
     return torch.cat([torch.stack([x, y, torch.ones_like(x)]), bumps[:, 0]]).flatten(1).to(device)
 
 
 @lru_cache
 def _colour_plane(device: torch.device) -> Tensor:
-    """(3, 9): matrices that keep luminance alone, keep colour alone, and turn colour by a quarter of the circle."""
+    """Return (3, 9): matrices that keep luminance only, keep colour only, and turn colour by a quarter circle."""
     to_yiq = torch.tensor(_YIQ, dtype=torch.float64)
     grey = torch.tensor(_LUMA, dtype=torch.float64).expand(3, 3)
     quarter = torch.tensor([[0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=torch.float64)
@@ -236,7 +241,7 @@ def _colour_plane(device: torch.device) -> Tensor:
 
 @lru_cache
 def _reflections(side: int, radius: int, device: torch.device) -> Tensor:
-    """(taps, S · S): 1 where a tap of the kernel at pixel i falls on pixel j of a row, mirrored at its ends."""
+    """Return (taps, S · S): 1 where a tap of the kernel at pixel i falls on pixel j of a row mirrored at its ends."""
     ruler = torch.arange(side)
     place = (ruler + torch.arange(-radius, radius + 1)[:, None]).abs()  # (taps, S)
     place = side - 1 - (side - 1 - place).abs()

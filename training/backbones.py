@@ -1,4 +1,4 @@
-"""Backbones f: normalised pixels (N, C, S, S) → (N, D); the projection head stands apart from them."""
+"""Backbones f: normalised pixels (N, C, S, S) → (N, D). The projection head is no part of them."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ _OWN = ("small-cnn", "mid-cnn")
 
 
 class Backbone(NamedTuple):
-    """A network and the number of columns D it gives."""
+    """A network and the dimension D of its output."""
 
     module: nn.Module
     dimension: int
@@ -23,15 +23,14 @@ def build_backbone(name: str, channels: int, side: int, init: str | None = None)
     """Build a backbone.
 
     Args:
-        name: small-cnn, mid-cnn, or a classification backbone of torchvision.models, whose last layer is taken off.
+        name: small-cnn, mid-cnn, or a classification backbone of torchvision.models, whose last layer is removed.
         channels: C, 1 for grey or 3 for RGB.
-        side: S in pixels; below 64 a ResNet gets the small-image stem.
-        init: where its weights come from: DEFAULT for torchvision's own (ImageNet), or a file with a state dict,
-            with or without the last layer; None leaves them random.
+        side: S in pixels; below 64 a ResNet gets a stem for small pictures.
+        init: DEFAULT for torchvision's own weights (ImageNet), or a file with a state dict, with or without the last
+            layer; None for random weights.
 
     Raises:
-        InvalidRequest: no such backbone, or one that cannot take such pictures; weights that are not there or
-            do not fit.
+        InvalidRequest: no such backbone, or it cannot take such pictures; the weights are missing or do not fit.
     """
     if name in _OWN:
         if init == "DEFAULT":
@@ -57,10 +56,10 @@ def build_backbone(name: str, channels: int, side: int, init: str | None = None)
 
 
 def build_network(name: str, side: int) -> nn.Module:
-    """Build a torchvision classification network with random weights, its last layer still on.
+    """Build a torchvision classification network with random weights, last layer included.
 
     Raises:
-        InvalidRequest: torchvision has none of this name, or not for such a side.
+        InvalidRequest: torchvision has no network of this name, or not for this side.
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
@@ -111,7 +110,7 @@ def read_weights(name: str, origin: str) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Load a state dict; it may lack the last layer, which is taken off anyway.
+    """Load a state dict. It may lack the last layer, which is removed anyway.
 
     Raises:
         InvalidRequest: weights are missing, too many or of another shape.
@@ -134,10 +133,10 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], origin: str) -> N
 
 
 def behead(network: nn.Module, name: str) -> None:
-    """Replace the last linear layer by nothing: its input is the embedding.
+    """Replace the last linear layer by the identity: its input is the embedding.
 
     Raises:
-        InvalidModel: there is none.
+        InvalidModel: the network has no linear layer.
     """
     head = _last_linear(network)
     if head is None:
@@ -147,11 +146,11 @@ def behead(network: nn.Module, name: str) -> None:
 
 
 def mlp(*widths: int, norm: bool = True, last_norm: bool = True) -> nn.Module:
-    """Linear layers of these widths, ReLU between them.
+    """Return linear layers of these widths with ReLU between them.
 
     Args:
         norm: batch norm after each layer.
-        last_norm: after the last one as well, there without scale and shift.
+        last_norm: batch norm after the last layer as well, without scale and shift.
     """
     layers: list[nn.Module] = []
     for number, (inputs, outputs) in enumerate(pairwise(widths), start=2):
@@ -173,7 +172,7 @@ def _last_linear(network: nn.Module) -> str | None:
 def _block(inputs: int, outputs: int, kernel: int, stride: int = 1, pool: int = 1) -> list[nn.Module]:
     return [
         nn.Conv2d(inputs, outputs, kernel, stride, (kernel - 1) // 2, bias=False),
-        # Pooling before batch norm and ReLU leaves them a quarter of the work.
+        # Pooling first leaves batch norm and ReLU a quarter of the work.
         *([nn.MaxPool2d(pool)] if pool > 1 else []),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),
@@ -181,7 +180,7 @@ def _block(inputs: int, outputs: int, kernel: int, stride: int = 1, pool: int = 
 
 
 def _small_cnn(channels: int) -> nn.Module:
-    """Four convolutions for pictures of about 28 to 40 pixels; some 7 M multiply-adds at 28×28."""
+    """Return four convolutions for pictures of about 28 to 40 pixels; some 7 M multiply-adds at 28×28."""
     return nn.Sequential(
         *_block(channels, 32, 5, stride=2),
         *_block(32, 64, 3, pool=2),
@@ -203,7 +202,7 @@ class _Residual(nn.Module):
 
 
 def _mid_cnn(channels: int) -> nn.Module:
-    """Seven convolutions, two residual blocks; some 75 M multiply-adds at 32×32, made for two CPU cores and an hour."""
+    """Return seven convolutions, two residual blocks; some 75 M multiply-adds at 32×32, an hour on two CPU cores."""
     return nn.Sequential(
         *_block(channels, 64, 4, stride=2),
         *_block(64, 128, 3, pool=2),
@@ -216,14 +215,14 @@ def _mid_cnn(channels: int) -> nn.Module:
 
 
 def _small_stem(network: nn.Module) -> None:
-    """3×3 stride 1 and no pooling, or a 32-pixel picture is down to 8 before a ResNet's first block."""
+    """Give a ResNet a 3×3 stem of stride 1 without pooling: the usual one shrinks 32 pixels to 8."""
     stem = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     network.conv1, network.maxpool = stem, nn.Identity()
 
 
 def _take_grey(network: nn.Module) -> None:
-    """Give the first convolution one channel; its weights are the sum over RGB, as grey in all three would see."""
+    """Give the first convolution one channel. The sum of its weights over RGB treats grey as before."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     first.weight = nn.Parameter(first.weight.detach().sum(1, keepdim=True))
     first.in_channels = 1

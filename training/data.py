@@ -1,4 +1,4 @@
-"""SOURCE → pixel canvas → batches: a picture is decoded by the service's own function when a batch first touches it."""
+"""SOURCE → pixel canvas → batches. The service's own function decodes a picture when a batch first needs it."""
 
 import os
 import shutil
@@ -18,21 +18,27 @@ from tqdm import tqdm
 from service import IntArray, PixelArray, cores
 from service.encoding.card import Preprocessing
 from service.encoding.images import Limits, decode_pixels
-from service.errors import InvalidSource, LookalikeError
+from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.files import write_file
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
+from training.checkpoint import Cursor
 
 Residence = Literal["memory", "disk", "nowhere"]
 
 _MOST_BAD = 0.05
-_JUDGED = 1000  # pictures looked at before a share of bad ones says anything
+# The share of bad pictures is judged as if at least so many had been decoded.
+_JUDGED = 1000
 _CHUNK = 64
-_AT_ONCE = 64 * _CHUNK  # pictures decoded before they are put away
-_SMALL = 256 * 2**20  # a canvas of so many bytes is decoded again in no time: not worth a file
-_DISK_LEFT = 2**30  # bytes that stay free for checkpoints
+# Pictures that are decoded before their pixels are stored.
+_AT_ONCE = 64 * _CHUNK
+# A canvas of up to so many bytes is decoded again quickly: it is not worth a file.
+_SMALL = 256 * 2**20
+# Bytes of disk that stay free for checkpoints.
+_DISK_LEFT = 2**30
 _BLOCKS_MIXED = 16
-_UNKNOWN, _GOOD, _BAD, _SEEN = 0, 1, 2, 3  # seen: good when it was decoded, and its pixels are not there any more
+# Seen: the picture was good when it was decoded, but its pixels are no longer kept.
+_UNKNOWN, _GOOD, _BAD, _SEEN = 0, 1, 2, 3
 
 
 def open_training_source(name: str, data_root: Path) -> Source:
@@ -48,7 +54,7 @@ def open_training_source(name: str, data_root: Path) -> Source:
     train = set_name.endswith("/train")
     try:
         data = known(str(data_root), train=train)
-    except RuntimeError:  # torchvision's word for: not there
+    except RuntimeError:  # torchvision raises it if the set is missing
         try:
             data = known(str(data_root), train=train, download=True)
         except Exception as error:
@@ -64,7 +70,7 @@ def open_training_source(name: str, data_root: Path) -> Source:
 
 
 def names_checksum(source: Source) -> int:
-    """Return a checksum of the source's ids, to know it again by."""
+    """Return a checksum of the source's ids, by which a resumed run recognises its source."""
     checksum = 0
     for name in source.ids:
         checksum = zlib.crc32(name.encode("utf-8", "surrogateescape"), checksum)
@@ -76,25 +82,25 @@ class Canvas:
 
     Attributes:
         source: the pictures.
-        residence: "memory"; "disk", a file of the run's folder; or "nowhere": decoded at every take.
+        residence: "memory"; "disk", a file in the run's folder; or "nowhere": each take decodes again.
         on_device: whether the pixels are kept on the device as well.
-        bad: why pictures cannot be used, by position.
-        device: where taken pixels are.
+        bad: the reason why a picture cannot be used, by position.
+        device: on which take returns pixels.
 
-    Cost: count · C · S · S bytes where they reside, 1 byte of memory a picture beside that.
+    Cost: count · C · S · S bytes where the pixels reside, and 1 byte of memory a picture.
     """
 
     def __init__(
         self, source: Source, preprocessing: Preprocessing, channels: int, folder: Path, device: torch.device
     ) -> None:
-        """Choose where the pixels reside, by their size, and say so in one line.
+        """Choose by size where the pixels reside, and report it in one line on stderr.
 
         Args:
             source: the pictures.
             preprocessing: gives S.
             channels: 1 keeps luminance only, 3 keeps RGB.
             folder: of the run; a canvas on disk is its canvas.bin.
-            device: where batches are wanted.
+            device: on which batches are needed.
         """
         self.source = source
         self.bad: dict[int, str] = {}
@@ -144,12 +150,40 @@ class Canvas:
             self._uploaded[new] = True
         return self._resident[torch.from_numpy(good_positions).to(self.device)], good_positions
 
+    def load_all(self) -> None:
+        """Decode all pictures now and keep all pixels on the device, for `resident`.
+
+        Raises:
+            InvalidSource: more than 5 % of the pictures are bad.
+            InvalidRequest: the pixels do not fit.
+        """
+        if self._pixels is None or (self.device.type == "cuda" and self._resident is None):
+            size = len(self.source) * self._channels * self._preprocessing.side**2
+            raise InvalidRequest(
+                f"{self.source.name}: {size / 2**30:.1f} GiB of pixels do not fit on the device; set resident=false"
+            )
+        self._fill(np.flatnonzero(self._missing(slice(None))))
+        # On a CPU this is the same memory.
+        self._resident = torch.from_numpy(self._pixels).to(self.device)
+        self._uploaded = np.ones(len(self.source), bool)
+        self.on_device = True
+
+    def resident(self, positions: Tensor) -> Tensor:
+        """Return pixels (n, C, S, S) of good pictures after load_all; positions (n,) are on the device."""
+        assert self._resident is not None
+        return self._resident[positions]
+
+    def is_good(self, positions: IntArray) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """Return for each of the positions whether its pixels are decoded and usable."""
+        good: np.ndarray[Any, np.dtype[np.bool_]] = self._state[positions] == _GOOD
+        return good
+
     def untouched(self) -> int:
         """Return how many pictures have not been decoded yet and will be kept once they are."""
         return 0 if self._pixels is None else int(self._missing(slice(None)).sum())
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs; after it the pixels that it speaks of are on the disk."""
+        """Return the state that a resumed run needs. Pixels that it calls good have reached the disk by then."""
         state = self._state.copy()
         if isinstance(self._pixels, np.memmap):
             self._pixels.flush()
@@ -158,20 +192,20 @@ class Canvas:
         return {"state": torch.from_numpy(state), "bad": dict(self.bad), "residence": self.residence}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on with what an earlier run has decoded."""
+        """Continue from the state of an earlier session of the run."""
         self.bad = dict(state["bad"])
         self._state = state["state"].numpy().copy()
         if self.residence != "disk" or state["residence"] != "disk" or not self._kept_file:
             self._state[self._state == _GOOD] = _SEEN
 
     def list_bad(self, path: Path) -> None:
-        """Write ids and reasons of the bad pictures, a line each; nothing where there are none."""
+        """Write ids and reasons of the bad pictures, a line each; without bad pictures, write nothing."""
         if self.bad:
             lines = [f"{self.source.ids[position]}\t{reason}\n" for position, reason in sorted(self.bad.items())]
             write_file(path, "".join(lines).encode("utf-8", "surrogateescape"))
 
     def close(self) -> None:
-        """Give memory and threads back; a canvas on disk stays for a resumed run."""
+        """Release memory and threads. A canvas on disk stays for a resumed run."""
         self._pool.shutdown()
         self._pixels = self._resident = None
 
@@ -181,7 +215,7 @@ class Canvas:
         self._path.unlink(missing_ok=True)
 
     def _whole_blocks(self, positions: IntArray) -> IntArray:
-        """All missing pictures of the blocks that these lie in: where reading one means reading its block."""
+        """Return all missing positions of the blocks that these lie in, since reading one picture reads its block."""
         if self.source.blocks is None:
             return np.unique(positions)
         starts = np.asarray(self.source.blocks)
@@ -192,7 +226,7 @@ class Canvas:
         return missing
 
     def _missing(self, positions: IntArray | slice) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-        """Whether the pixels of these have yet to be decoded."""
+        """Return for each position whether its pixels have yet to be decoded."""
         return np.isin(self._state[positions], (_UNKNOWN, _SEEN))
 
     def _fill(self, positions: IntArray) -> None:
@@ -203,13 +237,14 @@ class Canvas:
                 part = positions[start : start + _AT_ONCE]
                 pixels, good = self._decode(part)
                 self._pixels[part[good]] = pixels
-                self._state[part[good]] = _GOOD  # after its pixels: a checkpoint may look between the two
+                # After the pixels: a checkpoint may read the state between the two lines.
+                self._state[part[good]] = _GOOD
                 self._check_share()
                 bar.update(len(part))
 
     def _decode(self, positions: IntArray) -> tuple[PixelArray, "np.ndarray[Any, np.dtype[np.bool_]]"]:
-        """Decode pictures; returns the pixels of the good ones and which those are, and notes the bad ones."""
-        # Threads hand over chunks: for pictures of a few pixels, passing each by itself costs more than decoding it.
+        """Decode pictures; return the pixels of the good ones and a mask of them, and record the bad ones."""
+        # Threads pass chunks on: passing a picture of a few pixels by itself costs more than decoding it.
         chunks = [positions[start : start + _CHUNK].tolist() for start in range(0, len(positions), _CHUNK)]
         results = [result for chunk in self._pool.map(self._read_chunk, chunks) for result in chunk]
         good = np.array([not isinstance(result, LookalikeError) for result in results], bool)
@@ -244,13 +279,13 @@ class Canvas:
 
 
 def to_luminance(pixels: PixelArray) -> PixelArray:
-    """Return (..., S, S) uint8 luminance of (..., S, S, 3) uint8; grey stays exactly what it was."""
+    """Return (..., S, S) uint8 luminance of (..., S, S, 3) uint8; grey pixels stay exactly as they are."""
     r, g, b = (pixels[..., channel].astype(np.uint32) for channel in range(3))
     return ((299 * r + 587 * g + 114 * b + 500) // 1000).astype(np.uint8)
 
 
 def sample(source: Source, count: int) -> IntArray:
-    """Return up to `count` positions spread over a source; of one that is read in blocks, over a few of them."""
+    """Return up to `count` positions spread over a source, or over a few blocks of one that is read in blocks."""
     if source.blocks is None:
         return spread(np.arange(len(source)), count)
     ends = [*source.blocks[1:], len(source)]
@@ -264,60 +299,72 @@ def spread(positions: IntArray, count: int) -> IntArray:
     return positions[chosen]
 
 
-class Cursor(NamedTuple):
-    """A place in the order of the pictures: what an epoch has given out already."""
-
-    epoch: int = 0
-    offset: int = 0
-
-
 class Loaded(NamedTuple):
-    """A batch: pixels (N, C, S, S) uint8 on the device, positions (N,), and the place in the order after it."""
+    """A batch on the device: pixels (N, C, S, S) uint8, positions (N,) int64; and the place in the order after it."""
 
     pixels: Tensor
-    positions: IntArray
+    positions: Tensor
     cursor: Cursor
 
 
 def batches(canvas: Canvas, among: IntArray, size: int, seed: int, cursor: Cursor) -> Generator[Loaded]:
-    """Yield batches without end: a new random order each epoch, the short last batch left out.
+    """Yield batches without end: a new random order each epoch, without the short last batch.
 
-    Bad pictures are passed over, so each batch is whole; the order depends on seed and epoch alone.
+    Bad pictures are skipped, so each batch is whole. The order depends on seed and epoch alone.
 
     Args:
         canvas: gives the pixels.
         among: positions to train on.
         size: N.
         seed: of the order.
-        cursor: where to go on.
+        cursor: where to continue.
 
     Raises:
-        InvalidSource: more than 5 % of the pictures are bad, or an epoch has not pictures enough for one batch.
+        InvalidSource: more than 5 % of the pictures are bad, or an epoch has fewer pictures than a batch.
     """
     epoch, offset = cursor
     while True:
         order = epoch_order(among, seed, epoch, canvas)
         while (loaded := _whole_batch(canvas, order, offset, size)) is not None:
             pixels, positions, offset = loaded
-            yield Loaded(pixels, positions, Cursor(epoch, offset))
+            chosen = torch.from_numpy(positions).to(canvas.device, non_blocking=True)
+            yield Loaded(pixels, chosen, Cursor(epoch, offset))
         if offset == 0:
             usable = len(among) - len(canvas.bad)
             raise InvalidSource(f"{canvas.source.name}: {usable} pictures can be used, a batch needs {size}")
         epoch, offset = epoch + 1, 0
 
 
-def epoch_order(among: IntArray, seed: int, epoch: int, canvas: Canvas) -> IntArray:
-    """Return the positions in the random order of an epoch, the same whenever it is asked for.
+def resident_batches(canvas: Canvas, among: IntArray, size: int, seed: int, cursor: Cursor) -> Generator[Loaded]:
+    """Yield the same batches as `batches` from a canvas whose load_all was called: each is an index on the device.
 
-    While pictures come in blocks that are read whole (Parquet), a few blocks at a time are shuffled together, drawn
-    from all over the source; once the canvas holds them all, in the second epoch, any picture may follow any other.
+    The cursor counts good pictures alone, so a run does not change between the two.
+    """
+    epoch, offset = cursor
+    while True:
+        order = epoch_order(among, seed, epoch, canvas)
+        good = torch.from_numpy(order[canvas.is_good(order)]).to(canvas.device)
+        if len(good) < size:
+            raise InvalidSource(f"{canvas.source.name}: {len(good)} pictures can be used, a batch needs {size}")
+        for end in range(offset + size, len(good) + 1, size):
+            chosen = good[end - size : end]
+            yield Loaded(canvas.resident(chosen), chosen, Cursor(epoch, end))
+        epoch, offset = epoch + 1, 0
+
+
+def epoch_order(among: IntArray, seed: int, epoch: int, canvas: Canvas) -> IntArray:
+    """Return the positions in the random order of an epoch, which depends on nothing else.
+
+    As long as pictures are read in blocks (Parquet), a few random blocks at a time are shuffled together. From the
+    second epoch on the canvas holds all pictures, and all of them are shuffled together.
     """
     random = np.random.default_rng((seed, epoch))
     blocks = canvas.source.blocks
     if blocks is None or (epoch and canvas.residence != "nowhere"):
         return among[random.permutation(len(among))]
-    turn = random.permutation(len(blocks))  # of each block
-    window = turn[np.searchsorted(np.asarray(blocks), among, side="right") - 1] // _BLOCKS_MIXED
+    # Each block's place in the order of blocks.
+    rank = random.permutation(len(blocks))
+    window = rank[np.searchsorted(np.asarray(blocks), among, side="right") - 1] // _BLOCKS_MIXED
     return among[np.lexsort((random.random(len(among)), window))]
 
 
@@ -338,7 +385,7 @@ def _whole_batch(canvas: Canvas, order: IntArray, offset: int, size: int) -> tup
 
 
 def ahead(items: Iterator[Loaded]) -> Generator[Loaded]:
-    """Yield the items, the next one being made in a thread meanwhile."""
+    """Yield the items; a thread makes the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         upcoming = pool.submit(next, items)
         while True:
@@ -356,7 +403,7 @@ def _allocate(shape: tuple[int, ...], path: Path) -> tuple[Residence, PixelArray
         try:
             with path.open("ab") as file:
                 file.truncate(size)
-                # Now, not by a bus error when a page finds no room; a few file systems cannot and need not.
+                # Reserve the room now: a page without room would be a bus error later.
                 os.posix_fallocate(file.fileno(), 0, size)
             return "disk", np.memmap(path, np.uint8, "r+", shape=shape)
         except OSError:

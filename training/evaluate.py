@@ -1,4 +1,4 @@
-"""The offline job: figures of an exported encoder, through the code that serves it, beside baselines."""
+"""The offline job: figures of an exported encoder, computed through the code that serves it, beside baselines."""
 
 import math
 import os
@@ -18,20 +18,20 @@ from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import Limits, decode_pixels
 from service.encoding.variants import embed_pixels
-from service.encoding.voting import vote
+from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.jobs.parquet_parts import Embeddings, open_embeddings
 from service.sources.source import Source
-from training import knn
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
-from training.knn import find_neighbours, neighbour_figures
+from training.knn import MOST_K, find_neighbours, neighbour_figures
 
-_K, _MOST_K = 20, 200
 _CHUNK = 64
-_BYTES = 9  # of memory for each value of a pixel: itself, and what raw pixels are compared as
-_SMALL_SIDE = 64  # up to it pictures are mostly so small that two threads, waiting for each other, are slower than one
+# Bytes of memory for each value of a pixel: uint8, and the float32 rows that raw pixels are compared as.
+_BYTES = 9
+# Pictures up to this side are mostly so small that two threads, waiting for each other, are slower than one.
+_SMALL_SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         report: the figures, ready for JSON: {"model", "fingerprint", "variant", "bank": {"source", "pictures"},
@@ -64,7 +64,7 @@ class Evaluation:
             neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure that does not exist is
             None.
         classes: all labels of both sides, in sorted order.
-        bank, queries: what was compared.
+        bank, queries: the two compared sides.
         neighbours: (N, 20) positions in the bank, each query's most alike first.
         scores: (N, 20) their cosines.
         predicted: (N,) positions in classes, by the weighted vote of 20.
@@ -79,11 +79,11 @@ class Evaluation:
     predicted: IntArray
 
     def notes(self) -> list[str]:
-        """Return a sentence for everything that a reader of the figures must know besides them."""
+        """Return the sentences that a reader of the figures must know besides them."""
         count, unknown = len(self.bank.labels), ~np.isin(self.queries.labels, self.bank.labels)
         notes = []
-        if count < _MOST_K:
-            notes.append(f"weighted_k200 is left out: it needs a bank of {_MOST_K} pictures, this one has {count}")
+        if count < MOST_K:
+            notes.append(f"weighted_k200 is left out: it needs a bank of {MOST_K} pictures, this one has {count}")
         if unknown.any():
             names = [self.classes[label] for label in np.unique(self.queries.labels[unknown])]
             notes.append(
@@ -95,8 +95,21 @@ class Evaluation:
         return notes
 
 
+def print_table(evaluation: Evaluation, bank: str, queries: str) -> None:
+    """Print the figures and those of the baselines side by side; `bank` and `queries` are named as the user did."""
+    found = evaluation.report
+    counts = found["bank"]["pictures"], found["queries"]["pictures"]
+    print(f"{counts[0]} of {bank} vote on {counts[1]} of {queries}; variant {found['variant']}")
+    columns = [(found["model"], found["figures"])]
+    columns += [(name.replace("_", " "), figures) for name, figures in (found["baselines"] or {}).items()]
+    print("".join([f"{'':14}", *(f"  {name:>17}" for name, _ in columns)]))
+    for key in found["figures"]:
+        values = ("-" if figures[key] is None else f"{figures[key]:.4f}" for _, figures in columns)
+        print("".join([f"{key:14}", *(f"  {value:>17}" for value in values)]))
+
+
 class Measured(NamedTuple):
-    """The figures of one representation, and what they come from."""
+    """The figures of one representation, and the neighbours they come from."""
 
     figures: dict[str, float | None]
     neighbours: IntArray  # (N, 20)
@@ -105,21 +118,21 @@ class Measured(NamedTuple):
 
 
 def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, variant: str = "auto") -> Evaluation:
-    """Measure an encoder: name each query by its nearest bank pictures, and look at how embeddings lie.
+    """Measure an encoder: classify each query by its nearest bank pictures, and examine the embeddings' distribution.
 
-    Raw pixels are compared as rows less each picture's mean, of length 1, but k5 there is by Euclidean distance
-    on 0..255; of pictures that are all grey, one channel.
+    Raw pixels are compared as rows minus each picture's mean, scaled to length 1; their k5 is by Euclidean distance on
+    0..255. One channel represents pictures that are all grey.
 
     Args:
         model: the encoder's folder.
-        bank_name, queries_name: SOURCEs with labels, or folders of `lookalike embed`, which are taken as they are.
-        data_root: where named sets lie.
-        variant: of the encoder, "auto" for the one that serves here; the random encoder is of model.onnx.
+        bank_name, queries_name: SOURCEs with labels, or folders of `lookalike embed`, whose embeddings are used.
+        data_root: folder of the named sets.
+        variant: of the encoder, "auto" for the one that serves here; the random encoder derives from model.onnx.
 
     Raises:
         InvalidModel, InvalidSource: no such encoder, variant or source; no labels or one alone; fewer than 20 bank
             pictures; embeddings of another encoder.
-        UndecodablePicture and its like for the first picture that cannot be read: figures need them all.
+        UndecodablePicture or another picture error for the first picture that cannot be read: figures need them all.
 
     Cost: mnist/train against mnist/test 2 minutes on 2 cores. Beside the pictures, 8 bytes for each value of a pixel.
     """
@@ -162,7 +175,7 @@ def measure(
         bank, queries: (B, D), (N, D), rows of L2 norm 1, or 0; B >= 20.
         bank_labels, query_labels: (B,), (N,), whole numbers from 0, two of them or more on each side.
     """
-    found = find_neighbours(bank, bank_labels, queries, query_labels, _MOST_K, name)
+    found = find_neighbours(bank, bank_labels, queries, query_labels, MOST_K, name)
     figures, predicted = neighbour_figures(found, bank_labels, query_labels)
     figures |= {
         "linear_probe": linear_probe(bank, bank_labels, queries, query_labels, name),
@@ -171,13 +184,13 @@ def measure(
         "effective_rank": effective_rank(bank),
     }
     rounded = {key: None if value is None else round(value, 4) for key, value in figures.items()}
-    return Measured(rounded, found.positions[:, :_K], found.scores[:, :_K], predicted)
+    return Measured(rounded, found.positions[:, :HEADLINE_K], found.scores[:, :HEADLINE_K], predicted)
 
 
 def _baselines(card: Card, variant: str, bank: Rows, queries: Rows) -> dict[str, Any] | None:
-    """The figures of raw pixels, of the encoder without its whitening, if it has one, and of the untrained encoder.
+    """Return the figures of raw pixels, of the encoder without its whitening, if any, and of the untrained encoder.
 
-    None where there are not pictures on both sides.
+    None unless both sides are pictures.
     """
     if bank.pixels is None or queries.pixels is None:
         return None
@@ -197,7 +210,7 @@ def _baselines(card: Card, variant: str, bank: Rows, queries: Rows) -> dict[str,
 
 
 def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
-    """Return all of a source's pixels (N, S, S, 3) as the service would make them.
+    """Return all of a source's pixels (N, S, S, 3), decoded as in the service.
 
     Raises:
         InvalidSource: they do not fit into memory.
@@ -236,15 +249,15 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
 def nearest_pixels(bank: PixelArray, queries: PixelArray, k: int) -> IntArray:
     """Return the positions (N, k) in the bank of each query's nearest by Euclidean distance on 0..255."""
     banked, asked = (rows.reshape(len(rows), -1) for rows in _one_channel(bank, queries))
-    # |q − b|² is least where q · b − |b|² / 2 is most: one column more, and an inner product tells.
+    # The least |q − b|² is the greatest q · b − |b|² / 2: one more column makes it an inner product.
     rows, ones = (np.empty((len(side), side.shape[1] + 1), np.float32) for side in (banked, asked))
     rows[:, :-1], ones[:, :-1] = banked, asked
     rows[:, -1], ones[:, -1] = np.einsum("nd,nd->n", rows[:, :-1], rows[:, :-1], dtype=np.float64) / -2, 1
-    return knn.nearest(rows, ones, k, "raw pixels")[1]
+    return nearest(rows, ones, k, "raw pixels")[1]
 
 
 def centred(pixels: PixelArray) -> FloatArray:
-    """Return pixels (N, S, S, C) less each picture's mean, as rows of length 1; a flat picture's row is 0."""
+    """Return pixels (N, S, S, C) minus each picture's mean, as rows of length 1; a flat picture's row is 0."""
     rows = pixels.reshape(len(pixels), -1).astype(np.float32)
     rows -= rows.mean(1, keepdims=True)
     rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
@@ -252,13 +265,13 @@ def centred(pixels: PixelArray) -> FloatArray:
 
 
 def _one_channel(*sides: PixelArray) -> Sequence[PixelArray]:
-    """Pixels with one channel where all are grey: it orders distances and cosines as three equal ones do."""
+    """Return pixels with one channel if all are grey: it gives the same order as three equal ones."""
     grey = all((pixels == pixels[..., :1]).all() for pixels in sides)
     return [pixels[..., :1] for pixels in sides] if grey else sides
 
 
 def randomised(card: Card) -> bytes:
-    """Return the card's ONNX graph with every weight drawn anew: the same network, untrained.
+    """Return the card's ONNX graph with random weights: the same network, untrained.
 
     Weights of convolutions and matrix products become normal with variance 2 / fan-in (He et al.,
     arXiv:1502.01852), their biases 0, batch normalisation the identity. Seed 0.
@@ -278,7 +291,8 @@ def randomised(card: Card) -> bytes:
                 shape = tuple(values[name].dims)
                 if len(shape) < 2:
                     put(name, np.zeros(shape))
-                else:  # convolutions and transposed products hold outputs first, the others inputs first
+                else:
+                    # Convolutions and transposed products store outputs first, the others inputs first.
                     outputs_first = node.op_type == "Conv" or any(a.name == "transB" and a.i for a in node.attribute)
                     fan_in = np.prod(shape[1:]) if outputs_first else shape[-2]
                     put(name, random.normal(0, np.sqrt(2 / fan_in), shape))
@@ -293,7 +307,7 @@ def randomised(card: Card) -> bytes:
 
 
 def _open(name: str, data_root: Path, card: Card) -> Source | Embeddings:
-    """What a name stands for; embeddings must be the card's encoder's."""
+    """Open a SOURCE or a folder of embeddings, which must be of the card's encoder."""
     embeddings = open_embeddings(name)
     if embeddings is None:
         return open_training_source(name, data_root)
@@ -305,11 +319,11 @@ def _open(name: str, data_root: Path, card: Card) -> Source | Embeddings:
 
 
 def _check(bank: Source | Embeddings, queries: Source | Embeddings) -> None:
-    """Refuse what no figure can be made of, before the long work."""
-    if len(bank) < _K:
+    """Refuse sides without meaningful figures, before the long work."""
+    if len(bank) < HEADLINE_K:
         raise InvalidSource(
-            f"{bank.name}: {len(bank)} pictures cannot vote among {_K}; a bank needs {_K} or more, {_MOST_K} for "
-            f"weighted_k200"
+            f"{bank.name}: {len(bank)} pictures cannot vote among {HEADLINE_K}; a bank needs {HEADLINE_K} or more, "
+            f"{MOST_K} for weighted_k200"
         )
     for side in (bank, queries):
         names = _names(side)
@@ -318,7 +332,7 @@ def _check(bank: Source | Embeddings, queries: Source | Embeddings) -> None:
 
 
 def _names(side: Source | Embeddings) -> list[str]:
-    """The labels that a side has, each once."""
+    """Return the labels of a side, each once."""
     if side.labels is None:
         raise InvalidSource(
             f"{side.name}: has no labels; evaluation needs every picture in a folder named for its class"

@@ -1,73 +1,43 @@
-"""Checkpoint → models/NAME: ONNX with its preprocessing and card, checked against torch on real pictures."""
+"""Encoder → models/NAME: ONNX with its preprocessing and card, checked against torch on real pictures."""
 
+import importlib
 import tempfile
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from service.encoding.card import MODEL_FILE, Card, Preprocessing, fingerprint
 from service.encoding.model_folder import check_out, write_model
 from service.encoding.variants import Pictures, embed_pixels, keep_good
 from service.encoding.voting import headline_accuracy
 from service.encoding.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
-from service.errors import InvalidModel
-from training.augment import luminance
+from service.errors import InvalidModel, InvalidRequest
+from training.encoder import Encoder
 from training.variants import to_int8
 
 _CHECKED_PICTURES = 256
 _LEAST_COSINE = 0.9999
-_POWERS, _DIMENSIONS = (0.5, 1.0), (512, 256, 128, 64)  # of whitenings to choose from
-
-
-class Encoder(nn.Module):
-    """What is exported: uint8 pixels (N, 3, S, S) → unit embeddings (N, D) float32, normalised inside the graph."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, backbone: nn.Module, mean: Tensor, std: Tensor, channels: int) -> None:
-        """Wrap a backbone; mean and std are (C,) for pixels in 0..1, channels 1 has the graph take luminance."""
-        super().__init__()
-        self.backbone = backbone
-        self.channels = channels
-        self.precision = torch.float32
-        self.register_buffer("mean", mean.reshape(1, -1, 1, 1).clone())
-        self.register_buffer("std", std.reshape(1, -1, 1, 1).clone())
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        values = pixels.float() / 255  # (N, 3, S, S)
-        if self.channels == 1:
-            values = luminance(values)  # (N, 1, S, S)
-        h = self.backbone(((values - self.mean) / self.std).to(self.precision))
-        return F.normalize(h.float(), dim=1)
-
-    def in_float16(self) -> "Encoder":
-        """Return a copy whose backbone computes in float16; it takes the same pixels and gives float32."""
-        copy = Encoder(deepcopy(self.backbone).half(), self.mean, self.std, self.channels)
-        copy.precision = torch.float16
-        return copy.eval()
+# The whitenings to choose from.
+_POWERS, _DIMENSIONS = (0.5, 1.0), (512, 256, 128, 64)
 
 
 def export(
     encoder: Encoder, pictures: Pictures | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
 ) -> None:
-    """Write a model folder, whole or not at all: model.onnx, the variants that are good enough, and the card.
+    """Write a model folder, whole or not at all: model.onnx, the variants close enough to it, and the card.
 
     Args:
         encoder: trained.
         pictures: real ones to check the export with; None checks with random pixels and makes no variants.
-        preprocessing: goes beside the graph.
-        facts: for the card: method, data and whatever else is known of the run.
-        out: the folder; an earlier model there is replaced.
+        preprocessing: of the encoder, written beside the graph.
+        facts: for the card: method, data and other facts of the run.
+        out: the folder; an earlier model in it is replaced.
 
     Raises:
-        InvalidModel: onnxruntime's embeddings are not torch's (cosine below 0.9999 at batch 1 or 64).
+        InvalidModel: onnxruntime's embeddings differ from torch's (cosine below 0.9999 at batch 1 or 64).
         InvalidOutput: as check_out.
     """
     encoder = encoder.cpu().eval()
@@ -93,14 +63,31 @@ def export(
     write_model(out, graphs, preprocessing, facts, quality)
 
 
+def check_export(out: Path) -> None:
+    """Make sure that a model can be exported to `out`: before training, not after hours of it.
+
+    Raises:
+        InvalidRequest: a package that the export needs is not installed.
+        InvalidOutput: as check_out.
+    """
+    for package, extra in (("onnxruntime", "cpu or gpu"), ("onnxscript", "train")):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise InvalidRequest(
+                f"the export needs {package}, which is not installed here: install the extra {extra} of lookalike"
+            ) from error
+    check_out(out)
+
+
 def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[str, Any]] | None:
     """Learn a whitening from a run's own pictures, without their labels.
 
-    Where there are labels, power and dimension are those with which the bank names most of the held-out pictures
-    rightly; else they follow from the number of pictures.
+    With labels, power and dimension are those with the highest k-NN accuracy of the held-out pictures; without, they
+    follow from the number of pictures.
 
     Returns:
-        It, and what the card tells of it; None where too few pictures are given, or none of them helps.
+        The whitening and its facts for the card, or None: too few pictures were given, or no whitening helps.
     """
     if pictures.learnt_on is None or len(pictures.learnt_on) < LEAST_LEARNT:
         return None
@@ -130,13 +117,13 @@ def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[st
 
 
 def _candidates(count: int, dimension: int) -> list[tuple[float, int]]:
-    """The powers and dimensions to try with so many pictures."""
+    """Return the powers and dimensions to try with `count` pictures."""
     sizes = [size for size in sorted({dimension, *_DIMENSIONS}, reverse=True) if size <= min(dimension, count // 2)]
     return [(0.0, dimension), *((power, size) for size in sizes for power in _POWERS)]
 
 
 def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: int) -> float:
-    """Return the least cosine between torch's embeddings and onnxruntime's of the same pixels.
+    """Return the least cosine between torch's and onnxruntime's embeddings of the same pixels (N, S, S, 3).
 
     Raises:
         InvalidModel: it is below 0.9999.

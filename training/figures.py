@@ -1,4 +1,4 @@
-"""Figures of embeddings as a whole: what a line can tell apart, and how they lie on the sphere. Functions of rows."""
+"""Figures of all embeddings together: linear separability, and the distribution on the sphere."""
 
 import warnings
 from typing import Any
@@ -19,15 +19,15 @@ _PROBE_STEPS = 100
 def linear_probe(
     bank: FloatArray, bank_labels: IntArray, queries: FloatArray, query_labels: IntArray, name: str = ""
 ) -> float:
-    """Return the share of queries that a linear classifier of the bank's rows names rightly.
+    """Return the share of queries that a linear classifier trained on the bank's rows labels correctly.
 
     The classifier is scikit-learn's multinomial logistic regression, C = 1, at most 100 steps of L-BFGS from 0,
-    on columns of mean 0 and deviation 1 over the bank; one that does not vary is 0.
+    on columns of mean 0 and deviation 1 over the bank; a constant column becomes 0.
 
     Args:
         bank, queries: (B, D), (N, D), float32.
         bank_labels, query_labels: (B,), (N,); the bank has two labels or more.
-        name: of what is classified, for the bar.
+        name: of the classified set, for the progress bar.
 
     Cost: O(steps · B · D · classes); one copy of the bank.
     """
@@ -36,13 +36,15 @@ def linear_probe(
     probe = LogisticRegression(max_iter=_PROBE_STEPS, random_state=0)
     with (
         warnings.catch_warnings(),
-        threadpool_limits(1, "blas"),  # of products so narrow two threads take longer than one
+        # The products are so narrow that two threads take longer than one.
+        threadpool_limits(1, "blas"),
         tqdm(desc=f"linear probe {name}", unit=" steps", leave=False) as bar,
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)
         standardised = bank - mean
         standardised /= deviation
-        torch.set_flush_denormal(True)  # a sure softmax leaves numbers near 1e-40, and they take a CPU twice the time
+        # A confident softmax leaves numbers near 1e-40, which take a CPU twice the time.
+        torch.set_flush_denormal(True)
         probe.set_callbacks(_Steps(bar)).fit(standardised, bank_labels)
         torch.set_flush_denormal(False)
     return float((probe.predict((queries - mean) / deviation) == query_labels).mean())
@@ -51,8 +53,8 @@ def linear_probe(
 def alignment(rows: FloatArray, labels: IntArray) -> float | None:
     """Return the mean squared distance of positives: all pairs of rows (N, D) with one label, 0 to 4.
 
-    The paper's positives are two views of a picture; there are no views here, and the label takes their place.
-    None where no two rows share a label.
+    The paper's positives are two views of a picture; here they are two pictures of a label. None if no two rows share a
+    label.
 
     Cost: O(N · D): a label's pairs have Σ|x − y|² = 2 n Σ|x|² − 2 |Σx|².
     Source: Wang & Isola, arXiv:2005.10242, equation 4, α = 2.
@@ -76,7 +78,8 @@ def uniformity(rows: FloatArray) -> float:
     for start in range(0, len(rows), _BLOCK):
         block = slice(start, start + _BLOCK)
         distances = squares[block, None] + squares - 2 * (rows[block] @ rows.T)  # (n, N)
-        np.fill_diagonal(distances[:, start:], np.inf)  # a row and itself are no pair
+        # A row and itself are no pair.
+        np.fill_diagonal(distances[:, start:], np.inf)
         total += float(np.exp(-2 * distances).sum(dtype=np.float64))
     return float(np.log(total / (len(rows) * (len(rows) - 1))))
 
@@ -98,7 +101,7 @@ def effective_rank(rows: FloatArray) -> float:
 
 
 class _Steps:
-    """scikit-learn's callback that moves a bar on with every step of L-BFGS."""
+    """Callback of scikit-learn that advances a progress bar with every step of L-BFGS."""
 
     def __init__(self, bar: "tqdm[Any]") -> None:
         self._bar = bar

@@ -1,4 +1,4 @@
-"""A torchvision backbone, pretrained by others, exported as it is."""
+"""Export a torchvision backbone that others pretrained."""
 
 from pathlib import Path
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 import torchvision
 
 from service.encoding.card import square_preprocessing
-from service.encoding.model_folder import check_out
 from training.backbones import behead, build_network, load_weights, read_weights
-from training.export import Encoder, export
+from training.encoder import Encoder
+from training.export import check_export, export
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def import_backbone(name: str, weights: str, out: Path) -> None:
-    """Export a torchvision classification backbone, its last layer taken off.
+    """Export a torchvision classification backbone without its last layer.
 
     Args:
         name: as in torchvision.models, such as resnet18.
@@ -24,11 +24,11 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
         out: the model folder.
 
     Raises:
-        InvalidRequest: no such backbone, no such file, weights that do not fit or cannot be downloaded.
+        InvalidRequest: no such backbone or file, weights that do not fit or cannot be downloaded, or no onnxruntime.
         InvalidModel: the export differs from torch.
-        InvalidOutput: something else is at `out`.
+        InvalidOutput: `out` exists and is no model folder.
     """
-    check_out(out)
+    check_export(out)
     side, resize, resample = 224, 256, 2
     mean, std = _IMAGENET_MEAN, _IMAGENET_STD
     origin: Any = weights

@@ -13,8 +13,8 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
     """Return the normalised temperature-scaled cross entropy over the V·N views of N pictures.
 
     Each view's positives are the other views of its picture; the views of other pictures are its negatives.
-    With two views this is SimCLR's loss; with more, each positive has a cross entropy of its own and they are
-    averaged. Identical embeddings everywhere give ln(V·N − 1).
+    With two views this is SimCLR's loss; with more, the cross entropies of all positives are averaged.
+    Identical embeddings everywhere give ln(V·N − 1).
 
     Args:
         z: (V, N, P) projections, [v, n] of view v of picture n; any scale, any float dtype. V, N >= 2.
@@ -33,8 +33,8 @@ def nt_xent(z: Tensor, temperature: float) -> Tensor:
 def supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Return the supervised contrastive loss, the form with the sum outside of the logarithm.
 
-    Each row's positives are the other rows of its label. A row without any has no loss and is left out of the
-    mean; where no row has one the loss is 0.
+    Each row's positives are the other rows of its label. A row without positives does not count in the mean; if no row
+    has a positive, the loss is 0.
 
     Args:
         z: (M, P) projections; any scale, any float dtype.
@@ -50,9 +50,10 @@ def supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     with _float32(z):
         z = F.normalize(z.float(), dim=1)  # (M, P)
         similarity = z @ z.T / temperature  # (M, M)
-        similarity.fill_diagonal_(-torch.inf)  # nothing is its own negative
+        similarity.fill_diagonal_(-torch.inf)  # (M, M), no row is its own negative
         positive = _positives(labels)
-        log_share = similarity.log_softmax(1).masked_fill(~positive, 0)  # the diagonal's −inf goes here, too
+        # This removes the −inf of the diagonal as well.
+        log_share = similarity.log_softmax(1).masked_fill(~positive, 0)
         counts = positive.sum(1)  # (M,)
         anchors = counts > 0
         return -(log_share.sum(1) / counts.clamp(min=1)).sum() / anchors.sum().clamp(min=1)
@@ -61,7 +62,7 @@ def supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
 def info_nce(
     queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float, allowed: Tensor | None = None
 ) -> Tensor:
-    """Return InfoNCE: each query told from explicit negatives by its one positive.
+    """Return InfoNCE: each query has one positive and explicit negatives.
 
     Args:
         queries, positives: (N, P), row n of one belongs to row n of the other; any scale.
@@ -103,7 +104,7 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
 
     Args:
         z_a, z_b: (N, P), N >= 2; normalised here over the batch, column by column.
-        lambd: λ, the weight of what is off the diagonal.
+        lambd: λ, the weight of the terms off the diagonal.
 
     Returns:
         Scalar float32: Σ (1 − C_ii)² + λ Σ C_ij². Identical columns of one scale give P·(P − 1)·λ.
@@ -148,9 +149,9 @@ def vicreg(z_a: Tensor, z_b: Tensor, lambd: float, mu: float, nu: float) -> Tens
 def triplet(z: Tensor, labels: Tensor, margin: float, mining: Mining) -> Tensor:
     """Return the triplet loss max(0, d(a, p) − d(a, n) + margin) over triplets mined in the batch.
 
-    d is the Euclidean distance of normalised rows. Hard: one triplet an anchor, its farthest positive and its
-    nearest negative. Semi-hard: for each pair (a, p) the nearest negative that is farther than p, or where there
-    is none, the farthest negative.
+    d is the Euclidean distance of normalised rows. Hard: one triplet an anchor, with its farthest positive and its
+    nearest negative. Semi-hard: for each pair (a, p) the nearest negative that is farther than p, or else the farthest
+    negative.
 
     Args:
         z: (M, P); any scale.
@@ -159,7 +160,7 @@ def triplet(z: Tensor, labels: Tensor, margin: float, mining: Mining) -> Tensor:
         mining: "hard" or "semi-hard".
 
     Returns:
-        Scalar float32, the mean over the triplets; 0 where there is none.
+        Scalar float32, the mean over the triplets; 0 without triplets.
 
     Cost: an (M, M) matrix, sorted for semi-hard.
     Source: Schroff et al., arXiv:1503.03832, equations 1 and 2 and section 3.2; Hermans et al.,
@@ -173,7 +174,8 @@ def triplet(z: Tensor, labels: Tensor, margin: float, mining: Mining) -> Tensor:
             nearest = distance.masked_fill(~negative, torch.inf).amin(1)  # (M,)
             some = positive.any(1) & negative.any(1)
             return F.relu(farthest - nearest + margin)[some].sum() / some.sum().clamp(min=1)
-        with torch.no_grad():  # which negative it is needs no gradient
+        # The choice of a negative needs no gradient.
+        with torch.no_grad():
             ordered, order = distance.masked_fill(~negative, torch.inf).sort(1)  # (M, M)
             farther = torch.searchsorted(ordered, distance, right=True)  # (M, M): place of the first above d(a, p)
             last = (negative.sum(1, keepdim=True) - 1).clamp(min=0)
@@ -185,8 +187,8 @@ def triplet(z: Tensor, labels: Tensor, margin: float, mining: Mining) -> Tensor:
 def margin_contrast(z: Tensor, labels: Tensor, margin: float) -> Tensor:
     """Return the contrastive loss of pairs: ½ d² where labels agree, ½ max(0, margin − d)² where they differ.
 
-    The mean over the pairs of equal labels plus the mean over the others: in a batch of many classes unlike
-    pairs outnumber like ones by far.
+    It is the mean over the pairs of equal labels plus the mean over the others: in a batch of many classes the unlike
+    pairs are far more.
 
     Args:
         z: (M, P); normalised here, so d is in 0..2.
@@ -194,7 +196,7 @@ def margin_contrast(z: Tensor, labels: Tensor, margin: float) -> Tensor:
         margin: m > 0.
 
     Returns:
-        Scalar float32. A kind of pair that is not there adds 0.
+        Scalar float32. A kind of pair that does not occur adds 0.
 
     Cost: an (M, M) matrix.
     Source: Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006, equation 4.
@@ -208,21 +210,21 @@ def margin_contrast(z: Tensor, labels: Tensor, margin: float) -> Tensor:
 
 
 def _float32(like: Tensor) -> torch.autocast:
-    """Autocast would take products and softmax back to bfloat16."""
+    """Return a context without autocast, which would compute products and softmax in bfloat16."""
     return torch.autocast(like.device.type, enabled=False)
 
 
 def _positives(labels: Tensor) -> Tensor:
-    """(M, M) bool: equal labels, the diagonal left out."""
+    """Return (M, M) bool: the labels are equal; False on the diagonal."""
     return (labels[:, None] == labels).fill_diagonal_(False)
 
 
 def _standardise(z: Tensor) -> Tensor:
-    """Columns of mean 0 and standard deviation 1 over the batch; a constant column becomes 0."""
+    """Scale columns to mean 0 and standard deviation 1 over the batch; a constant column becomes 0."""
     return (z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt()
 
 
 def _distances(z: Tensor) -> Tensor:
-    """(M, M) Euclidean distances of normalised rows; the floor keeps the gradient at 0 finite."""
+    """Return (M, M) Euclidean distances of normalised rows; a floor keeps the gradient at 0 finite."""
     z = F.normalize(z.float(), dim=1)
     return (2 - 2 * z @ z.T).clamp(min=1e-8).sqrt()

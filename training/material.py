@@ -1,9 +1,8 @@
-"""What a run trains on: the source's pixels, their statistics, and the pictures held out of it."""
+"""The training material of a run: the source's pixels, their statistics, and the held-out pictures."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +14,28 @@ from service.encoding.images import tones
 from service.encoding.variants import Pictures
 from service.errors import InvalidSource, LookalikeError
 from service.sources.source import Source
+from training.checkpoint import Checkpoint
 from training.data import Canvas, names_checksum, sample, spread
 from training.recipe import Recipe
 
-_SAMPLED = 2048  # pictures whose statistics stand for all
-_HELD_OUT = 1000  # pictures that online k-NN and the export's checks ask about
-_LEAST_HELD_FROM = 400  # of fewer pictures a twentieth says nothing
+# All counts are of pictures.
+_SAMPLED = 2048
+_HELD_OUT = 1000
+# A twentieth of fewer pictures is too few queries for a meaningful accuracy.
+_LEAST_HELD_FROM = 400
 _CHECK_BANK, _CALIBRATION = 2000, 512
-_LEARNT_ON, _LEARNT_BYTES = 20_000, 1_000_000_000  # pictures that a whitening is learnt on, and their pixels in memory
+# A whitening is learnt on so many pictures, whose pixels take at most so many bytes.
+_LEARNT_ON, _LEARNT_BYTES = 20_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Material:
-    """What is trained on.
+    """The training material of a run.
 
     Attributes:
         canvas: the pixels.
         labels: (count,) int64, or None.
-        trained, held_out: positions; the held-out ones are asked about in online k-NN, none without labels.
+        trained, held_out: positions. The held-out ones are the queries of online k-NN; without labels there are none.
         mean, std: (C,) of the pixels, 0..1.
         tones: the pictures' tone histogram (images.tones).
         checksum: of the source's ids.
@@ -49,24 +52,40 @@ class Material:
 
 
 def prepare(
-    source: Source, recipe: Recipe, folder: Path, on: torch.device, earlier: dict[str, Any] | None = None
+    source: Source,
+    recipe: Recipe,
+    folder: Path,
+    on: torch.device,
+    earlier: Checkpoint | None = None,
+    held_out: IntArray | None = None,
 ) -> Material:
-    """Decode a sample, learn its statistics, and set pictures apart for online k-NN.
+    """Decode a sample, compute its statistics, and hold pictures out for online k-NN.
+
+    Args:
+        source: all pictures.
+        recipe: the run's recipe.
+        folder: of the run; the canvas may be a file in it.
+        on: device on which batches are wanted.
+        earlier: the checkpoint of the run to resume.
+        held_out: positions to hold out; if None, up to 1,000 and a twentieth of 400 labelled pictures or more.
 
     Raises:
         InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
+        InvalidRequest: the recipe wants all pixels on the device, and they do not fit.
     """
     checksum = names_checksum(source)
-    if earlier and earlier["source_checksum"] != checksum:
+    if earlier and earlier.source_checksum != checksum:
         raise InvalidSource(
-            f"{source.name}: its pictures are not those that the run began with ({earlier['pictures']} then, "
+            f"{source.name}: its pictures are not those that the run began with ({earlier.pictures} then, "
             f"{len(source)} now); export or --resume needs the same"
         )
     labels = source.labels.codes.astype(np.int64) if source.labels is not None else None
     everything = np.arange(len(source))
-    held_out = everything[:0]
-    if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
-        held_out = spread(everything, min(_HELD_OUT, len(source) // 20))
+    if held_out is None:
+        held_out = everything[:0]
+        if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
+            held_out = spread(everything, min(_HELD_OUT, len(source) // 20))
+    if len(held_out):
         print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
     trained: IntArray = np.setdiff1d(everything, held_out)
     if len(trained) < recipe.batch_size:
@@ -76,9 +95,11 @@ def prepare(
         )
     canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
     if earlier:
-        canvas.load_state(earlier["canvas"])
+        canvas.load_state(earlier.canvas)
     try:
         mean, std, shares = _look_at(canvas)
+        if recipe.resident:
+            canvas.load_all()
     except LookalikeError:
         canvas.list_bad(folder / "bad-pictures.txt")
         if earlier:
@@ -90,7 +111,7 @@ def prepare(
 
 
 def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
-    """Return mean and standard deviation (C,) and tones of a sample, after making sure that there is much to learn."""
+    """Return mean and standard deviation (C,) and tones of a sample; refuse pictures that are all flat or identical."""
     name = canvas.source.name
     seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
     if not len(seen):
@@ -100,12 +121,13 @@ def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
         raise InvalidSource(f"{name}: all pictures are one flat colour; there is nothing to learn")
     if bool((seen == seen[:1]).all()):
         raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
-    std = std.clamp(min=1 / 255)  # one channel may be empty, as in two-colour microscopy
+    # One channel may be empty, as in two-colour microscopy.
+    std = std.clamp(min=1 / 255)
     return mean, std, tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
 
 
 def check_pictures(material: Material) -> Pictures:
-    """Return pixels to check an export with: held-out pictures, or, where none were, others of the training's."""
+    """Return pixels to check an export with: the held-out pictures, or training pictures if none were held out."""
     bank = spread(material.trained, _CHECK_BANK)
     held_out = material.held_out if len(material.held_out) else spread(material.trained[1:], _HELD_OUT)
 
@@ -126,7 +148,7 @@ def check_pictures(material: Material) -> Pictures:
 
 
 def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) of uint8 pixels (N, C, S, S), scaled to 0..1, from each channel's histogram."""
+    """Return mean and standard deviation (C,) of uint8 pixels (N, C, S, S) scaled to 0..1, from their histograms."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]).double()
     shares = counts / counts.sum(1, keepdim=True)  # (C, 256)
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -1,16 +1,14 @@
 """The pretraining loop, in the open: pictures → views → loss → step, and out comes models/NAME."""
 
 import math
-import signal
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Generator as Batches
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,35 +17,37 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from service import IntArray
+from service import FloatArray, IntArray
 from service.encoding.card import square_preprocessing
-from service.encoding.model_folder import check_out
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
+from service.sources.source import Source
 from training.augment import augment
 from training.backbones import build_backbone
-from training.checkpoint import read_checkpoint, run_folder, write_checkpoint
-from training.data import Canvas, Cursor, ahead, batches, open_training_source, spread
-from training.export import Encoder, export
+from training.checkpoint import (
+    Checkpoint,
+    Identity,
+    Progress,
+    check_same,
+    random_states,
+    read_checkpoint,
+    run_folder,
+    set_random_states,
+    write_checkpoint,
+)
+from training.data import Canvas, Loaded, ahead, batches, open_training_source, resident_batches, spread
+from training.device import choose_device, choose_precision, compile_if_faster, now
+from training.encoder import Encoder
+from training.export import check_export, export
 from training.log import Log
 from training.material import Material, check_pictures, prepare
-from training.methods import METHODS, Batch, Method, build_method
+from training.methods import METHODS, Batch, Method, Step, build_method
 from training.recipe import Recipe
+from training.stopping import StopSignal
 
+_STOPPED = "stopped at step {}; the same command with --resume goes on from here"
 _TIMED_STEPS = 50
-_WATCHED = 20  # steps between two looks at loss and spread
-_BANK = 4000  # pictures that vote in online k-NN
-_KNN_TIMES = 5  # in a run
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a pretraining run came to: steps done, seconds they took, the last loss, and the precision it ran in."""
-
-    steps: int
-    seconds: float
-    loss: float
-    precision: str
+_WATCHED = 20  # steps between two looks at loss and collapse
 
 
 def pretrain(
@@ -64,14 +64,14 @@ def pretrain(
     """Pretrain an encoder on a source and export it to the folder `out`; checkpoint and log lie in OUT.run.
 
     Args:
-        source_name: SOURCE; labels serve the methods that need them and online k-NN.
-        recipe: the run.
+        source_name: SOURCE; its labels serve the methods that need them and online k-NN.
+        recipe: the run's recipe.
         out: a new or an earlier model folder; written whole or not at all.
         minutes: time for the steps, in place of the recipe's epochs.
         device: "auto", "cpu" or "cuda".
-        data_root: where named sets lie.
+        data_root: folder of the named sets.
         init: where the backbone's weights come from; see build_backbone.
-        resume: go on from the run's checkpoint, if there is one.
+        resume: resume from the run's checkpoint, if it has one.
         checkpoint_minutes: between two checkpoints.
 
     Raises:
@@ -79,35 +79,20 @@ def pretrain(
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     on = choose_device(device)
-    check_out(out)  # now, not after hours of training
-    folder = run_folder(out)
-    identity = {"source": source_name, "recipe": recipe.facts(), "init": init, "minutes": minutes}
-    earlier = read_checkpoint(folder)
-    if earlier and resume:
-        check_same(earlier["identity"], identity, folder)
-    elif earlier and 0 < earlier["step"] != earlier["total"]:
-        raise InvalidRequest(
-            f"{folder} holds a run that stopped at step {earlier['step']}: go on with --resume, or remove the folder"
-        )
-    elif resume:
-        print(f"{folder}: no checkpoint there; starting from the beginning", file=sys.stderr)
-    earlier = earlier if resume else None
-
+    check_export(out)
+    folder, identity = run_folder(out), Identity(source_name, recipe, init, minutes)
+    earlier = resumable(folder, identity, resume)
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root)
-    if METHODS[recipe.method].needs_labels and (source.labels is None or len(np.unique(source.labels.codes)) < 2):
-        raise InvalidSource(
-            f"{source_name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
-            "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
-        )
-    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, init)
-    method = build_method(recipe, backbone, len(source))
+    check_labels(source, recipe)
+    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side, init), len(source))
     folder.mkdir(exist_ok=True)
     material = prepare(source, recipe, folder, on, earlier)
     try:
-        run = train(method, material, recipe, minutes, folder, identity, earlier, checkpoint_minutes * 60)
-        print(f"{run.steps} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
-        finish(method, material, identity, run, on.type, out)
+        checkpoint = train(method, material, identity, folder, earlier, checkpoint_minutes * 60)
+        run = checkpoint.progress
+        print(f"{run.step} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
+        finish(method, material, checkpoint, out)
     finally:
         material.canvas.list_bad(folder / "bad-pictures.txt")
         material.canvas.close()
@@ -123,223 +108,360 @@ def export_run(folder: Path, out: Path, data_root: Path) -> None:
     Args:
         folder: of the run, OUT.run; its source must be where it was.
         out: the model folder.
-        data_root: where named sets lie.
+        data_root: folder of the named sets.
 
     Raises:
         InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
     """
-    check_out(out)
+    check_export(out)
     earlier = read_checkpoint(folder)
     if earlier is None:
         raise InvalidRequest(f"{folder}: holds no checkpoint; expected the folder OUT.run of a pretraining run")
-    identity = earlier["identity"]
-    recipe = Recipe.model_validate(identity["recipe"])
-    source = open_training_source(identity["source"], data_root)
+    recipe, run = earlier.identity.recipe, earlier.progress
+    source = open_training_source(earlier.identity.source, data_root)
     method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
-    method.load_state_dict(earlier["method"])
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # the run's own canvas may be in use
+    method.load_state_dict(earlier.method)
+    # In a folder of its own: the run itself may be using its canvas.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier)
         try:
-            run = Run(earlier["step"], earlier["seconds"], earlier["loss"], earlier["precision"])
-            finish(method, material, identity, run, earlier["device"], out)
+            finish(method, material, earlier, out)
         finally:
             material.canvas.close()
-    print(f"wrote {out}, the encoder of step {earlier['step']} of {earlier['total'] or 'a total not fixed yet'}")
+    print(f"wrote {out}, the encoder of step {run.step} of {run.total or 'a total not fixed yet'}")
 
 
-def finish(method: Method, material: Material, identity: dict[str, Any], run: Run, device: str, out: Path) -> None:
-    """Export the encoder of a run, checked on its own pictures, with what is known of the run in its card."""
-    recipe = Recipe.model_validate(identity["recipe"])
+def resumable(folder: Path, identity: Identity, resume: bool) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None to begin anew.
+
+    Raises:
+        InvalidRequest: the folder holds an unfinished run and `resume` is False, or the run has other settings.
+    """
+    earlier = read_checkpoint(folder)
+    if earlier and resume:
+        check_same(earlier.identity, identity, folder)
+        return earlier
+    if earlier and 0 < earlier.progress.step != earlier.progress.total:
+        raise InvalidRequest(
+            f"{folder} holds a run that stopped at step {earlier.progress.step}: "
+            "go on with --resume, or remove the folder"
+        )
+    if resume:
+        print(f"{folder}: no checkpoint there; starting from the beginning", file=sys.stderr)
+    return None
+
+
+def check_labels(source: Source, recipe: Recipe) -> None:
+    """Make sure that the source has the labels that the recipe's method needs.
+
+    Raises:
+        InvalidSource: it has none, or only one.
+    """
+    if METHODS[recipe.method].needs_labels and (source.labels is None or len(np.unique(source.labels.codes)) < 2):
+        raise InvalidSource(
+            f"{source.name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
+            "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
+        )
+
+
+def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path) -> None:
+    """Export the encoder of a run, checked on the run's own pictures, with the facts of the run in its card."""
+    identity, run = checkpoint.identity, checkpoint.progress
+    recipe = identity.recipe
     pictures = check_pictures(material)
     facts = {
         "method": recipe.method,
-        "recipe": identity["recipe"],
+        "recipe": recipe.facts(),
         "data": {
-            "source": identity["source"],
+            "source": identity.source,
             "pictures": len(material.canvas.source) - len(material.canvas.bad),
             "held_out": len(material.held_out),
             "tones": material.tones,
         },
         "run": {
-            "steps": run.steps,
+            "steps": run.step,
             "seconds": round(run.seconds),
             "loss": round(run.loss, 4),
-            "device": device,
-            "precision": run.precision,
-            **({"init": identity["init"]} if identity["init"] else {}),
+            "device": checkpoint.device,
+            "precision": checkpoint.precision,
+            **({"init": identity.init} if identity.init else {}),
         },
     }
-    encoder = Encoder(method.backbone, material.mean, material.std, recipe.channels)
+    # A copy of a compiled backbone is not compiled, and only such a one can be exported.
+    encoder = Encoder(deepcopy(method.backbone), material.mean, material.std, recipe.channels)
     export(encoder, pictures, square_preprocessing(recipe.side), facts, out)
 
 
 def train(
     method: Method,
     material: Material,
-    recipe: Recipe,
-    minutes: float | None,
+    identity: Identity,
     folder: Path,
-    identity: dict[str, Any],
-    earlier: dict[str, Any] | None = None,
+    earlier: Checkpoint | None = None,
     checkpoint_s: float = 180.0,
-) -> Run:
-    """Run the loop.
+    session_s: float = math.inf,
+) -> Checkpoint:
+    """Run the loop to its end, and return its last checkpoint. The method's parameters change in place.
+
+    The first 50 steps of a run with a time limit, or those of a tenth of its time, fix the number of its steps.
 
     Args:
-        method: its parameters are changed in place.
-        material: what is trained on.
-        recipe: the run.
-        minutes: None for the recipe's epochs; else the first 50 steps, or those of the first tenth of the
-            time, are timed and the total is fixed by it.
         folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
-        identity: what a resumed run must have in common with this one.
-        earlier: the checkpoint to go on from.
+        earlier: the checkpoint to resume from.
         checkpoint_s: seconds between two checkpoints.
+        session_s: seconds after which this session saves and ends, wherever the run is.
 
     Raises:
-        InvalidRequest: the loss stopped being a number, or the embeddings collapsed.
+        InvalidRequest: the loss became NaN or infinite, or the embeddings collapsed.
         InvalidOutput: a checkpoint cannot be written.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came, and a checkpoint has been written.
+        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came, and a checkpoint has been written.
     """
-    canvas, on = material.canvas, material.canvas.device
-    method.to(on).to(memory_format=torch.channels_last).train()
-    weights = [weight for weight in method.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-    randomness = Generator(on).manual_seed(recipe.seed)
-    mean, std = material.mean.to(on).view(-1, 1, 1), material.std.to(on).view(-1, 1, 1)
-    labels = None if material.labels is None else torch.from_numpy(material.labels)
-
-    def make_views(pixels: Tensor) -> Tensor:
-        pictures = pixels.float() / 255  # (N, C, S, S)
-        views = torch.stack([augment(pictures, recipe.augmentation, randomness) for _ in range(recipe.views)])
-        return views.sub_(mean).div_(std)  # (V, N, C, S, S)
-
-    step, seconds, waited, cursor, loss, precision = 0, 0.0, 0.0, Cursor(), math.nan, "float32"
-    total: int | None = None
-    if earlier:
-        step, seconds, waited, total = (earlier[key] for key in ("step", "seconds", "waited", "total"))
-        cursor, loss, precision = Cursor(*earlier["cursor"]), earlier["loss"], earlier["precision"]
-        method.load_state_dict(earlier["method"])
-        optimizer.load_state_dict(earlier["optimizer"])
-        set_random_states(earlier["random"], randomness)
-    else:
-        precision = choose_precision(recipe, method.backbone, on)
-        if minutes is None:
-            total = max(1, recipe.epochs * (len(material.trained) // recipe.batch_size) // recipe.accumulate)
-
-    def save() -> None:
-        content = {
-            "identity": identity,
-            "step": step,
-            "total": total,
-            "seconds": seconds,
-            "waited": waited,
-            "cursor": list(cursor),
-            "loss": loss,
-            "precision": precision,
-            "device": on.type,
-            "method": method.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "random": random_states(randomness),
-            "canvas": canvas.state(),
-            "source_checksum": material.checksum,
-            "pictures": len(canvas.source),
-            "statistics": {"mean": material.mean, "std": material.std, "tones": material.tones},
-        }
-        write_checkpoint(folder, content)
-        canvas.list_bad(folder / "bad-pictures.txt")
-
-    log = Log(folder, step)
-    loader = ahead(batches(canvas, material.trained, recipe.batch_size, recipe.seed, cursor))
-    bar = tqdm(total=total, initial=step, desc="pretraining", unit=" steps", mininterval=0.5)
-    begun, seconds_before, saved = time.perf_counter(), seconds, time.perf_counter()
+    recipe, canvas, minutes = identity.recipe, material.canvas, identity.minutes
+    learner = Learner(method, material, recipe, earlier)
+    progress, checkpoint = begin(material, identity, earlier), earlier
+    log, loader = Log(folder, progress.step), load(material, recipe, progress)
+    bar = tqdm(total=progress.total, initial=progress.step, desc="pretraining", unit=" steps", mininterval=0.5)
+    begun, seconds_before, saved = time.perf_counter(), progress.seconds, time.perf_counter()
     with StopSignal() as stop, bar, closing(loader), closing(log):
-        while total is None or step < total:
-            # While the steps are being timed nobody knows the total: the rate stays up after its warm-up.
-            horizon = total or 10**9
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * schedule(step, horizon, min(recipe.warmup, horizon // 10))
-            for _ in range(recipe.accumulate):
-                waiting = time.perf_counter()
-                pixels, positions, cursor = next(loader)
-                waited += time.perf_counter() - waiting
-                chosen = torch.from_numpy(positions).long()  # (N,)
-                named = None if labels is None else labels[chosen].to(on)
-                batch = Batch(make_views(pixels), chosen.to(on), named)
-                with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                    result = method.step(batch)
-                (result.loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            method.update(step / horizon)
-            seconds = seconds_before + time.perf_counter() - begun
-
-            if minutes is not None and total is None and (step == _TIMED_STEPS or seconds > minutes * 6):
-                bar.total = total = fixed_total(step, seconds, waited, minutes * 60, step * len(positions), canvas)
-            # Looked at once: a signal that comes further down waits for the next step, or it would go unsaved.
-            last, stopping = step == total, bool(stop.asked)
+        while progress.step != progress.total:
+            result = learner.step(loader, progress)
+            progress.seconds = seconds_before + time.perf_counter() - begun
+            if minutes and not progress.total and (progress.step == _TIMED_STEPS or progress.seconds > minutes * 6):
+                # A GPU may have steps to finish that it was given.
+                progress.seconds = seconds_before + now(canvas.device) - begun
+                touched = progress.step * recipe.batch_size
+                bar.total = progress.total = fixed_total(progress, minutes * 60, touched, canvas)
+            # Read once: a signal that comes further down waits for the next step, or that step would go unsaved.
+            last, asked = progress.step == progress.total, stop.asked
+            stopping = bool(asked) or time.perf_counter() - begun >= session_s
             saving = last or stopping or time.perf_counter() - saved > checkpoint_s
-            if step % _WATCHED == 0 or saving:
-                loss, spread = float(result.loss.detach()), per_dimension_std(result.embeddings)
-                check_health(loss, spread, result.embeddings.shape[1], step)
-                pace = (step * recipe.batch_size * recipe.accumulate) / seconds
-                diagnostics = {name: float(value) for name, value in result.diagnostics.items()}
-                rate = optimizer.param_groups[0]["lr"]
-                log.write(
-                    step, seconds=seconds, loss=loss, std=spread, learning_rate=rate, pictures_per_s=pace, **diagnostics
-                )
-                bar.set_postfix_str(f"loss {loss:.4f}, {pace:.0f} pictures/s", refresh=False)
-            if total and len(material.held_out) and step * _KNN_TIMES // total > (step - 1) * _KNN_TIMES // total:
-                accuracy = online_knn(method.backbone, material, precision)
-                log.write(step, knn=accuracy)
-                bar.write(f"step {step}: k-NN of held-out pictures {accuracy:.4f}", file=sys.stderr)
+            if progress.step % _WATCHED == 0 or saving:
+                watch(result, progress, learner, log, bar)
+            if due(progress, recipe.knn_times) and len(material.held_out):
+                classify_held_out(learner, material, progress, log, bar)
             bar.update()
             if saving:
-                save()
+                checkpoint = learner.checkpoint(material, identity, progress)
+                write_checkpoint(folder, checkpoint)
+                canvas.list_bad(folder / "bad-pictures.txt")
                 saved = time.perf_counter()
-            if stopping and not last:
-                bar.write(f"stopped at step {step}; the same command with --resume goes on from here", file=sys.stderr)
+            if asked and not last:
+                bar.write(_STOPPED.format(progress.step), file=sys.stderr)
                 stop.end()
-    return Run(step, seconds, loss, precision)
+            if stopping:
+                break
+    assert checkpoint is not None
+    return checkpoint
 
 
-def fixed_total(step: int, seconds: float, waited: float, time_s: float, touched: int, canvas: Canvas) -> int:
-    """Return how many steps fit a time, after the first `step` of them took `seconds`.
+class Learner:
+    """A method with its optimizer and its random numbers on the run's device.
 
-    Waiting for pictures that are decoded once is not counted as pace: what is left of it is taken off the time.
+    Attributes:
+        method, recipe: as given.
+        precision: "float32" or "bfloat16".
+        compiled: whether the backbone is compiled.
+        learning_rate: of the last step.
+    """
+
+    learning_rate: float = 0.0
+
+    def __init__(self, method: Method, material: Material, recipe: Recipe, earlier: Checkpoint | None) -> None:
+        """Move the method to the device, and continue where `earlier` stopped if that is given."""
+        self._on, self.method, self.recipe = material.canvas.device, method, recipe
+        method.to(self._on).to(memory_format=torch.channels_last).train()
+        self._optimizer = build_optimizer(method, recipe)
+        self._randomness = Generator(self._on).manual_seed(recipe.seed)
+        self._mean, self._std = (value.to(self._on).view(-1, 1, 1) for value in (material.mean, material.std))
+        self._labels = None if material.labels is None else torch.from_numpy(material.labels).to(self._on)
+        if earlier:
+            self.precision, self.compiled = earlier.precision, earlier.compiled
+            method.load_state_dict(earlier.method)
+            self._optimizer.load_state_dict(earlier.optimizer)
+            set_random_states(earlier.random, self._randomness)
+            if self.compiled:
+                method.backbone.compile()
+        else:
+            self.precision = choose_precision(recipe, method.backbone, self._on)
+            self.compiled = recipe.compile and self._try_compiling(material)
+
+    def step(self, loader: Batches[Loaded], progress: Progress) -> Step:
+        """Make one optimizer step from the loader's next batches; return what the last of them came to."""
+        # While the first steps are timed the total is unknown: the rate stays up after its warm-up.
+        horizon = progress.total or 10**9
+        share = schedule(progress.step, horizon, min(self.recipe.warmup, horizon // 10))
+        self.learning_rate = self.recipe.learning_rate * share
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        for _ in range(self.recipe.accumulate):
+            waiting = time.perf_counter()
+            pixels, positions, progress.cursor = next(loader)
+            progress.waited += time.perf_counter() - waiting
+            result = self._learn(pixels, positions, self._randomness)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        progress.step += 1
+        self.method.update(progress.step / horizon)
+        return result
+
+    def checkpoint(self, material: Material, identity: Identity, progress: Progress) -> Checkpoint:
+        """Return all that a resumed run needs."""
+        return Checkpoint(
+            identity=identity,
+            progress=progress,
+            precision=self.precision,
+            device=self._on.type,
+            method=self.method.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            random=random_states(self._randomness),
+            canvas=material.canvas.state(),
+            source_checksum=material.checksum,
+            pictures=len(material.canvas.source),
+            statistics={"mean": material.mean, "std": material.std, "tones": material.tones},
+            compiled=self.compiled,
+        )
+
+    def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator) -> Step:
+        """Add the gradients of a batch to those that are there."""
+        labels = None if self._labels is None else self._labels[positions]  # (N,)
+        batch = Batch(make_views(pixels, self.recipe, self._mean, self._std, randomness), positions, labels)
+        with torch.autocast(self._on.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            result = self.method.step(batch)
+        (result.loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+        return result
+
+    def _try_compiling(self, material: Material) -> bool:
+        # Twice a batch: a few of the pictures may be bad.
+        pixels, good = material.canvas.take(material.trained[: 2 * self.recipe.batch_size])
+        positions = torch.from_numpy(good).to(self._on)
+        pixels, positions = pixels[: self.recipe.batch_size], positions[: self.recipe.batch_size]
+        # Dropout draws numbers, and the run's own must not depend on the trial.
+        with torch.random.fork_rng():
+            return compile_if_faster(
+                self.method, lambda: self._learn(pixels, positions, Generator(self._on).manual_seed(0))
+            )
+
+
+def begin(material: Material, identity: Identity, earlier: Checkpoint | None) -> Progress:
+    """Return the progress of a resumed run, or that of a new one; without a time limit the total is known at once."""
+    if earlier:
+        return replace(earlier.progress)
+    recipe = identity.recipe
+    batches_of_run = recipe.epochs * (len(material.trained) // recipe.batch_size)
+    return Progress(total=None if identity.minutes else max(1, batches_of_run // recipe.accumulate))
+
+
+def load(material: Material, recipe: Recipe, progress: Progress) -> Batches[Loaded]:
+    """Yield the run's batches without end, from where it is."""
+    order = material.canvas, material.trained, recipe.batch_size, recipe.seed, progress.cursor
+    return resident_batches(*order) if recipe.resident else ahead(batches(*order))
+
+
+def build_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of all weights that learn."""
+    weights = [weight for weight in method.parameters() if weight.requires_grad]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)
+
+
+def make_views(pixels: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, randomness: Generator) -> Tensor:
+    """Return normalised random views (V, N, C, S, S) float32 of uint8 pixels (N, C, S, S); mean and std are (C, 1, 1).
+
+    On a GPU they lie in channels_last, the layout that its convolutions read without a conversion.
+    """
+    pictures = pixels.float() / 255  # (N, C, S, S)
+    views = torch.stack([augment(pictures, recipe.augmentation, randomness) for _ in range(recipe.views)])
+    views.sub_(mean).div_(std)  # (V, N, C, S, S)
+    if views.device.type == "cuda":
+        views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(views.shape)
+    return views
+
+
+def due(progress: Progress, times: int) -> bool:
+    """Return whether the last step crossed one of so many equal parts of the run."""
+    step, total = progress.step, progress.total
+    return total is not None and step * times // total > (step - 1) * times // total
+
+
+def watch(result: Step, progress: Progress, learner: Learner, log: Log, bar: "tqdm[Any]") -> None:
+    """Read the step's figures from the device, write them to log and bar, and stop a run that has gone wrong.
+
+    Raises:
+        InvalidRequest: as check_health.
+    """
+    progress.loss, deviation = float(result.loss.detach()), per_dimension_std(result.embeddings)
+    check_health(progress.loss, deviation, result.embeddings.shape[1], progress.step)
+    recipe = learner.recipe
+    pace = (progress.step * recipe.batch_size * recipe.accumulate) / progress.seconds
+    log.write(
+        progress.step,
+        seconds=progress.seconds,
+        loss=progress.loss,
+        std=deviation,
+        learning_rate=learner.learning_rate,
+        pictures_per_s=pace,
+        **{name: float(value) for name, value in result.diagnostics.items()},
+    )
+    bar.set_postfix_str(f"loss {progress.loss:.4f}, {pace:.0f} pictures/s", refresh=False)
+
+
+def classify_held_out(learner: Learner, material: Material, progress: Progress, log: Log, bar: "tqdm[Any]") -> None:
+    """Write the k-NN accuracy of the held-out pictures to the log and to stderr."""
+    accuracy = online_knn(learner.method.backbone, material, learner.precision, learner.recipe.knn_bank)
+    log.write(progress.step, knn=accuracy)
+    bar.write(f"step {progress.step}: k-NN of held-out pictures {accuracy:.4f}", file=sys.stderr)
+
+
+def fixed_total(progress: Progress, time_s: float, touched: int, canvas: Canvas) -> int:
+    """Return how many steps fit a time, judged by the steps that are done.
+
+    Waiting for pictures that are decoded once is no part of the pace; the waiting that is still to come is taken off
+    the time.
+
+    Args:
+        progress: of the timed steps.
+        time_s: for the whole run, in seconds.
+        touched: pictures that the timed steps used.
+        canvas: tells how many pictures are yet to be decoded.
     """
     left = canvas.untouched()
-    if canvas.residence == "nowhere":
-        waited = 0.0
+    waited = 0.0 if canvas.residence == "nowhere" else progress.waited
     decoding = waited / max(1, touched) * left
-    pace = (seconds - waited) / step
-    return step + max(0, int((time_s - seconds - decoding) / pace))
+    pace = (progress.seconds - waited) / progress.step
+    return progress.step + max(0, int((time_s - progress.seconds - decoding) / pace))
+
+
+def online_knn(backbone: nn.Module, material: Material, precision: str, voters: int) -> float:
+    """Return the headline k-NN accuracy of the held-out pictures, among up to `voters` training pictures."""
+    assert material.labels is not None
+    bank, bank_positions = embed(backbone, material, spread(material.trained, voters), precision)
+    queries, query_positions = embed(backbone, material, material.held_out, precision)
+    return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
 
 
 @torch.no_grad()
-def online_knn(backbone: nn.Module, material: Material, precision: str) -> float:
-    """Return the headline k-NN accuracy of the held-out pictures, up to 4,000 trained ones voting."""
-    assert material.labels is not None
-    on, mean, std = material.canvas.device, material.mean.view(-1, 1, 1), material.std.view(-1, 1, 1)
+def embed(backbone: nn.Module, material: Material, positions: IntArray, precision: str) -> tuple[FloatArray, IntArray]:
+    """Return unit embeddings (n, D) of the good pictures among these, without augmentation, and their positions (n,).
+
+    The backbone is in eval mode meanwhile and in train mode afterwards.
+    """
+    on = material.canvas.device
+    mean, std = (value.to(on).view(-1, 1, 1) for value in (material.mean, material.std))
     backbone.eval()
-
-    def embed(positions: IntArray) -> tuple[Any, IntArray]:
-        embeddings, kept = [], []
-        for start in range(0, len(positions), 500):
-            pixels, good = material.canvas.take(positions[start : start + 500])
-            if not len(good):
-                continue
-            with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                found = backbone((pixels.float() / 255 - mean.to(on)) / std.to(on))
-            embeddings.append(F.normalize(found.float(), dim=1).cpu())
-            kept.append(good)
-        return torch.cat(embeddings).numpy(), np.concatenate(kept)
-
-    bank, bank_positions = embed(spread(material.trained, _BANK))
-    queries, query_positions = embed(material.held_out)
+    embeddings, kept = [], []
+    for start in range(0, len(positions), 500):
+        pixels, good = material.canvas.take(positions[start : start + 500])
+        if not len(good):
+            continue
+        with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            # forward() goes round a compiled backbone, which is specialised on the training's batches.
+            found = backbone.forward((pixels.float() / 255 - mean) / std)
+        embeddings.append(F.normalize(found.float(), dim=1).cpu())
+        kept.append(good)
     backbone.train()
-    return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
+    return torch.cat(embeddings).numpy(), np.concatenate(kept)
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -350,114 +472,23 @@ def schedule(step: int, total: int, warmup: int) -> float:
 
 
 def per_dimension_std(embeddings: Tensor) -> float:
-    """Return the mean standard deviation per dimension of the normalised embeddings; healthy is near 1/√D."""
+    """Return the mean standard deviation per dimension of the normalised embeddings (N, D); a healthy one is near 1/√D.
+
+    The embeddings of a collapsed encoder are all alike, and its deviation is near 0.
+    """
     return float(F.normalize(embeddings.float(), dim=1).std(0).mean())
 
 
-def check_health(loss: float, spread: float, dimension: int, step: int) -> None:
+def check_health(loss: float, deviation: float, dimension: int, step: int) -> None:
     """Stop a run that has gone wrong with a sentence that says what to change.
 
     Raises:
-        InvalidRequest: loss not finite, or spread under a hundredth of 1/√D.
+        InvalidRequest: the loss is not finite, or the deviation is under a hundredth of 1/√D.
     """
     if not math.isfinite(loss):
         raise InvalidRequest(f"the loss is {loss} at step {step}; lower learning_rate or raise temperature")
-    if spread < 0.01 / math.sqrt(dimension):
+    if deviation < 0.01 / math.sqrt(dimension):
         raise InvalidRequest(
-            f"the embeddings collapsed to one point by step {step} (standard deviation {spread:.1e} a dimension); "
+            f"the embeddings collapsed to one point by step {step} (standard deviation {deviation:.1e} a dimension); "
             "are the pictures all alike? Otherwise lower learning_rate or strengthen the augmentation"
         )
-
-
-def check_same(earlier: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Make sure that a run is gone on with as it was begun.
-
-    Raises:
-        InvalidRequest: the first thing that differs.
-    """
-
-    def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in content.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return found
-
-    then, today = flat(earlier), flat(now)
-    for key in [key for key in (*then, *today) if key != "recipe.name"]:
-        if then.get(key) != today.get(key):
-            raise InvalidRequest(
-                f"{folder}: the run was begun with {key.removeprefix('recipe.')} {then.get(key)}, "
-                f"now it is {today.get(key)}; --resume goes on with the same, another run wants another --out"
-            )
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu or cuda into a device.
-
-    Raises:
-        InvalidRequest: cuda was asked for and is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequest("device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> str:
-    """Return the recipe's precision; for auto on a CPU, time a copy of the backbone in either."""
-    if recipe.precision != "auto":
-        return recipe.precision
-    if on.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    tried = deepcopy(backbone)
-    pictures = torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side, generator=Generator())
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    with torch.random.fork_rng(devices=[]):  # dropout draws numbers
-        for _ in range(5):  # in turn, and the least of each: other work on the machine must not decide
-            for enabled, taken in seconds.items():
-                start = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                    embeddings = tried(pictures)
-                embeddings.float().square().mean().backward()
-                taken.append(time.perf_counter() - start)
-    return "bfloat16" if min(seconds[True]) < 0.9 * min(seconds[False]) else "float32"
-
-
-def random_states(views: Generator) -> dict[str, Tensor]:
-    """Return the states of all random numbers that a run draws."""
-    states = {"views": views.get_state(), "torch": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if views.device.type == "cuda" else {})
-
-
-def set_random_states(states: dict[str, Tensor], views: Generator) -> None:
-    """Go on drawing where random_states was called."""
-    views.set_state(states["views"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM as a wish, `asked`, so that the step in hand is finished; the second one interrupts."""
-
-    asked: int = 0
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def end(self) -> None:
-        """Do what the signal asked for."""
-        if self.asked == signal.SIGTERM:
-            sys.exit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
-
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = number

@@ -1,4 +1,4 @@
-"""A recipe: what a pretraining run needs to know, as a TOML file, validated and frozen."""
+"""A recipe: the settings of a pretraining run, a TOML file, validated and frozen."""
 
 import difflib
 import tomllib
@@ -54,10 +54,10 @@ class _Section(BaseModel):
 
 
 class Augmentation(_Section):
-    """Strengths of the random changes that make a view; everything left at 0 is off. See augment.py.
+    """Strengths of the random changes that make a view; a change left at 0 is off. See augment.py.
 
     Attributes:
-        preset: where to start from, a name in PRESETS; keys beside it win.
+        preset: defaults by name, from PRESETS; keys beside it take precedence.
         crop_area: smallest share of the picture's area that a crop keeps; 1 keeps all of it.
         flip: probability of a left-right flip.
         rotation: largest angle, in degrees.
@@ -116,8 +116,8 @@ class MoCo(_Section):
 
 
 class BYOL(_Section):
-    """predictor: hidden width of q. momentum: τ_base, where the target's momentum starts its way to 1; lower it in
-    runs of a few hundred steps, to 0.8 for 200."""
+    """predictor: hidden width of q. momentum: τ_base, from which the target's momentum rises to 1; lower it in runs of
+    a few hundred steps, to 0.8 for 200."""
 
     momentum: _Momentum = 0.99
     predictor: _Count = 256
@@ -165,7 +165,7 @@ class Triplet(_Section):
 
 
 class Margin(_Section):
-    """margin: m, the distance of normalised embeddings, 0..2, beyond which unlike pairs rest. Needs labels."""
+    """margin: m, the distance of normalised embeddings, 0..2, beyond which unlike pairs have no loss. Needs labels."""
 
     margin: _Positive = 1.0
 
@@ -181,17 +181,22 @@ class Recipe(_Section):
 
     Attributes:
         name: the recipe's name, from its file.
-        method: the paper; its settings are the table of the same name, and those of other methods rest.
+        method: the paper. Its settings are the table of the same name; tables of other methods are ignored.
         backbone: small-cnn, mid-cnn, or a classification backbone of torchvision.models by name.
         side: S in pixels.
         channels: 1 trains on luminance alone, 3 on RGB.
-        epochs: passes over the pictures, unless a time is given at the command line.
-        batch_size: N pictures that are compared with one another.
+        epochs: passes over the pictures; a time given at the command line replaces it.
+        batch_size: N pictures, which are compared with one another.
         views: V of each picture.
         accumulate: batches whose gradients make one step.
-        learning_rate: AdamW's peak, after `warmup` steps (a tenth of a short run) and before the cosine down to 0.
+        optimizer: adamw, or sgd with momentum 0.9.
+        learning_rate: the optimizer's peak, after `warmup` steps (a tenth of a short run) and before the cosine to 0.
         projection: hidden and output width of the projection head.
         precision: auto takes bfloat16 where it is measured to be faster.
+        compile: compile the backbone where a trial measures that to be faster.
+        resident: decode all pictures before the first step and keep their pixels on the device.
+        knn_times: how often in the run the held-out pictures are classified by k-NN.
+        knn_bank: training pictures that vote in it, at most.
         seed: of weights, order and augmentation.
     """
 
@@ -204,11 +209,16 @@ class Recipe(_Section):
     batch_size: Annotated[int, Field(ge=2)]
     views: Annotated[int, Field(ge=2, le=16)] = 2
     accumulate: _Count = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: _Positive
     weight_decay: _Weight
     warmup: Annotated[int, Field(ge=0)]
     projection: tuple[_Count, _Count]
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    resident: bool = False
+    knn_times: _Count = 5
+    knn_bank: Annotated[int, Field(ge=20)] = 4000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     augmentation: Augmentation
     simclr: SimCLR = SimCLR()
@@ -224,9 +234,9 @@ class Recipe(_Section):
     infonce: InfoNCE = InfoNCE()
 
     def facts(self) -> dict[str, Any]:
-        """Return what the run depends on: all but the tables of other methods."""
-        resting = set(MethodName.__args__) - {self.method}  # type: ignore[attr-defined]
-        return self.model_dump(mode="json", exclude=resting)
+        """Return the settings that the run depends on: all but the tables of other methods."""
+        others = set(MethodName.__args__) - {self.method}  # type: ignore[attr-defined]
+        return self.model_dump(mode="json", exclude=others)
 
 
 def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -234,7 +244,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: of the recipe, or a path that ends in .toml.
-        changes: "key=value" each, a value as in TOML or a bare word; "table.key=value" reaches into a table.
+        changes: "key=value" each, with a TOML value or a bare word; "table.key=value" for a key of a table.
 
     Raises:
         InvalidRequest: no such recipe, TOML that does not parse, an unknown key or a value out of range.
@@ -270,7 +280,8 @@ def _change(content: dict[str, Any], change: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # --set method=byol, without the quotes that a shell would take away
+        # As in --set method=byol: a shell removes the quotes.
+        value = text.strip()
     *table, leaf = key.split(".")
     inner = content.setdefault(table[0], {}) if table else content
     if not isinstance(inner, dict):
@@ -290,7 +301,7 @@ def _keys() -> list[str]:
 
 
 def _nearest(key: str) -> str:
-    """Words that name the key most like one that is not there, in its own table or another."""
+    """Return a hint at the known key most like an unknown one, in its own table or another."""
     keys = _keys()
     near = difflib.get_close_matches(key, keys, 1) or [
         known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]

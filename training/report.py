@@ -1,4 +1,4 @@
-"""Evaluation → a folder with report.json, report.html and tsne.png: the figures, and the pictures behind them."""
+"""Evaluation → a folder with report.json, report.html and tsne.png: the figures and their pictures."""
 
 import base64
 import colorsys
@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.manifold import TSNE
 
 from service import FloatArray, IntArray, PixelArray
+from service.encoding.voting import HEADLINE_TEMPERATURE
 from service.errors import InvalidOutput
 from service.files import write_folder
 from training.evaluate import Evaluation, Rows
@@ -29,10 +30,12 @@ FILES = {REPORT_FILE, "report.html", "tsne.png"}
 
 _MOST_POINTS, _FEWEST_POINTS = 2000, 10
 _THUMBNAIL, _PICTURE = 48, 96  # px, at most
-_MOST_CLASSES = 30  # of a matrix that can be read; above it the pairs most confused, and so many in tsne.png's legend
+# Classes of a legible confusion matrix; with more, the report lists so many pairs. Also the most in tsne.png's legend.
+_MOST_CLASSES = 30
 _HITS, _MISSES, _NEIGHBOURS = 12, 24, 8
 _PAIRS, _STEPS = 20_000, 50  # of the histogram
-_SMALL = 64  # px; a picture up to this size is enlarged with its pixels kept square, as by the service's page
+# Pictures up to this side in pixels are enlarged with square pixels, as on the service's page.
+_SMALL = 64
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
@@ -44,11 +47,10 @@ _TEMPLATES = Environment(
 
 
 def check_folder(folder: Path) -> None:
-    """Make sure that a report may be written to `folder`, and make the folder that it is to lie in.
+    """Make sure that a report may be written to `folder`, and make its parent folder.
 
     Raises:
-        InvalidOutput: a file, or a folder with anything but an earlier report, is there; or nothing can be
-            written beside it.
+        InvalidOutput: `folder` is a file or holds more than an earlier report; or its parent cannot be written to.
     """
     if folder.name in ("", ".."):
         raise InvalidOutput(f"{folder}: expected a folder with a name of its own, such as reports/mine")
@@ -66,10 +68,10 @@ def check_folder(folder: Path) -> None:
 
 
 def write_report(folder: Path, evaluation: Evaluation) -> None:
-    """Write report.json, report.html and tsne.png, all or none; an earlier report there is replaced.
+    """Write report.json, report.html and tsne.png, all or none; an earlier report is replaced.
 
     report.json is the evaluation's report and {"confusion": {"classes", "counts"}}: counts[i][j] queries
-    of class i were named j. report.html needs no other file and no network. Fewer than 10 queries make no map,
+    of class i were classified as j. report.html needs no other file and no network. Fewer than 10 queries make no map,
     and no tsne.png.
 
     Raises:
@@ -98,19 +100,19 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
 
 
 def confusion(labels: IntArray, predicted: IntArray, classes: int) -> IntArray:
-    """Return the counts (classes, classes) of pictures by what they are (row) and what they were named (column)."""
+    """Return the counts (classes, classes) of pictures by label (row) and predicted label (column)."""
     counts = np.zeros((classes, classes), np.int64)
     np.add.at(counts, (labels, predicted), 1)
     return counts
 
 
 def scatter(embeddings: FloatArray) -> FloatArray:
-    """Return a place (N, 2) in 0..1 for each embedding (N, D), like beside like; the same on every run.
+    """Return a place (N, 2) in 0..1 for each embedding (N, D), by t-SNE; the same on every run.
 
     Source: van der Maaten & Hinton, Visualizing data using t-SNE, JMLR 9 (2008).
     """
     print(f"t-SNE of {len(embeddings):,} pictures …", file=sys.stderr)
-    # Of embeddings that are all one, principal components have length 0; TSNE would divide by it and crash.
+    # Identical embeddings have principal components of length 0, by which TSNE would divide.
     alike = float(embeddings.std(0).max()) < 1e-6
     tsne = TSNE(perplexity=min(30, (len(embeddings) - 1) / 3), init="random" if alike else "pca", random_state=0)
     places = tsne.fit_transform(embeddings)
@@ -134,18 +136,19 @@ def sample_scores(evaluation: Evaluation, own_class: bool) -> FloatArray:
 
 
 def choose_queries(evaluation: Evaluation) -> tuple[list[int], list[int], FloatArray]:
-    """Return positions of 12 rightly named queries, of as many classes as can be, and of the 24 surest misses.
+    """Return positions of 12 correctly classified queries, of as many classes as possible, and of the 24 surest misses.
 
-    Third comes the share (N,) of the votes, weighted by exp(cosine / 0.07), for the label that a query was given.
+    The third value is the share (N,) of the soft votes that each query's predicted label got.
     """
     labels, predicted = evaluation.queries.labels, evaluation.predicted
-    votes = np.exp((evaluation.scores - evaluation.scores.max(1, keepdims=True)) / 0.07)
+    votes = np.exp((evaluation.scores - evaluation.scores.max(1, keepdims=True)) / HEADLINE_TEMPERATURE)
     agree = evaluation.bank.labels[evaluation.neighbours] == predicted[:, None]
     shares = np.asarray((votes * agree).sum(1) / votes.sum(1), np.float32)
     misses = np.flatnonzero(predicted != labels)
     misses = misses[np.lexsort((-evaluation.scores[misses].mean(1), -shares[misses].round(3)))]
     hits = np.random.default_rng(0).permutation(np.flatnonzero(predicted == labels))
-    turn = np.zeros(len(hits), np.int64)  # a class's first hit, its second …
+    # The number of each hit within its class: the first of every class come before the second.
+    turn = np.zeros(len(hits), np.int64)
     for label in np.unique(labels[hits]):
         turn[labels[hits] == label] = np.arange((labels[hits] == label).sum())
     hits = hits[np.argsort(turn, kind="stable")][:_HITS]
@@ -153,7 +156,7 @@ def choose_queries(evaluation: Evaluation) -> tuple[list[int], list[int], FloatA
 
 
 def palette(count: int) -> list[str]:
-    """Return so many colours, #rrggbb, to be told apart on white and on black as far as that can be."""
+    """Return `count` colours, #rrggbb, as distinguishable as possible on white and on black."""
     if count <= 20:
         chart = mpl.colormaps["tab10" if count <= 10 else "tab20"]
         return [mpl.colors.to_hex(chart(number)) for number in range(count)]
@@ -203,7 +206,7 @@ def _page(evaluation: Evaluation, counts: IntArray, shown: IntArray, places: Flo
 
 
 def _histogram(within: FloatArray, across: FloatArray) -> dict[str, Any]:
-    """What the page draws: outlines in a unit square, tick places, medians."""
+    """Return the histogram for the page: outlines in a unit square, tick places, medians."""
     low = min(0.9, float(np.floor(10 * np.concatenate([within, across]).min())) / 10)
     edges = np.linspace(low, 1, _STEPS + 1)
     shares = [np.histogram(scores, edges)[0] / max(len(scores), 1) for scores in (within, across)]
@@ -241,7 +244,7 @@ def _sprite(pixels: PixelArray) -> dict[str, Any]:
 
 
 def _data_uri(picture: Image.Image) -> str:
-    """Return a picture as WebP in a data: address; grey ones without loss, which costs them no more."""
+    """Return a picture as WebP in a data: address; grey ones lossless, which is no larger."""
     pixels, buffer = np.asarray(picture), io.BytesIO()
     picture.save(buffer, "WebP", quality=85, lossless=bool((pixels == pixels[..., :1]).all()))
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -254,14 +257,17 @@ def _draw(evaluation: Evaluation, labels: IntArray, places: FloatArray) -> bytes
     texts = [_printable(names[label], 24) for label in listed[:_MOST_CLASSES]]
     handles = [Line2D([], [], marker="o", linestyle="", color=colours[label]) for label in listed[:_MOST_CLASSES]]
     heading = f"{len(texts)} of {len(listed)} classes" if len(listed) > len(texts) else None
-    order = np.random.default_rng(0).permutation(len(labels))  # so that no class lies over all the others
+    # In random order, so that no class covers all the others.
+    order = np.random.default_rng(0).permutation(len(labels))
     with warnings.catch_warnings(), mpl.rc_context({"text.parse_math": False}):
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it
+        # A box stands for the glyph.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         figure = Figure(figsize=(12, 9), dpi=100, layout="constrained")
         axes = figure.add_subplot(xticks=[], yticks=[])
         x, y = places[order].T
         axes.scatter(x, y, s=14, c=[colours[label] for label in labels[order]], alpha=0.8, linewidths=0)
-        axes.invert_yaxis()  # as report.html, which counts downwards
+        # As in report.html, whose y axis points down.
+        axes.invert_yaxis()
         axes.set_title(_printable(f"{evaluation.report['model']}: {len(labels):,} of {evaluation.queries.name}, t-SNE"))
         figure.legend(handles, texts, title=heading, loc="outside right upper", frameon=False)
         figure.savefig(buffer := io.BytesIO(), format="png")
@@ -269,6 +275,6 @@ def _draw(evaluation: Evaluation, labels: IntArray, places: FloatArray) -> bytes
 
 
 def _printable(name: str, most: int = 90) -> str:
-    """A name in characters that a font is asked for, cut to length."""
+    """Return a name without control characters, cut to length."""
     text = "".join(letter if letter.isprintable() else "�" for letter in name)
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -1,4 +1,4 @@
-"""The encoder in 8-bit arithmetic: weights by channel, activations by the ranges that calibration pictures give."""
+"""The encoder in 8-bit arithmetic: weights are quantised by channel, activations by ranges of calibration pictures."""
 
 import tempfile
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ _QUANTISED = ["Conv", "Gemm", "MatMul", "Relu", "Add", "MaxPool", "AveragePool",
 
 
 def to_int8(model: bytes, calibration: PixelArray) -> bytes:
-    """Return the graph with 8-bit weights, by channel, and activations, by the ranges that calibration pixels give.
+    """Return the graph with 8-bit weights and activations.
 
-    Weights take 7 of the 8 bits: processors without VNNI would saturate on products of 8.
+    Weights are quantised by channel and use 7 of the 8 bits, since products of 8 bits saturate on processors without
+    VNNI. Activations are quantised by the ranges that the calibration pixels (N, S, S, 3) cause.
     """
     import onnxruntime as ort
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -32,12 +33,14 @@ def to_int8(model: bytes, calibration: PixelArray) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         simplified, quantised = Path(folder) / "simplified.onnx", Path(folder) / "quantised.onnx"
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # batch norms into weights
+        # The basic optimisations fold batch norms into weights.
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(simplified)
         options.log_severity_level = 3
         ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         graph = onnx.load(simplified)
-        graph.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")  # or it warns
+        # Without this mark quantize_static warns that the graph was not prepared.
+        graph.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
         quantize_static(
             graph,
             quantised,

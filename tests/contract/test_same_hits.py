@@ -22,8 +22,8 @@ K = 5
 def test_two_hundred_queries_have_identical_hits(
     bank_name: str, queries_name: str, gallery: Gallery, request: pytest.FixtureRequest
 ) -> None:
+    from service.encoding.voting import nearest
     from training.evaluate import read_pixels
-    from training.knn import nearest
 
     data_root: Path = request.getfixturevalue("data_root") if bank_name.startswith("mnist") else Path("data")
     bank, queries = open_source(bank_name, data_root), open_source(queries_name, data_root)

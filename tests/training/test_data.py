@@ -26,9 +26,9 @@ from service.sources.compact import Labels
 from service.sources.source import Source
 from tests.conftest import encoded, scene
 from training import data
+from training.checkpoint import Cursor
 from training.data import (
     Canvas,
-    Cursor,
     Loaded,
     batches,
     epoch_order,

@@ -25,6 +25,7 @@ from service.settings import Settings
 from service.sources import open_source
 from training.backbones import build_backbone
 from training.data import open_training_source
+from training.encoder import Encoder
 from training.evaluate import (
     Evaluation,
     centred,
@@ -34,7 +35,7 @@ from training.evaluate import (
     randomised,
     read_pixels,
 )
-from training.export import Encoder, export
+from training.export import export
 from training.figures import alignment, effective_rank, linear_probe, uniformity
 
 BANK, QUERIES = "digits[:1000]", "digits[1000:]"

@@ -18,7 +18,8 @@ from service.encoding.variants import Pictures
 from service.errors import InvalidModel, InvalidOutput
 from service.sources import open_source
 from training.backbones import build_backbone
-from training.export import Encoder, compare, export
+from training.encoder import Encoder
+from training.export import compare, export
 
 SIDE = 8
 FILES = {"model.onnx", "model.fp16.onnx", "model.int8.onnx", "preprocessor_config.json", "card.json", "README.md"}

@@ -13,9 +13,9 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.neighbors import KNeighborsClassifier
 
 from service import FloatArray
-from service.encoding.voting import headline_accuracy, vote, weighted_vote
-from training import knn
-from training.knn import find_neighbours, nearest, neighbour_figures
+from service.encoding import voting
+from service.encoding.voting import headline_accuracy, highest, nearest, vote, weighted_vote
+from training.knn import find_neighbours, neighbour_figures
 
 Rows = list[list[tuple[str, int]]]
 
@@ -131,7 +131,7 @@ def measured(
 @pytest.mark.parametrize("scores", [1, 700, 2**22])
 @pytest.mark.parametrize("k", [1, 5, 299, 300])
 def test_nearest_is_the_order_of_all_products(k: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "_SCORES", scores)
+    monkeypatch.setattr(voting, "_SCORES", scores)
     bank, queries = clouds(300, seed=1)[0], clouds(40, seed=2)[0]
     products = queries.astype(np.float64) @ bank.T.astype(np.float64)
     expected = np.argsort(-products, axis=1)[:, :k]
@@ -145,7 +145,7 @@ def test_equal_scores_go_by_position() -> None:
     expected = [4, 2, 5, 7, 0, 3, 8, 1, 6]
     for k in range(1, 10):
         assert nearest(scores[:, None], np.ones((1, 1), np.float32), k)[1].tolist() == [expected[:k]]
-        assert knn._first(scores, k).tolist() == expected[:k]  # a product is never −0; these scores are
+        assert highest(scores, k).tolist() == expected[:k]  # a product is never −0; these scores are
 
 
 def test_rankings_are_pytorch_metric_learnings() -> None:
@@ -216,8 +216,8 @@ def test_blocks_and_the_order_of_rows_change_nothing(monkeypatch: pytest.MonkeyP
     whole = measured(bank, labels, queries, asked)
     mixed, turned = np.random.default_rng(3).permutation(400), np.random.default_rng(4).permutation(150)
     assert measured(bank[mixed], labels[mixed], queries[turned], asked[turned]) == pytest.approx(whole)
-    monkeypatch.setattr(knn, "_SCORES", 1000)  # two queries at once
-    monkeypatch.setattr(knn, "_VOTES", 7)
+    monkeypatch.setattr(voting, "_SCORES", 1000)  # two queries at once
+    monkeypatch.setattr(voting, "_VOTES", 7)
     assert measured(bank, labels, queries, asked) == pytest.approx(whole)
 
 

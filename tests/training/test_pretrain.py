@@ -36,15 +36,13 @@ from training import material as materials
 from training import pretrain as loop
 from training.augment import augment
 from training.backbones import build_backbone
-from training.checkpoint import read_checkpoint
-from training.data import Canvas, Cursor, batches
+from training.checkpoint import Cursor, Identity, Progress, read_checkpoint
+from training.data import Canvas, batches
 from training.material import Material, prepare, statistics
 from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.simclr import SimCLR
 from training.pretrain import (
-    Run,
     check_health,
-    choose_device,
     fixed_total,
     online_knn,
     per_dimension_std,
@@ -95,9 +93,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
-    found = read_checkpoint(folder)
-    assert found is not None
-    return found
+    content: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return content
 
 
 # Arithmetic
@@ -156,22 +153,21 @@ def test_statistics_are_those_of_all_pixels_channel_by_channel() -> None:
     np.testing.assert_allclose(std.numpy(), values.std((0, 2, 3)), rtol=1e-6)
 
 
-def test_a_device_by_name() -> None:
-    assert choose_device("cpu").type == "cpu"
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def test_what_fits_a_time_is_the_pace_and_what_is_left_to_decode(tmp_path: Path) -> None:
     canvas = Canvas(open_source("digits[:500]"), square_preprocessing(8), 1, tmp_path, CPU)
     # 50 steps in 10 s, 5 of them waited for the decoding of 100 pictures: 0.1 s a step and 0.05 s a picture.
     canvas.take(np.arange(100))
     assert canvas.untouched() == 400
-    assert fixed_total(50, 10.0, 5.0, 60.0, 100, canvas) == 50 + 300  # 50 s are left, 20 of them for 400 pictures
+    assert (
+        fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 300
+    )  # 50 s are left, 20 of them for 400 pictures
     canvas.take(np.arange(500))
-    assert fixed_total(50, 10.0, 5.0, 60.0, 100, canvas) == 50 + 500
-    assert fixed_total(50, 10.0, 0.0, 60.0, 100, canvas) == 50 + 250
-    assert fixed_total(50, 70.0, 0.0, 60.0, 100, canvas) == 50  # the time is over
-    assert fixed_total(3, 7.0, 1.0, 60.0, 100, canvas) == 3 + 26  # 53 s at 2 s a step: the half step is not begun
+    assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 500
+    assert fixed_total(Progress(50, None, 10.0, 0.0), 60.0, 100, canvas) == 50 + 250
+    assert fixed_total(Progress(50, None, 70.0, 0.0), 60.0, 100, canvas) == 50  # the time is over
+    assert (
+        fixed_total(Progress(3, None, 7.0, 1.0), 60.0, 100, canvas) == 3 + 26
+    )  # 53 s at 2 s a step: the half step is not begun
     canvas.close()
 
 
@@ -181,7 +177,7 @@ def test_what_is_decoded_at_every_epoch_is_part_of_the_pace(tmp_path: Path, monk
     source = Source("more than memory", names, open_source("digits[:1]").read, None)
     canvas = Canvas(source, square_preprocessing(512), 3, tmp_path, CPU)
     assert canvas.residence == "nowhere"
-    assert fixed_total(50, 10.0, 5.0, 60.0, 100, canvas) == 50 + 250
+    assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 250
     canvas.close()
 
 
@@ -220,8 +216,8 @@ def test_without_labels_none_are_held_out(recipe: Recipe, prepared: Prepared, tm
     assert material.labels is None
     assert len(material.held_out) == 0
     assert len(material.trained) == 500
-    run = train(method_for(recipe, unlabelled), material, recipe, None, tmp_path, {})
-    assert run.steps == 2 * (500 // 64)
+    run = train(method_for(recipe, unlabelled), material, Identity("digits", recipe), tmp_path).progress
+    assert run.step == 2 * (500 // 64)
     assert not [line for line in lines(tmp_path) if "knn" in line]
 
 
@@ -243,7 +239,7 @@ def test_no_batch_has_a_held_out_picture_and_each_picture_its_own_label(
     source = open_source("digits[:640]")
     material = prepared(source, recipe)
     method = Noting(recipe, build_backbone("small-cnn", 1, 8), len(source))
-    train(method, material, recipe, None, tmp_path, {})
+    train(method, material, Identity("digits", recipe), tmp_path)
     assert len(method.noted) == 2 * (608 // 64)
     assert material.labels is not None
     for positions, labels in method.noted:
@@ -280,13 +276,13 @@ def test_online_knn_is_scikit_learns_figure(recipe: Recipe, prepared: Prepared, 
     source = open_source("digits")
     material = prepared(source, recipe)
     method = method_for(recipe, source)
-    train(method, material, recipe, None, tmp_path, {})
+    train(method, material, Identity("digits", recipe), tmp_path)
     expected = sklearns_accuracy(method.backbone, source, material)
     assert 0.5 < expected < 1
     logged = [line["knn"] for line in lines(tmp_path) if "knn" in line]
     assert logged[-1] == pytest.approx(expected, abs=1e-6)
     before = deepcopy(dict(method.backbone.state_dict()))
-    assert online_knn(method.backbone, material, "float32") == expected
+    assert online_knn(method.backbone, material, "float32", 4000) == expected
     assert method.backbone.training  # the loop goes on
     assert_same(before, dict(method.backbone.state_dict()))  # batch norms learned nothing from it
 
@@ -294,18 +290,64 @@ def test_online_knn_is_scikit_learns_figure(recipe: Recipe, prepared: Prepared, 
 def test_online_knn_comes_five_times_evenly(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
     source = open_source("digits[:640]")
     recipe = changed(recipe, epochs=5)  # of 9 steps: 45
-    train(method_for(recipe, source), prepared(source, recipe), recipe, None, tmp_path, {})
+    train(method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe), tmp_path)
     assert [line["step"] for line in lines(tmp_path) if "knn" in line] == [9, 18, 27, 36, 45]
 
 
 # The loop
 
 
+def test_pixels_that_reside_on_the_device_make_the_same_run(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over two epochs and with bad pictures, which either way are passed over; and so does a resumed one."""
+    monkeypatch.setattr(materials, "_SAMPLED", 40)
+    digits = open_source("digits[:240]")
+    source = Source("flawed", digits.ids, lambda at: b"" if at % 40 == 7 else digits.read(at), digits.labels)
+    recipe = changed(recipe, batch_size=32)
+    work(recipe, source, tmp_path / "lazy")
+    with ctrl_c_after(8):
+        work(changed(recipe, resident=True), source, tmp_path / "resident")
+    work(changed(recipe, resident=True), source, tmp_path / "resident")
+    lazy, resident = checkpoint(tmp_path / "lazy"), checkpoint(tmp_path / "resident")
+    assert len(resident["canvas"]["bad"]) == 6
+    for key in ("step", "loss", "method", "optimizer", "random"):
+        assert_same(lazy[key], resident[key], key)
+
+
+def test_sgd_is_the_textbooks(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    """w − rate · (momentum · 0 + gradient + decay · w) after one step; the gradient is autograd's."""
+    source = open_source("digits[:64]")
+    recipe = changed(recipe, epochs=1, optimizer="sgd", weight_decay=0.1, warmup=0)
+    method, stepped = method_for(recipe, source), list[Tensor]()
+    before = [weight.detach().clone() for weight in method.parameters()]
+
+    def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        stepped.extend(weight.grad.clone() for group in optimizer.param_groups for weight in group["params"])
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        train(method, prepared(source, recipe), Identity("digits", recipe), tmp_path)
+    finally:
+        hook.remove()
+    for weight, was, gradient in zip(method.parameters(), before, stepped, strict=True):
+        torch.testing.assert_close(weight, was - recipe.learning_rate * (gradient + 0.1 * was))
+
+
+def test_a_session_ends_in_time_and_the_next_one_goes_on(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    source = open_source("digits[:128]")
+    method, material, identity = method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe)
+    first = train(method, material, identity, tmp_path, session_s=0)
+    assert (first.progress.step, first.progress.total) == (1, 4)
+    assert checkpoint(tmp_path)["step"] == 1
+    assert train(method, material, identity, tmp_path, read_checkpoint(tmp_path)).progress.step == 4
+
+
 def test_a_learning_rate_far_too_high_ends_with_a_sentence(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
     source = open_source("digits[:512]")
     recipe = changed(recipe, learning_rate=1e30, epochs=4, warmup=0)
     with pytest.raises(InvalidRequest, match=r"the loss is (nan|inf) at step 20; lower learning_rate"):
-        train(method_for(recipe, source), prepared(source, recipe), recipe, None, tmp_path, {})
+        train(method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe), tmp_path)
     assert read_checkpoint(tmp_path) is None
 
 
@@ -318,7 +360,7 @@ def test_pictures_all_alike_end_with_a_sentence(recipe: Recipe, tmp_path: Path) 
         canvas, None, np.arange(512), np.arange(0), torch.tensor([0.3]), torch.tensor([0.35]), [1 / 16] * 16, 0
     )
     with pytest.raises(InvalidRequest, match=r"the embeddings collapsed to one point by step 20 .*pictures all alike"):
-        train(method_for(recipe, alike), material, recipe, None, tmp_path, {})
+        train(method_for(recipe, alike), material, Identity("digits", recipe), tmp_path)
     canvas.close()
 
 
@@ -336,8 +378,8 @@ def test_a_few_dozen_steps_lower_the_loss(recipe: Recipe, prepared: Prepared, tm
             return float(method.step(batch).loss)
 
     before = loss_now()
-    run = train(method, material, recipe, None, tmp_path, {})
-    assert run.steps == 6 * (487 // 64)  # 25 are held out
+    run = train(method, material, Identity("digits", recipe), tmp_path).progress
+    assert run.step == 6 * (487 // 64)  # 25 are held out
     assert run.seconds > 0
     assert loss_now() < before - 0.5
     assert run.loss < math.log(2 * 64 - 1) - 1  # against no better than chance
@@ -345,14 +387,21 @@ def test_a_few_dozen_steps_lower_the_loss(recipe: Recipe, prepared: Prepared, tm
 
 def test_a_time_too_short_for_the_timed_steps_is_kept(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
     source = open_source("digits[:512]")
-    run = train(method_for(recipe, source), prepared(source, recipe), recipe, 1e-6, tmp_path, {})
-    assert run.steps == 1
+    run = train(
+        method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe, minutes=1e-6), tmp_path
+    ).progress
+    assert run.step == 1
 
 
 def test_a_time_replaces_the_epochs(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
     source = open_source("digits[:80]")
     recipe = changed(recipe, epochs=1)  # one step, were it not for the time
-    assert train(method_for(recipe, source), prepared(source, recipe), recipe, 0.02, tmp_path, {}).steps > 1
+    assert (
+        train(
+            method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe, minutes=0.02), tmp_path
+        ).progress.step
+        > 1
+    )
 
 
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 14), (2, 7), (3, 4), (15, 1)])
@@ -361,7 +410,10 @@ def test_accumulated_batches_share_a_step(
 ) -> None:
     recipe = changed(recipe, batch_size=32, accumulate=accumulate)
     source = open_source("digits[:240]")  # 7 batches an epoch
-    assert train(method_for(recipe, source), prepared(source, recipe), recipe, None, tmp_path, {}).steps == steps
+    assert (
+        train(method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe), tmp_path).progress.step
+        == steps
+    )
 
 
 def test_two_accumulated_batches_make_the_mean_of_their_gradients(
@@ -377,10 +429,10 @@ def test_two_accumulated_batches_make_the_mean_of_their_gradients(
 
     hook = register_optimizer_step_pre_hook(note)
     try:
-        run = train(method_for(recipe, source), material, recipe, None, tmp_path, {})
+        run = train(method_for(recipe, source), material, Identity("digits", recipe), tmp_path).progress
     finally:
         hook.remove()
-    assert run.steps == 1
+    assert run.step == 1
 
     method = method_for(recipe, source).to(memory_format=torch.channels_last).train()
     weights = [weight for weight in method.parameters() if weight.requires_grad]
@@ -389,7 +441,7 @@ def test_two_accumulated_batches_make_the_mean_of_their_gradients(
     gradients: list[tuple[Tensor, ...]] = []
     for pixels, positions, _ in (next(order), next(order)):
         views = torch.stack([augment(pixels.float() / 255, recipe.augmentation, generator) for _ in range(2)])
-        loss = method.step(Batch((views - material.mean) / material.std, torch.from_numpy(positions), None)).loss
+        loss = method.step(Batch((views - material.mean) / material.std, positions, None)).loss
         gradients.append(torch.autograd.grad(loss, weights))
     for found, *both in zip(stepped[0], *gradients, strict=True):
         torch.testing.assert_close(found, torch.stack(both).mean(0), rtol=1e-4, atol=1e-7)
@@ -404,7 +456,7 @@ def test_the_same_seed_repeats_to_the_last_bit_and_another_does_not(
     def weights(seed: int) -> Tensor:
         seeded = changed(recipe, seed=seed)
         method = method_for(changed(recipe, seed=0), source)  # the same weights to begin with
-        train(method, prepared(source, seeded), seeded, None, tmp_path, {})
+        train(method, prepared(source, seeded), Identity("digits", seeded), tmp_path)
         return torch.cat([value.flatten().float() for value in method.state_dict().values()])
 
     first = weights(0)
@@ -439,14 +491,14 @@ def ctrl_c_after(steps: int) -> Iterator[None]:
         yield
 
 
-def work(recipe: Recipe, source: Source, folder: Path, minutes: float | None = None) -> Run:
+def work(recipe: Recipe, source: Source, folder: Path, minutes: float | None = None) -> Progress:
     """Train in this folder as pretrain() does, from its checkpoint if it has one."""
     method = method_for(recipe, source)
     folder.mkdir(exist_ok=True)
     earlier = read_checkpoint(folder)
     material = prepare(source, recipe, folder, CPU, earlier)
     try:
-        return train(method, material, recipe, minutes, folder, {}, earlier)
+        return train(method, material, Identity("digits", recipe, minutes=minutes), folder, earlier).progress
     finally:
         material.canvas.close()
 
@@ -482,9 +534,9 @@ def assert_resumed_as_if_never_stopped(
             work(recipe, source, broken)
         done += steps
         assert checkpoint(broken)["step"] == done
-    assert done < run.steps
+    assert done < run.step
     resumed = work(recipe, source, broken)
-    assert (resumed.steps, resumed.loss) == (run.steps, run.loss)
+    assert (resumed.step, resumed.loss) == (run.step, run.loss)
     took = ("seconds", "waited")
     first, second = (
         {key: value for key, value in checkpoint(place).items() if key not in took} for place in (straight, broken)
@@ -495,7 +547,7 @@ def assert_resumed_as_if_never_stopped(
         [{key: value for key, value in line.items() if key not in took} for line in lines(place)]
         for place in (straight, broken)
     ]
-    assert len([line for line in traces[0] if "loss" in line]) == run.steps
+    assert len([line for line in traces[0] if "loss" in line]) == run.step
     assert traces[0] == traces[1]
 
 
@@ -573,10 +625,10 @@ def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
     assert stopped["step"] == 5
     assert stopped["total"] > 6
     shutil.copytree(once, twice)
-    assert work(recipe, source, once, minutes).steps == stopped["total"]
+    assert work(recipe, source, once, minutes).step == stopped["total"]
     with ctrl_c_after(1):
         work(recipe, source, twice, minutes)
-    assert work(recipe, source, twice, minutes).steps == stopped["total"]
+    assert work(recipe, source, twice, minutes).step == stopped["total"]
     first, second = checkpoint(once), checkpoint(twice)
     for key in ("step", "total", "cursor", "loss", "method", "optimizer", "random"):
         assert_same(first[key], second[key], key)
@@ -674,7 +726,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 def test_a_signal_in_the_last_step_lets_the_run_end(recipe: Recipe, tmp_path: Path) -> None:
     with pressing(2):
-        assert work(recipe, open_source("digits[:64]"), tmp_path).steps == 2
+        assert work(recipe, open_source("digits[:64]"), tmp_path).step == 2
     assert checkpoint(tmp_path)["step"] == checkpoint(tmp_path)["total"] == 2
 
 
@@ -728,6 +780,16 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 Refused = Callable[..., str]
+
+
+def test_a_missing_onnxruntime_is_noticed_before_training(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert refused("digits") == (
+        "the export needs onnxruntime, which is not installed here: install the extra cpu or gpu of lookalike"
+    )
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(refused: Refused) -> None:

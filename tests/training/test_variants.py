@@ -20,7 +20,8 @@ from service.encoding.variants import Pictures, judge
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource
 from service.sources import open_source
-from training.export import Encoder, export, to_onnx
+from training.encoder import Encoder
+from training.export import export, to_onnx
 from training.pretrain import export_run, pretrain
 from training.recipe import Recipe
 from training.variants import to_int8

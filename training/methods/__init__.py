@@ -1,4 +1,4 @@
-"""One paper a file; the loop knows nothing of them but method.py."""
+"""The methods, one paper a file. The loop uses them through the interface in method.py alone."""
 
 from training.backbones import Backbone
 from training.methods.barlow import Barlow

@@ -11,10 +11,10 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class Barlow(Projected):
-    """The cross-correlation of two views' projections is drawn to the identity; wide projections help."""
+    """The loss draws the cross-correlation of two views' projections to the identity. Wide projections help."""
 
     def build_head(self, dimension: int) -> nn.Module:
-        """Return the projector: two hidden layers, nothing after the last."""
+        """Return the projector: two hidden layers, and no batch norm after the last."""
         hidden, output = self.recipe.projection
         return mlp(dimension, hidden, hidden, output, last_norm=False)
 

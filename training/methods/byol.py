@@ -13,7 +13,7 @@ from training.recipe import Recipe
 
 
 class BYOL(Projected):
-    """Online f_θ, g_θ, q_θ predicts the target's z'_ξ = g_ξ(f_ξ(·)) of another view; no negatives."""
+    """The online networks f_θ, g_θ, q_θ predict the target's z'_ξ = g_ξ(f_ξ(·)) of another view. No negatives."""
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         super().__init__(recipe, backbone, count)
@@ -21,7 +21,7 @@ class BYOL(Projected):
         self.target_backbone, self.target_head = momentum_copy(self.backbone), momentum_copy(self.head)
 
     def build_head(self, dimension: int) -> nn.Module:
-        """Return g: one hidden layer, nothing after the last."""
+        """Return g: one hidden layer, and no batch norm after the last."""
         return mlp(dimension, *self.recipe.projection, last_norm=False)
 
     def step(self, batch: Batch) -> Step:
@@ -34,7 +34,7 @@ class BYOL(Projected):
         return Step(torch.stack(losses).mean(), h.detach(), positive_cosine(z))
 
     def update(self, progress: float) -> None:
-        """ξ ← τ·ξ + (1 − τ)·θ, τ on a cosine from τ_base to 1."""
+        """Move the target: ξ ← τ·ξ + (1 − τ)·θ, with τ on a cosine from τ_base to 1."""
         tau = 1 - (1 - self.recipe.byol.momentum) * (math.cos(math.pi * progress) + 1) / 2
         follow(self.target_backbone, self.backbone, tau)
         follow(self.target_head, self.head, tau)

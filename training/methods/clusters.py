@@ -12,10 +12,11 @@ from training.recipe import Recipe
 
 
 class Clusters(Projected):
-    """Pictures of one cluster are positives; clustered anew every E epochs, until the first time SimCLR.
+    """Pictures of one cluster are positives. They are clustered every E epochs; until the first time it is SimCLR.
 
-    Each picture's embedding as its last batch gave it is kept, so that a clustering costs no pass of its own:
-    count · D float16.
+    The bank keeps each picture's embedding from its last batch, so a clustering needs no pass over the pictures.
+
+    Cost: count · D float16.
     """
 
     bank: Tensor
@@ -25,9 +26,10 @@ class Clusters(Projected):
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         super().__init__(recipe, backbone, count)
         self.register_buffer("bank", torch.zeros(count, backbone.dimension, dtype=torch.float16))
-        # A picture that is in no cluster yet has a pseudo-label of its own, above those of the clusters.
+        # A picture without a cluster has a pseudo-label of its own, above those of the clusters.
         self.register_buffer("assignment", recipe.clusters.clusters + torch.arange(count))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # pictures since the last clustering
+        # Pictures since the last clustering.
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
     def step(self, batch: Batch) -> Step:
         """Return SupCon's loss with the clusters as labels."""
@@ -45,9 +47,11 @@ class Clusters(Projected):
         return Step(loss, h.detach(), diagnostics)
 
     def _cluster(self) -> None:
-        from sklearn.cluster import MiniBatchKMeans  # seconds to import, and only this method needs it
+        # Here, since only this method needs it and it takes seconds to import.
+        from sklearn.cluster import MiniBatchKMeans
 
-        filled = self.bank.abs().sum(1) > 0  # the last pictures of an epoch that make no batch may be missing
+        # A picture may be missing: the last ones of an epoch make no batch.
+        filled = self.bank.abs().sum(1) > 0
         embeddings = self.bank[filled].float().cpu().numpy()
         k = min(self.recipe.clusters.clusters, len(embeddings))
         means = MiniBatchKMeans(k, batch_size=4096, n_init=1, random_state=self.recipe.seed % 2**32)

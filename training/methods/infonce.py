@@ -8,7 +8,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class InfoNCE(Projected):
-    """A picture's first view is the query, another picture of its label the positive; other labels are negatives."""
+    """The query is a picture's first view, its positive another picture of its label; other labels are negatives."""
 
     needs_labels = True
 
@@ -24,7 +24,7 @@ class InfoNCE(Projected):
 
 
 def next_of_label(labels: Tensor) -> Tensor:
-    """Return for each of (N,) labels the place of the next equal one, round the end; its own where it is alone."""
+    """Return for each of (N,) labels the index of the next equal one, cyclically; its own if it is the only one."""
     count = len(labels)
     places = torch.arange(count, device=labels.device)
     ahead = (places - places[:, None] - 1) % count + 1  # (N, N): 1 is the next, N the place itself

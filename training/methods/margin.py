@@ -5,7 +5,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class Margin(Projected):
-    """G_W is backbone and head; pairs by label among all views of the batch."""
+    """G_W is backbone and head. Pairs are formed by label among all views of the batch."""
 
     needs_labels = True
 

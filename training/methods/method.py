@@ -1,4 +1,4 @@
-"""The interface between the loop and a paper: the views of a batch go in, a loss and its diagnostics come out."""
+"""The interface between the loop and a method: views of a batch go in, a loss and its diagnostics come out."""
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
@@ -15,11 +15,12 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Batch(NamedTuple):
-    """What the loop hands to a method.
+    """The input of a method.
 
-    views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n.
-    positions: (N,) int64, which pictures of the source they are.
-    labels: (N,) int64, or None where the source has none.
+    Attributes:
+        views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n.
+        positions: (N,) int64 positions of the pictures in their source.
+        labels: (N,) int64, or None if the source has none.
     """
 
     views: Tensor
@@ -28,11 +29,12 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a method makes of one batch.
+    """The output of a method for one batch.
 
-    loss: scalar, differentiable, float32.
-    embeddings: (V · N, D) backbone outputs, detached; the loop watches them for collapse.
-    diagnostics: scalars for the log.
+    Attributes:
+        loss: scalar, differentiable, float32.
+        embeddings: (V · N, D) backbone outputs, detached; the loop watches them for collapse.
+        diagnostics: scalars for the log.
     """
 
     loss: Tensor
@@ -41,11 +43,11 @@ class Step(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """A paper. All that a resumed run needs is in its state_dict.
+    """A contrastive method. Its state_dict holds all that a resumed run needs.
 
     Attributes:
         needs_labels: whether a batch must have labels.
-        backbone: f, what is kept in the end.
+        backbone: f, the part that is exported in the end.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -61,11 +63,11 @@ class Method(nn.Module, ABC):
         """Return the loss of a batch."""
 
     def update(self, progress: float) -> None:
-        """Follow an optimizer step, `progress` (0..1) of the way through the run; momentum encoders move here."""
+        """Follow an optimizer step, at `progress` (0..1) of the run. Momentum encoders move here."""
 
 
 class Projected(Method):
-    """A method with a projection head g behind the backbone f: z = g(f(x)) goes to the loss, h = f(x) is kept."""
+    """A method with a projection head g behind the backbone f: the loss sees z = g(f(x)), the encoder is h = f(x)."""
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         super().__init__(recipe, backbone, count)
@@ -82,13 +84,13 @@ class Projected(Method):
 
 
 def momentum_copy(module: _Module) -> _Module:
-    """Return a copy that no gradient reaches, for follow() to move."""
+    """Return a copy that receives no gradient; follow() moves it."""
     return deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Move the target's weights: ξ ← m·ξ + (1 − m)·θ. Batch norms count their own batches."""
+    """Move the target's weights: ξ ← m·ξ + (1 − m)·θ. Running statistics of batch norms are each network's own."""
     for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
         xi.lerp_(theta, 1 - momentum)
 

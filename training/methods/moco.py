@@ -11,7 +11,7 @@ from training.recipe import Recipe
 
 
 class MoCo(Method):
-    """f_q learns, f_k follows with momentum m; each q against its key k₊ and a queue of K earlier keys.
+    """f_q learns and f_k follows with momentum m. A query q has its key k₊ as positive, K earlier keys as negatives.
 
     The first view gives the key, every other view a query.
     """
@@ -26,7 +26,8 @@ class MoCo(Method):
         self.key_backbone, self.key_head = momentum_copy(self.backbone), momentum_copy(self.head)
         keys = torch.randn(recipe.moco.queue, recipe.projection[-1])
         self.register_buffer("queue", F.normalize(keys, dim=1))  # (K, P)
-        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # where the oldest key is
+        # Index of the oldest key.
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     def step(self, batch: Batch) -> Step:
         """Return InfoNCE of the queries against their keys and the queue; then enqueue the keys."""
@@ -34,20 +35,24 @@ class MoCo(Method):
         h = self.backbone(batch.views[1:].flatten(0, 1))  # ((V−1)N, D)
         q = self.head(h)  # ((V−1)N, P)
         keys = k.repeat(len(batch.views) - 1, 1)
-        # The clone is for autograd: the queue changes before the backward pass.
+        # Autograd needs the queue as it is now, and _enqueue changes it before the backward pass.
         loss = info_nce(q, keys, self.queue.clone(), self.recipe.moco.temperature)
         diagnostics = positive_cosine(torch.stack([q[: len(k)], k]))
         self._enqueue(k)
         return Step(loss, h.detach(), diagnostics)
 
     def update(self, progress: float) -> None:  # noqa: ARG002
-        """θ_k ← m·θ_k + (1 − m)·θ_q; m does not change."""
+        """Move the key encoder: θ_k ← m·θ_k + (1 − m)·θ_q, with a constant m."""
         follow(self.key_backbone, self.backbone, self.recipe.moco.momentum)
         follow(self.key_head, self.head, self.recipe.moco.momentum)
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
-        """Keys of (N, C, S, S). In another order, so that no key is normalised among its query's companions."""
+        """Return keys (N, P) of a view (N, C, S, S).
+
+        The pictures are shuffled first: no key shares its batch-norm statistics with its query, which would give the
+        query away.
+        """
         order = torch.randperm(len(view)).to(view.device)
         k = self.key_head(self.key_backbone(view[order]))
         return F.normalize(k.float(), dim=1)[order.argsort()]
@@ -61,19 +66,24 @@ class MoCo(Method):
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm over each of `splits` parts of a batch by itself, as over as many GPUs; in eval mode as always."""
+    """Batch norm with statistics for each of `splits` parts of a batch, as on so many GPUs; ordinary in eval mode."""
 
     splits = 1
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        parts = input.tensor_split(max(1, min(self.splits, len(input) // 2)))  # one picture has no variance
+        # Two pictures a part at least: one has no variance.
+        parts = input.tensor_split(max(1, min(self.splits, len(input) // 2)))
         return torch.cat([super(SplitBatchNorm, self).forward(part) for part in parts])
 
 
 def split_batch_norms(module: nn.Module, splits: int) -> None:
-    """Turn a module's batch norms into split ones, in place: one GPU's statistics would tell q which k is its own."""
+    """Replace a module's batch norms by split ones, in place.
+
+    A batch norm over the whole batch leaks which key belongs to which query (He et al., section 3.3): the model lowers
+    its loss by matching batch statistics instead of pictures.
+    """
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.__class__ = SplitBatchNorm

@@ -5,7 +5,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class SimCLR(Projected):
-    """f(·) backbone, g(·) projection head; NT-Xent on z = g(f(x))."""
+    """NT-Xent on z = g(f(x)), with f the backbone and g the projection head."""
 
     def step(self, batch: Batch) -> Step:
         """Return NT-Xent over all views."""

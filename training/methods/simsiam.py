@@ -12,7 +12,7 @@ from training.recipe import Recipe
 
 
 class SimSiam(Projected):
-    """f backbone and projection MLP, h prediction MLP; −cos(h(z₁), z₂) with no gradient through z₂."""
+    """f is backbone and projection MLP, h the prediction MLP. The loss is −cos(h(z₁), z₂), no gradient through z₂."""
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         super().__init__(recipe, backbone, count)
@@ -20,7 +20,7 @@ class SimSiam(Projected):
         self.predictor = mlp(output, recipe.simsiam.predictor, output, last_norm=False)
 
     def build_head(self, dimension: int) -> nn.Module:
-        """Return the projection MLP: two hidden layers, batch norm after the last one, too."""
+        """Return the projection MLP: two hidden layers, and batch norm after the last one as well."""
         hidden, output = self.recipe.projection
         return mlp(dimension, hidden, hidden, output)
 

@@ -5,7 +5,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class SupCon(Projected):
-    """SimCLR's networks; all views of all pictures of a label are one another's positives."""
+    """The networks are SimCLR's. All views of all pictures of one label are positives of one another."""
 
     needs_labels = True
 

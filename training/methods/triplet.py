@@ -5,7 +5,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class Triplet(Projected):
-    """Anchors, positives and negatives by label, mined among all views of the batch."""
+    """Anchors, positives and negatives are mined by label among all views of the batch."""
 
     needs_labels = True
 

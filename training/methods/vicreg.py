@@ -11,10 +11,10 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 
 
 class VICReg(Projected):
-    """f_θ encoder, h_φ expander; invariance, variance and covariance of the expanded views."""
+    """The loss is on invariance, variance and covariance of h_φ(f_θ(x)), with f_θ the encoder and h_φ the expander."""
 
     def build_head(self, dimension: int) -> nn.Module:
-        """Return the expander: two hidden layers, nothing after the last."""
+        """Return the expander: two hidden layers, and no batch norm after the last."""
         hidden, output = self.recipe.projection
         return mlp(dimension, hidden, hidden, output, last_norm=False)
 

@@ -1,0 +1,93 @@
+"""Where a run computes, in which precision, and whether its backbone is compiled."""
+
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Generator, nn
+
+from service.errors import InvalidRequest
+from training.methods import Method
+from training.recipe import Recipe
+
+_SETTLING, _TIMED = 5, 15  # steps of a trial
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for "auto", "cpu" or "cuda".
+
+    Raises:
+        InvalidRequest: cuda was asked for and torch finds no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest("device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> str:
+    """Return the recipe's precision. For "auto" on a CPU, time a copy of the backbone in float32 and in bfloat16."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if on.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    tried = deepcopy(backbone)
+    pictures = torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side, generator=Generator())
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    # Dropout draws numbers, and the run's own must not depend on the trial.
+    with torch.random.fork_rng(devices=[]):
+        # In alternation, and the least time of each: other work on the machine must not decide.
+        for _ in range(5):
+            for enabled, taken in seconds.items():
+                start = time.perf_counter()
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    embeddings = tried(pictures)
+                embeddings.float().square().mean().backward()
+                taken.append(time.perf_counter() - start)
+    return "bfloat16" if min(seconds[True]) < 0.9 * min(seconds[False]) else "float32"
+
+
+def compile_if_faster(method: Method, learn: Callable[[], object]) -> bool:
+    """Compile the method's backbone in place where a trial measures that to be faster; return whether it was.
+
+    Args:
+        method: its weights and buffers are put back after the trial.
+        learn: makes the method's forward and backward pass of one batch.
+
+    Cost: a compilation, which may take a minute, and 40 steps.
+    """
+    before = deepcopy(method.state_dict())
+    plain, compiled, begun = steps_per_s(method, learn), 0.0, time.perf_counter()
+    try:
+        method.backbone.compile()
+        compiled = steps_per_s(method, learn)
+    except Exception as error:  # compilers fail on a machine in ways of their own
+        reason = " ".join(str(error).split())[:500]
+        print(f"the backbone cannot be compiled: {type(error).__name__}: {reason}", file=sys.stderr)
+    took = time.perf_counter() - begun
+    print(f"steps/s: {plain:.1f}, compiled {compiled:.1f} (in {took:.0f} s)", file=sys.stderr)
+    method.zero_grad()
+    method.load_state_dict(before)
+    if compiled <= plain:
+        # torch has no public way back from Module.compile.
+        method.backbone._compiled_call_impl = None
+    return compiled > plain
+
+
+def steps_per_s(method: Method, learn: Callable[[], object]) -> float:
+    """Return how many forward and backward passes a method makes a second, after a few that are not timed."""
+    on = next(method.parameters()).device
+    for number in range(_SETTLING + _TIMED):
+        if number == _SETTLING:
+            begun = now(on)
+        learn()
+        method.zero_grad()
+    return _TIMED / (now(on) - begun)
+
+
+def now(on: torch.device) -> float:
+    """Return the time in seconds, once the device has finished all work that it was given."""
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+    return time.perf_counter()
