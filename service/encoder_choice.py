@@ -1,10 +1,37 @@
-"""Which encoder a gallery gets where the user names none."""
+"""The encoder of a gallery when the user names none."""
 
 from pathlib import Path
 
-from service.gallery import find_model
 from service.settings import Settings
+from service.store.catalog import no_store
 from service.store.embedded import recorded_model
+
+
+def find_model(settings: Settings, source: str = "") -> Path:
+    """Return the encoder's folder: the one that the settings name, else the store's own, else the default.
+
+    A store that came from another machine may name a folder that does not exist here. The default is taken then, and
+    its fingerprint decides whether it is the right encoder.
+
+    Args:
+        settings: name the encoder, or the store.
+        source: pictures that will be added; the default for digits differs from the one for photographs.
+
+    Raises:
+        InvalidModel, InvalidOutput: the default encoder cannot be made.
+        InvalidStore: the store is damaged, or does not exist and is opened read-only.
+    """
+    if settings.model:
+        return settings.model
+    recorded = None if settings.no_store else recorded_model(settings.store)
+    if recorded is None and settings.read_only and not settings.no_store:
+        raise no_store(settings.store)
+    if recorded is not None and recorded[0].is_dir():
+        return recorded[0]
+    # Imported late because it needs onnx, whose import takes most of a second.
+    from service.encoding.pretrained import default_encoder, of_digits
+
+    return default_encoder(of_digits(source) if recorded is None else recorded[1] == "mnist")
 
 
 def choose_model(settings: Settings, source: str = "") -> tuple[Path, str]:

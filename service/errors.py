@@ -251,3 +251,15 @@ def attempt(work: Callable[..., T], *arguments: Any) -> Outcome[T]:
         return work(*arguments)
     except LookalikeError as error:
         return kept(error)
+
+
+def map_values(outcomes: Sequence[Outcome[T]], work: Callable[[list[T]], Sequence[Outcome[R]]]) -> list[Outcome[R]]:
+    """Call `work` once on all values, and return the outcome of every element; errors keep their places.
+
+    Args:
+        outcomes: values and errors.
+        work: returns one outcome for each value. It is not called on an empty list.
+    """
+    values = [outcome for outcome in outcomes if not isinstance(outcome, LookalikeError)]
+    results = iter(work(values) if values else [])
+    return [outcome if isinstance(outcome, LookalikeError) else next(results) for outcome in outcomes]

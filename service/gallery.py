@@ -1,7 +1,7 @@
 """Encoder + store: add pictures, find lookalikes. What HTTP, command line and page all call."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from service import FloatArray, PixelArray, cores, items, metrics
+from service.encoder_choice import find_model
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card, suits
 from service.encoding.encoder import Encoder
@@ -24,14 +25,14 @@ from service.errors import (
     Outcome,
     attempt,
     each,
+    map_values,
 )
 from service.generations import catch_up, switch
 from service.items import NewPicture
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, VectorQuery
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
-from service.store.catalog import no_store
-from service.store.embedded import EmbeddedStore, recorded_model
+from service.store.embedded import EmbeddedStore
 from service.store.filters import Filter
 from service.store.layout import current
 
@@ -128,14 +129,6 @@ class Gallery:
         self._decoders.submit(decode_and_submit)
         return future
 
-    def embed(self, images: Sequence[bytes]) -> FloatArray:
-        """Return the embeddings (N, D) of image files.
-
-        Raises:
-            As `embed_soon`. With several pictures the error names every bad one.
-        """
-        return np.stack(each("picture", [self.embed_soon(image) for image in images], Future.result))
-
     def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
         """Add or replace one picture, and return whether its id was new. Durable when it returns.
 
@@ -153,16 +146,23 @@ class Gallery:
         return outcome
 
     def add_many(self, pictures: Sequence[NewPicture[bytes]]) -> list[Outcome[bool]]:
-        """Decode pictures on several threads, then add or replace them as `add_read` does."""
+        """Decode and embed pictures, and add or replace the good ones in one commit. Durable when it returns.
+
+        Returns:
+            For each picture whether its id was new, or the error that kept it out of the store: as `embed_soon` for a
+            picture of its own, InvalidStore for all of them.
+        """
         reading = [self._decoders.submit(self.read, one.picture) for one in pictures]
-        read = [attempt(future.result) for future in reading]
-        good = [
-            NewPicture(one.id, picture, one.metadata, one.source)
-            for one, picture in zip(pictures, read, strict=True)
-            if not isinstance(picture, LookalikeError)
-        ]
-        added = iter(self.add_read(good))
-        return [picture if isinstance(picture, LookalikeError) else next(added) for picture in read]
+
+        def read(one: NewPicture[bytes], picture: Future[ReadPicture]) -> NewPicture[ReadPicture]:
+            return NewPicture(one.id, picture.result(), one.metadata, one.source)
+
+        def store(items: list[NewItem]) -> list[Outcome[bool]]:
+            stored = attempt(self.store.add, items)
+            return [stored] * len(items) if isinstance(stored, LookalikeError) else [*stored]
+
+        outcomes = [attempt(read, one, picture) for one, picture in zip(pictures, reading, strict=True)]
+        return map_values(map_values(outcomes, self.embed_read), store)
 
     def embed_read(self, pictures: Sequence[NewPicture[ReadPicture]]) -> list[Outcome[NewItem]]:
         """Embed pictures.
@@ -186,19 +186,6 @@ class Gallery:
             )
             for one, embedding in zip(pictures, embeddings, strict=True)
         ]
-
-    def add_read(self, pictures: Sequence[NewPicture[ReadPicture]]) -> list[Outcome[bool]]:
-        """Embed pictures, and add or replace all that have an embedding in one commit. Durable when it returns.
-
-        Returns:
-            For each picture whether its id was new, or the error that kept it out of the store: as `embed_read` for a
-            picture of its own, InvalidStore for all of them.
-        """
-        embedded = self.embed_read(pictures)
-        new = [item for item in embedded if not isinstance(item, LookalikeError)]
-        stored = attempt(self.store.add, new)
-        added: Iterator[Outcome[bool]] = iter([stored] * len(new) if isinstance(stored, LookalikeError) else stored)
-        return [item if isinstance(item, LookalikeError) else next(added) for item in embedded]
 
     def get(self, id: str) -> Item:
         """Return an item. Raises ItemNotFound."""
@@ -254,7 +241,7 @@ class Gallery:
                 return BegunQuery(partial(query.unit, self.encoder.dimension))
             case ItemQuery():
                 id = self.check_id(query.id)
-                return BegunQuery(partial(self._stored_embedding, id), excluded_id=id)
+                return BegunQuery(partial(_stored_embedding, self.store, id), excluded_id=id)
 
     def find(
         self, queries: Sequence[Query], k: int, threshold: float = -1, where: Filter | None = None
@@ -288,12 +275,6 @@ class Gallery:
             [hit for hit in hits if hit.score >= threshold and hit.id != query.excluded_id][:k]
             for query, hits in zip(queries, found, strict=True)
         ]
-
-    def _stored_embedding(self, id: str) -> FloatArray:
-        embedding = self.store.embedding(id)
-        if embedding is None:
-            raise _no_item()
-        return embedding
 
     def check_id(self, id: str) -> str:
         """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as `items.check_id`."""
@@ -401,31 +382,11 @@ def open_store(settings: Settings, encoder: Encoder, folder: Path | None = None)
     )
 
 
-def find_model(settings: Settings, source: str = "") -> Path:
-    """Return the encoder's folder: the one that the settings name, else the store's own, else the default.
-
-    A store that came from another machine may name a folder that does not exist here. The default is taken then, and
-    its fingerprint decides whether it is the right encoder.
-
-    Args:
-        settings: name the encoder, or the store.
-        source: pictures that will be added; the default for digits differs from the one for photographs.
-
-    Raises:
-        InvalidModel, InvalidOutput: the default encoder cannot be made.
-        InvalidStore: the store is damaged, or does not exist and is opened read-only.
-    """
-    if settings.model:
-        return settings.model
-    recorded = None if settings.no_store else recorded_model(settings.store)
-    if recorded is None and settings.read_only and not settings.no_store:
-        raise no_store(settings.store)
-    if recorded is not None and recorded[0].is_dir():
-        return recorded[0]
-    # Imported late because it needs onnx, whose import takes most of a second.
-    from service.encoding.pretrained import default_encoder, of_digits
-
-    return default_encoder(of_digits(source) if recorded is None else recorded[1] == "mnist")
+def _stored_embedding(store: Store, id: str) -> FloatArray:
+    embedding = store.embedding(id)
+    if embedding is None:
+        raise _no_item()
+    return embedding
 
 
 def _no_item() -> ItemNotFound:

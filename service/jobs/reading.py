@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from service import cores
-from service.errors import LookalikeError, NoEmbedding, Outcome, attempt
+from service.errors import LookalikeError, NoEmbedding, Outcome, attempt, map_values
 
 _CHUNK = 64
 
@@ -57,15 +57,16 @@ def use_good(
         LookalikeError: an outcome of `work` other than NoEmbedding. It concerns the encoder or the store rather than
             a picture, and would meet every picture that follows.
     """
-    good = [outcome for _, outcome in chunk if not isinstance(outcome, LookalikeError)]
-    results = work(good) if good else []
-    for result in results:
-        if isinstance(result, LookalikeError) and not isinstance(result, NoEmbedding):
-            raise result
-    remaining = iter(results)
-    return [
-        (position, outcome if isinstance(outcome, LookalikeError) else next(remaining)) for position, outcome in chunk
-    ]
+
+    def checked(values: list[T]) -> Sequence[Outcome[R]]:
+        results = work(values)
+        for result in results:
+            if isinstance(result, LookalikeError) and not isinstance(result, NoEmbedding):
+                raise result
+        return results
+
+    positions = [position for position, _ in chunk]
+    return list(zip(positions, map_values([outcome for _, outcome in chunk], checked), strict=True))
 
 
 def in_two_stages(chunks: Iterable[T], first: Callable[[T], S], second: Callable[[S], R]) -> Iterator[R]:

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from service import FloatArray
+from service.encoder_choice import find_model
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFound, NoEmbedding, UnsupportedFormat
-from service.gallery import Gallery, find_model, open_gallery, succeed
+from service.gallery import Gallery, open_gallery, succeed
 from service.items import NewPicture
 from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
@@ -103,7 +104,7 @@ def test_what_finds_and_what_cannot(gallery: Gallery) -> None:
         assert gallery.add(f"p{n}", encoded(scene(seed=n)), {"n": n})
     assert not gallery.add("p2", encoded(scene(seed=2)), {"n": "again"})
     assert gallery.find([PictureQuery(encoded(scene(seed=1)))], 1)[0][0].id == "p1"
-    vector = gallery.embed([encoded(scene(seed=1))])[0]
+    vector = gallery.embed_soon(encoded(scene(seed=1))).result()
     assert gallery.find([VectorQuery((vector * 1e30).tolist())], 1)[0][0].id == "p1"
     assert {hit.id for hit in gallery.find([ItemQuery("p1")], 10)[0]} == {"p0", "p2"}
     assert len(gallery.find([ItemQuery("p1")], 1)[0]) == 1

@@ -18,7 +18,7 @@ def test_every_kind_of_query_finds_the_same_items(gallery: Gallery) -> None:
     for n, data in enumerate(pictures):
         gallery.add(f"p{n}", data, {})
     decode = partial(from_base64, base64.b64encode(pictures[1]).decode(), 10**6)
-    vector = gallery.embed([pictures[1]])[0]
+    vector = gallery.embed_soon(pictures[1]).result()
     queries: list[Query] = [PictureQuery(pictures[1]), PictureQuery(decode), VectorQuery((3 * vector).tolist())]
     first, *others = gallery.find(queries, 3)
     assert first[0].id == "p1"

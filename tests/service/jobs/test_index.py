@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from service.gallery import Gallery
 from service.jobs.index import index_source
 from service.jobs.reading import Tally
@@ -32,8 +34,8 @@ def test_every_digit_finds_itself(gallery: Gallery) -> None:
     source = open_source("digits")
     index_source(source, gallery)
     assert gallery.store.count() == 1797
-    embeddings = gallery.embed([source.entry(position).data for position in range(len(source))])
-    hits = gallery.store.search(embeddings, 1)
+    begun = [gallery.embed_soon(source.entry(position).data) for position in range(len(source))]
+    hits = gallery.store.search(np.stack([embedding.result() for embedding in begun]), 1)
     assert sum(found[0].id == id for found, id in zip(hits, source.ids, strict=True)) == 1797
     assert gallery.notice() is None
 
