@@ -10,7 +10,7 @@ import pytest
 from tests.proofs.guards import REMOVALS
 from tests.proofs.removal import Outcome, Prover, Removal, change, code, refusal
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
