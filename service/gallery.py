@@ -227,54 +227,11 @@ class Gallery:
         if not self.store.remove(id):
             raise _no_item()
 
-    def begin(self, query: Query) -> BegunQuery:
-        """Start to compute a query's vector. Call it from any thread; it does not block.
-
-        Raises:
-            InvalidRequest: an id that no item can have.
-        """
-        match query:
-            case PictureQuery():
-                embedding = self.embed_soon(query.data)
-                return BegunQuery(embedding.result, embedding)
-            case VectorQuery():
-                return BegunQuery(partial(query.unit, self.encoder.dimension))
-            case ItemQuery():
-                id = self.check_id(query.id)
-                return BegunQuery(partial(_stored_embedding, self.store, id), excluded_id=id)
-
     def find(
         self, queries: Sequence[Query], k: int, threshold: float = -1, where: Filter | None = None
     ) -> list[list[Hit]]:
-        """Return for each query the k items most like it, best first.
-
-        Args:
-            queries: one or more, of any kind. An item is left out of its own hits.
-            k: hits per query, 1 to max_k; for several queries 1 to max_k_of_many.
-            threshold: smallest score of a hit, in [−1, 1].
-            where: only items whose metadata matches this filter.
-
-        Raises:
-            InvalidQuery, ItemNotFound, and as `read`. With several queries, the error names every bad one.
-        """
-        return self.find_begun(each("query", queries, self.begin), k, threshold, where)
-
-    def find_begun(
-        self, queries: Sequence[BegunQuery], k: int, threshold: float = -1, where: Filter | None = None
-    ) -> list[list[Hit]]:
-        """Do the same for queries that `begin` returned. Blocks until all their vectors are known."""
-        most = self.settings.max_k if len(queries) == 1 else self.settings.max_k_of_many
-        if not 1 <= k <= most:
-            got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
-            raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
-        vectors = each("query", queries, lambda query: query.vector())
-        # An item is its own best hit: one more is asked for, so that k are left without it.
-        excludes = any(query.excluded_id is not None for query in queries)
-        found = self.store.search(np.stack(vectors), k + excludes, where)
-        return [
-            [hit for hit in hits if hit.score >= threshold and hit.id != query.excluded_id][:k]
-            for query, hits in zip(queries, found, strict=True)
-        ]
+        """Return for each query the k items most like it, best first. See `Search`, which does it in two steps."""
+        return Search(self, queries).find(k, threshold, where)
 
     def check_id(self, id: str) -> str:
         """Return an id in Unicode's composed form (NFC). Raises InvalidRequest as `items.check_id`."""
@@ -317,6 +274,70 @@ class Gallery:
         self._batcher.close()
         if self._store is not None:
             self._store.close()
+
+
+class Search:
+    """Queries on their way to their hits. A caller that must not block waits for `pending` before it calls `find`."""
+
+    def __init__(self, gallery: Gallery, queries: Sequence[Query]) -> None:
+        """Start to embed the pictures among the queries. Call it from any thread; it does not block.
+
+        Args:
+            gallery: where to search.
+            queries: one or more, of any kind. An item is left out of its own hits.
+
+        Raises:
+            InvalidRequest: an id that no item can have.
+        """
+        self._gallery = gallery
+        self._begun = each("query", queries, self._begin)
+
+    @property
+    def pending(self) -> list[Future[FloatArray]]:
+        """The embeddings that the encoder computes."""
+        return [query.embedding for query in self._begun if query.embedding is not None]
+
+    def find(self, k: int, threshold: float = -1, where: Filter | None = None) -> list[list[Hit]]:
+        """Return for each query the k items most like it, best first. Blocks until all embeddings are computed.
+
+        Args:
+            k: hits per query, 1 to max_k; for several queries 1 to max_k_of_many.
+            threshold: smallest score of a hit, in [−1, 1].
+            where: only items whose metadata matches this filter.
+
+        Raises:
+            InvalidQuery, ItemNotFound, and as `Gallery.read`. With several queries, the error names every bad one.
+        """
+        settings = self._gallery.settings
+        most = settings.max_k if len(self._begun) == 1 else settings.max_k_of_many
+        if not 1 <= k <= most:
+            got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
+            raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
+        vectors = each("query", self._begun, lambda query: query.vector())
+        # An item is its own best hit: one more is asked for, so that k are left without it.
+        excludes = any(query.excluded_id is not None for query in self._begun)
+        found = self._gallery.store.search(np.stack(vectors), k + excludes, where)
+        return [
+            [hit for hit in hits if hit.score >= threshold and hit.id != query.excluded_id][:k]
+            for query, hits in zip(self._begun, found, strict=True)
+        ]
+
+    def _begin(self, query: Query) -> BegunQuery:
+        match query:
+            case PictureQuery():
+                embedding = self._gallery.embed_soon(query.data)
+                return BegunQuery(embedding.result, embedding)
+            case VectorQuery():
+                return BegunQuery(partial(query.unit, self._gallery.encoder.dimension))
+            case ItemQuery():
+                id = self._gallery.check_id(query.id)
+                return BegunQuery(partial(self._stored_embedding, id), excluded_id=id)
+
+    def _stored_embedding(self, id: str) -> FloatArray:
+        embedding = self._gallery.store.embedding(id)
+        if embedding is None:
+            raise _no_item()
+        return embedding
 
 
 def open_gallery(settings: Settings) -> Gallery:
@@ -380,13 +401,6 @@ def open_store(settings: Settings, encoder: Encoder, folder: Path | None = None)
         exact_limit=settings.exact_limit,
         vector_type=settings.vector_type,
     )
-
-
-def _stored_embedding(store: Store, id: str) -> FloatArray:
-    embedding = store.embedding(id)
-    if embedding is None:
-        raise _no_item()
-    return embedding
 
 
 def _no_item() -> ItemNotFound:

@@ -1,6 +1,6 @@
 """Queries: a picture, a vector or a stored item to search with.
 
-A parser builds one of these at the edge (HTTP, command line). `Gallery.begin` alone tells them apart.
+A parser builds one of these at the edge (HTTP, command line). `gallery.Search` alone tells them apart.
 """
 
 import math
@@ -77,11 +77,11 @@ Query = PictureQuery | VectorQuery | ItemQuery
 
 @dataclass(frozen=True)
 class BegunQuery:
-    """A query whose vector is known or being computed. `Gallery.begin` returns it.
+    """A query whose vector is known or being computed: `gallery.Search` makes it of a query.
 
     Attributes:
         vector: returns the unit vector (D,); blocks until it is known, and raises the query's error.
-        embedding: the future behind `vector` where an encoder computes it, for callers that must not block.
+        embedding: the future behind `vector`, if the encoder computes it.
         excluded_id: the item that must not appear among the hits.
     """
 

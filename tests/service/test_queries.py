@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from service.errors import InvalidQuery, InvalidRequest, ItemNotFound
-from service.gallery import Gallery
+from service.gallery import Gallery, Search
 from service.http.bodies import from_base64
 from service.queries import ItemQuery, PictureQuery, Query, VectorQuery
 from tests.conftest import encoded, scene
@@ -50,13 +50,13 @@ def test_every_bad_query_of_several_is_named(gallery: Gallery) -> None:
     assert [(number, type(error)) for number, error in caught.value.parts] == [(1, ItemNotFound), (2, InvalidQuery)]
 
 
-def test_begin_does_not_wait_for_the_encoder(gallery: Gallery) -> None:
-    begun = gallery.begin(PictureQuery(encoded(scene())))
-    assert begun.embedding is not None
-    assert begun.excluded_id is None
-    np.testing.assert_array_equal(begun.vector(), begun.embedding.result())
-    for query in (VectorQuery([1.0] * 128), ItemQuery("p")):
-        assert gallery.begin(query).embedding is None
+def test_what_is_pending_is_what_the_encoder_computes(gallery: Gallery) -> None:
+    data = encoded(scene())
+    gallery.add("p", data, {})
+    search = Search(gallery, [VectorQuery([1.0] * gallery.encoder.dimension), PictureQuery(data), ItemQuery("p")])
+    (pending,) = search.pending
+    np.testing.assert_allclose(pending.result(), gallery.embed([data])[0], atol=1e-6)
+    assert [len(hits) for hits in search.find(1)] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("largest", [1e308, 1.0, 1e-308, 5e-324])

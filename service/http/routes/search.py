@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from service.errors import TooLarge, each
-from service.gallery import Gallery
+from service.errors import TooLarge
+from service.gallery import Gallery, Search
 from service.http import schemas
 from service.http.bodies import check_count, content_type, parse_json_object, read_one_picture
 from service.http.openapi import BODY, WORK, answers, body, json_body, picture_body
@@ -103,13 +103,13 @@ async def search(
     check_count(sum(isinstance(query, PictureQuery) for query in queries), settings)
 
     def find() -> Response:
-        found = gallery.find_begun(begun, options.k, options.threshold, options.filter)
+        found = searching.find(options.k, options.threshold, options.filter)
         results = [{"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found]
         return NumPyJsonResponse({"results": results} if several else results[0])
 
     async with slots_of(request).place(request.receive) as place:
-        begun = each("query", queries, gallery.begin)
-        await place.wait([query.embedding for query in begun if query.embedding is not None])
+        searching = Search(gallery, queries)
+        await place.wait(searching.pending)
         return await place.run(find)
 
 
