@@ -41,7 +41,7 @@ def pretrain(
     init: Annotated[
         str | None, typer.Option(help="Weights to begin with: DEFAULT for torchvision's, or a state file.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's checkpoint.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 3,
     device: Device = "auto",
     data_root: DataRoot = Path("data"),
@@ -62,7 +62,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Export the encoder of a run's checkpoint anew, with its variants; the run's source must be where it was."""
+    """Export the encoder of a run's checkpoint again, with its variants; the run's source must be where it was."""
     _need_torch()
     from training.pretrain import export_run
 
@@ -112,7 +112,7 @@ def whiten(
     ] = None,
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Write an encoder anew with a whitening behind it: better matches, and scores near 0 for strangers.
+    """Write a copy of an encoder that ends in a whitening: better matches, and scores near 0 for strangers.
 
     Of fewer than 500 pictures it learns the mean alone. Pictures of another kind make it worse.
     """
@@ -161,10 +161,10 @@ def evaluate(
 def embed(
     source: Source,
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write, or to go on with.")],
+    out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write, or to resume.")],
     data_root: DataRoot = Path("data"),
 ) -> None:
-    """Embed a whole source into Parquet; run it again to go on after an interruption."""
+    """Embed a whole source into Parquet; run it again to resume after an interruption."""
     from service.jobs.embed import embed_source
     from service.settings import read_settings
     from service.sources import open_source
@@ -218,7 +218,7 @@ def reindex(
         Path | None, typer.Option(help="Folder of the encoder; the one for photographs if left out.")
     ] = None,
 ) -> None:
-    """Embed a store's pictures anew with another encoder, beside a service that goes on meanwhile."""
+    """Embed a store's pictures again with another encoder; a service may keep running meanwhile."""
     from service.encoding.pretrained import default_encoder
     from service.jobs.reindex import reindex as run
     from service.settings import read_settings
@@ -308,7 +308,7 @@ def check(store: StoreFolder) -> None:
 def export_store(
     store: StoreFolder, out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write.")]
 ) -> None:
-    """Write a store's items as Parquet: embeddings, metadata and pictures. A service may go on meanwhile."""
+    """Write a store's items as Parquet: embeddings, metadata and pictures. A service may keep running."""
     from service.gallery import open_gallery
     from service.jobs.transfer import export_store as run
     from service.settings import read_settings

@@ -37,7 +37,7 @@ class Worker:
 
     Attributes:
         app: the HTTP app; `app.state.gallery` is the gallery that serves.
-        settings: what the service was told.
+        settings: the settings of the service.
     """
 
     app: FastAPI
@@ -124,12 +124,12 @@ def make_service(settings: Settings) -> bentoml.Service:
     our own two, for the body and for the work.
     """
     metrics.configure(settings.workers)
-    http, told = create_app(), settings
+    http, chosen = create_app(), settings
 
     class Lookalike(Worker):
         """One gallery, opened when the worker starts and closed when it stops."""
 
-        app, settings = http, told
+        app, settings = http, chosen
 
     return bentoml.asgi_app(own_every_path(http), path="/")(
         bentoml.service(

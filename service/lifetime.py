@@ -41,9 +41,9 @@ class Lifetime:
         self.ending = False
         self._alone = alone
         self._parent = os.getppid()
-        told = signal.getsignal(signal.SIGTERM)
+        handler = signal.getsignal(signal.SIGTERM)
         # uvicorn has set its server's handle_exit as the handler.
-        self._server: Any = getattr(told, "__self__", None)
+        self._server: Any = getattr(handler, "__self__", None)
         if threading.current_thread() is threading.main_thread() and hasattr(self._server, "handle_exit"):
             self._loop = asyncio.get_running_loop()
             signal.signal(signal.SIGTERM, self._on_signal)

@@ -1,14 +1,21 @@
 """What is counted is the app's affair: nothing is, and nothing changes, because a module or an encoder is opened."""
 
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from service import metrics
+from service.app import Worker
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from tests.conftest import MODEL, ROOT
+from service.http.routes import create_app
+from service.jobs.reindex import reindex
+from service.settings import Settings
+from tests.conftest import MODEL, ROOT, another_encoder, encoded, scene
 
 _IMPORT = """
 import os, sys
@@ -52,6 +59,42 @@ def test_opening_an_encoder_leaves_the_metrics_as_they_were() -> None:
     Encoder(read_card(MODEL), "cpu", "auto")
     assert ours(metrics.report()) == before
     assert 'lookalike_encoder_lanes{model="another",provider="CPUExecutionProvider",variant="fp32"} 1.0' in before
+
+
+def test_a_switch_that_fails_changes_nothing_and_one_that_succeeds_names_the_new_encoder(tmp_path: Path) -> None:
+    other, aside = another_encoder(tmp_path / "other"), tmp_path / "aside"
+    http = create_app()
+    chosen = Settings(store=tmp_path / "store", model=MODEL, device="cpu", variant="fp32", work_timeout_s=0.1)
+
+    class Served(Worker):
+        app, settings = http, chosen
+
+    handler = signal.getsignal(signal.SIGHUP)
+    worker = Served()
+    try:
+        worker.gallery.add("a", encoded(scene()), {})
+        reindex(other, chosen)
+        before = lanes()
+        assert before == ['lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"} 1.0']
+        other.rename(aside)
+        card = json.loads((shutil.copytree(MODEL, other) / "card.json").read_text())
+        (other / "card.json").write_text(json.dumps(card | {"name": "third"}))
+        worker.switch()  # the encoder opens, and the store's new generation is not of it
+        assert lanes() == before
+        assert worker.gallery.card.name == http.state.gallery.card.name == "mnist"
+        shutil.rmtree(other)
+        aside.rename(other)
+        worker.switch()
+        assert worker.gallery.card.name == http.state.gallery.card.name == "other"
+        assert lanes() == [before[0].replace("mnist", "other")]
+    finally:
+        worker.close()
+        signal.signal(signal.SIGHUP, handler)
+
+
+def lanes() -> list[str]:
+    """What is said of the encoder that serves."""
+    return [line for line in ours(metrics.report()) if line.startswith("lookalike_encoder_lanes{")]
 
 
 def ours(report: bytes) -> list[str]:

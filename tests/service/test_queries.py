@@ -55,7 +55,7 @@ def test_what_is_pending_is_what_the_encoder_computes(gallery: Gallery) -> None:
     gallery.add("p", data, {})
     search = Search(gallery, [VectorQuery([1.0] * gallery.encoder.dimension), PictureQuery(data), ItemQuery("p")])
     (pending,) = search.pending
-    np.testing.assert_allclose(pending.result(), gallery.embed([data])[0], atol=1e-6)
+    np.testing.assert_allclose(pending.result(), gallery.embed_soon(data).result(), atol=1e-6)
     assert [len(hits) for hits in search.find(1)] == [1, 1, 0]
 
 
