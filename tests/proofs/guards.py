@@ -136,14 +136,14 @@ REMOVALS: list[Removal] = [
     code("lock", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "None", "test_a_second_writer_is_refused"),
     # How many at once.
     code(
-        "_check_fingerprint",
+        "check_fingerprint",
         "fingerprint is not None and fingerprint != gallery.card.fingerprint",
         "False",
         "test_refused[fingerprint",
     ),
     refusal("expected at most {} queries, got {}", "test_refused[65 queries]"),
     code(
-        "create_app",
+        "add_handlers",
         "app.add_exception_handler(ClientDisconnect, _on_disconnect)",
         "None",
         "test_a_client_that_goes_is_no_failure",

@@ -28,7 +28,7 @@ _TIMEOUT_S = 600
 _PRELOADED = [
     *("apsw", "faiss", "fastapi", "fastapi.testclient", "fastapi_swagger", "httpx2", "hypothesis", "numpy"),
     *("onnx", "onnxruntime", "orjson", "PIL.Image", "playwright.sync_api", "psutil", "pytest", "python_multipart"),
-    *("pydantic_settings", "pytest_timeout", "sklearn.datasets", "starlette.testclient", "pyarrow.parquet"),
+    *("pydantic", "pytest_timeout", "sklearn.datasets", "starlette.testclient", "pyarrow.parquet"),
 ]
 
 
