@@ -88,8 +88,8 @@ def highest(scores: FloatArray, k: int) -> IntArray:
     """Return the positions of the k highest of B scores, best first, equal ones by position."""
     likely = np.arange(len(scores))
     if k < len(scores):
-        # The k highest, and all that equal the last of them.
-        likely = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+        # The k highest, and all that equal the last of them. A comparison with NaN is False, so NaN ranks as highest.
+        likely = np.flatnonzero(~(scores < np.partition(scores, -k)[-k]))
     # Adding 0 makes −0 equal to 0.
     bits = (scores[likely] + np.float32(0)).view(np.int32)
     # One int64 sorts by both: the score's bits, turned so that they fall as it rises, above the position.

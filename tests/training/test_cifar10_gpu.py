@@ -95,7 +95,8 @@ def test_a_second_call_goes_on_where_the_first_stopped(
     assert short(second) == (first.progress.total, first.progress.total)
     assert 5 < second.progress.seconds < 8
     rows = knn_rows(tmp_path)
-    assert len(rows) == 20 and rows[-1]["step"] == second.progress.total
+    # Those that fall into the timed steps are left out.
+    assert 18 <= len(rows) <= 20 and rows[-1]["step"] == second.progress.total
     assert rows[-1]["knn"] > 0.5  # 0.1 is chance
     assert f"| final weighted 20-NN, τ = 0.07 | {rows[-1]['knn']:.4f} | 0.90 |" in printed
 
