@@ -372,11 +372,13 @@ def make_views(pixels: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, random
     On a GPU they lie in channels_last, the layout that its convolutions read without a conversion.
     """
     pictures = pixels.float() / 255  # (N, C, S, S)
+    if pixels.device.type == "cuda":
+        # One call for all views launches fewer kernels.
+        drawn = augment(pictures.repeat(recipe.views, 1, 1, 1), recipe.augmentation, randomness)  # (VN, C, S, S)
+        drawn = drawn.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+        return drawn.view(recipe.views, *pixels.shape)
     views = torch.stack([augment(pictures, recipe.augmentation, randomness) for _ in range(recipe.views)])
-    views.sub_(mean).div_(std)  # (V, N, C, S, S)
-    if views.device.type == "cuda":
-        views = views.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(views.shape)
-    return views
+    return views.sub_(mean).div_(std)  # (V, N, C, S, S)
 
 
 def due(progress: Progress, times: int) -> bool:
