@@ -60,6 +60,7 @@ def test_info_of_every_encoder_that_comes_along() -> None:
         assert_as_promised("info", json.loads(run("info", model, "--json").stdout))
 
 
+@pytest.mark.slow("evaluates an encoder beside all its baselines")
 def test_evaluate() -> None:
     pytest.importorskip("torch")
     command = ("evaluate", MODEL, "--bank", "digits[:60]", "--queries", "digits[60:80]", "--json")

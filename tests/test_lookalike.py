@@ -1,29 +1,44 @@
 """The command line as a user meets it: exit codes, one sentence on stderr, never a traceback."""
 
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import lookalike
 from service.sources import open_source
 from tests.conftest import MODEL, ROOT, encoded, scene
-
-LOOKALIKE = Path(sys.executable).with_name("lookalike")
 
 
 def run(
     *arguments: str | Path, cwd: Path = ROOT, environment: dict[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LOOKALIKE_")}
-    clean["LOOKALIKE_VARIANT"] = "fp32"  # the fastest differs from one process to the next
-    return subprocess.run(
-        [LOOKALIKE, *arguments], cwd=cwd, env=clean | (environment or {}), capture_output=True, text=True, check=False
-    )
+    """Run the command in this process, which saves the start of another one."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        for name in [name for name in os.environ if name.startswith("LOOKALIKE_")]:
+            patch.delenv(name)
+        # The fastest variant differs from one run to the next.
+        for name, value in ({"LOOKALIKE_VARIANT": "fp32"} | (environment or {})).items():
+            patch.setenv(name, value)
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["lookalike", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            lookalike.main()
+    return subprocess.CompletedProcess(arguments, int(end.value.code or 0), output.getvalue(), errors.getvalue())
+
+
+def run_installed(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run the installed command as a process."""
+    command = [Path(sys.executable).with_name("lookalike"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def refused(*arguments: str | Path, **environment: str) -> str:
@@ -97,7 +112,7 @@ def test_bad_pictures_end_with_1(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "good.png").write_bytes(encoded(scene()))
     (folder / "bad.png").write_bytes(b"no picture")
-    done = run("index", folder, "--model", MODEL, "--store", tmp_path / "store")
+    done = run_installed("index", folder, "--model", MODEL, "--store", tmp_path / "store")
     assert done.returncode == 1
     assert "1 pictures added, 0 there already, 1 could not be read" in done.stderr
     assert "skipped bad.png: not a picture that we take" in done.stderr
@@ -154,7 +169,6 @@ def test_a_search_where_no_store_is_makes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-@pytest.mark.slow("runs ten commands of a second each")
 def test_import_and_whiten_refuse_in_a_sentence(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "is there already" in refused("import", "efficientnet-lite0", "--out", tmp_path)
@@ -239,6 +253,8 @@ def test_usage_errors_end_with_2() -> None:
         done = run(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+    done = run_installed("nonsense")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
 
 
 def test_the_training_verbs_say_what_they_need() -> None:

@@ -103,7 +103,7 @@ def test_where_there_is_none_there_is_none(there: bool, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     if there:
         folder.mkdir()
-        (folder / ".checkpoint.pt").write_bytes(b"what a kill cut short")
+        (folder / "checkpoint.pt.tmp").write_bytes(b"what a kill cut short")
     assert read_checkpoint(folder) is None
 
 

@@ -122,6 +122,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(
     assert capsys.readouterr().out.split("| figure |")[1] == printed.split("| figure |")[1]
 
 
+@pytest.mark.slow("runs the benchmark in a process of its own and lets it save")
 def test_terminated_it_saves_and_needs_nothing_that_the_machine_lacks(data: Path, tmp_path: Path) -> None:
     program = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({ABSENT}))\n"

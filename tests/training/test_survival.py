@@ -70,6 +70,7 @@ def assert_equal(first: Any, second: Any, where: str) -> None:
         assert first == second, where
 
 
+@pytest.mark.slow("kills a training run three times and runs it once more undisturbed, each in a process of its own")
 @pytest.mark.timeout(900 + 120 * KILLS)  # against a hang; on two idle cores it takes a twentieth of that
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(tiny_recipe_file: Path, tmp_path: Path) -> None:
     straight, out, errors = tmp_path / "straight" / "model", tmp_path / "killed" / "model", tmp_path / "stderr.txt"
