@@ -292,7 +292,7 @@ def serve(
 
 @store_cli.command()
 def check(store: StoreFolder) -> None:
-    """Read everything in a store and name what is wrong; exit code 1 where anything is."""
+    """Read everything in a store and name each problem; exit code 1 if there is one."""
     from service.store.check import examine
     from service.store.layout import current
 

@@ -24,7 +24,7 @@ from service.lifetime import Lifetime
 from service.settings import Settings
 
 log = logging.getLogger("bentoml.lookalike")
-# glibc's names for them in malloc.h.
+# M_MMAP_THRESHOLD and M_TOP_PAD in glibc's malloc.h.
 _MMAP_THRESHOLD, _TOP_PAD = -3, -2
 _LARGE_BYTES = 4_000_000
 # Python's own 5e-3 lets a decoder that returns to Python wait for a whole burst of the event loop.
@@ -92,7 +92,8 @@ class Worker:
         self.gallery.close()
 
 
-class Fronted(bentoml.Service):  # type: ignore[misc]  # BentoML has no types
+# BentoML has no types, so mypy sees its Service as Any.
+class Fronted(bentoml.Service):  # type: ignore[misc]
     """A service whose requests bypass BentoML's own middleware.
 
     BentoML's tracing opens three spans a request even if nobody collects them, and its timeout keeps 5 KB of every

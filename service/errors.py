@@ -1,4 +1,4 @@
-"""What can go wrong, as a map of the data flow; each class is an arrow, or the result at its end.
+"""Errors as a map of the data flow; each class is an arrow, or the result at its end.
 
     source ─read─▶ bytes ─decode─▶ picture ─resize─▶ pixels ─encode─▶ embedding ─search─▶ hits
       InvalidSource  │                │                  NoEmbedding     │          InvalidQuery
@@ -246,7 +246,7 @@ Outcome: TypeAlias = T | LookalikeError
 
 
 def attempt(work: Callable[..., T], *arguments: Any) -> Outcome[T]:
-    """Return the outcome of the work: what it returns, or the LookalikeError that it raises, without traceback."""
+    """Return the outcome of the work: its result, or the LookalikeError that it raises, without traceback."""
     try:
         return work(*arguments)
     except LookalikeError as error:

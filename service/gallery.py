@@ -1,4 +1,4 @@
-"""Encoder + store: add pictures, find lookalikes. What HTTP, command line and page all call."""
+"""Encoder + store: add pictures, find lookalikes. HTTP, the command line and the page all call it."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,7 +37,8 @@ from service.store.filters import Filter
 from service.store.layout import current
 
 _SAMPLED_THUMBNAILS = 100
-_SHOWN_BELOW = 10**7  # a longer number would repeat what a client sent
+# A message must not repeat a client's text, and a longer number could carry one.
+_SHOWN_BELOW = 10**7
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Gallery:
         self.settings = settings
         self._store = store
         self._batcher = Batcher(encoder.lanes, encoder.max_batch)
-        # One more than cores: while one thread waits for the interpreter, another decodes. More only cost memory.
+        # One more than cores: while one thread waits for the GIL, another decodes. More only cost memory.
         self._decoders = ThreadPoolExecutor(cores() + 1, "decode")
         self._notice: tuple[int, str | None] = (0, None)
 
@@ -256,12 +257,12 @@ class Gallery:
         return self._notice[1]
 
     def probe(self) -> None:
-        """Embed the canary picture and search for it, to see that the whole way works.
+        """Embed the canary picture and search for it, to check encoder and store together.
 
         It bypasses the batcher's queue, so a busy service is still ready.
 
         Raises:
-            InvalidModel: the embedding is not the one that is known.
+            InvalidModel: the embedding differs from the known one.
             InvalidStore: the store cannot be searched.
         """
         embedding = self.encoder.probe()

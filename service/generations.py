@@ -1,7 +1,7 @@
 """A store re-embedded with another encoder: build the new generation, let it catch up, switch to it.
 
 A generation is a whole store in a folder of its own (see store/layout.py). It takes over the items of the generation
-before it by that one's sequence numbers: first all of them, later only what changed since. The caller gives `add`,
+before it by that one's sequence numbers: first all of them, later only the changes since. The caller gives `add`,
 which embeds pictures with the new encoder and stores them, as `Gallery.add_many` does.
 """
 
@@ -72,7 +72,7 @@ def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, do
 
 
 def catch_up(store: EmbeddedStore, home: Path, add: Add) -> None:
-    """Take over what changed in the earlier generation since the store was built from it.
+    """Take over the changes in the earlier generation since the store was built from it.
 
     A store without an earlier generation, or whose earlier generation was deleted, stays as it is.
 
@@ -107,7 +107,7 @@ def switch(earlier: EmbeddedStore, later: EmbeddedStore, home: Path, add: Add, r
 def follow(
     store: Store, earlier: CatalogReader, since: int, add: Add, done: Callable[[int], object] = lambda _: None
 ) -> int:
-    """Take over what changed in an earlier generation, its pictures embedded again. Items that are equal are skipped.
+    """Take over the changes in an earlier generation and embed its pictures again. Items that are equal are skipped.
 
     Args:
         store: the later generation.

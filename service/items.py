@@ -1,4 +1,4 @@
-"""What an item may be: its id, its metadata, a patch of that metadata, and the picture that becomes one."""
+"""The rules for items: id, metadata, a patch of that metadata, and the picture that becomes an item."""
 
 import json
 import unicodedata

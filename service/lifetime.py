@@ -1,4 +1,4 @@
-"""How a worker process ends: it turns not ready, refuses connections, answers what it accepted, and exits."""
+"""How a worker process ends: it becomes not ready, refuses connections, answers what it accepted, and exits."""
 
 import asyncio
 import logging
@@ -15,9 +15,9 @@ log = logging.getLogger("bentoml.lookalike")
 
 # A load balancer that polls /readyz sees the change before connections are refused.
 _SEEN_S = 1.0
-# Requests that have not ended by then never will.
+# A request that takes longer is taken to hang.
 _LAST_S = 24.0
-# How often a worker checks that its parent is there, and how long its requests have to end if it is not.
+# Interval of the checks that the parent is alive, and time for the requests to end if it is not.
 _LOOK_S = 0.25
 _ORPHAN_S = 1.0
 

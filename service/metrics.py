@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Labels are routes, never paths: clients choose paths, and there is no end of them.
+"""Metrics for Prometheus at /metrics. Labels are routes, never paths: clients could make any number of paths.
 
 prometheus_client decides when it is imported whether it counts in memory or in files. It is therefore imported, and the
 metrics are made, at the first use of one; until then the service may call `configure`. Importing this module changes
@@ -103,7 +103,7 @@ def report() -> bytes:
         return generate_latest(REGISTRY)
     for file in Path(os.environ[_FILES]).glob("gauge_live*.db"):
         pid = int(re.sub(r"\D", "", file.stem))
-        # A killed worker left its gauges behind: nothing is at work there any more.
+        # A killed worker leaves its gauges behind, which would count work that has ended.
         if not _process(pid):
             multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
     together = CollectorRegistry()
@@ -149,7 +149,7 @@ def _make() -> None:
 
 
 def _process(pid: int) -> str:
-    """Return a name of a process that no later process gets, or "" where no such process runs."""
+    """Return a name of a process that no later process gets, or "" if no such process runs."""
     try:
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

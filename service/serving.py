@@ -1,4 +1,4 @@
-"""`lookalike serve`: refuse in one sentence what would fail in a server, then become BentoML's process."""
+"""`lookalike serve`: check the settings, report an error in one sentence, then exec BentoML's server."""
 
 import os
 import socket

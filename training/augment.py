@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from training.recipe import Augmentation
 
 _LUMA = (0.299, 0.587, 0.114)
-_YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))  # rows I and Q sum to 0: grey has no colour
+# The rows I and Q sum to 0, so that grey has no colour.
+_YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def augment(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Tensor:
@@ -189,7 +190,7 @@ def _colour(views: Tensor, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor
     matrix = (brightness * contrast)[:, None, None]  # (N, 1, 1)
     mean = views.mean((2, 3))  # (N, C)
     if views.shape[1] == 3:
-        mean = (mean * _colour_plane(views.device)[0, :3]).sum(1, keepdim=True)  # (N, 1), its luminance
+        mean = (mean * _colour_plane(views.device)[0, :3]).sum(1, keepdim=True)  # (N, 1)
         saturation = torch.where(jittered, n["saturation"], 1.0).masked_fill_(n["grey"] < recipe.grey, 0)
         matrix = matrix * colour_matrix(saturation, n["turn"] * jittered)  # (N, 3, 3)
     offset = (mean * (brightness * (1 - contrast))[:, None])[:, :, None]  # (N, 1, 1)
@@ -222,7 +223,8 @@ def _erase(views: Tensor, size: Tensor, left: Tensor, top: Tensor) -> Tensor:
 @lru_cache
 def _shapes(side: int, device: torch.device) -> Tensor:
     """Return (19, S · S) planes whose weighted sum is a sampling grid: x, y, 1, and bumps of a 4×4 bicubic spline."""
-    ruler = (2 * torch.arange(side) + 1) / side - 1  # pixel centres in −1..1
+    # Pixel centres lie in −1..1, as grid_sample counts positions with align_corners=False.
+    ruler = (2 * torch.arange(side) + 1) / side - 1
     y, x = torch.meshgrid(ruler, ruler, indexing="ij")
     # Displacements are interpolated smoothly between 16 corners, so neighbouring strokes move together.
     bumps = F.interpolate(torch.eye(16).view(16, 1, 4, 4), size=(side, side), mode="bicubic", align_corners=True)

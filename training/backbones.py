@@ -88,7 +88,8 @@ def read_weights(name: str, origin: str) -> dict[str, Tensor]:
     if origin == "DEFAULT":
         try:
             state: Any = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True)
-        except Exception as error:  # urllib, ssl and sockets each raise their own
+        # urllib, ssl and sockets each raise their own exceptions.
+        except Exception as error:
             raise InvalidRequest(
                 f"{name}: torchvision cannot download its weights here: {error}; "
                 "fetch the file where there is a network and name it instead of DEFAULT"
@@ -98,7 +99,8 @@ def read_weights(name: str, origin: str) -> dict[str, Tensor]:
         state = torch.load(origin, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InvalidRequest(f"{origin}: no such file; expected DEFAULT or a file with a state dict") from error
-    except Exception as error:  # torch raises nearly anything on a file of another kind
+    # torch raises nearly any exception on a file of another kind.
+    except Exception as error:
         raise InvalidRequest(
             f"{origin}: not a state dict that torch can read safely: {type(error).__name__}"
         ) from error

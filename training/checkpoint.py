@@ -109,7 +109,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     content = {each.name: getattr(checkpoint, each.name) for each in fields(checkpoint)}
     progress = asdict(content.pop("progress"))
     content |= {"identity": checkpoint.identity.facts(), **progress, "cursor": list(progress["cursor"])}
-    # To memory first: torch's own writer turns a full disk into an error without a name.
+    # torch.save writes to memory, because on a full disk it raises an error that does not name the cause.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     try:
@@ -132,7 +132,8 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything on a file of another kind
+    # torch raises nearly any exception on a file of another kind.
+    except Exception as error:
         raise InvalidRequest(f"{path}: not a checkpoint that can be read: {type(error).__name__}") from error
     try:
         progress = Progress(**{each.name: content.pop(each.name) for each in fields(Progress)})

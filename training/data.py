@@ -32,7 +32,7 @@ _JUDGED = 1000
 _CHUNK = 64
 # Pictures that are decoded before their pixels are stored.
 _AT_ONCE = 64 * _CHUNK
-# A canvas of up to so many bytes is decoded again quickly: it is not worth a file.
+# A canvas of up to so many bytes needs no file, because it is decoded again quickly.
 _SMALL = 256 * 2**20
 # Bytes of disk that stay free for checkpoints.
 _DISK_LEFT = 2**30
@@ -54,7 +54,8 @@ def open_training_source(name: str, data_root: Path) -> Source:
     train = set_name.endswith("/train")
     try:
         data = known(str(data_root), train=train)
-    except RuntimeError:  # torchvision raises it if the set is missing
+    # torchvision raises it if the set is missing.
+    except RuntimeError:
         try:
             data = known(str(data_root), train=train, download=True)
         except Exception as error:
@@ -183,7 +184,7 @@ class Canvas:
         return 0 if self._pixels is None else int(self._missing(slice(None)).sum())
 
     def state(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs. Pixels that it calls good have reached the disk by then."""
+        """Return the state that a resumed run needs. Pixels that it marks as good are on disk by then."""
         state = self._state.copy()
         if isinstance(self._pixels, np.memmap):
             self._pixels.flush()
@@ -237,14 +238,14 @@ class Canvas:
                 part = positions[start : start + _AT_ONCE]
                 pixels, good = self._decode(part)
                 self._pixels[part[good]] = pixels
-                # After the pixels: a checkpoint may read the state between the two lines.
+                # The pixels come first, because a checkpoint may read the state between the two lines.
                 self._state[part[good]] = _GOOD
                 self._check_share()
                 bar.update(len(part))
 
     def _decode(self, positions: IntArray) -> tuple[PixelArray, "np.ndarray[Any, np.dtype[np.bool_]]"]:
         """Decode pictures; return the pixels of the good ones and a mask of them, and record the bad ones."""
-        # Threads pass chunks on: passing a picture of a few pixels by itself costs more than decoding it.
+        # Threads take chunks, because handing over one picture of a few pixels costs more than decoding it.
         chunks = [positions[start : start + _CHUNK].tolist() for start in range(0, len(positions), _CHUNK)]
         results = [result for chunk in self._pool.map(self._read_chunk, chunks) for result in chunk]
         good = np.array([not isinstance(result, LookalikeError) for result in results], bool)
@@ -403,7 +404,7 @@ def _allocate(shape: tuple[int, ...], path: Path) -> tuple[Residence, PixelArray
         try:
             with path.open("ab") as file:
                 file.truncate(size)
-                # Reserve the room now: a page without room would be a bus error later.
+                # Without reserved disk space, a later write to the mapped file could end in SIGBUS.
                 os.posix_fallocate(file.fileno(), 0, size)
             return "disk", np.memmap(path, np.uint8, "r+", shape=shape)
         except OSError:

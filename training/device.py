@@ -12,7 +12,8 @@ from service.errors import InvalidRequest
 from training.methods import Method
 from training.recipe import Recipe
 
-_SETTLING, _TIMED = 5, 15  # steps of a trial
+# The first steps of a trial are not timed, because they include allocation and compilation.
+_SETTLING, _TIMED = 5, 15
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,7 +38,7 @@ def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> s
     seconds: dict[bool, list[float]] = {False: [], True: []}
     # Dropout draws numbers, and the run's own must not depend on the trial.
     with torch.random.fork_rng(devices=[]):
-        # In alternation, and the least time of each: other work on the machine must not decide.
+        # Alternating and taking the least time of each keeps other load on the machine from deciding.
         for _ in range(5):
             for enabled, taken in seconds.items():
                 start = time.perf_counter()
@@ -49,7 +50,7 @@ def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> s
 
 
 def compile_if_faster(method: Method, learn: Callable[[], object]) -> bool:
-    """Compile the method's backbone in place where a trial measures that to be faster; return whether it was.
+    """Compile the method's backbone in place if a trial measures that to be faster; return whether it was.
 
     Args:
         method: its weights and buffers are put back after the trial.
@@ -62,7 +63,8 @@ def compile_if_faster(method: Method, learn: Callable[[], object]) -> bool:
     try:
         method.backbone.compile()
         compiled = steps_per_s(method, learn)
-    except Exception as error:  # compilers fail on a machine in ways of their own
+    # A compiler or a driver may raise any exception.
+    except Exception as error:
         reason = " ".join(str(error).split())[:500]
         print(f"the backbone cannot be compiled: {type(error).__name__}: {reason}", file=sys.stderr)
     took = time.perf_counter() - begun
@@ -87,7 +89,7 @@ def steps_per_s(method: Method, learn: Callable[[], object]) -> float:
 
 
 def now(on: torch.device) -> float:
-    """Return the time in seconds, once the device has finished all work that it was given."""
+    """Return the time in seconds, after the device has finished all queued work."""
     if on.type == "cuda":
         torch.cuda.synchronize(on)
     return time.perf_counter()

@@ -60,7 +60,7 @@ class Evaluation:
     Attributes:
         report: the figures, ready for JSON: {"model", "fingerprint", "variant", "bank": {"source", "pictures"},
             "queries": {"source", "pictures"}, "figures": {…}, "baselines": {"raw_pixels": {…}, "without_whitening":
-            {…} where the encoder has one, "random_encoder": {…}} or None}, each {…} having the figures of
+            {…} if the encoder has one, "random_encoder": {…}} or None}, each {…} having the figures of
             neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure that does not exist is
             None.
         classes: all labels of both sides, in sorted order.
@@ -79,7 +79,7 @@ class Evaluation:
     predicted: IntArray
 
     def notes(self) -> list[str]:
-        """Return the sentences that a reader of the figures must know besides them."""
+        """Return the caveats that belong beside the figures."""
         count, unknown = len(self.bank.labels), ~np.isin(self.queries.labels, self.bank.labels)
         notes = []
         if count < MOST_K:

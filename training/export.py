@@ -64,7 +64,7 @@ def export(
 
 
 def check_export(out: Path) -> None:
-    """Make sure that a model can be exported to `out`: before training, not after hours of it.
+    """Make sure, before hours of training, that a model can be exported to `out`.
 
     Raises:
         InvalidRequest: a package that the export needs is not installed.
@@ -91,7 +91,7 @@ def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[st
     """
     if pictures.learnt_on is None or len(pictures.learnt_on) < LEAST_LEARNT:
         return None
-    # Here, not above: a machine that only trains has no onnxruntime.
+    # Imported late: a machine that only trains has no onnxruntime.
     from service.encoding.encoder import Encoder as OnnxEncoder
 
     served = OnnxEncoder(card, device="cpu")

@@ -10,7 +10,8 @@ from service.encoding.voting import HEADLINE_K, HEADLINE_TEMPERATURE, highest, i
 
 DoubleArray = NDArray[np.float64]
 
-MOST_K = 200  # of the figures
+# The figure weighted_k200 needs the most neighbours.
+MOST_K = 200
 _SOFT_K200_TEMPERATURE = 0.1
 
 
@@ -18,12 +19,18 @@ class Neighbours(NamedTuple):
     """The bank pictures most like each of N queries, and how well the query's own label leads the whole ranking.
 
     R is the number of bank pictures of the query's label; a query with R = 0 has NaN in both figures.
+
+    Attributes:
+        positions: (N, K) in the bank, most alike first.
+        scores: (N, K) cosine.
+        average_precision: (N,) over the first R: Σ precision at each that has the label, over R.
+        r_precision: (N,) the share of the first R that has the label.
     """
 
-    positions: IntArray  # (N, K) in the bank, most alike first
-    scores: FloatArray  # (N, K) cosine
-    average_precision: DoubleArray  # (N,) over the first R: Σ precision at each that has the label, over R
-    r_precision: DoubleArray  # (N,) the share of the first R that has the label
+    positions: IntArray
+    scores: FloatArray
+    average_precision: DoubleArray
+    r_precision: DoubleArray
 
 
 def find_neighbours(
@@ -48,11 +55,13 @@ def find_neighbours(
         positions = np.empty((stop - start, k), np.int64)
         average, share = np.full((2, stop - start), np.nan)
         for row, label in enumerate(query_labels[start:stop]):
-            relevant = counts[label]  # R
+            # R in the paper.
+            relevant = counts[label]
             first = highest(scores[row], max(k, relevant))
             positions[row] = first[:k]
             if relevant:
-                places = np.flatnonzero(bank_labels[first[:relevant]] == label) + 1  # of the label, from 1
+                # Ranks of the pictures with the label count from 1, as in precision at k.
+                places = np.flatnonzero(bank_labels[first[:relevant]] == label) + 1
                 average[row] = (np.arange(1, len(places) + 1) / places).sum() / relevant
                 share[row] = len(places) / relevant
         return positions, np.clip(np.take_along_axis(scores, positions, 1), -1, 1), average, share

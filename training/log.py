@@ -22,7 +22,7 @@ class Log:
         if not step:
             for events in folder.glob("events.out.tfevents.*"):
                 events.unlink()
-        # Buffered by the line: a kill loses at most the line in hand.
+        # With line buffering a kill loses at most the current line.
         self._lines = path.open("a", buffering=1)
         self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 

@@ -50,7 +50,8 @@ def supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     with _float32(z):
         z = F.normalize(z.float(), dim=1)  # (M, P)
         similarity = z @ z.T / temperature  # (M, M)
-        similarity.fill_diagonal_(-torch.inf)  # (M, M), no row is its own negative
+        # No row is its own negative.
+        similarity.fill_diagonal_(-torch.inf)
         positive = _positives(labels)
         # This removes the −inf of the diagonal as well.
         log_share = similarity.log_softmax(1).masked_fill(~positive, 0)
@@ -177,7 +178,8 @@ def triplet(z: Tensor, labels: Tensor, margin: float, mining: Mining) -> Tensor:
         # The choice of a negative needs no gradient.
         with torch.no_grad():
             ordered, order = distance.masked_fill(~negative, torch.inf).sort(1)  # (M, M)
-            farther = torch.searchsorted(ordered, distance, right=True)  # (M, M): place of the first above d(a, p)
+            # The place of the first distance above d(a, p).
+            farther = torch.searchsorted(ordered, distance, right=True)  # (M, M)
             last = (negative.sum(1, keepdim=True) - 1).clamp(min=0)
             chosen = order.gather(1, torch.minimum(farther, last))  # (M, M)
         some = positive & negative.any(1, keepdim=True)

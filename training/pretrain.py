@@ -47,7 +47,8 @@ from training.stopping import StopSignal
 
 _STOPPED = "stopped at step {}; the same command with --resume goes on from here"
 _TIMED_STEPS = 50
-_WATCHED = 20  # steps between two looks at loss and collapse
+# Reading loss and deviation makes the device wait, so they are read once in so many steps.
+_WATCHED = 20
 
 
 def pretrain(
@@ -209,7 +210,7 @@ def train(
         folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
         earlier: the checkpoint to resume from.
         checkpoint_s: seconds between two checkpoints.
-        session_s: seconds after which this session saves and ends, wherever the run is.
+        session_s: seconds after which this session saves and ends, even if the run is not finished.
 
     Raises:
         InvalidRequest: the loss became NaN or infinite, or the embeddings collapsed.
@@ -227,11 +228,11 @@ def train(
             result = learner.step(loader, progress)
             progress.seconds = seconds_before + time.perf_counter() - begun
             if minutes and not progress.total and (progress.step == _TIMED_STEPS or progress.seconds > minutes * 6):
-                # A GPU may have steps to finish that it was given.
+                # A GPU may still have queued steps.
                 progress.seconds = seconds_before + now(canvas.device) - begun
                 touched = progress.step * recipe.batch_size
                 bar.total = progress.total = fixed_total(progress, minutes * 60, touched, canvas)
-            # Read once: a signal that comes further down waits for the next step, or that step would go unsaved.
+            # Read once: if a later signal counted already for this step, the run would end without saving it.
             last, asked = progress.step == progress.total, stop.asked
             stopping = bool(asked) or time.perf_counter() - begun >= session_s
             saving = last or stopping or time.perf_counter() - saved > checkpoint_s
@@ -286,8 +287,8 @@ class Learner:
             self.compiled = recipe.compile and self._try_compiling(material)
 
     def step(self, loader: Batches[Loaded], progress: Progress) -> Step:
-        """Make one optimizer step from the loader's next batches; return what the last of them came to."""
-        # While the first steps are timed the total is unknown: the rate stays up after its warm-up.
+        """Make one optimizer step from the loader's next batches; return the result of the last one."""
+        # The total is unknown while the first steps are timed, so the rate stays at its peak after the warm-up.
         horizon = progress.total or 10**9
         share = schedule(progress.step, horizon, min(self.recipe.warmup, horizon // 10))
         self.learning_rate = self.recipe.learning_rate * share
@@ -322,7 +323,7 @@ class Learner:
         )
 
     def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator) -> Step:
-        """Add the gradients of a batch to those that are there."""
+        """Add the gradients of a batch to the accumulated ones."""
         labels = None if self._labels is None else self._labels[positions]  # (N,)
         batch = Batch(make_views(pixels, self.recipe, self._mean, self._std, randomness), positions, labels)
         with torch.autocast(self._on.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -331,7 +332,7 @@ class Learner:
         return result
 
     def _try_compiling(self, material: Material) -> bool:
-        # Twice a batch: a few of the pictures may be bad.
+        # Twice a batch is taken, because a few of the pictures may be bad.
         pixels, good = material.canvas.take(material.trained[: 2 * self.recipe.batch_size])
         positions = torch.from_numpy(good).to(self._on)
         pixels, positions = pixels[: self.recipe.batch_size], positions[: self.recipe.batch_size]
@@ -352,7 +353,7 @@ def begin(material: Material, identity: Identity, earlier: Checkpoint | None) ->
 
 
 def load(material: Material, recipe: Recipe, progress: Progress) -> Batches[Loaded]:
-    """Yield the run's batches without end, from where it is."""
+    """Yield the run's batches without end, from its cursor on."""
     order = material.canvas, material.trained, recipe.batch_size, recipe.seed, progress.cursor
     return resident_batches(*order) if recipe.resident else ahead(batches(*order))
 
@@ -388,7 +389,7 @@ def due(progress: Progress, times: int) -> bool:
 
 
 def watch(result: Step, progress: Progress, learner: Learner, log: Log, bar: "tqdm[Any]") -> None:
-    """Read the step's figures from the device, write them to log and bar, and stop a run that has gone wrong.
+    """Read the step's figures from the device, write them to log and bar, and check the health of the run.
 
     Raises:
         InvalidRequest: as check_health.
@@ -419,8 +420,8 @@ def classify_held_out(learner: Learner, material: Material, progress: Progress, 
 def fixed_total(progress: Progress, time_s: float, touched: int, canvas: Canvas) -> int:
     """Return how many steps fit a time, judged by the steps that are done.
 
-    Waiting for pictures that are decoded once is no part of the pace; the waiting that is still to come is taken off
-    the time.
+    The pace excludes the wait for pictures that are decoded once; the wait that is still to come is subtracted from the
+    time.
 
     Args:
         progress: of the timed steps.
@@ -458,7 +459,7 @@ def embed(backbone: nn.Module, material: Material, positions: IntArray, precisio
         if not len(good):
             continue
         with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            # forward() goes round a compiled backbone, which is specialised on the training's batches.
+            # forward() bypasses the compiled code, which is specialised on the training's batches.
             found = backbone.forward((pixels.float() / 255 - mean) / std)
         embeddings.append(F.normalize(found.float(), dim=1).cpu())
         kept.append(good)
@@ -482,7 +483,7 @@ def per_dimension_std(embeddings: Tensor) -> float:
 
 
 def check_health(loss: float, deviation: float, dimension: int, step: int) -> None:
-    """Stop a run that has gone wrong with a sentence that says what to change.
+    """Stop a run that diverged or collapsed; the message proposes a change of its settings.
 
     Raises:
         InvalidRequest: the loss is not finite, or the deviation is under a hundredth of 1/√D.

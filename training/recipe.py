@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, float]] = {
         "blur": 0.5,
         "solarise": 0.1,
     },
-    # A blur leaves nothing of 32 pixels.
+    # A blur would erase a picture of 32 pixels.
     "small-photos": {"crop_area": 0.2, "flip": 0.5, "jitter": 0.8, "jitter_strength": 0.4, "hue": 0.1, "grey": 0.2},
     # Bright strokes on dark: no flip and no colour, small warps instead.
     "glyphs": {
@@ -192,8 +192,8 @@ class Recipe(_Section):
         optimizer: adamw, or sgd with momentum 0.9.
         learning_rate: the optimizer's peak, after `warmup` steps (a tenth of a short run) and before the cosine to 0.
         projection: hidden and output width of the projection head.
-        precision: auto takes bfloat16 where it is measured to be faster.
-        compile: compile the backbone where a trial measures that to be faster.
+        precision: auto takes bfloat16 if it is measured to be faster.
+        compile: compile the backbone if a trial measures that to be faster.
         resident: decode all pictures before the first step and keep their pixels on the device.
         knn_times: how often in the run the held-out pictures are classified by k-NN.
         knn_bank: training pictures that vote in it, at most.

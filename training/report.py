@@ -29,11 +29,12 @@ REPORT_FILE = "report.json"
 FILES = {REPORT_FILE, "report.html", "tsne.png"}
 
 _MOST_POINTS, _FEWEST_POINTS = 2000, 10
-_THUMBNAIL, _PICTURE = 48, 96  # px, at most
+_THUMBNAIL, _PICTURE = 48, 96  # pixels
 # Classes of a legible confusion matrix; with more, the report lists so many pairs. Also the most in tsne.png's legend.
 _MOST_CLASSES = 30
 _HITS, _MISSES, _NEIGHBOURS = 12, 24, 8
-_PAIRS, _STEPS = 20_000, 50  # of the histogram
+# The histogram of similarities samples so many pairs, and has so many bins.
+_PAIRS, _STEPS = 20_000, 50
 # Pictures up to this side in pixels are enlarged with square pixels, as on the service's page.
 _SMALL = 64
 

@@ -11,12 +11,12 @@ from service.encoding.runtimes import LARGEST_BATCH, VERSION, Device, Graph, fin
 from service.errors import InvalidModel
 
 # Noise pictures in the batch that measures and compares variants. No variant was calibrated for noise, so the cosine to
-# model.onnx may be lower than of real pictures.
+# model.onnx may be lower than for real pictures.
 _CANARIES = 8
 _LEAST_CANARY_COSINE = 0.9
-# Of model.onnx here to model.onnx where it was exported: other kernels round differently.
+# Cosine of model.onnx here to model.onnx on the exporting machine, whose kernels round differently.
 _LEAST_KNOWN_COSINE = 0.999
-# Of a graph to itself when it was opened.
+# Cosine of a graph to its own result when it was opened.
 _LEAST_OWN_COSINE = 0.9999
 # A variant must save a tenth of model.onnx's time to be worth its difference.
 _GAIN = 0.9
@@ -46,7 +46,7 @@ class Encoder:
 
         Raises:
             InvalidModel: a graph outside the contract, a variant that the card lacks or that is another encoder,
-                or "cuda" where CUDA cannot be used.
+                or "cuda" if CUDA cannot be used.
         """
         if variant not in ("auto", "fp32", *card.variants):
             raise InvalidModel(f"{card.folder}: has no variant {variant}; it has {', '.join(('fp32', *card.variants))}")

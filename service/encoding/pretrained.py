@@ -40,7 +40,7 @@ _NUMBERS = "pretrained.json"
 
 _SIDE, _SHORTEST_EDGE, _BICUBIC = 224, 256, 3
 _MEAN, _SCALE = 127, 1 / 128
-# Of the batch norms.
+# The epsilon of every batch norm.
 _EPSILON = 1e-3
 # repeats, kernel, stride, expansion, channels in, channels out
 _STAGES = (

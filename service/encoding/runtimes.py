@@ -34,7 +34,7 @@ def find_devices(name: str) -> list[Device]:
     """Return every GPU that CUDA shows, or the CPU.
 
     Args:
-        name: "cpu", "cuda", or "auto" for CUDA where this onnxruntime has it.
+        name: "cpu", "cuda", or "auto" for CUDA if this onnxruntime has it.
 
     Raises:
         InvalidModel: "cuda", and this onnxruntime has no CUDA.
@@ -92,7 +92,7 @@ class Graph:
                 "arena_extend_strategy": "kSameAsRequested",
             }
         try:
-            # From bytes: these were verified, and a graph that refers to data in other files does not load.
+            # Loaded from the verified bytes, so a graph that refers to data in other files fails.
             self._session = ort.InferenceSession(model, options, providers=[(_PROVIDERS[device.kind], settings)])
         # onnxruntime raises a class of its own for every status.
         except Exception as error:

@@ -15,9 +15,11 @@ LabelArray = np.ndarray[Any, Any]
 # The headline figure: so many neighbours vote, each with the weight exp(cosine / temperature).
 HEADLINE_K, HEADLINE_TEMPERATURE = 20, 0.07
 
-_SCORES = 2**22  # at once in a thread
-_THREADS = 8  # at most
-_VOTES = 1000  # queries whose votes are counted together
+# Each thread holds up to so many scores, which bounds its memory at 16 MB.
+_SCORES = 2**22
+_THREADS = 8
+# The votes of so many queries are counted together, which bounds the memory of the counts.
+_VOTES = 1000
 
 
 def vote(labels: LabelArray) -> LabelArray:

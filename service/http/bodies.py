@@ -33,7 +33,7 @@ class Form:
 
 
 def content_type(request: Request) -> str:
-    """Return the media type of the body in lower case, without parameters; "" where the request declares none.
+    """Return the media type of the body in lower case, without parameters; "" if the request declares none.
 
     Raises:
         UnsupportedFormat: the body is compressed. Nothing limits the size of a decompressed body yet.

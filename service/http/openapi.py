@@ -214,7 +214,7 @@ def _remove_undeclared_errors(document: dict[str, Any], app: FastAPI) -> None:
 
 
 def _bound(document: dict[str, Any], gallery: Gallery) -> None:
-    """Put the limits of this service into the document, so that a request which it would refuse is invalid by it."""
+    """Put the limits of this service into the document, so that a request beyond them does not match its schema."""
     settings = gallery.settings
     if len(read_keys(settings)):
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

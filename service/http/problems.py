@@ -50,7 +50,7 @@ def problem(
     parts: list[dict[str, Any]] | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """Return an error answer, and count it. `detail` must not repeat what the client sent."""
+    """Return an error answer, and count it. `detail` must not repeat text of the client."""
     metrics.errors.labels(code).inc()
     request_id = scope.get("state", {}).get("request_id", "")
     if scope["path"].startswith("/v1/"):

@@ -321,7 +321,7 @@ _EXPECTED = {
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
 }
-# A message must not repeat what a client sent; a longer number could carry a text.
+# A message must not repeat a client's text, and a longer number could carry one.
 _SHOWN_BELOW = 10**7
 _KINDS = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
 

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 # More than cores, because these threads wait: for the disk, for commits, for pictures that are being embedded.
 _THREADS = 32
-# Most requests end sooner, and watching their connection would cost more than it saves.
+# Most requests end sooner, and watching their connections costs more than it saves.
 _UNWATCHED_S = 0.02
 
 
@@ -58,7 +58,7 @@ class Slots:
         self._threads.shutdown(cancel_futures=True)
 
     def enter(self) -> None:
-        """Occupy a slot. Raises Busy where none is free."""
+        """Occupy a slot. Raises Busy if none is free."""
         with self._counting:
             if self._count >= self._max_waiting:
                 raise Busy(f"{self._count} requests are waiting already; try again in a second")

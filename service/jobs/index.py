@@ -12,7 +12,7 @@ from service.jobs.reading import Tally, in_two_stages, progress, read_ahead, use
 from service.sources.source import Source
 from service.store import NewItem
 
-# The size of a chunk, and the outcomes of those of its pictures that were not in the store already.
+# The size of a chunk, and the outcomes of its pictures that were not in the store already.
 T = TypeVar("T")
 _Chunk = tuple[int, list[tuple[int, Outcome[T]]]]
 

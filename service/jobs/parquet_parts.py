@@ -121,7 +121,8 @@ def _read_part(part: Path) -> tuple[list[str], Any, FloatArray]:
         if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or ids.null_count:
             raise ValueError(f"expected an id and a list of float32 in each row, got {ids.type} and {kind}")
         rows = np.asarray(vectors.combine_chunks().flatten(), np.float32).reshape(-1, kind.list_size)
-        if len(rows) != len(ids) or not np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3):  # NaN is not
+        # Each norm is compared with `<`, because NaN must fail the check.
+        if len(rows) != len(ids) or not np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3):
             raise ValueError("expected embeddings of length 1 in every row")
         return ids.to_pylist(), None if labels.null_count else labels.to_pylist(), rows
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -133,7 +134,7 @@ def _damaged(part: Path, error: Exception) -> InvalidSource:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a table as a Parquet file, whole or not at all; its folder is made where it is missing.
+    """Write a table as a Parquet file, whole or not at all; its folder is made if it is missing.
 
     Raises:
         InvalidOutput: it cannot be written.

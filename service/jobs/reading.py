@@ -1,4 +1,4 @@
-"""What the jobs share: they read pictures ahead of their use, show progress and count outcomes."""
+"""Shared by the jobs: reading pictures ahead of their use, showing progress, counting outcomes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +55,7 @@ def use_good(
 
     Raises:
         LookalikeError: an outcome of `work` other than NoEmbedding. It concerns the encoder or the store rather than
-            a picture, and would meet every picture that follows.
+            a picture, and would recur for every later picture.
     """
 
     def checked(values: list[T]) -> Sequence[Outcome[R]]:

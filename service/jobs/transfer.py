@@ -17,9 +17,11 @@ from service.jobs.reading import Tally
 from service.store import Item, NewItem
 
 _ROWS_PER_PART = 8192
-_ROWS_PER_PICTURE_PART = 1024  # with image files in it
+# Rows that contain image files are larger, so such a part has fewer.
+_ROWS_PER_PICTURE_PART = 1024
 _ROWS_PER_COMMIT = 1024
-_BUFFER_BYTES = 1 << 20  # of a column, read at a time
+# Each column is read in pieces of this size, which bounds the memory.
+_BUFFER_BYTES = 1 << 20
 
 
 def export_store(gallery: Gallery, out: Path) -> int:

@@ -26,7 +26,7 @@ from service.jobs.reading import Tally, progress, read_ahead, use_good
 from service.settings import Settings
 from service.sources.source import Source
 
-# Pictures; the quality stops rising long before.
+# The quality stops rising with fewer pictures than these.
 _MOST_READ = 20_000
 # One picture in 10, and at most 1,000, is held out of the learning to judge variants on; 2,000 others vote on them.
 _KEPT_OUT, _MOST_KEPT_OUT = 10, 1000
@@ -36,7 +36,7 @@ _COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", 
 
 
 class Sample(NamedTuple):
-    """What was read of a source.
+    """The pictures that were read from a source.
 
     rows: (N, D) embeddings to learn on.
     pictures: pixels to judge variants with.
@@ -61,7 +61,7 @@ def whiten(
         source: pictures like those that will be searched; if there are more than 20,000, that many, evenly spread.
         out: the new model folder; it must not exist.
         settings: device and picture limits.
-        power, dimension: as in learn_whitening; None for what suits the number of pictures.
+        power, dimension: as in learn_whitening; None for values that suit the number of pictures.
 
     Returns:
         The numbers of pictures learnt on, held out (as `known`), and bad.

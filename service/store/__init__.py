@@ -1,4 +1,4 @@
-"""Where items live and are found: the words, and what every store can do."""
+"""The store: its types, and the protocol that every store implements."""
 
 import json
 from collections.abc import Callable, Sequence

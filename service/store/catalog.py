@@ -24,7 +24,8 @@ SCHEMA = 3
 VECTOR_TYPES = {"float32": "<f4", "float16": "<f2"}
 LATEST = "SELECT max((SELECT coalesce(max(sequence), 0) FROM items), (SELECT coalesce(max(sequence), 0) FROM removed))"
 _META = {"fingerprint", "dimension", "vector_type", "model", "model_folder"}
-_CACHE_KB = 16_384  # of a connection
+# Each connection has a page cache of its own.
+_CACHE_KB = 16_384
 # Upper limit on the bytes of the file that are read without a copy; see docs/decisions/0012.
 _MAX_MAPPED_BYTES = 1 << 40
 
@@ -128,7 +129,8 @@ class CatalogWriter:
             yield
             self._database.execute("COMMIT").fetchall()
         except BaseException:
-            if self._database.in_transaction:  # SQLite itself rolls back on some errors
+            # SQLite itself rolls back on some errors.
+            if self._database.in_transaction:
                 self._database.execute("ROLLBACK").fetchall()
             raise
 
@@ -224,7 +226,7 @@ def no_store(folder: Path) -> InvalidStore:
 
 
 def read_meta(folder: Path) -> dict[str, str]:
-    """Return the facts in a catalog's table meta, whatever its schema.
+    """Return the facts in a catalog's table meta, for any schema version.
 
     Raises:
         InvalidStore: the catalog is damaged.

@@ -1,4 +1,4 @@
-"""What is read of a catalog: items, pictures and vectors, and what changed after a sequence number."""
+"""Reads a catalog: its items, pictures and vectors, and the changes after a sequence number."""
 
 import threading
 import zlib
@@ -42,7 +42,8 @@ class Connections:
     def __init__(self, path: Path) -> None:
         """Open nothing yet."""
         self._path = path
-        self._idle: dict[bool, list[apsw.Connection]] = {False: [], True: []}  # by whether they map the file
+        # The key is whether the connections map the file.
+        self._idle: dict[bool, list[apsw.Connection]] = {False: [], True: []}
         self._lock = threading.Lock()
         self._closed = False
 
@@ -88,7 +89,7 @@ class CatalogReader:
 
     Attributes:
         path: the catalog's file.
-        connections: to the file, for queries of one's own.
+        connections: to the file, for other queries.
         meta: facts about the store when it was opened: schema, fingerprint, dimension, vector_type, model …
     """
 
@@ -179,7 +180,8 @@ class CatalogReader:
         Cost: reads the metadata of all items that changed.
         """
         # The filter's values precede the sequence number in the text, and SQLite counts question marks in that order.
-        query = "SELECT key, (" + where.sql + ") FROM items WHERE sequence > ?"  # noqa: S608  # ? alone
+        # The SQL holds no value itself.
+        query = "SELECT key, (" + where.sql + ") FROM items WHERE sequence > ?"  # noqa: S608
         with self.connections.borrow() as database, database:
             latest = int(one(database, LATEST))
             rows = database.execute(query, (*where.values, since)).fetchall()
@@ -206,7 +208,8 @@ class CatalogReader:
 
     def _rows_at(self, columns: str, table: str, keys: IntArray, sequence: int) -> list[Any] | None:
         """Return three columns and the sequence number of keys, in their order, or None as the methods above."""
-        if not len(keys):  # carray takes no empty array
+        # apsw.carray refuses an empty array.
+        if not len(keys):
             return []
         query = _OF_KEYS.format(columns=f"{columns}, sequence", table=table)
         with self.connections.borrow(mapped=True) as database:
@@ -249,7 +252,7 @@ class CatalogReader:
     def _checked(self, rows: list[Any]) -> tuple[IntArray, FloatArray]:
         """Return keys and vectors of rows whose first columns are key, vector and checksum."""
         for key, blob, checksum, *_ in rows:
-            # A damaged page may hold a value of any type where a blob should be.
+            # A damaged page may hold a value of any type in place of a blob.
             if not isinstance(blob, bytes) or zlib.crc32(blob) != checksum or len(blob) != self._vector_bytes:
                 raise InvalidStore(f"{self.path}: the vector of key {key} is damaged; the file is left as it is")
         vectors = np.frombuffer(b"".join(row[1] for row in rows), self._dtype).reshape(-1, self._dimension)

@@ -1,4 +1,4 @@
-"""`lookalike store check`: read all files of a store and report what is wrong with them."""
+"""`lookalike store check`: read all files of a store and report each problem."""
 
 import hashlib
 import json
@@ -99,7 +99,8 @@ def _index(folder: Path) -> Iterator[str]:
             catalog.close()
     except FileNotFoundError:
         return
+    # The check of the catalog reports this error.
     except InvalidStore:
-        return  # reported with the catalog
+        return
     except (DamagedSnapshot, ValueError, KeyError, OSError) as error:
         yield f"{SNAPSHOT}: {error}; the index is made anew without it"

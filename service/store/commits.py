@@ -14,7 +14,7 @@ R = TypeVar("R")
 Work = Callable[[CatalogWriter, list[Change]], R]
 """Makes changes through the writer, appends those of vectors to the list, and returns the caller's result."""
 
-# After one of these errors it is uncertain what the disk holds, or nothing more can be written to it.
+# After one of these errors the content of the disk is uncertain, or nothing more can be written to it.
 _GRAVE = (
     apsw.FullError,
     apsw.IOError,

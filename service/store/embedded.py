@@ -166,7 +166,7 @@ class EmbeddedStore:
             return []
         for attempt in range(_MAX_ATTEMPTS + 1):
             self._catch_up()
-            # The first attempt may meet a change between its commit and the index. The next ones hold changes back,
+            # The first attempt may see a change between its commit and the index. The next ones hold changes back,
             # unless another process makes them.
             with self._commits.paused() if attempt and not self._commits.refused else nullcontext():
                 found = find_hits(self._live, self._reader, self._filters, queries, k, where)

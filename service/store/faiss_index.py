@@ -15,12 +15,12 @@ from service import FloatArray, IntArray
 from service.errors import InvalidQuery
 from service.store.snapshot import Array, Section, section
 
-# A list that grows is copied, so several lists make each copy small. One core scans all of them: FAISS could spread
-# them over threads, but these wait for each other, which takes 8 ms on a busy machine.
+# A list that grows is copied, so several lists make each copy small. One core scans all of them, because
+# FAISS' threads would wait for each other, up to 8 ms on a busy machine.
 _EXACT_LISTS = 16
 _MAX_LISTS = 65_536
-# Upper bound on the error of a cosine with one side rounded to float16: half a unit in the last of 11 bits, plus what
-# lies below float16's smallest normal number.
+# Upper bound on the error of a cosine with one side rounded to float16: half a unit in the last of 11 bits, plus the
+# rounding of numbers below float16's smallest normal one.
 _ROUNDING = 2**-11 * 1.01 + 1e-5
 # The exact index proposes at first so many candidates beyond k.
 _EXACT_EXTRA = 24
@@ -29,7 +29,7 @@ _FEW_KEYS = 256
 # A filtered search of an approximate index scans at least so many matching codes. Up to so many are copied into an
 # index of their own.
 MIN_FILTERED_SCAN = 10_000
-# Two cosines differ by no more. It stands for an unknown `reach`, and then no list is ruled out.
+# The largest difference of two cosines. In place of an unknown `reach` it rules out no list.
 _MAX_REACH = 2.0
 
 
@@ -165,7 +165,7 @@ class FaissIndex:
         return True
 
     def drop(self, keys: IntArray) -> None:
-        """Remove keys from whatever list holds them; unknown keys are skipped. Cost: one pass over the index."""
+        """Remove keys from all lists; unknown keys are skipped. Cost: one pass over the index."""
         if len(keys) and len(self):
             self._index.remove_ids(faiss.IDSelectorBatch(np.ascontiguousarray(keys, np.int64)))
 

@@ -33,7 +33,8 @@ class FilterCache:
 
     def __init__(self, reader: CatalogReader) -> None:
         self._reader = reader
-        self._known: dict[Filter, Match] = {}  # in the order of their last use
+        # Ordered from the least to the most recently used filter.
+        self._known: dict[Filter, Match] = {}
         self._lock = threading.Lock()
 
     def get(self, where: Filter) -> Match:

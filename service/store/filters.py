@@ -33,7 +33,7 @@ def parse_filter(content: Any) -> Filter:
         content: the filter as parsed JSON, of at most 100 conditions.
 
     Raises:
-        InvalidQuery: the content is no filter. The message says what was expected and does not repeat the content.
+        InvalidQuery: the content is no filter. The message states the expected form and does not repeat the content.
     """
     budget = [_MAX_CONDITIONS]
     return _parse(content, budget)
@@ -99,9 +99,10 @@ def _equal(value: Any) -> Filter:
 
 
 def _field(name: str, conditions: list[Filter]) -> Filter:
-    # The name is compared as a value, because as a part of a JSON path it could name another field.
+    # The name is compared as a value, because as a part of a JSON path it could name another field. So the SQL text is
+    # ours alone.
     inner = _join("AND", conditions)
-    sql = f"EXISTS (SELECT 1 FROM json_each(items.metadata) WHERE key = ? AND {inner.sql})"  # noqa: S608  # ours alone
+    sql = f"EXISTS (SELECT 1 FROM json_each(items.metadata) WHERE key = ? AND {inner.sql})"  # noqa: S608
     return Filter(sql, (_text(name), *inner.values))
 
 
@@ -142,7 +143,7 @@ def json_schemas(prefix: str) -> dict[str, Any]:
     """Return the filter's grammar as JSON Schemas by name: Filter, and Condition for the object of one field.
 
     Args:
-        prefix: what stands before a name in a reference, such as "#/components/schemas/".
+        prefix: the text before a name in a reference, such as "#/components/schemas/".
     """
     scalar = {"type": ["string", "number", "boolean", "null"]}
     filter, condition = {"$ref": f"{prefix}Filter"}, {"$ref": f"{prefix}Condition"}

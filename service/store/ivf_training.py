@@ -18,11 +18,13 @@ from service import FloatArray, IntArray
 from service.store.faiss_index import MIN_FILTERED_SCAN, AllowedKeys, FaissIndex, Partition
 
 MIN_RECALL = 0.99
-_NEIGHBOURS = 10  # recall is measured at
+# Recall is measured at so many neighbours.
+_NEIGHBOURS = 10
 _HELD_OUT = 500
 _SAMPLED_PER_LIST = 32
 _ROUNDS = 8
-_BLOCK = 4096  # vectors compared with the held-out ones at a time
+# Vectors are compared with the held-out ones in blocks of this size, which bounds the memory.
+_BLOCK = 4096
 _OVERSAMPLINGS = (2, 4, 8, 16)
 # The random filters match one vector in so many.
 _ONE_IN = (2, 5, 20)
@@ -39,7 +41,7 @@ def train(
     """Return an approximate index of vectors with a recall@10 of at least 0.99, or None.
 
     Args:
-        vectors: what to index.
+        vectors: yields the vectors to index.
         keys: of all vectors. Keys without a vector by the time they are read are skipped.
         dimension: D.
         stopped: is called now and then; training gives up once it returns True.

@@ -1,6 +1,6 @@
 """Maintenance of the index: load it when a store opens, rebuild it when the store has outgrown it, save snapshots.
 
-A snapshot is only a shortcut: whatever is wrong with one, the index is rebuilt from the catalog.
+A snapshot only saves time: if it cannot be used, the index is rebuilt from the catalog.
 """
 
 import logging
@@ -26,7 +26,8 @@ log = logging.getLogger("bentoml.lookalike")
 
 # A snapshot is due after so many changes, or after a fifth of the store if that is more.
 _CHANGES_PER_SNAPSHOT = 50_000
-_SAMPLED_CODES = 64  # of a snapshot, compared with the catalog
+# So many random and so many last codes of a snapshot are checked: checking all would read every vector.
+_SAMPLED_CODES = 64
 _QUIET_S, _MAX_WAIT_S = 1, 30
 _NICENESS = 10
 
@@ -59,7 +60,7 @@ def load_index(folder: Path, reader: CatalogReader, read_only: bool) -> Loaded:
         reason = f"{path} cannot be used: {error}"
     except OSError as error:
         reason = f"{path} cannot be read: {error.strerror}"
-    # Its sequence number may come to be valid again, and then nothing would show that it is from another past.
+    # The catalog may reach its sequence number again with other changes; the snapshot would then look valid.
     if not read_only:
         _delete(path)
     sequence = reader.sequence()

@@ -47,10 +47,10 @@ class Clusters(Projected):
         return Step(loss, h.detach(), diagnostics)
 
     def _cluster(self) -> None:
-        # Here, since only this method needs it and it takes seconds to import.
+        # Imported late: only this method needs it, and its import takes seconds.
         from sklearn.cluster import MiniBatchKMeans
 
-        # A picture may be missing: the last ones of an epoch make no batch.
+        # The last pictures of an epoch fill no batch, so some may have no embedding yet.
         filled = self.bank.abs().sum(1) > 0
         embeddings = self.bank[filled].float().cpu().numpy()
         k = min(self.recipe.clusters.clusters, len(embeddings))

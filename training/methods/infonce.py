@@ -27,5 +27,6 @@ def next_of_label(labels: Tensor) -> Tensor:
     """Return for each of (N,) labels the index of the next equal one, cyclically; its own if it is the only one."""
     count = len(labels)
     places = torch.arange(count, device=labels.device)
-    ahead = (places - places[:, None] - 1) % count + 1  # (N, N): 1 is the next, N the place itself
+    # A distance of 1 is the next place, N the place itself.
+    ahead = (places - places[:, None] - 1) % count + 1  # (N, N)
     return ahead.masked_fill(labels[:, None] != labels, count + 1).argmin(1)

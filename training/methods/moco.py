@@ -73,7 +73,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        # Two pictures a part at least: one has no variance.
+        # A part needs two pictures, because one alone has no variance.
         parts = input.tensor_split(max(1, min(self.splits, len(input) // 2)))
         return torch.cat([super(SplitBatchNorm, self).forward(part) for part in parts])
 

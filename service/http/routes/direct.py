@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 
 class DirectRoute(APIRoute):
-    """An APIRoute that calls `endpoint(request)` where the URL has no query string.
+    """An APIRoute that calls `endpoint(request)` if the URL has no query string.
 
     FastAPI solves dependencies and parameters for every request, which takes a tenth of the time of a small encoder.
     The endpoint of a direct route takes a Request, returns a Response, and gives every query parameter a default in its
@@ -44,7 +44,7 @@ class DirectRoute(APIRoute):
 
 
 def _obstacles(route: APIRoute) -> Iterator[str]:
-    """Yield each reason why calling the endpoint with a Request alone would not do what FastAPI does."""
+    """Yield each reason why a direct call of the endpoint would differ from FastAPI's."""
     solved = route.dependant
     if solved.dependencies:
         yield "it has dependencies"

@@ -35,7 +35,7 @@ def gallery_of(request: Request) -> Gallery:
 
 
 def stored_gallery_of(request: Request) -> Gallery:
-    """Return the gallery, before a body is read for it. Raises NoStore where the service runs without a store."""
+    """Return the gallery, before a body is read for it. Raises NoStore if the service runs without a store."""
     gallery = gallery_of(request)
     _ = gallery.store
     return gallery
@@ -51,13 +51,13 @@ async def work(request: Request, blocking: Callable[[], R]) -> R:
     """Run a blocking function in a slot, on a worker thread, and return its result.
 
     Raises:
-        Busy, TimedOut, ClientDisconnect, and whatever the function raises.
+        Busy, TimedOut, ClientDisconnect, and all errors of the function.
     """
     return await slots_of(request).run(blocking, request.receive)
 
 
 def check_fingerprint(gallery: Gallery, fingerprint: str | None) -> None:
-    """Raise FingerprintMismatch where a request names another encoder than the gallery's."""
+    """Raise FingerprintMismatch if a request names another encoder than the gallery's."""
     if fingerprint is not None and fingerprint != gallery.card.fingerprint:
         raise FingerprintMismatch(
             f"the request names another encoder than the one that runs here, whose fingerprint is "
