@@ -24,7 +24,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened() -> Iterator[ExitStack]:
-    """Closes what a test opens."""
+    """Closes the stores that a test opens."""
     with ExitStack() as stack:
         yield stack
 

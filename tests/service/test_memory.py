@@ -1,5 +1,5 @@
-"""What a body may cost the real process in memory: pictures and refusals less than twice the limit of a request, JSON,
-which is there as bytes and as texts at once, a little more."""
+"""The memory that a body may take in the real process: less than twice the limit of a request for pictures and
+refusals, a little more for JSON, which is held as bytes and as texts at once."""
 
 import http.client
 import io

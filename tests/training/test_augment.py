@@ -19,7 +19,7 @@ from training.augment import augment, colour_matrix, gaussian_kernels, luminance
 from training.recipe import Augmentation
 
 SIDE = 32
-# Each change stands alone, at full chance.
+# Each change is tested alone, at full chance.
 EACH: dict[str, dict[str, Any]] = {
     "crop_area": {"crop_area": 0.3},
     "flip": {"flip": 1},

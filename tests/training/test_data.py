@@ -338,7 +338,7 @@ def test_two_threads_may_take_at_once(lay: Lay) -> None:
     assert not wrong
 
 
-# Where the pixels reside
+# Residence of the pixels
 
 
 def test_a_small_canvas_is_in_memory_and_a_larger_one_on_disk(

@@ -38,8 +38,8 @@ class Cut(NamedTuple):
 def cuts() -> dict[str, Cut]:
     """One file of each format.
 
-    What stands behind the picture: in a JPEG and a BMP any bytes, in a PNG and a GIF a comment. A WebP says at its
-    beginning how long it is, so less than all of it is never whole.
+    A JPEG and a BMP have any bytes behind the picture, a PNG and a GIF a comment. A WebP declares its length at its
+    beginning, so no shorter part of it is whole.
     """
     picture = scene(96, 96)
     jpeg, bmp, webp = encoded(picture, "JPEG"), encoded(picture, "BMP"), encoded(picture, "WEBP")
