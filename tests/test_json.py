@@ -1,4 +1,4 @@
-"""docs/json.md: the keys that it promises are those that the commands print."""
+"""docs/json.md: the documented keys are those that the commands print."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one sentence on stderr, never a traceback."""
+"""The command line as a user sees it: exit codes, one sentence on stderr, never a traceback."""
 
 import io
 import json
@@ -150,7 +150,8 @@ def test_photographs_get_their_encoder_and_digits_theirs_and_both_are_said(tmp_p
     assert "note:" not in done.stderr
     again = run("index", "pictures", "--store", "photos", cwd=tmp_path)
     assert "0 pictures added, 1 there already" in again.stderr
-    assert "encoder:" not in again.stderr  # it is the store's own by now
+    # By now it is the store's own encoder.
+    assert "encoder:" not in again.stderr
     done = run("index", "digits[:20]", "--store", tmp_path / "digits")
     assert "encoder: models/mnist, the default for digits; --model names another" in done.stderr
     assert "note:" not in done.stderr

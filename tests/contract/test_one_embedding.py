@@ -1,4 +1,4 @@
-"""The same bytes have the same embedding: whatever the route, the thread or the batch, and as they had before."""
+"""The same bytes have the same embedding on every route and thread and in every batch, equal to the recorded one."""
 
 import base64
 import io
@@ -24,11 +24,12 @@ from tests.service.conftest import Served, served
 __all__ = ["served"]
 
 GOLDEN = Path(__file__).parent / "golden.json"
-LEAST = 0.9999  # cosine to the vectors that were written down: other versions of decoders and kernels round otherwise
+# The cosine to the recorded vectors allows for other versions of decoders and kernels, which round differently.
+LEAST = 0.9999
 
 
 def pictures() -> dict[str, bytes]:
-    """Pictures of every kind that preprocessing treats apart."""
+    """Pictures of every kind that preprocessing treats differently."""
     turned = Image.Exif()
     turned[0x0112] = 6
     shades = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
@@ -59,7 +60,7 @@ def client(served: Served) -> TestClient:
 
 @pytest.fixture
 def alone(client: TestClient) -> dict[str, FloatArray]:
-    """Each picture's embedding, asked for by itself while nobody else asks."""
+    """Each picture's embedding, requested alone, without concurrent requests."""
     return {name: one(client.post("/embed", content=data)) for name, data in pictures().items()}
 
 
@@ -68,7 +69,8 @@ def test_they_are_what_they_were(alone: dict[str, FloatArray]) -> None:
     assert golden.keys() == alone.keys()
     assert {name: float(alone[name] @ row) > LEAST for name, row in golden.items()} == dict.fromkeys(golden, True)
     rows = np.stack(list(golden.values()))
-    assert (rows @ rows.T - np.eye(len(rows))).max() < 0.999  # and the pictures are not alike to begin with
+    # The pictures' embeddings differ to begin with.
+    assert (rows @ rows.T - np.eye(len(rows))).max() < 0.999
 
 
 def test_every_route_gives_the_same(client: TestClient, alone: dict[str, FloatArray], tmp_path: Path) -> None:

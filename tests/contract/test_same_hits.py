@@ -1,4 +1,4 @@
-"""What is measured is what is served: `evaluate` and /search name the same neighbours."""
+"""Measurement and service agree: `evaluate` and /search return the same neighbours."""
 
 from pathlib import Path
 

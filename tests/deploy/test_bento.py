@@ -25,12 +25,13 @@ def test_a_built_bento_serves(tmp_path: Path) -> None:
     subprocess.run([BENTOML, "build"], cwd=ROOT, env=environment, check=True, capture_output=True)
     (bento,) = (path for path in (tmp_path / "home" / "bentos" / "lookalike-search").iterdir() if path.is_dir())
     code = bento / "src"
-    packed = {path.name for path in code.iterdir()} - {".lookalike"}  # there if the checkout has made its encoder
+    # The folder exists if the checkout has made its encoder.
+    packed = {path.name for path in code.iterdir()} - {".lookalike"}
     assert packed == {"bentofile.yaml", "lookalike.py", "models", "pyproject.toml", "requirements", "service"}
     assert {path.name for path in (code / "models").iterdir()} == {"mnist"}
     assert not list(code.rglob("*.pyc"))
 
-    # A file that only the bento has tells whether its code is served, or the checkout's that is installed here.
+    # A file that only the bento has shows that its code is served, and not the installed code of the checkout.
     (code / "service" / "page" / "whose.txt").write_text("the bento's")
     environment["LOOKALIKE_STORE"] = str(tmp_path / "store")
     with serving(f"lookalike-search:{bento.name}", tmp_path, environment) as url:

@@ -1,4 +1,4 @@
-"""The dashboard asks for metrics that the service has, by labels that they have."""
+"""The dashboard queries only metrics and labels that the service has."""
 
 import json
 import re

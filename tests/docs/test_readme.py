@@ -1,4 +1,4 @@
-"""README is executed: its commands print what it shows; every verb, route and file of the tree is in it."""
+"""README is executed: its commands print the output that it shows; every verb, route and file of the tree is in it."""
 
 import json
 import os
@@ -47,7 +47,8 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def matches(expected: Any, actual: Any) -> bool:
     """Compare JSON: numbers to a thousandth; … in a text stands for any characters, as a key for any other keys."""
     if isinstance(expected, dict) and isinstance(actual, dict):
-        if expected.get("…") == "…":  # and more that is not shown
+        # "…" stands for further keys that are not shown.
+        if expected.get("…") == "…":
             return all(name in actual and matches(expected[name], actual[name]) for name in expected if name != "…")
         return set(expected) == set(actual) and all(matches(expected[key], actual[key]) for key in expected)
     if isinstance(expected, list) and isinstance(actual, list):
@@ -90,7 +91,7 @@ def test_the_commands_answer_what_the_readme_says(port: int, tmp_path: Path, bro
 
 
 def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
-    """The evaluate commands print the table that the README shows, and it is at least what was promised."""
+    """The evaluate commands print the table that the README shows, and it is at least as good as promised."""
     (block,) = [block for block in BLOCKS if block.mark == "mnist"]
     figures = []
     # The second, of 60,000 and 10,000 pictures, takes minutes: `make figures`.
@@ -159,7 +160,7 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 
 
 def test_nothing_of_this_machine_is_committed() -> None:
-    """No host of a package index and no absolute path in what git tracks."""
+    """No host of a package index and no absolute path in the files that git tracks."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     if not tracked:
         missing("not a git checkout: clone the project to test what git tracks")

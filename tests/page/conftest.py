@@ -11,14 +11,14 @@ from tests.serving import serving
 
 @pytest.fixture(scope="module")
 def digits_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where scikit-learn's 1,797 digits are served."""
+    """The address of a service with scikit-learn's 1,797 digits."""
     with serving(tmp_path_factory.mktemp("digits"), "digits") as url:
         yield url
 
 
 @pytest.fixture
 def empty_url(tmp_path: Path) -> Iterator[str]:
-    """Where a store without pictures is served."""
+    """The address of a service with an empty store."""
     with serving(tmp_path) as url:
         yield url
 
@@ -31,13 +31,13 @@ def asked() -> list[str]:
 
 @pytest.fixture
 def complaints() -> list[str]:
-    """What the browser's console has said against the page. A test that provokes some takes it out."""
+    """Errors and warnings of the browser's console. A test that provokes some removes them."""
     return []
 
 
 @pytest.fixture
 def page(browser: Browser, asked: list[str], complaints: list[str]) -> Iterator[Page]:
-    """An empty tab as wide as a laptop's; at its end nothing stands in `complaints`."""
+    """An empty tab as wide as a laptop's; at its end `complaints` must be empty."""
 
     def note_request(request: Request) -> None:
         asked.append(request.url)

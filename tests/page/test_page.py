@@ -119,7 +119,8 @@ def test_a_drawn_one_finds_ones(page: Page, digits_url: str) -> None:
 
 def test_a_drawing_is_set_out_as_mnist_is(page: Page, digits_url: str) -> None:
     page.goto(digits_url)
-    stroke(page, [(0.1, 0.1), (0.1, 0.4), (0.2, 0.4)])  # small, in a corner, heavier on the left
+    # The drawing is small, in a corner, and heavier on the left.
+    stroke(page, [(0.1, 0.1), (0.1, 0.4), (0.2, 0.4)])
     expect(hits(page)).to_have_count(24)
     left, top, right, bottom, x, y, width = page.locator("#query-picture").evaluate(
         """(picture) => {
@@ -144,7 +145,8 @@ def test_a_drawing_is_set_out_as_mnist_is(page: Page, digits_url: str) -> None:
     )
     assert max(right - left, bottom - top) == pytest.approx(200, abs=2)
     assert (x, y) == pytest.approx((140, 140), abs=2)
-    assert width == pytest.approx(20, abs=2)  # a small drawing does not become a fat one
+    # A small drawing does not become a thick one.
+    assert width == pytest.approx(20, abs=2)
 
 
 def test_strokes_make_one_drawing_until_it_is_cleared(page: Page, digits_url: str) -> None:
@@ -160,7 +162,8 @@ def test_strokes_make_one_drawing_until_it_is_cleared(page: Page, digits_url: st
     assert not page.locator("#canvas").evaluate(
         "(canvas) => canvas.getContext('2d').getImageData(0, 0, 280, 280).data.some((value, at) => at % 4 < 3 && value)"
     )
-    page.go_back()  # both strokes were one drawing: before it was the gallery
+    # Both strokes were one drawing, and the gallery came before it.
+    page.go_back()
     expect(items(page).first).to_be_visible()
     expect(page.locator("#answer")).to_be_hidden()
 
@@ -232,7 +235,8 @@ def test_a_file_that_is_no_picture_shows_the_services_message(
     expect(hits(page)).to_have_count(0)
     assert [complaint for complaint in complaints if "415" not in complaint] == []
     complaints.clear()
-    page.set_input_files("#file", digit(digits_url, 7))  # and the page goes on
+    # The page still works.
+    page.set_input_files("#file", digit(digits_url, 7))
     expect(hits(page).first).to_contain_text("digits/00007")
     expect(page.locator("#error")).to_be_empty()
 
@@ -269,7 +273,8 @@ def test_a_picture_that_comes_before_the_info_is_asked_for_once(page: Page, digi
     expect(hits(page).first).to_contain_text("digits/00007")
     held[0].continue_()
     expect(page.locator("#facts")).to_contain_text("1,797 pictures")
-    page.evaluate("fetch('livez')")  # what was asked before is known by its end
+    # Earlier requests are answered before this one.
+    page.evaluate("fetch('livez')")
     expect(hits(page).first).to_contain_text("digits/00007")
     assert len(asked) == 1
 
@@ -287,7 +292,8 @@ def test_an_empty_gallery_says_how_to_fill_it_and_shows_what_comes(page: Page, e
     page.reload()
     expect(page.locator("#facts")).to_contain_text("2 pictures")
     expect(page.locator("#notice")).to_be_visible()
-    expect(page.locator("#notice")).to_contain_text("expect poor matches")  # coloured scenes, an encoder of digits
+    # The pictures are coloured scenes, but the encoder is for digits.
+    expect(page.locator("#notice")).to_contain_text("expect poor matches")
     expect(page.locator("#notice code").first).to_contain_text("lookalike reindex --store")
     expect(page.locator("#drawing")).to_be_hidden()
     expect(items(page).first).to_contain_text(f"{ODD_ID}artist {markup}")
@@ -309,7 +315,8 @@ def test_the_page_asks_for_a_key_and_shows_pictures_with_it(page: Page, tmp_path
         page.goto(url)
         expect(items(page)).to_have_count(5)
         expect(items(page).first.locator("img")).to_have_js_property("naturalWidth", 8)
-        page.reload()  # asks no second time
+        # A reload does not prompt for the key again.
+        page.reload()
         items(page).first.click()
         expect(hits(page)).to_have_count(4)
     assert [text for text in complaints if "401" not in text] == []

@@ -1,4 +1,4 @@
-"""The report in a real browser: its map answers to mouse and keyboard, and what names say stays text."""
+"""The report in a real browser: its map answers to mouse and keyboard, and names are shown as text only."""
 
 import io
 import re
@@ -89,7 +89,8 @@ def test_choosing_a_class_dims_the_others(page: Page, address: str, evaluation: 
     dimmed = points(page).evaluate_all("all => all.flatMap((c, at) => c.classList.contains('dim') ? [at] : [])")
     assert dimmed == others
     expect(points(page).nth(others[0])).to_have_css("opacity", "0.07")
-    points(page).nth(others[0]).hover(force=True)  # shows nothing, or a bright neighbour
+    # The dimmed point shows no tip, or that of a bright neighbour.
+    points(page).nth(others[0]).hover(force=True)
     expect(page.locator("#tip-id")).not_to_have_text(evaluation.queries.ids[others[0]])
     button.click()
     expect(button).to_have_attribute("aria-pressed", "false")

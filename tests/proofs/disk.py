@@ -1,4 +1,4 @@
-"""A SQLite VFS that simulates power loss and failing writes. The store does not know of it.
+"""A SQLite VFS that simulates power loss and failing writes. The store uses it unchanged.
 
 SQLite reads its writes back at once, but only xSync puts them on the platter. After a power loss each unsynced
 512-byte sector is on the platter or not, independently of all others. Files made or removed since the last sync of

@@ -6,7 +6,7 @@ _CATALOG = "the store cannot be written: {error}; it is read-only until the serv
 _SNAPSHOT = "test_a_snapshot_that_is_not_the_stores_is_replaced"
 
 REMOVALS: list[Removal] = [
-    # What a picture may be.
+    # Limits of a picture.
     refusal("the picture has {} bytes; the limit is {}", "test_what_is_refused"),
     refusal("the limit is {} pixels a side", "test_what_is_refused"),
     refusal("the picture is {}x{}; the limit is {} pixels", "test_refused[9,000 x 9,000]"),
@@ -18,7 +18,7 @@ REMOVALS: list[Removal] = [
     code(
         "decode", "Image.open(io.BytesIO(data), formats=FORMATS)", "Image.open(io.BytesIO(data))", "test_refused[EPS]"
     ),
-    # What a body may be.
+    # Limits of a body.
     refusal(
         "the body has {} bytes; the limit is {}", "test_a_length_beyond_the_limit_is_refused_before_the_body_comes"
     ),
@@ -35,7 +35,7 @@ REMOVALS: list[Removal] = [
         "from_base64", "base64.b64decode(text, validate=True)", "base64.b64decode(text + '==')", "test_refused[base64"
     ),
     refusal("expected at most {} text fields", "test_a_form_of_many_texts_is_refused"),
-    # Who comes in, and how.
+    # The guard before every route.
     code("_serve", "_check_path(scope)", "None", "test_refused[id "),
     refusal("expected headers of at most {} bytes", "test_headers_have_a_limit"),
     code("_serve", "_OPEN.fullmatch(path)", "True", "test_no_key_that_is_known"),
@@ -56,12 +56,12 @@ REMOVALS: list[Removal] = [
     code("check", "not known", "False", "test_no_key_that_is_known"),
     refusal("this API key may read only", "test_keys_that_are_known"),
     code("answer", 'headers["WWW-Authenticate"] = "Bearer"', "pass", "test_no_key_that_is_known"),
-    # How much work.
+    # Bounds on work.
     refusal("{} requests are waiting already", "test_one_too_many_is_busy_and_begins_nothing"),
     code("Place", "asyncio.timeout(timeout_s)", "asyncio.timeout(None)", "test_what_is_not_done_in_time_is_cancelled"),
     code("_look_out", "self._timeout.reschedule(0)", "None", "test_what_nobody_waits_for_any_more_is_not_begun"),
     code("wait", "future.cancel()", "None", "test_what_is_not_done_in_time_is_cancelled"),
-    # Whom a failure harms.
+    # Isolation of failures.
     code("_run", "job[1].set_running_or_notify_cancel()", "True", "test_callers_that_have_gone_are_passed_over"),
     code("_resolve", "len(batch) == 1 or (no_memory and halved)", "True", "test_a_bad_one_harms_nobody_else"),
     code("_resolve", "no_memory and halved", "False", "test_no_memory_for_the_halves_either_is_told_to_all"),
@@ -83,7 +83,7 @@ REMOVALS: list[Removal] = [
         "True",
         "test_a_probe_notices_a_graph_that_has_changed_or_is_gone",
     ),
-    # What a request may say.
+    # Limits of a request.
     code(
         "Body",
         'ConfigDict(extra="forbid", strict=True, frozen=True)',
@@ -108,7 +108,7 @@ REMOVALS: list[Removal] = [
     code("check_id", 'id = unicodedata.normalize("NFC", id)', "pass", "test_ids"),
     refusal("filter: expected at most {} conditions", "test_depth_is_bounded", "test_filters_that_are_refused"),
     refusal("filter: $in expects a list of 1 to {} values", "test_filters_that_are_refused"),
-    # What is believed, and when.
+    # Trusted files and states.
     refusal("its checksum is not that of its content", "test_any_flipped_bit_and_any_cut_is_noticed"),
     refusal("it has {} bytes, which its header does not say", _SNAPSHOT),
     refusal("it is of another encoder's store", _SNAPSHOT),
@@ -134,7 +134,7 @@ REMOVALS: list[Removal] = [
     ),
     code("_checked", "zlib.crc32(blob) != checksum", "False", "test_a_damaged_vector_is_named"),
     code("lock", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "None", "test_a_second_writer_is_refused"),
-    # How many at once.
+    # Several pictures or queries in a request.
     code(
         "check_fingerprint",
         "fingerprint is not None and fingerprint != gallery.card.fingerprint",

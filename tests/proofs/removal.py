@@ -1,4 +1,4 @@
-"""Take one guard out of the service and see whether its tests notice.
+"""Remove one guard from the service and check that its tests fail.
 
 A guard is found in the syntax tree, so comments, line breaks and a move to another file do not matter. The changed
 module is laid over the real one by an import hook: nothing is copied, and no file is written. This module imports
@@ -24,7 +24,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 _TIMEOUT_S = 600
-# Other people's modules that the tests import; each process starts with them loaded, and without ours.
+# Third-party modules that the tests import; each process starts with them loaded, and without ours.
 _PRELOADED = [
     *("apsw", "faiss", "fastapi", "fastapi.testclient", "fastapi_swagger", "httpx2", "hypothesis", "numpy"),
     *("onnx", "onnxruntime", "orjson", "PIL.Image", "playwright.sync_api", "psutil", "pytest", "python_multipart"),
@@ -63,12 +63,12 @@ class Outcome(NamedTuple):
 
 
 def refusal(message: str, *tests: str) -> Removal:
-    """Let the error with this message not be raised."""
+    """Suppress the error with this message."""
     return Removal("", message, "pass", tests)
 
 
 def code(where: str, guard: str, instead: str, *tests: str) -> Removal:
-    """Put other code in the place of an expression or a statement in a function or class."""
+    """Replace an expression or a statement in a function or class by other code."""
     return Removal(where, guard, instead, tests)
 
 
@@ -157,7 +157,7 @@ def _message(node: ast.Raise) -> str:
 class Prover:
     """Runs tests against changed modules, each time in a process of its own.
 
-    A fork server loads other people's modules once; a process begins as its copy and imports the service and the
+    A fork server loads third-party modules once; a process begins as its copy and imports the service and the
     tests itself.
     """
 

@@ -1,4 +1,4 @@
-"""Each guard of the service is taken out, one at a time; each time a test must notice."""
+"""Each guard of the service is removed, one at a time; each time a test must fail."""
 
 import os
 import time
@@ -20,7 +20,7 @@ def prover() -> Prover:
 
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest, prover: Prover) -> Iterator[dict[Removal, "Future[Outcome]"]]:
-    """What becomes of each guard that this run has chosen; they are taken out side by side, one for each core."""
+    """The outcome of each guard chosen for this run; guards are removed in parallel, one on each core."""
     started = time.monotonic()
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     removals: list[Removal] = [params["removal"] for params in calls if "removal" in params]

@@ -148,6 +148,6 @@ def opened(folder: Path, **options: Any) -> EmbeddedStore:
 
 
 def writer_of(store: EmbeddedStore) -> CatalogWriter:
-    """Return what changes a store's catalog, for pragmas of a test's own."""
+    """Return the store's catalog writer, for a test's own pragmas."""
     assert store._writer is not None
     return store._writer

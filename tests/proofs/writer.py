@@ -3,7 +3,7 @@
     python -m tests.proofs.writer FOLDER SEED
 
 LOOKALIKE_KILL_AT names a point, and LOOKALIKE_KILL_AFTER the number of passes before the process kills itself there.
-This module wraps functions of the store and its VFS to mark the points; the store does not know them.
+This module wraps functions of the store and its VFS to mark the points; the store's own code is unchanged.
 LOOKALIKE_SNAPSHOTS=1 saves snapshots all the time, LOOKALIKE_CLOCK=1 makes the clock jump by a day.
 """
 

@@ -1,4 +1,4 @@
-"""The HTTP app as it stands behind BentoML's own routes, with settings of a test's own."""
+"""The HTTP app behind BentoML's own routes, with the settings of each test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""The real process: ready when searchable, gone when told, its store free again."""
+"""The real process: ready once it can search; on a signal it ends and releases its store."""
 
 import json
 import os
@@ -51,7 +51,8 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
     assert get(f"http://127.0.0.1:{port}/images/nobody/content")[0] == 404
     metrics = get(f"http://127.0.0.1:{port}/metrics")[1]
     assert b'lookalike_requests_total{method="GET",route="/images/{id}/content",status="404"} 1.0' in metrics
-    os.killpg(server.pid, stop)  # as a terminal's Ctrl-C does, and as a supervisor does
+    # A terminal's Ctrl-C and a supervisor signal the whole process group.
+    os.killpg(server.pid, stop)
     assert server.wait(20) == 0, log.read_text()
     text = log.read_text()
     assert f"Lookalike on http://127.0.0.1:{port}" in text

@@ -1,4 +1,4 @@
-"""What may go wrong while the service runs, and whom it harms."""
+"""Faults while the service runs, and the callers that they affect."""
 
 import json
 import logging
@@ -58,7 +58,8 @@ def write_model(folder: Path, side: int = 8, slow: int = 0) -> Path:
 
 
 def test_a_poisoned_picture_in_a_batch_harms_one_caller(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "flat", slow=300)  # slow, so that the 32 meet in batches
+    # The encoder is slow, so that the 32 requests share batches.
+    model = write_model(tmp_path / "flat", slow=300)
     poison = encoded(Image.new("RGB", (20, 20)))
     with running(tmp_path, "--no-store", "--model", str(model)) as (_, address, _):
         alone = [ask(address, data)[1]["embeddings"][0] for data in PICTURES]
@@ -81,7 +82,8 @@ def test_a_poisoned_picture_in_a_batch_harms_one_caller(tmp_path: Path) -> None:
             for line in metrics.splitlines()
             if line.startswith("lookalike_batch_size_bucket")
         }
-        assert sizes["+Inf"] > sizes["1.0"]  # there were batches of more than one
+        # Some batches held more than one picture.
+        assert sizes["+Inf"] > sizes["1.0"]
         assert 'lookalike_errors_total{code="no_embedding"} 5.0' in metrics
 
 
@@ -95,7 +97,8 @@ def test_a_full_queue_answers_429_and_the_rest_as_ever(tmp_path: Path) -> None:
         assert set(seen) == {200, 429}, seen
         assert {answer["code"] for status, answer in answers if status == 429} == {"busy"}
         assert status_of(address + "/readyz") == 200
-        assert ask(address, PICTURES[0])[0] == 200  # and nothing of it stays
+        # The refusals occupy no place afterwards.
+        assert ask(address, PICTURES[0])[0] == 200
         assert "lookalike_requests_at_work 0.0" in urllib.request.urlopen(address + "/metrics").read().decode()
 
 

@@ -1,4 +1,4 @@
-"""One writer for all: what is at a path is whole, before and after a power cut."""
+"""One writer for all files: a file at its path is whole, before and after a power cut."""
 
 import ast
 import os
@@ -13,13 +13,13 @@ from service.jobs.parquet_parts import write_parquet
 from tests.conftest import ROOT
 
 _OWN = ("service/files.py",)
-# These calls replace files and are no writers: a benchmark moves a snapshot away and back.
+# These calls rename files but write none: a benchmark moves a snapshot away and back.
 _MOVES = ("benchmarks/search.py",)
 
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """Names of what is synced, in order, and whether something at the path `new` is seen by then."""
+    """Names of the synced files, in order, and whether the path `new` exists at that time."""
     seen: list[tuple[str, bool]] = []
     really = os.fsync
 
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_earlier_one(
 
 
 def test_nobody_else_renames_or_syncs() -> None:
-    """A private copy of this idea would be a rename or an fsync elsewhere."""
+    """A second implementation would show as a rename or an fsync elsewhere."""
     found = []
     for path in (path for room in ("service", "training", "benchmarks") for path in (ROOT / room).rglob("*.py")):
         calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))

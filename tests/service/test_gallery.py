@@ -1,4 +1,4 @@
-"""Encoder + store: outcomes of adding, the choice of encoder, the sentence about pictures that do not fit."""
+"""Encoder + store: outcomes of adding, the choice of encoder, the notice about pictures that do not fit."""
 
 import json
 import shutil
@@ -34,7 +34,8 @@ from tests.service.jobs.test_embed import blind_model
 def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the default is made below the current folder
+    # The default encoder is made below the current folder.
+    monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(MODEL, tmp_path / "mine"))
     settings = Settings(store=tmp_path / "store")
     assert find_model(settings, "digits[:100]") == find_model(settings, "mnist/test") == Path("models/mnist")
@@ -44,7 +45,8 @@ def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
     open_gallery(Settings(store=tmp_path / "store", model=model)).close()
     assert find_model(settings) == model
     assert find_model(Settings(store=tmp_path / "store", model=MODEL)) == MODEL
-    shutil.rmtree(model)  # as when the store comes from another machine; the fingerprint is the same
+    # A store from another machine lacks its encoder's folder; the fingerprint is the same.
+    shutil.rmtree(model)
     assert find_model(settings) == Path("models/mnist")
 
 
@@ -82,7 +84,7 @@ def test_bytes_that_are_no_picture_and_a_store_that_cannot_be_written_are_outcom
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, counted: list[str]) -> None:
-    """Note each call of a method, which still does its work."""
+    """Record each call of a method and run the method as before."""
     inner = getattr(owner, name)
 
     @wraps(inner)

@@ -1,4 +1,4 @@
-"""Build, catch up, switch: a generation takes over the items of the one before it and remembers how far it came."""
+"""Build, catch up, switch: a generation copies the items of the one before it and records its progress."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened() -> Iterator[ExitStack]:
-    """Closes what a test opens."""
+    """Closes the stores that a test opens."""
     with ExitStack() as stack:
         yield stack
 
@@ -84,7 +84,7 @@ def test_a_generation_catches_up_and_takes_the_place_of_the_first(home: Path, op
     put(first, "last", b"last")
 
     def add(pictures: Sequence[NewPicture[bytes]]) -> list[Outcome[bool]]:
-        # The first pass is past this item already, so only a second one takes the change over.
+        # The first pass has read this item already, so only a second pass copies the change.
         if pictures:
             first.set_metadata("p0", lambda _: {"n": "meanwhile"})
         return adding(second)(pictures)
@@ -97,7 +97,8 @@ def test_a_generation_catches_up_and_takes_the_place_of_the_first(home: Path, op
     publish(home, second.folder)
     assert current(home) == home / "generation-2"
     first.close()
-    with pytest.raises(InvalidStore, match="in use by process"):  # the second has the first's lock
+    # The second generation holds the lock of the first.
+    with pytest.raises(InvalidStore, match="in use by process"):
         lock(home)
 
 
@@ -134,7 +135,8 @@ def test_a_bad_picture_is_named_and_the_others_are_taken_over(home: Path, opened
     ):
         build(second, earlier, home, adding(second), lambda _: None)
     assert list(contents(second)) == ["a", "c"]
-    assert Lineage.of(second) == Lineage("", -1)  # so that the next run looks at all of them again
+    # The lineage is reset, so that the next run compares all items again.
+    assert Lineage.of(second) == Lineage("", -1)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,8 @@ def test_a_bad_picture_is_named_and_the_others_are_taken_over(home: Path, opened
         ({}, None),
         ({"earlier": "", "follows": "31"}, Lineage("", 31)),
         ({"earlier": "generation-2", "follows": "7"}, Lineage("generation-2", 7)),
-        ({"earlier": ""}, Lineage("", -1)),  # an interrupted job of an earlier version
+        # An earlier version left this when its job was interrupted.
+        ({"earlier": ""}, Lineage("", -1)),
     ],
 )
 def test_lineages_of_stores_that_are_there(home: Path, facts: dict[str, str], lineage: Lineage | None) -> None:

@@ -1,4 +1,4 @@
-"""What an item may be: ids, metadata, merge patches."""
+"""The limits of an item: ids, metadata, merge patches."""
 
 from typing import Any
 
@@ -34,7 +34,8 @@ def test_metadata_that_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("target", "patch", "result"),
-    [  # of RFC 7396, appendix A, where target and patch are objects
+    # The rows are those of RFC 7396, appendix A, in which target and patch are objects.
+    [
         ({"a": "b"}, {"a": "c"}, {"a": "c"}),
         ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
         ({"a": "b"}, {"a": None}, {}),

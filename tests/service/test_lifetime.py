@@ -1,4 +1,4 @@
-"""Real processes: what is accepted is answered, whoever is killed."""
+"""Real processes: an accepted request is answered, whichever process is killed."""
 
 import http.client
 import json
@@ -34,7 +34,7 @@ def embed(address: str, connection: http.client.HTTPConnection | None = None) ->
 
 
 class Crowd:
-    """Clients that ask again and again, half of them on connections that they keep, until they are refused."""
+    """Clients that send requests until they are refused, half of them on kept connections."""
 
     def __init__(self, address: str, size: int = 8) -> None:
         self.address = address
@@ -50,7 +50,8 @@ class Crowd:
                 try:
                     self.seen[str(embed(self.address, kept if keeps else None))] += 1
                 except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
-                    self.seen["closed"] += 1  # an idle connection at its end, or one that was in the line
+                    # The server closed an idle connection or one in the accept queue.
+                    self.seen["closed"] += 1
                     kept.close()
 
     def join(self) -> None:
@@ -68,7 +69,8 @@ def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path) -> None:
         begun = time.monotonic()
         server.terminate()
         readiness = []
-        while server.poll() is None:  # not ready at once, while requests are still answered
+        # The service is unready at once, while it still answers requests.
+        while server.poll() is None:
             with suppress(OSError):
                 readiness.append(status_of(address + "/readyz"))
             time.sleep(0.05)
@@ -95,7 +97,8 @@ def test_a_request_that_is_coming_in_is_answered_after_sigterm(tmp_path: Path) -
             server.terminate()
             time.sleep(3)
             assert server.poll() is None, log.read_text()
-            with pytest.raises(OSError):  # refused, or reset
+            # The connection is refused or reset.
+            with pytest.raises(OSError):
                 embed(address)
             slow.sendall(PHOTO[1000:])
             assert slow.recv(100).startswith(b"HTTP/1.1 200")
@@ -126,14 +129,16 @@ def test_a_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
         while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
             assert time.monotonic() - begun < 2
             time.sleep(0.02)
-        crowd.join()  # the port is closed
+        # The clients end because the port is closed.
+        crowd.join()
     again = subprocess.run(
         [LOOKALIKE, "index", "digits[:2]", "--model", MODEL, "--store", tmp_path / "store"],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert again.returncode == 0, again.stderr  # and so the store's lock is free
+    # The command succeeds only if the store's lock is free.
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow("starts two services and waits for their restarted workers")
@@ -161,14 +166,17 @@ def test_without_a_store_several_workers_embed_and_count_together(tmp_path: Path
     with running(tmp_path, "--model", str(MODEL), "--no-store", "--workers", "2") as (_, address, _):
         lanes = 'lookalike_encoder_lanes{model="mnist",provider="CPUExecutionProvider",variant="fp32"}'
         deadline = time.monotonic() + 60
-        while f"{lanes} 2.0" not in metrics(address):  # ready is: one of them is
+        # Ready means that one of the workers has opened its encoder.
+        while f"{lanes} 2.0" not in metrics(address):
             assert time.monotonic() < deadline, metrics(address)
             time.sleep(0.1)
         for _ in range(40):
-            assert embed(address) == 200  # each on a connection of its own: both workers take some
+            # Each request has its own connection, so both workers get some.
+            assert embed(address) == 200
         (tmp_path / "another").mkdir()
         with running(tmp_path / "another", "--model", str(MODEL), "--no-store"):
-            pass  # BentoML empties its folder of metrics for whoever starts
+            # BentoML empties its metrics folder when a service starts.
+            pass
         for _ in range(4):
             assert 'lookalike_requests_total{method="POST",route="/embed",status="200"} 40.0' in metrics(address)
         assert json.load(urllib.request.urlopen(address + "/info"))["count"] is None

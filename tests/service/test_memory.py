@@ -1,5 +1,5 @@
-"""What a body may cost the real process in memory: pictures and refusals less than twice the limit of a request, JSON,
-which is there as bytes and as texts at once, a little more."""
+"""The memory that a body may take in the real process: less than twice the limit of a request for pictures and
+refusals, a little more for JSON, which is held as bytes and as texts at once."""
 
 import http.client
 import io
@@ -28,7 +28,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def worker() -> Path:
-    """The folder in /proc of the process that serves."""
+    """The /proc folder of the serving process."""
     (found,) = (
         process.pid
         for process in psutil.Process().children(recursive=True)
@@ -55,7 +55,7 @@ def form() -> Iterator[bytes]:
 
 
 def too_long() -> Iterator[bytes]:
-    """More than the limit, of one text that does not end."""
+    """One unterminated text longer than the limit."""
     yield b'--x\r\nContent-Disposition: form-data; name="other"\r\n\r\n'
     for _ in range(660):
         yield b"y" * 100_000
@@ -79,10 +79,12 @@ def text() -> Iterator[bytes]:
 )
 def test_what_a_body_costs(url: str, body: Callable[[], Iterator[bytes]], kind: str, status: int, times: float) -> None:
     process = worker()
-    (process / "clear_refs").write_text("5")  # the peak begins anew
+    # This resets the recorded peak.
+    (process / "clear_refs").write_text("5")
     before = status_of(process, "VmRSS")
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
-    with suppress(BrokenPipeError):  # refused while it was being sent: the answer is there
+    # A refusal may come before the whole body is sent; its answer can still be read.
+    with suppress(BrokenPipeError):
         connection.request("POST", "/embed", body(), {"Content-Type": kind}, encode_chunked=True)
     answer = connection.getresponse()
     assert answer.status == status, answer.read()

@@ -1,4 +1,4 @@
-"""What is counted is the app's affair: nothing is, and nothing changes, because a module or an encoder is opened."""
+"""Only the app sets up metrics: importing a module or opening an encoder counts and changes nothing."""
 
 import json
 import os
@@ -79,7 +79,8 @@ def test_a_switch_that_fails_changes_nothing_and_one_that_succeeds_names_the_new
         other.rename(aside)
         card = json.loads((shutil.copytree(MODEL, other) / "card.json").read_text())
         (other / "card.json").write_text(json.dumps(card | {"name": "third"}))
-        worker.switch()  # the encoder opens, and the store's new generation is not of it
+        # The encoder opens, but the store's new generation belongs to another one.
+        worker.switch()
         assert lanes() == before
         assert worker.gallery.card.name == http.state.gallery.card.name == "mnist"
         shutil.rmtree(other)
@@ -93,10 +94,10 @@ def test_a_switch_that_fails_changes_nothing_and_one_that_succeeds_names_the_new
 
 
 def lanes() -> list[str]:
-    """What is said of the encoder that serves."""
+    """The metrics of the serving encoder."""
     return [line for line in ours(metrics.report()) if line.startswith("lookalike_encoder_lanes{")]
 
 
 def ours(report: bytes) -> list[str]:
-    """The lines of our own metrics: those of the process change by themselves."""
+    """The lines of our own metrics; those of the process vary."""
     return [line for line in report.decode().splitlines() if line.startswith("lookalike_")]

@@ -1,4 +1,4 @@
-"""Queries: each kind reaches the store by one way, whoever parsed it."""
+"""Queries: each kind reaches the store in one way, from HTTP, command line and page alike."""
 
 import base64
 from functools import partial
@@ -30,7 +30,7 @@ def test_every_kind_of_query_finds_the_same_items(gallery: Gallery) -> None:
 
 
 def test_an_id_and_a_picture_in_base64_are_never_confused(gallery: Gallery) -> None:
-    """Both are texts over HTTP. An id that is valid base64 of a picture is an id all the same."""
+    """Both are texts over HTTP. An id that is also valid base64 of a picture stays an id."""
     text = base64.b64encode(encoded(scene(2, 2))).decode()[:200]
     gallery.add(text, encoded(scene(seed=1)), {})
     assert gallery.find([ItemQuery(text)], 1) == [[]]

@@ -1,4 +1,4 @@
-"""Spans are made where somebody collects them, and nowhere else."""
+"""Spans are made only if a collector is configured."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ PICTURE = encoded(scene())
 
 @pytest.fixture
 def spans() -> Iterator[InMemorySpanExporter]:
-    """What BentoML's tracer provider gives away."""
+    """The tracer of BentoML's provider."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     BentoMLContainer.tracer_provider.set(provider)

@@ -37,8 +37,8 @@ erase = 0.2
 """
 
 
-# pytorch-metric-learning, our oracle, would load this, which replaces the search of every FAISS index in the process by
-# one of another signature; nothing of ours or of the tests needs it.
+# pytorch-metric-learning, our oracle, would load this module. It replaces the search of every FAISS index in the
+# process by one of another signature, and neither we nor the tests need it.
 sys.modules.setdefault("faiss.contrib.torch_utils", ModuleType("faiss.contrib.torch_utils"))
 
 
@@ -65,10 +65,11 @@ def tiny_recipe(tiny_recipe_file: Path) -> Recipe:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small-cnn that saw digits twice; its parents did not exist before."""
+    """The folder of a small-cnn trained on digits for two epochs; its parents did not exist before."""
     root = tmp_path_factory.mktemp("tiny")
     out = root / "new" / "models" / "tiny"
-    recipe = read_recipe(str(tiny_recipe_file), ["precision=float32"])  # whatever a stopwatch would say
+    # The precision is set, so that no timing decides it.
+    recipe = read_recipe(str(tiny_recipe_file), ["precision=float32"])
     pretrain("digits", recipe, out, None, "cpu", root)
     return out
 
@@ -80,13 +81,14 @@ def tiny_card(tiny_model: Path) -> Card:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, on any machine: the proxy is a port where nobody listens."""
+    """Block the network: the proxy is a port on which no process listens."""
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
         monkeypatch.setenv(variable.upper(), "http://127.0.0.1:9")
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers its proxies for the rest of the process
+    # The opener keeps its proxies for the rest of the process.
+    monkeypatch.setattr(urllib.request, "_opener", None)
 
 
 @pytest.fixture

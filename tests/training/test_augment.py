@@ -1,7 +1,7 @@
 """Views are random picture by picture, repeat with their generator, and move pixels only where the recipe says.
 
-Geometry is read off a picture whose red and green are the coordinates of each pixel: what a view holds at a
-place is then where it was taken from, and its blue tells whether that lies inside the picture.
+Geometry is read off a picture whose red and green are the coordinates of each pixel: a view's colours are then the
+place that its pixel was taken from, and its blue tells whether that lies inside the picture.
 """
 
 import math
@@ -19,7 +19,8 @@ from training.augment import augment, colour_matrix, gaussian_kernels, luminance
 from training.recipe import Augmentation
 
 SIDE = 32
-EACH: dict[str, dict[str, Any]] = {  # every change alone, at full chance
+# Each change is tested alone, at full chance.
+EACH: dict[str, dict[str, Any]] = {
     "crop_area": {"crop_area": 0.3},
     "flip": {"flip": 1},
     "rotation": {"rotation": 30},
@@ -37,7 +38,8 @@ EACH: dict[str, dict[str, Any]] = {  # every change alone, at full chance
 }
 HALVES = {"jitter_strength": 0.4, "grey": 0.5, "blur": 0.5, "solarise": 0.5}
 ALL = Augmentation(**{key: value for change in EACH.values() for key, value in change.items()} | HALVES)
-YES_OR_NO = ("flip", "grey", "solarise")  # what has a chance, but no strength
+# These changes have a chance, but no strength.
+YES_OR_NO = ("flip", "grey", "solarise")
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -61,8 +63,9 @@ class Geometry(NamedTuple):
 
 
 def sampled(count: int, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each pixel of a view comes from (N, S·S, 2), where it lies (S·S, 2), and whether both are inside."""
-    ruler = (torch.arange(SIDE) + 0.5) / SIDE  # pixel centres, 0..1
+    """Each view pixel's source place (N, S·S, 2), its own place (S·S, 2), and whether both are inside."""
+    # Pixel centres lie in 0..1.
+    ruler = (torch.arange(SIDE) + 0.5) / SIDE
     down, across = torch.meshgrid(ruler, ruler, indexing="ij")
     chart = torch.stack([across, down, torch.ones(SIDE, SIDE)]).expand(count, 3, SIDE, SIDE)
     views = augment(chart, Augmentation(**changes), seeded())
@@ -86,9 +89,8 @@ def geometry(count: int = 200, **changes: float) -> Geometry:
 
 IDENTITY = torch.eye(2, dtype=torch.float64)
 IDENTITY3 = torch.eye(3, dtype=torch.float64)
-YIQ = torch.tensor(
-    [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64
-)  # rows Y, I, Q from r, g, b
+# The rows give Y, I and Q from r, g and b.
+YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -101,7 +103,8 @@ def test_with_everything_off_a_view_is_its_picture(channels: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_view_keeps_shape_type_and_range(channels: int) -> None:
-    pictures = noise(50, channels).round()  # black and white: interpolation has no room to spare
+    # Black and white pixels leave no room for an interpolation that overshoots.
+    pictures = noise(50, channels).round()
     views = augment(pictures, ALL, seeded())
     assert views.shape == pictures.shape
     assert views.dtype == torch.float32
@@ -146,9 +149,11 @@ def test_a_chance_is_met_in_that_share_of_the_rows_and_leaves_the_others(change:
     pictures = noise(1, channels).repeat(600, 1, 1, 1)
     views = augment(pictures, Augmentation(**EACH[change] | {chance: 0.3}), seeded())
     moved = (views - pictures).abs().amax((1, 2, 3))
-    share = moved.gt(1e-5 if change == "flip" else 0).float().mean()  # a grid rounds even where it changes nothing
+    # A sampling grid rounds even if it changes nothing.
+    share = moved.gt(1e-5 if change == "flip" else 0).float().mean()
     colourless = channels == 1 and change in ("hue", "grey")
-    assert float(share) == pytest.approx(0 if colourless else 0.3, abs=0.056)  # three standard deviations
+    # The tolerance is three standard deviations.
+    assert float(share) == pytest.approx(0 if colourless else 0.3, abs=0.056)
 
 
 def test_a_chance_that_hits_no_row_changes_nothing() -> None:
@@ -209,7 +214,8 @@ def test_shear_slants_rows_and_leaves_columns() -> None:
 def test_shift_moves_by_a_share_of_the_side() -> None:
     found = geometry(shift=0.2)
     torch.testing.assert_close(found.matrix, IDENTITY.expand(200, 2, 2), atol=1e-4, rtol=0)
-    for furthest in found.shift.abs().amax(0).tolist():  # across, down
+    # The axes are across and down.
+    for furthest in found.shift.abs().amax(0).tolist():
         assert 0.18 < furthest <= 0.2001
     assert abs(float(np.corrcoef(found.shift[:, 0], found.shift[:, 1])[0, 1])) < 0.25
 
@@ -242,11 +248,13 @@ def test_a_crop_shows_no_border(crop_area: float, flip: float) -> None:
 def test_elastic_moves_pixels_smoothly_by_up_to_a_share_of_the_side() -> None:
     sources, places, inside = sampled(100, elastic=0.1)
     moved = (sources - places)[inside].norm(dim=1)
-    assert 0.08 < float(moved.max()) < 0.1 * math.sqrt(2) * 1.5  # both axes at once, and the spline's overshoot
+    # Both axes move at once, and the spline overshoots.
+    assert 0.08 < float(moved.max()) < 0.1 * math.sqrt(2) * 1.5
     field = (sources - places).reshape(-1, SIDE, SIDE, 2)
     beside = inside.reshape(-1, SIDE, SIDE)
     step = (field[:, :, 1:] - field[:, :, :-1]).norm(dim=-1)[beside[:, :, 1:] & beside[:, :, :-1]]
-    assert float(step.max()) < 0.05  # a third of the side lies between two corners of the 4×4 grid
+    # A third of the side lies between two corners of the 4×4 grid.
+    assert float(step.max()) < 0.05
     assert float(geometry(20, elastic=0.1).residual.min()) > 0.01
 
 
@@ -256,8 +264,10 @@ def test_stroke_thickens_some_and_thins_others() -> None:
     ink = augment(pictures, Augmentation(stroke=1), seeded()).sum((1, 2, 3))
     assert 30 < int((ink > 100.01).sum()) < 70
     assert 30 < int((ink < 99.99).sum()) < 70
-    assert float(ink.max()) <= 144.001  # one pixel on every side
-    assert float(ink.min()) >= 81.999  # half of the way to 64
+    # The stroke grows by one pixel on every side.
+    assert float(ink.max()) <= 144.001
+    # It shrinks half of the way to 64.
+    assert float(ink.min()) >= 81.999
 
 
 def test_stroke_blends_with_the_extremes_of_three_by_three() -> None:
@@ -273,7 +283,8 @@ def test_stroke_blends_with_the_extremes_of_three_by_three() -> None:
 
 
 def test_jitter_keeps_brightness_within_its_strength() -> None:
-    flat = torch.full((300, 3, SIDE, SIDE), 0.5)  # no contrast and no colour to change
+    # The picture has no contrast and no colour to change.
+    flat = torch.full((300, 3, SIDE, SIDE), 0.5)
     tones = augment(flat, Augmentation(jitter=1, jitter_strength=0.4), seeded())
     assert float((tones.amax((1, 2, 3)) - tones.amin((1, 2, 3))).max()) < 1e-5
     assert 0.3 - 1e-5 <= float(tones.min()) < 0.32
@@ -290,25 +301,30 @@ def test_jitter_changes_contrast_of_grey_and_saturation_of_colour() -> None:
     views = augment(colour, Augmentation(jitter=1, jitter_strength=0.2), seeded())
     red = views[:, 0] - views[:, 1]
     saturation = (red / luminance(views)[:, 0]).mean((1, 2)) * float(luminance(colour)[0].mean()) / 0.2
-    assert float(saturation.min()) < 0.75  # contrast alone, which colour shares, gives 0.8 to 1.2
+    # Contrast alone, which also scales colour, gives 0.8 to 1.2.
+    assert float(saturation.min()) < 0.75
     assert float(saturation.max()) > 1.25
 
 
 def test_jitter_is_brightness_then_contrast_then_saturation_and_hue() -> None:
     """Each view's four numbers are read off the affine colour map that a fit finds between picture and view."""
-    pictures = 0.4 + 0.2 * noise(300).double()  # nothing clips
+    # In this range nothing clips.
+    pictures = 0.4 + 0.2 * noise(300).double()
     views = augment(pictures.float(), Augmentation(jitter=1, jitter_strength=0.2, hue=0.1), seeded()).double()
     before, after = (batch.flatten(2).transpose(1, 2) for batch in (pictures, views))  # (N, S·S, 3)
     fit = torch.linalg.lstsq(torch.cat([before, torch.ones_like(before[:, :, :1])], 2), after).solution  # (N, 4, 3)
     matrix, offset = fit[:, :3].transpose(1, 2), fit[:, 3]  # (N, 3, 3), (N, 3)
     torch.testing.assert_close(before @ matrix.transpose(1, 2) + offset[:, None], after, atol=1e-5, rtol=0)
-    tone = matrix.sum(2)  # what becomes of grey: the same in each channel
+    # Grey is mapped alike in each channel.
+    tone = matrix.sum(2)
     torch.testing.assert_close(tone, tone[:, :1].expand(300, 3), atol=1e-4, rtol=0)
     torch.testing.assert_close(offset, offset[:, :1].expand(300, 3), atol=1e-4, rtol=0)
     mean = luminance(pictures).mean((1, 2, 3))
-    brightness = tone[:, 0] + offset[:, 0] / mean  # of the mean, which contrast keeps
+    # Brightness is measured at the mean, which contrast keeps.
+    brightness = tone[:, 0] + offset[:, 0] / mean
     contrast = tone[:, 0] / brightness
-    colour = YIQ @ (matrix / tone[:, :1, None]) @ YIQ.inverse()  # luminance stays; I and Q turn and scale
+    # Luminance stays; I and Q rotate and scale.
+    colour = YIQ @ (matrix / tone[:, :1, None]) @ YIQ.inverse()
     torch.testing.assert_close(colour[:, 0], IDENTITY3[0].expand(300, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(colour[:, 1, 1], colour[:, 2, 2], atol=1e-3, rtol=0)
     torch.testing.assert_close(colour[:, 1, 2], -colour[:, 2, 1], atol=1e-3, rtol=0)
@@ -343,8 +359,10 @@ def test_colour_matrix_at_its_corners() -> None:
     ones, luma = torch.ones(1), torch.tensor([0.299, 0.587, 0.114])
     assert torch.equal(colour_matrix(ones, 0 * ones)[0], torch.eye(3))
     torch.testing.assert_close(colour_matrix(0 * ones, ones / 3)[0], luma.expand(3, 3))
-    torch.testing.assert_close(colour_matrix(ones, ones / 2)[0], 2 * luma.expand(3, 3) - torch.eye(3))  # opposite
-    torch.testing.assert_close(luma @ colour_matrix(2 * ones, ones / 5)[0], luma)  # luminance stays
+    # This is the opposite hue.
+    torch.testing.assert_close(colour_matrix(ones, ones / 2)[0], 2 * luma.expand(3, 3) - torch.eye(3))
+    # Luminance stays.
+    torch.testing.assert_close(luma @ colour_matrix(2 * ones, ones / 5)[0], luma)
 
 
 def test_hue_keeps_luminance_and_leaves_grey_pictures() -> None:
@@ -373,7 +391,8 @@ def test_gaussian_kernels_are_a_slow_loop_over_taps() -> None:
 def test_blur_is_torchvisions_at_a_sigma_of_each_rows_own(blur_radius: float) -> None:
     pictures = noise(200)
     pictures[:, 0] = 0
-    pictures[:, 0, 16, 16] = 1  # red becomes the kernel, which tells its sigma
+    # Red becomes the kernel, from which its sigma is read.
+    pictures[:, 0, 16, 16] = 1
     views = augment(pictures, Augmentation(blur=1, blur_radius=blur_radius), seeded())
     row = views[:, 0, 16].double()  # (N, S)
     sigmas = (0.5 / (row[:, 16] / row[:, 17]).log()).sqrt()
@@ -398,7 +417,8 @@ def test_solarise_is_torchvisions_at_a_half(channels: int) -> None:
     pictures[0, 0, 0, :2] = torch.tensor([0.5, 1])
     views = augment(pictures, Augmentation(solarise=1), seeded())
     assert torch.equal(views, torchvision.solarize(pictures, 0.5))
-    assert torch.equal(augment(views, Augmentation(solarise=1), seeded()), views)  # twice changes no more
+    # A second application changes nothing.
+    assert torch.equal(augment(views, Augmentation(solarise=1), seeded()), views)
 
 
 def test_the_square_is_blanked_last_and_has_sharp_edges() -> None:

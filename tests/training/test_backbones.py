@@ -1,4 +1,4 @@
-"""Backbones and the layers behind them: shapes, stems, grey, weights from files, and what is refused in which words."""
+"""Backbones and the layers behind them: shapes, stems, grey, weights from files, and refusals with their messages."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from service.errors import InvalidRequest
 from training.backbones import build_backbone, mlp
 
-Save = Any  # save(content) -> path
+# Save stands for save(content) -> path.
+Save = Any
 
 
 @pytest.fixture
@@ -57,7 +58,8 @@ def embedded(module: nn.Module, x: Tensor) -> Tensor:
 def test_a_backbone_gives_its_dimension(name: str, channels: int, side: int, dimension: int) -> None:
     backbone = build_backbone(name, channels, side)
     assert backbone.dimension == dimension
-    assert all(module.training for module in backbone.module.modules())  # ready to be trained
+    # A new backbone is in training mode.
+    assert all(module.training for module in backbone.module.modules())
     embeddings = embedded(backbone.module, noise(2, channels, side, side))
     assert embeddings.shape == (2, dimension)
     assert float((embeddings[0] - embeddings[1]).abs().max()) > 0
@@ -68,7 +70,8 @@ def test_our_own_backbones_cost_what_they_say(name: str, channels: int, side: in
     backbone = build_backbone(name, channels, side)
     with FlopCounterMode(display=False) as counter:
         embedded(backbone.module, noise(1, channels, side, side))
-    assert counter.get_total_flops() / 2e6 == pytest.approx(millions, rel=0.1)  # two operations a multiply-add
+    # A multiply-add is two operations.
+    assert counter.get_total_flops() / 2e6 == pytest.approx(millions, rel=0.1)
 
 
 def test_a_residual_block_adds_to_what_comes_in() -> None:
@@ -97,7 +100,8 @@ def test_a_grey_backbone_sees_what_its_rgb_one_sees_of_grey(name: str, side: int
     rgb, grey = (build_backbone(name, channels, side, save(state)) for channels in (3, 1))
     x = noise(2, 1, side, side)
     seen, expected = embedded(grey.module, x), embedded(rgb.module, x.expand(-1, 3, -1, -1))
-    scale = float(expected.abs().max())  # deep networks fade before they are trained
+    # The embeddings of untrained deep networks are small.
+    scale = float(expected.abs().max())
     torch.testing.assert_close(seen / scale, expected / scale, rtol=0, atol=1e-4)
     assert float((seen[0] - seen[1]).abs().max()) > 1e-3 * scale
 
@@ -209,7 +213,7 @@ def test_torchvision_has_no_weights_of_our_own_backbones(name: str) -> None:
         build_backbone(name, 3, 32, "DEFAULT")
 
 
-# What cannot be built.
+# Backbones that cannot be built.
 
 
 @pytest.mark.parametrize("name", ["huge", "", "resnet", "fcn_resnet50", "quantized_resnet18", "r3d_18"])
@@ -247,10 +251,13 @@ def layers(head: nn.Module) -> list[str]:
 @pytest.mark.parametrize(
     ("widths", "options", "expected"),
     [
-        ((9, 7, 5), {}, ["9→7", "norm 7+affine", "ReLU", "7→5", "norm 5"]),  # SimCLR's g
+        # This is SimCLR's g.
+        ((9, 7, 5), {}, ["9→7", "norm 7+affine", "ReLU", "7→5", "norm 5"]),
         ((9, 7, 7, 5), {}, ["9→7", "norm 7+affine", "ReLU", "7→7", "norm 7+affine", "ReLU", "7→5", "norm 5"]),
-        ((9, 7, 5), {"last_norm": False}, ["9→7", "norm 7+affine", "ReLU", "7→5+bias"]),  # BYOL's g and q
-        ((9, 7, 5), {"norm": False}, ["9→7+bias", "ReLU", "7→5+bias"]),  # MoCo v2's
+        # These are BYOL's g and q.
+        ((9, 7, 5), {"last_norm": False}, ["9→7", "norm 7+affine", "ReLU", "7→5+bias"]),
+        # This is MoCo v2's head.
+        ((9, 7, 5), {"norm": False}, ["9→7+bias", "ReLU", "7→5+bias"]),
         ((9, 5), {}, ["9→5", "norm 5"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""A run's checkpoint: read as it was written, and whole or not there, whatever the disk does."""
+"""A run's checkpoint: read as it was written, and whole or absent even after a disk error."""
 
 import os
 import resource
@@ -78,7 +78,7 @@ def test_what_is_written_is_read(content: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_one_of_before_the_recipe_had_these_keys_is_read(content: Checkpoint, tmp_path: Path) -> None:
-    """A run that began then can be resumed: what it did is now the default."""
+    """A run from before these keys can be resumed: its behaviour is now their default."""
     write_checkpoint(tmp_path, content)
     raw = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     del raw["compiled"]
@@ -122,7 +122,8 @@ def test_a_full_disk_is_one_sentence_and_the_earlier_one_is_whole(
     )
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    write_checkpoint(tmp_path, larger)  # mended
+    # The disk has room again.
+    write_checkpoint(tmp_path, larger)
     found = read_checkpoint(tmp_path)
     assert found is not None
     assert found.progress.step == 8
@@ -142,7 +143,7 @@ def test_a_folder_that_is_gone_is_one_sentence(content: Checkpoint, tmp_path: Pa
 def test_it_takes_its_place_when_it_is_on_the_disk(
     content: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its bytes are forced out before it is renamed, and the folder after: a power cut finds the one or the other."""
+    """The file is synced before it is renamed, and the folder after: a power cut leaves the old or the new one."""
     forced: list[tuple[str, int | None]] = []
     really = os.fsync
 

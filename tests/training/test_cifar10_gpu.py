@@ -1,4 +1,4 @@
-"""The GPU benchmark on a CPU, with a tiny network and digits: all that can be proved of it without a GPU."""
+"""The GPU benchmark on a CPU, with a tiny network and digits: the parts that can be tested without a GPU."""
 
 import io
 import os
@@ -95,9 +95,10 @@ def test_a_second_call_goes_on_where_the_first_stopped(
     assert short(second) == (first.progress.total, first.progress.total)
     assert 5 < second.progress.seconds < 8
     rows = knn_rows(tmp_path)
-    # Those that fall into the timed steps are left out.
+    # Evaluations that fall into the timed steps are left out.
     assert 18 <= len(rows) <= 20 and rows[-1]["step"] == second.progress.total
-    assert rows[-1]["knn"] > 0.5  # 0.1 is chance
+    # Chance is 0.1.
+    assert rows[-1]["knn"] > 0.5
     assert f"| final weighted 20-NN, τ = 0.07 | {rows[-1]['knn']:.4f} | 0.90 |" in printed
 
     content = torch.load(tmp_path / "encoder.pt", weights_only=True)
@@ -115,9 +116,11 @@ def test_a_second_call_goes_on_where_the_first_stopped(
     assert sorted(names[queries]) == sorted(labels[300:])
     every = np.stack(embedded)
     expected = headline_accuracy(every[:300], names[:300], every[300:], names[300:])
-    assert rows[-1]["knn"] == pytest.approx(expected, abs=0.011)  # one tie
+    # One tie may fall either way.
+    assert rows[-1]["knn"] == pytest.approx(expected, abs=0.011)
 
-    third = run(recipe(), data, tmp_path, 10, 0.1, "cpu")  # it has ended: the table again
+    # The run has ended, so the table is printed again.
+    third = run(recipe(), data, tmp_path, 10, 0.1, "cpu")
     assert short(third) == short(second)
     assert capsys.readouterr().out.split("| figure |")[1] == printed.split("| figure |")[1]
 
@@ -137,7 +140,8 @@ def test_terminated_it_saves_and_needs_nothing_that_the_machine_lacks(data: Path
     )
     assert process.stderr is not None
     seen = b""
-    while b"pretraining" not in seen or b"loss" not in seen:  # the bar, after step 20
+    # The progress bar shows a loss after step 20.
+    while b"pretraining" not in seen or b"loss" not in seen:
         seen += os.read(process.stderr.fileno(), 1000) or pytest.fail(seen.decode())
     process.send_signal(signal.SIGTERM)
     errors = process.communicate()[1]
@@ -154,7 +158,8 @@ def test_without_test_pictures_some_are_held_out(
     write_zip(given / "train.zip", range(420))
     run(recipe(), given, state, 0.01, 0.02, "cpu")
     assert "The queries are the held-out training pictures" in capsys.readouterr().out
-    (given / "test.zip").symlink_to(data / "test.zip")  # comes too late
+    # The test archive comes too late.
+    (given / "test.zip").symlink_to(data / "test.zip")
     with pytest.raises(InvalidRequest, match=r"begun with source .*train\.zip, now it is train\.zip and test\.zip"):
         run(recipe(), given, state, 0.01, 0.02, "cpu")
 
@@ -179,7 +184,7 @@ def test_another_run_is_refused_in_one_sentence(data: Path, tmp_path: Path, caps
 
 
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes what makes a GPU's host wait: a tensor from one device to another, a number asked for."""
+    """Records the calls that make a GPU's host wait: copies between devices and reads of a number."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -195,7 +200,7 @@ class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.fixture
 def no_fakes_left() -> Iterator[None]:
-    """What augment keeps for a device is made of fake tensors in the test below."""
+    """The test below fills augment's tables for a device with fake tensors."""
     yield
     for function in vars(augment).values():
         if hasattr(function, "cache_clear"):
@@ -217,6 +222,7 @@ def test_a_step_on_a_gpu_stays_there_and_is_not_waited_for(name: str, views: int
                 made = make_views(pixels[chosen], told, mean, std, None)  # type: ignore[arg-type]
                 result = method.step(Batch(made, chosen, labels[chosen]))
                 method.update(0.5)
-            assert attempt == 0 or waits.seen == []  # the first fills augment's tables
+            # The first attempt fills augment's tables.
+            assert attempt == 0 or waits.seen == []
         assert made.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert result.loss.device.type == result.embeddings.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""SOURCE → canvas → batches: decoded once by the service's function, bad pictures passed over, order by the seed."""
+"""SOURCE → canvas → batches: decoded once by the service's function, bad pictures skipped, order by the seed."""
 
 import io
 import resource
@@ -71,7 +71,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def counted(source: Source) -> tuple[Source, list[int]]:
-    """The source, and the positions that are read from it, as they come."""
+    """The source, and the positions read from it, in order of reading."""
     reads: list[int] = []
 
     def read(position: int) -> bytes:
@@ -82,18 +82,19 @@ def counted(source: Source) -> tuple[Source, list[int]]:
 
 
 def flawed(source: Source, *bad: int) -> Source:
-    """The source with something else than a picture at some positions."""
+    """The source with invalid bytes at some positions."""
     return replace(source, read=lambda position: b"no picture" if position in bad else source.read(position))
 
 
 def in_blocks(source: Source, size: int) -> Source:
-    """The source, as if it were cheap to read so many pictures together."""
+    """The source, declared to be cheap to read in blocks of so many pictures."""
     return replace(source, blocks=list(range(0, len(source), size)))
 
 
 def too_large_to_keep(source: Source, monkeypatch: pytest.MonkeyPatch) -> Source:
     """The source, with more pictures after its own than any machine holds at 512 pixels a side."""
-    monkeypatch.setattr(data, "_DISK_LEFT", 2**62)  # no disk is tried
+    # The limit keeps the canvas off the disk.
+    monkeypatch.setattr(data, "_DISK_LEFT", 2**62)
     codes = np.full(20_000_000, len(source) - 1, np.uint8)
     codes[: len(source)] = np.arange(len(source))
     return Source(source.name, Labels(codes, source.ids), lambda position: source.read(int(codes[position])), None)
@@ -110,7 +111,7 @@ def decoded(source: Source, side: int, channels: int) -> PixelArray:
     return grey
 
 
-# Where pictures come from
+# Sources
 
 
 @pytest.mark.parametrize("name", ["mnist/train", "mnist/test[:100]", "cifar10/test", "cifar10/train[:50%]"])
@@ -151,7 +152,8 @@ def test_a_sample_is_spread_over_a_source_and_over_few_blocks(monkeypatch: pytes
     assert sample(digits, 4).tolist() == [0, 333, 666, 999]
     assert sample(digits, 2000).tolist() == list(range(1000))
     monkeypatch.setattr(data, "_BLOCKS_MIXED", 3)
-    chosen = sample(in_blocks(digits, 70), 100)  # 15 blocks, the last one short
+    # There are 15 blocks, of which the last is short.
+    chosen = sample(in_blocks(digits, 70), 100)
     assert len(set(chosen.tolist())) == 100
     assert sorted({position // 70 for position in chosen.tolist()}) == [0, 7, 14]
 
@@ -166,11 +168,12 @@ def test_the_checksum_of_the_names_tells_sources_apart() -> None:
 
 
 def odd_pictures(folder: Path) -> None:
-    """Write a picture of each kind that decoders trip over, none of them square."""
+    """Write a picture of each kind that is hard to decode, none of them square."""
     rgb = scene(40, 30, seed=1)
     deep = (np.asarray(rgb.convert("L")).astype(np.uint16) * 257) + 100  # (30, 40), 16 bit
     sideways = Image.Exif()
-    sideways[0x0112] = 6  # to be turned by 90 degrees
+    # Orientation 6 turns the picture by 90 degrees.
+    sideways[0x0112] = 6
     see_through = rgb.convert("RGBA")
     see_through.putalpha(scene(40, 30, seed=2).convert("L"))
     for name, content in {
@@ -181,7 +184,8 @@ def odd_pictures(folder: Path) -> None:
         "e/sixteen.png": encoded(Image.fromarray(deep)),
         "f/palette.png": encoded(rgb.quantize(12)),
         "g/turned.jpg": encoded(rgb, "JPEG", exif=sideways),
-        "h/large.jpg": encoded(scene(700, 600, seed=3), "JPEG"),  # enough to be decoded at half its size
+        # The picture is large enough to be decoded at half its size.
+        "h/large.jpg": encoded(scene(700, 600, seed=3), "JPEG"),
         "i/lossy.webp": encoded(scene(20, 90, seed=4), "WEBP"),
     }.items():
         (folder / name).parent.mkdir()
@@ -216,8 +220,10 @@ def test_the_canvas_on_disk_and_none_at_all_give_the_same_pixels(
 
 def test_pixels_come_in_the_order_that_was_asked_for(lay: Lay) -> None:
     source = open_source("digits[:200]")
-    canvas, wanted = lay(source), np.array([150, 3, 77, 3])  # 3 was asked for twice
-    for _ in range(2):  # decoded, then kept
+    # Position 3 is requested twice.
+    canvas, wanted = lay(source), np.array([150, 3, 77, 3])
+    # The pixels are first decoded, then kept.
+    for _ in range(2):
         pixels, positions = canvas.take(wanted)
         assert positions.tolist() == wanted.tolist()
         np.testing.assert_array_equal(pixels.numpy(), decoded(source, 8, 1)[wanted])
@@ -242,7 +248,8 @@ def test_luminance_is_pillows_to_the_nearest_step() -> None:
     assert found.dtype == np.uint8
     difference = np.abs(found.astype(np.int32) - expected)
     assert difference.max() <= 1
-    assert (difference > 0).mean() < 0.01  # Pillow rounds in 16 bits
+    # Pillow rounds in 16 bits.
+    assert (difference > 0).mean() < 0.01
 
 
 # Decoded once
@@ -301,16 +308,18 @@ def test_where_pictures_lie_in_blocks_the_first_touch_reads_its_block(
     pixels, positions = canvas.take(np.array(wanted))
     assert positions.tolist() == wanted
     np.testing.assert_array_equal(pixels.numpy(), decoded(source, 8, 3)[wanted])
-    del reads[-20:]  # decoded() has read all of them
+    # decoded() has read all of them.
+    del reads[-20:]
     blocks = {position // 8 for position in wanted}
     assert Counter(reads) == dict.fromkeys([n for n in range(20) if n // 8 in blocks], 1)
     reads.clear()
-    canvas.take(np.array([*range(8, 16), 19]))  # the last block is short
+    # The last block is short.
+    canvas.take(np.array([*range(8, 16), 19]))
     assert Counter(reads) == dict.fromkeys(range(16, 20), 1)
 
 
 def test_two_threads_may_take_at_once(lay: Lay) -> None:
-    """Online k-NN asks while the next batch is being made."""
+    """Online k-NN reads pixels while the next batch is being made."""
     source = open_source("digits[:600]")
     canvas, expected, wrong = lay(source), decoded(source, 8, 1), []
 
@@ -329,7 +338,7 @@ def test_two_threads_may_take_at_once(lay: Lay) -> None:
     assert not wrong
 
 
-# Where the pixels reside
+# Residence of the pixels
 
 
 def test_a_small_canvas_is_in_memory_and_a_larger_one_on_disk(
@@ -359,7 +368,8 @@ def test_a_disk_that_will_not_take_the_canvas_is_left_for_memory(
 ) -> None:
     source = open_source("digits[:10]")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # the canvas wants 2.5 MiB
+    # The canvas needs 2.5 MiB.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     try:
         canvas = lay(source, 512)
     finally:
@@ -410,12 +420,15 @@ def test_a_bad_picture_is_passed_over_and_named(tmp_path: Path, paint: Paint, la
         paint(tmp_path / f"{number:02d}.png", seed=number)
     whole = decoded(open_source(str(tmp_path)), 8, 3)
     source = open_source(str(tmp_path))
-    (tmp_path / "07.png").write_bytes((tmp_path / "07.png").read_bytes()[:100])  # cut short
+    # This file is cut short.
+    (tmp_path / "07.png").write_bytes((tmp_path / "07.png").read_bytes()[:100])
     (tmp_path / "31.png").write_bytes(b"")
     (tmp_path / "44.png").unlink()
-    canvas = lay(source, 8, 3)  # 3 of 60: 5 %, not over
+    # 3 bad pictures of 60 are 5 %, the largest share allowed.
+    canvas = lay(source, 8, 3)
     good = np.setdiff1d(np.arange(60), [7, 31, 44])
-    for _ in range(2):  # found out, then known
+    # The bad pictures are first found, then known.
+    for _ in range(2):
         pixels, positions = canvas.take(np.arange(60))
         np.testing.assert_array_equal(positions, good)
         np.testing.assert_array_equal(pixels.numpy(), whole[good])
@@ -443,7 +456,8 @@ def test_a_bad_picture_is_not_read_twice(lay: Lay, monkeypatch: pytest.MonkeyPat
         for _ in range(3):
             assert canvas.take(np.array([6, 7, 8]))[1].tolist() == [6, 8]
     assert (kept.residence, unkept.residence) == ("memory", "nowhere")
-    assert reads.count(7) == 2  # once each
+    # Each canvas reads the bad picture once.
+    assert reads.count(7) == 2
 
 
 def test_more_than_a_twentieth_bad_ends_it_with_the_count_and_the_first(lay: Lay) -> None:
@@ -465,7 +479,7 @@ def test_nothing_but_bad_pictures(lay: Lay) -> None:
 
 
 def test_of_many_pictures_the_first_thousand_are_waited_for(lay: Lay) -> None:
-    """Fifty bad ones at the very beginning may be all there are."""
+    """Fifty bad ones at the very beginning may be the only ones."""
     canvas = lay(flawed(open_source("digits"), *range(51)))
     assert len(canvas.take(np.arange(100)[:50])[1]) == 0
     with pytest.raises(InvalidSource, match="51 of 51 pictures are bad"):
@@ -473,17 +487,18 @@ def test_of_many_pictures_the_first_thousand_are_waited_for(lay: Lay) -> None:
 
 
 def test_the_share_is_that_of_all_pictures_looked_at(lay: Lay) -> None:
-    """80 of 1797 are 4.5 %; all are decoded in one go, good ones as well as bad ones."""
+    """80 of 1797 are 4.5 %; good and bad ones are decoded in one call."""
     canvas = lay(flawed(open_source("digits"), *range(0, 1600, 20)))
     assert len(canvas.take(np.arange(1797))[1]) == 1717
 
 
 @pytest.mark.parametrize("touched_again", [[1], list(range(1000))])
 def test_a_resumed_run_judges_by_all_that_the_earlier_one_saw(touched_again: list[int], lay: Lay) -> None:
-    """Pixels in memory are gone with their run, but that 80 bad ones were among 1797 is known."""
+    """Pixels in memory are lost with their run, but the count of 80 bad ones among 1797 is kept."""
     source = flawed(open_source("digits"), *range(0, 1600, 20))
     earlier = lay(source)
-    for start in range(1796, -1, -50):  # the good ones of each part count when the next is judged
+    # The good pictures of each part count when the next part is judged.
+    for start in range(1796, -1, -50):
         earlier.take(np.arange(start, max(start - 50, -1), -1))
     resumed = lay(source)
     resumed.load_state(earlier.state())
@@ -491,7 +506,7 @@ def test_a_resumed_run_judges_by_all_that_the_earlier_one_saw(touched_again: lis
     assert len(resumed.take(np.array(touched_again))[1]) == sum(position % 20 > 0 for position in touched_again)
 
 
-# What a resumed run gets back
+# The canvas of a resumed run
 
 
 def test_on_disk_a_resumed_run_reads_only_what_is_left(lay: Lay, on_disk: None) -> None:
@@ -505,7 +520,8 @@ def test_on_disk_a_resumed_run_reads_only_what_is_left(lay: Lay, on_disk: None) 
     second.load_state(state)
     assert second.untouched() == 50
     pixels, positions = second.take(np.arange(100))
-    assert sorted(reads) == list(range(50, 100))  # not even the bad one
+    # A resumed canvas does not read even the bad picture again.
+    assert sorted(reads) == list(range(50, 100))
     good = np.setdiff1d(np.arange(100), [30, 60])
     np.testing.assert_array_equal(positions, good)
     np.testing.assert_array_equal(pixels.numpy(), decoded(open_source("digits[:100]"), 8, 1)[good])
@@ -579,8 +595,10 @@ def test_an_epoch_takes_each_picture_at_most_once(count: int, size: int, lay: La
         assert len(set(positions)) == len(positions) == per_epoch * size
         assert set(positions) <= set(range(count))
     orders = [tuple(position for batch in epoch for position in batch.positions.tolist()) for epoch in epochs]
-    assert len(set(orders)) > 30  # a new order each time
-    assert set().union(*orders) == set(range(count))  # the rest that is left out is another each time
+    # Each epoch has a new order.
+    assert len(set(orders)) > 30
+    # Each epoch leaves out other pictures.
+    assert set().union(*orders) == set(range(count))
 
 
 def test_a_batch_holds_the_pixels_of_its_positions(lay: Lay) -> None:
@@ -615,12 +633,14 @@ def test_pictures_in_blocks_come_from_a_few_blocks_at_a_time_until_all_are_decod
     among = np.setdiff1d(np.arange(120), [4, 55])
     first, again, second = (epoch_order(among, 0, epoch, canvas).tolist() for epoch in (0, 0, 1))
     assert first == again
-    windows = [first[start : start + 30] for start in range(0, 90, 30)]  # of three blocks; two pictures are missing
+    # A window has three blocks; two pictures are missing.
+    windows = [first[start : start + 30] for start in range(0, 90, 30)]
     assert sorted(first) == sorted(second) == among.tolist()
     assert all(len({position // 10 for position in window}) <= 4 for window in windows)
     assert len({position // 10 for position in second[:30]}) > 6
     near = sum(abs(one - other) < 10 for one, other in pairwise(first))
-    assert near < 80  # the three are mixed, not one after the other
+    # The three blocks are mixed, not one after the other.
+    assert near < 80
     assert epoch_order(among, 1, 0, canvas).tolist() != first
 
 
@@ -646,7 +666,8 @@ def test_from_any_cursor_the_order_goes_on_as_it_would_have(bad: tuple[int, ...]
     def facts(loaded: list[Loaded]) -> list[tuple[list[int], Cursor]]:
         return [(batch.positions.tolist(), batch.cursor) for batch in loaded]
 
-    whole = facts(list(islice(taken(lay(source), 60, 8), 21)))  # three epochs
+    # These are three epochs.
+    whole = facts(list(islice(taken(lay(source), 60, 8), 21)))
     for done, (_, cursor) in enumerate(whole[:17], start=1):
         rest = facts(list(islice(taken(lay(source), 60, 8, cursor=cursor), 4)))
         assert rest == whole[done : done + 4]

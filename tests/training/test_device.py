@@ -28,7 +28,7 @@ def method(tiny_recipe: Recipe) -> Method:
 def test_the_backbone_is_compiled_if_that_is_faster(
     plain: float, compiled: float | None, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The paces are given here; nothing is compiled before a first batch."""
+    """The paces are given; compilation does not start before a first batch."""
     found = iter([plain, compiled])
 
     def pace(*_: Any) -> float:
@@ -43,7 +43,7 @@ def test_the_backbone_is_compiled_if_that_is_faster(
 
 
 def test_a_trial_leaves_weights_and_gradients_as_they_were(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The trial without a compilation, which would take half a minute.
+    # The trial runs without a compilation, which would take half a minute.
     monkeypatch.setattr(nn.Module, "compile", lambda _: None)
     views, count = torch.rand(2, 32, 1, 8, 8), 0
 

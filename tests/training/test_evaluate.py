@@ -1,4 +1,4 @@
-"""The offline job: figures against plain NumPy and scikit-learn, baselines that are what they say, what is refused."""
+"""The offline job: figures against plain NumPy and scikit-learn, correct baselines, refusals."""
 
 import json
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def report(evaluation: Evaluation) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def embedded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `lookalike embed digits` writes."""
+    """The output of `lookalike embed digits`."""
     out = tmp_path_factory.mktemp("embedded") / "digits.parquet"
     embed_source(open_source("digits"), tiny_model, out, Settings(variant="fp32"))
     return out
@@ -78,9 +78,11 @@ def test_the_report_has_its_keys_and_figures(report: dict[str, Any], tiny_card: 
     assert json.loads(json.dumps(report)) == report
     assert all(set(row) == FIGURES for row in rows)
     for key in FIGURES:
-        assert len({row[key] for row in rows}) >= 2, key  # different things were measured
+        # The rows differ because they measure different embeddings.
+        assert len({row[key] for row in rows}) >= 2, key
     for key in FIGURES - {"alignment", "uniformity", "effective_rank"}:
-        assert all(0.15 < row[key] < 1 for row in rows), key  # and each beats chance, 0.1
+        # Each figure beats chance, 0.1.
+        assert all(0.15 < row[key] < 1 for row in rows), key
     assert all(0 < row["alignment"] < -row["uniformity"] < 4 for row in rows[:1])
 
 
@@ -136,7 +138,8 @@ def test_the_encoders_figure_is_scikit_learns_on_its_embeddings(report: dict[str
     sklearn = KNeighborsClassifier(n_neighbors=5, algorithm="brute", metric="cosine")
     sklearn.fit(encoder.encode(read_pixels(bank, tiny_card.preprocessing)), bank.labels)
     accuracy = sklearn.score(encoder.encode(read_pixels(queries, tiny_card.preprocessing)), queries.labels)
-    assert report["figures"]["k5"] == pytest.approx(accuracy, abs=1.5 / 797)  # one near tie may fall either way
+    # One near tie may fall either way.
+    assert report["figures"]["k5"] == pytest.approx(accuracy, abs=1.5 / 797)
 
 
 @pytest.mark.parametrize("grey", [(), ("bank",), ("queries",), ("bank", "queries")])
@@ -323,7 +326,8 @@ def checked_random_encoder(card: Card, backbone: nn.Module) -> None:
     before, after = ServedEncoder(card, "cpu").encode(pixels), random.encode(pixels)
     assert after.shape == before.shape
     assert float((before * after).sum(1).max()) < 0.95
-    assert float(after.std(0).mean()) > 0.1 / np.sqrt(after.shape[1])  # not one point
+    # The embeddings are not one point.
+    assert float(after.std(0).mean()) > 0.1 / np.sqrt(after.shape[1])
     assert float((after @ after.T).min()) < 0.95
 
 
@@ -334,7 +338,8 @@ def test_a_random_small_cnn(tiny_card: Card) -> None:
 def test_a_random_resnet(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("resnet18", 3, 8).module
-    with torch.no_grad():  # running statistics as after training, not the identity that they start as
+    # Running statistics are as after training, not the identity of a new batch norm.
+    with torch.no_grad():
         for _ in range(5):
             backbone(torch.randn(16, 3, 8, 8))
     export(

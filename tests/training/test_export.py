@@ -1,4 +1,4 @@
-"""An exported folder keeps the contract, is checked against torch, and appears whole or not at all."""
+"""An exported folder fulfils the contract, is checked against torch, and appears whole or not at all."""
 
 import hashlib
 import json
@@ -48,7 +48,8 @@ def session(tiny_card: Card) -> ort.InferenceSession:
 def test_the_graph_takes_pixels_and_gives_embeddings(session: ort.InferenceSession) -> None:
     (pixels,), (embedding,) = session.get_inputs(), session.get_outputs()
     assert (pixels.name, pixels.type) == ("pixels", "tensor(uint8)")
-    assert isinstance(pixels.shape[0], str)  # any batch
+    # The batch size is free.
+    assert isinstance(pixels.shape[0], str)
     assert pixels.shape[1:] == [3, SIDE, SIDE]
     assert (embedding.name, embedding.type) == ("embedding", "tensor(float)")
 
@@ -75,7 +76,8 @@ def test_a_grey_encoder_sees_luminance_alone(tiny_card: Card) -> None:
     red = np.zeros((1, SIDE, SIDE, 3), np.uint8)
     red[:, 2:6, 3:5, 0] = 200
     grey = np.zeros_like(red)
-    grey[:, 2:6, 3:5] = 60  # 0.299 · 200
+    # The luminance of red 200 is 0.299 · 200.
+    grey[:, 2:6, 3:5] = 60
     blue = np.roll(red, 2, axis=3)
     assert float((encoder.encode(red) * encoder.encode(grey)).sum()) > 0.9999
     assert float((encoder.encode(red) * encoder.encode(blue)).sum()) < 0.999
@@ -94,7 +96,8 @@ def test_the_folder_says_what_it_holds(tiny_model: Path) -> None:
     assert 0.9999 <= quality["least_cosine_to_torch_batch_1"] <= 1
     assert 0.9999 <= quality["least_cosine_to_torch_batch_64"] <= 1
     assert card["fingerprint"] in (tiny_model / "README.md").read_text()
-    assert tiny_model.stat().st_mode & 0o055 == 0o055  # a server of another user can read it
+    # A server of another user can read it.
+    assert tiny_model.stat().st_mode & 0o055 == 0o055
 
 
 def test_preprocessing_leaves_rescaling_to_the_graph(tiny_model: Path) -> None:
@@ -158,7 +161,8 @@ def test_an_encoder_is_exported_as_numpy_computes_it_in_place_of_an_earlier_one(
     (out / "stray.txt").write_text("not the new model's")
     first = read_card(out)
     encoder = toy(1)
-    encoder.train()  # export is to switch it
+    # Export must switch the encoder to evaluation.
+    encoder.train()
     some = random_pixels(20)
     export(encoder, Pictures(some, some, some, None), square_preprocessing(SIDE), {"method": "second"}, out)
     second = read_card(out)
@@ -167,7 +171,8 @@ def test_an_encoder_is_exported_as_numpy_computes_it_in_place_of_an_earlier_one(
     assert first.facts["quality"]["model.onnx"]["pictures"] == 128
     assert second.facts["quality"]["model.onnx"]["pictures"] == 20
     assert set(tree(tmp_path)) == {f"models/toy/{file}" for file in FILES}
-    assert [path.name for path in out.parent.iterdir()] == ["toy"]  # no empty folder is left over either
+    # No empty folder is left over either.
+    assert [path.name for path in out.parent.iterdir()] == ["toy"]
     assert not encoder.training
 
     linear = encoder.backbone.get_submodule("1")

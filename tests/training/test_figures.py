@@ -23,7 +23,8 @@ def clouds(count: int, seed: int, kinds: int = 5, dimension: int = 12) -> tuple[
 @pytest.mark.parametrize("kinds", [2, 5])
 def test_the_probe_is_scikit_learns_on_standardised_columns(kinds: int) -> None:
     (bank, labels), (queries, asked) = clouds(400, 1, kinds), clouds(300, 2, kinds)
-    bank[:, 3] = queries[:, 3] = 0.125  # a column that does not vary
+    # This column is constant.
+    bank[:, 3] = queries[:, 3] = 0.125
     bank[:, 4] *= 1e-3
     queries[:, 4] *= 1e-3
     peer = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(bank.astype(np.float64), labels)
@@ -34,15 +35,18 @@ def test_the_probe_is_scikit_learns_on_standardised_columns(kinds: int) -> None:
 
 def test_the_probe_tells_what_a_line_can_and_no_more() -> None:
     bank, labels = clouds(200, 1)
-    assert linear_probe(bank, labels, bank, labels + 5) == 0  # labels that the bank lacks
+    # The bank lacks these labels.
+    assert linear_probe(bank, labels, bank, labels + 5) == 0
     corners = np.tile(np.array([[0, 0], [1, 1], [0, 1], [1, 0]], np.float32), (50, 1))
-    assert linear_probe(corners, np.tile([0, 0, 1, 1], 50), corners, np.tile([0, 0, 1, 1], 50)) <= 0.75  # xor
+    # This is XOR.
+    assert linear_probe(corners, np.tile([0, 0, 1, 1], 50), corners, np.tile([0, 0, 1, 1], 50)) <= 0.75
     assert linear_probe(corners, np.tile([0, 1, 0, 1], 50), corners, np.tile([0, 1, 0, 1], 50)) == 1
 
 
 def test_alignment_is_the_mean_over_all_pairs_of_a_label() -> None:
     rows, labels = clouds(60, 3)
-    labels[:7] = [9, 9, 9, 9, 9, 8, 7]  # classes of several sizes, of one row as well
+    # The classes have several sizes, among them one row.
+    labels[:7] = [9, 9, 9, 9, 9, 8, 7]
     squares = [
         float(((rows[i].astype(np.float64) - rows[j]) ** 2).sum())
         for i in range(60)

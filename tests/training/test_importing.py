@@ -25,7 +25,8 @@ def test_a_state_file_becomes_an_encoder_that_equals_torch(tmp_path: Path) -> No
     encoder = Encoder(read_card(tmp_path / "imported"), device="cpu")
     assert encoder.dimension == 1024
     assert encoder.card.facts["method"] == "imported"
-    assert "tones" not in encoder.card.facts["data"]  # nobody knows what it was trained on: no word about what suits it
+    # The card's data says nothing about suitable pictures, because the training data is unknown.
+    assert "tones" not in encoder.card.facts["data"]
 
     picture = scene(400, 300)
     pixels = to_pixels(decode(encoded(picture), 224, Limits()), encoder.card.preprocessing)
@@ -74,7 +75,8 @@ def test_what_is_refused(
 def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(InvalidOutput, match="thesis: is there and is not a model folder"):  # before any weights
+    # The refusal comes before any weights are read.
+    with pytest.raises(InvalidOutput, match="thesis: is there and is not a model folder"):
         import_backbone("resnet18", str(tmp_path / "nowhere.pth"), tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 

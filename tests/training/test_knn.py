@@ -22,7 +22,7 @@ Rows = list[list[tuple[str, int]]]
 
 @st.composite
 def ballots(draw: st.DrawFn) -> Rows:
-    """Rows of one length, each a list of a label and its weight; whole weights, so that ties are ties."""
+    """Rows of one length, each a list of labels with weights; whole weights make ties exact."""
     k = draw(st.integers(1, 8))
     ballot = st.tuples(st.sampled_from(["a", "b", "10", "9", ""]), st.integers(0, 5))
     return draw(st.lists(st.lists(ballot, min_size=k, max_size=k), min_size=1, max_size=6))
@@ -32,10 +32,13 @@ def test_a_vote_goes_to_the_majority_and_a_tie_to_the_first_label() -> None:
     labels = np.array(
         [
             ["b", "b", "a", "c", "b"],
-            ["c", "b", "c", "b", "a"],  # two of b, two of c
-            ["d", "c", "b", "a", "e"],  # all once
+            # Two neighbours vote b, two vote c.
+            ["c", "b", "c", "b", "a"],
+            # Each label has one vote.
+            ["d", "c", "b", "a", "e"],
             ["e", "e", "d", "d", "e"],
-            ["10", "9", "9", "10", "a"],  # sorted as text
+            # Labels sort as text.
+            ["10", "9", "9", "10", "a"],
         ]
     )
     assert vote(labels).tolist() == ["b", "b", "a", "e", "10"]
@@ -59,7 +62,7 @@ def test_a_weighted_vote_is_a_sum(rows: Rows) -> None:
     weights = np.array([[weight for _, weight in row] for row in rows], np.float32)
     expected = []
     for row in rows:
-        # A label that only other rows have weighs nothing here, and ties with one of weight 0.
+        # A label absent from this row weighs nothing and ties with a label of weight 0.
         totals = dict.fromkeys(np.unique(labels).tolist(), 0)
         for label, weight in row:
             totals[label] += weight
@@ -145,14 +148,18 @@ def test_equal_scores_go_by_position() -> None:
     expected = [4, 2, 5, 7, 0, 3, 8, 1, 6]
     for k in range(1, 10):
         assert nearest(scores[:, None], np.ones((1, 1), np.float32), k)[1].tolist() == [expected[:k]]
-        assert highest(scores, k).tolist() == expected[:k]  # a product is never −0; these scores are
+        # A product is never −0, but these scores contain it.
+        assert highest(scores, k).tolist() == expected[:k]
 
 
 def test_rankings_are_pytorch_metric_learnings() -> None:
     (bank, labels), (queries, asked) = clouds(500, seed=1), clouds(200, seed=2)
-    labels[:90] = 0  # classes of several sizes
-    asked[:20] = 7  # and one that the bank lacks: both leave it out
-    labels[90:95] = 8  # and one that is not asked for
+    # The classes have several sizes.
+    labels[:90] = 0
+    # The bank lacks this class, and both implementations leave it out.
+    asked[:20] = 7
+    # No query has this class.
+    labels[90:95] = 8
     peer = AccuracyCalculator(
         include=("mean_average_precision_at_r", "r_precision", "precision_at_1"),
         k="max_bin_count",
@@ -196,7 +203,8 @@ def test_votes_are_scikit_learns() -> None:
     ):
         peer = KNeighborsClassifier(n_neighbors=k, metric="cosine", algorithm="brute", weights=weights)
         assert found[key] == pytest.approx(peer.fit(bank, labels).score(queries, asked), abs=1e-12), key
-    assert len({found[key] for key in ("k5", "k10", "weighted_k20", "weighted_k200")}) >= 3  # not one figure four times
+    # The figures are not one number four times.
+    assert len({found[key] for key in ("k5", "k10", "weighted_k20", "weighted_k200")}) >= 3
 
 
 def test_the_predictions_are_the_headlines() -> None:
@@ -207,7 +215,8 @@ def test_the_predictions_are_the_headlines() -> None:
         n_neighbors=20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(bank, labels)
     np.testing.assert_array_equal(predicted, expected.predict(queries))
-    assert figures["weighted_k200"] is None  # of 20 neighbours
+    # Only 20 neighbours are known.
+    assert figures["weighted_k200"] is None
     assert found.positions.shape == found.scores.shape == (2300, 20)
 
 
@@ -216,7 +225,8 @@ def test_blocks_and_the_order_of_rows_change_nothing(monkeypatch: pytest.MonkeyP
     whole = measured(bank, labels, queries, asked)
     mixed, turned = np.random.default_rng(3).permutation(400), np.random.default_rng(4).permutation(150)
     assert measured(bank[mixed], labels[mixed], queries[turned], asked[turned]) == pytest.approx(whole)
-    monkeypatch.setattr(voting, "_SCORES", 1000)  # two queries at once
+    # Two queries are scored at once.
+    monkeypatch.setattr(voting, "_SCORES", 1000)
     monkeypatch.setattr(voting, "_VOTES", 7)
     assert measured(bank, labels, queries, asked) == pytest.approx(whole)
 

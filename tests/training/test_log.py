@@ -15,7 +15,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def events(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows under a tag: steps and values."""
+    """TensorBoard's steps and values under a tag."""
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
@@ -42,7 +42,8 @@ def test_a_line_holds_a_steps_values(tmp_path: Path) -> None:
 def test_a_line_is_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     log = Log(tmp_path, 0)
     log.write(20, loss=0.5)
-    assert lines(tmp_path) == [{"step": 20, "loss": 0.5}]  # a kill loses none
+    # A kill loses no written line.
+    assert lines(tmp_path) == [{"step": 20, "loss": 0.5}]
     log.close()
 
 
@@ -60,7 +61,8 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path: Path)
     write(tmp_path, 0, 1, 2, 3, 4, 5)
     write(tmp_path, 3, 4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
-    assert [step for step, _ in events(tmp_path, "loss")] == [1, 2, 3, 4]  # not 5, which never was
+    # Step 5 of the first run is left out.
+    assert [step for step, _ in events(tmp_path, "loss")] == [1, 2, 3, 4]
 
 
 def test_a_line_that_a_kill_cut_short_goes(tmp_path: Path) -> None:
@@ -68,7 +70,8 @@ def test_a_line_that_a_kill_cut_short_goes(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     whole = path.read_text()
     for cut in range(1, len(whole.splitlines()[-1])):
-        path.write_text(whole[:-cut])  # from the line break alone to all but the brace
+        # The cuts remove from the line break alone to all but the brace.
+        path.write_text(whole[:-cut])
         write(tmp_path, 3, 4)
         assert [line["step"] for line in lines(tmp_path)] == ([1, 2, 3, 4] if cut == 1 else [1, 2, 4])
 

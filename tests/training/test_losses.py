@@ -147,7 +147,7 @@ def margin_contrast_form(z: Array, labels: list[int], margin: float) -> float:
     return (float(np.mean(like)) if like else 0.0) + (float(np.mean(unlike)) if unlike else 0.0)
 
 
-# Each loss and its paper as functions of one array, so that what holds for all is said once.
+# Each loss and its paper as functions of one array, so that one test covers all of them.
 
 
 class Case(NamedTuple):
@@ -160,12 +160,12 @@ class Case(NamedTuple):
 
 
 def labels_of(count: int) -> list[int]:
-    """Two or three labels in turn, the last row alone with its own."""
+    """Two or three labels in turn; the last row has a label of its own."""
     return [n % (3 if count > 4 else 2) for n in range(count - 1)] + [7]
 
 
 def allowed_of(queries: int, negatives: int) -> Tensor:
-    """About half of the negatives; the first query has none, the last one all."""
+    """About half of the negatives; no negative for the first query, all for the last one."""
     allowed = torch.rand(queries, negatives, generator=torch.Generator().manual_seed(1)) < 0.5
     allowed[0], allowed[-1] = False, True
     return allowed
@@ -244,7 +244,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def spread(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Rows that are neither alike nor unrelated: what a picture's views are after a while of training."""
+    """Rows that are related but not alike, like a picture's views after some training."""
     return noise(*shape[-2:], seed=seed) + 0.5 * noise(*shape, seed=seed + 1)
 
 
@@ -260,7 +260,8 @@ def loss_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor, autocast: boo
     leaf = z.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value = loss(leaf)
-    backward(value)  # outside, as in the loop
+    # As in the loop, this is outside of autocast.
+    backward(value)
     assert leaf.grad is not None
     return value.detach(), leaf.grad
 
@@ -281,7 +282,7 @@ def test_each_loss_is_its_papers_equation(name: str, count: int, width: int) -> 
     z = spread(shape)
     expected = paper(z.double().numpy())
     assert expected != 0
-    # Barlow Twins: ε, which its paper leaves out.
+    # Barlow Twins: its ε, absent from the paper.
     assert float(ours(z)) == pytest.approx(expected, rel=2e-4 if name == "barlow_twins" else 2e-5)
 
 
@@ -320,12 +321,14 @@ def test_each_loss_computes_in_float32_whatever_comes_in(
     assert float(loss) == pytest.approx(paper(z.double().numpy()), rel=2e-4 if name == "barlow_twins" else 2e-5)
 
 
-LARGEST, SMALLEST = 65504.0, 6e-8  # of float16
+# These are the limits of float16.
+LARGEST, SMALLEST = 65504.0, 6e-8
 
 
 def extreme(kind: str, shape: tuple[int, ...]) -> Tensor:
     signs = noise(*shape).sign()
-    if kind == "mixed":  # one row of each in turn, and an ordinary one
+    # Each kind has a row in turn, and so has an ordinary one.
+    if kind == "mixed":
         kinds = torch.tensor([LARGEST, 0.0, SMALLEST, 1.0])
         return signs * kinds[torch.arange(math.prod(shape[:-1])) % 4].reshape(*shape[:-1], 1)
     return signs * {"largest": LARGEST, "smallest": SMALLEST, "zeros": 0.0}[kind]
@@ -339,8 +342,8 @@ def test_each_loss_and_gradient_is_finite_at_the_ends_of_float16(name: str, kind
     z = extreme(kind, shape).to(dtype)
     loss, slope = loss_and_gradient(ours, z, autocast=True)
     assert bool(loss.isfinite())
-    # float16 has no room for the slope of a normalised row of 6e-8, nor for VICReg's at 65504: what float32 has
-    # for it is rounded to infinity, and nothing else.
+    # float16 cannot hold the slope of a normalised row of 6e-8, nor VICReg's at 65504. There the slope of float32 is
+    # rounded to infinity, and only there.
     assert torch.equal(slope, gradient(ours, z.float()).to(dtype))
     assert dtype == torch.float16 or bool(slope.isfinite().all())
     assert not bool(slope.isnan().any())
@@ -377,7 +380,8 @@ def test_identical_embeddings_cost_nt_xent_the_log_of_the_other_views(
 @pytest.mark.parametrize("views", [2, 3])
 def test_perfect_embeddings_cost_nt_xent_what_is_left_of_the_softmax(views: int) -> None:
     count, temperature = 6, 0.5
-    z = torch.eye(count).expand(views, -1, -1)  # positives at cosine 1, negatives at cosine 0
+    # Positives have cosine 1, negatives cosine 0.
+    z = torch.eye(count).expand(views, -1, -1)
     expected = math.log(views - 1 + (views * count - views) * math.exp(-1 / temperature))
     assert float(nt_xent(z, temperature)) == pytest.approx(expected, rel=1e-5)
 
@@ -429,9 +433,12 @@ def orthogonal_columns() -> Tensor:
 
 def test_barlow_twins_costs_nothing_where_views_agree_and_columns_do_not() -> None:
     z = orthogonal_columns()
-    assert float(barlow_twins(z, z, 1.0)) == pytest.approx(0, abs=1e-8)  # 4·ε²
-    assert float(barlow_twins(z, 100 * z + 5, 1.0)) == pytest.approx(0, abs=1e-8)  # each view by its own scale
-    assert float(barlow_twins(z, -z, 1.0)) == pytest.approx(4 * 4, rel=1e-4)  # (1 − −1)² a column
+    # The loss is 4·ε².
+    assert float(barlow_twins(z, z, 1.0)) == pytest.approx(0, abs=1e-8)
+    # Each view is scaled by itself.
+    assert float(barlow_twins(z, 100 * z + 5, 1.0)) == pytest.approx(0, abs=1e-8)
+    # Each column costs (1 − −1)².
+    assert float(barlow_twins(z, -z, 1.0)) == pytest.approx(4 * 4, rel=1e-4)
 
 
 def test_barlow_twins_counts_each_pair_of_identical_columns_by_its_weight() -> None:
@@ -459,7 +466,8 @@ def test_identical_embeddings_cost_triplet_its_margin(mining: Mining) -> None:
 @pytest.mark.parametrize("mining", ["hard", "semi-hard"])
 def test_embeddings_apart_by_more_than_the_margin_cost_triplet_nothing(mining: Mining) -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    z = F.one_hot(labels).float()  # like rows at distance 0, unlike ones at √2
+    # Like rows have distance 0, unlike ones √2.
+    z = F.one_hot(labels).float()
     assert float(triplet(z, labels, 1.4, mining)) == 0
     assert float(triplet(z, labels, 1.5, mining)) == pytest.approx(1.5 - math.sqrt(2), abs=2e-4)
 
@@ -482,11 +490,13 @@ def test_semi_hard_mining_takes_the_nearest_negative_beyond_the_positive_or_else
     def chord(i: int, j: int) -> float:
         return 2 * math.sin(abs(float(angles[i] - angles[j])) / 2)
 
-    first = chord(0, 1) - chord(0, 3) + 1  # row 2 lies nearer than the positive, row 3 just beyond it
+    # Row 2 lies nearer than the positive, row 3 just beyond it.
+    first = chord(0, 1) - chord(0, 3) + 1
     second = chord(1, 0) - chord(1, 2) + 1
     assert float(triplet(z, labels, 1.0, "semi-hard")) == pytest.approx((first + second) / 2, rel=1e-5)
     near = z[[0, 1, 2]], labels[[0, 1, 2]]
-    third = chord(0, 1) - chord(0, 2) + 1  # nothing beyond the positive
+    # No negative lies beyond the positive.
+    third = chord(0, 1) - chord(0, 2) + 1
     assert float(triplet(*near, 1.0, "semi-hard")) == pytest.approx((third + second) / 2, rel=1e-5)
 
 
@@ -497,7 +507,8 @@ def test_identical_embeddings_cost_margin_contrast_half_of_the_margin_squared() 
 
 def test_opposite_rows_of_one_label_cost_margin_contrast_half_of_four() -> None:
     z, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
-    assert float(margin_contrast(z, labels, 1.0)) == pytest.approx(2, rel=1e-5)  # unlike rows rest at √2 > 1
+    # Unlike rows are at √2 > 1 and cost nothing.
+    assert float(margin_contrast(z, labels, 1.0)) == pytest.approx(2, rel=1e-5)
 
 
 # Peers, in float64, their conventions turned into ours.
@@ -515,7 +526,7 @@ def test_nt_xent_of_two_views_is_lightlys_and_metric_learnings(count: int, width
 
 @pytest.mark.parametrize(("count", "width"), SIZES)
 def test_nt_xent_of_four_views_is_metric_learnings_supcon_by_picture(count: int, width: int) -> None:
-    # Its NTXentLoss leaves the other positives out of a positive's denominator; SupCon's, as ours, keeps them.
+    # The peer's NTXentLoss leaves other positives out of a positive's denominator; its SupConLoss keeps them, as we do.
     z = spread((4, count, width), seed=1).double()
     labels = torch.arange(count).repeat(4)
     expected = float(SupConLoss(0.2)(z.flatten(0, 1), labels))
@@ -524,7 +535,7 @@ def test_nt_xent_of_four_views_is_metric_learnings_supcon_by_picture(count: int,
 
 @pytest.mark.parametrize(("count", "width"), SIZES)
 def test_supcon_is_metric_learnings(count: int, width: int) -> None:
-    # Its mean is over the losses above 0: an anchor without positives has 0 there, and no other anchor has.
+    # The peer averages the losses above 0: an anchor without positives has 0 there, and no other anchor has.
     z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
     assert float(supcon(z, labels, 0.1)) == pytest.approx(float(SupConLoss(0.1)(z, labels)), rel=2e-5)
 
@@ -533,7 +544,8 @@ def test_supcon_is_metric_learnings(count: int, width: int) -> None:
 def test_info_nce_against_a_queue_is_lightlys_with_a_memory_bank(count: int, width: int) -> None:
     q, k = spread((2, count, width), seed=1)
     peer = LightlyNTXentLoss(0.2, memory_bank_size=(37, width))
-    expected = float(peer(q, k))  # q takes no gradient, so the bank stays as it is
+    # Since q has no gradient, the bank stays as it is.
+    expected = float(peer(q, k))
     assert float(info_nce(q, k, peer.memory_bank.bank, 0.2)) == pytest.approx(expected, rel=2e-5)
 
 
@@ -559,7 +571,7 @@ def test_vicreg_is_lightlys_and_metric_learnings(count: int, width: int) -> None
 
 @pytest.mark.parametrize(("count", "width"), SIZES)
 def test_hard_triplets_are_metric_learnings(count: int, width: int) -> None:
-    # Its mean is over the losses above 0 unless it is told otherwise.
+    # By default the peer averages only the losses above 0.
     z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
     peer = TripletMarginLoss(margin=0.4, reducer=MeanReducer())
     expected = float(peer(z, labels, BatchHardMiner()(z, labels)))
@@ -568,8 +580,8 @@ def test_hard_triplets_are_metric_learnings(count: int, width: int) -> None:
 
 @pytest.mark.parametrize(("count", "width"), SIZES)
 def test_semi_hard_triplets_are_metric_learnings(count: int, width: int) -> None:
-    # It keeps all semi-hard triplets of a pair within a margin, here 10: ours is the nearest of them, and where
-    # a pair has none the easiest of its hard ones.
+    # The peer keeps all semi-hard triplets of a pair within a margin, here 10. Ours is the nearest of them; a pair
+    # without any has the easiest of its hard ones.
     z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
     apart = torch.cdist(F.normalize(z, dim=1), F.normalize(z, dim=1))
     chosen: dict[tuple[int, int], int] = {}
@@ -587,14 +599,14 @@ def test_semi_hard_triplets_are_metric_learnings(count: int, width: int) -> None
 
 @pytest.mark.parametrize(("count", "width"), SIZES)
 def test_margin_contrast_is_half_of_metric_learnings_hinges_squared(count: int, width: int) -> None:
-    # It sums d and max(0, m − d), not their squares.
+    # The peer sums d and max(0, m − d), not their squares.
     z, labels = spread((2 * count, width), seed=1).double(), torch.tensor(labels_of(2 * count))
     found = ContrastiveLoss(pos_margin=0, neg_margin=1.2, reducer=DoNothingReducer())(z, labels)
     expected = sum(float(found[kind]["losses"].square().mean()) for kind in ("pos_loss", "neg_loss")) / 2
     assert float(margin_contrast(z, labels, 1.2)) == pytest.approx(expected, rel=2e-5)
 
 
-# What may be exchanged, and what may not.
+# Symmetries of the losses.
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if len(case(name, 2, 2).shape) == 3 and "nce" not in name])
@@ -621,7 +633,8 @@ def test_order_of_queries_and_of_negatives_does_not_matter_to_info_nce_and_pairi
     moved = info_nce(q[rows], k[rows], negatives[columns], 0.3, allowed[rows][:, columns])
     assert float(moved) == pytest.approx(expected, rel=1e-5)
     assert float(info_nce(q, k.roll(1, 0), negatives, 0.3, allowed)) > expected + 0.1
-    assert float(info_nce(q, k, negatives, 0.3)) > expected + 0.1  # more to choose from
+    # Without the mask there are more negatives.
+    assert float(info_nce(q, k, negatives, 0.3)) > expected + 0.1
 
 
 LABELLED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -641,7 +654,8 @@ FORMS: dict[str, Callable[[Array, list[int]], float]] = {
 @pytest.mark.parametrize("name", LABELLED)
 def test_order_of_rows_and_names_of_labels_do_not_matter_and_which_rows_agree_does(name: str) -> None:
     loss, z, labels = LABELLED[name], spread((12, 6)), torch.arange(12) % 4
-    z = z + 2 * noise(4, 6, seed=5)[labels]  # rows of a label are alike
+    # Rows of a label are alike.
+    z = z + 2 * noise(4, 6, seed=5)[labels]
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     expected = float(loss(z, labels))
     assert float(loss(z[order], labels[order])) == pytest.approx(expected, rel=1e-5)
@@ -660,14 +674,16 @@ def test_any_labels_give_the_papers_value_and_a_finite_gradient(name: str, label
 
 
 def test_an_anchor_without_positives_is_left_out_of_supcons_mean_and_stays_a_negative() -> None:
-    z, labels = spread((7, 5)), torch.tensor([0, 0, 1, 1, 2, 2, 3])  # the last row is alone
+    # The last row has no positive.
+    z, labels = spread((7, 5)), torch.tensor([0, 0, 1, 1, 2, 2, 3])
     normalised = F.normalize(z.double(), dim=1)
     logits = (normalised @ normalised.T / 0.2).fill_diagonal_(-torch.inf)
     log_share = logits.log_softmax(1)
     expected = -float(torch.stack([log_share[i, i ^ 1] for i in range(6)]).mean())
     assert float(supcon(z, labels, 0.2)) == pytest.approx(expected, rel=1e-5)
     assert float(supcon(z[:6], labels[:6], 0.2)) < expected - 1e-3
-    assert bool(gradient(lambda z: supcon(z, labels, 0.2), z)[6].any())  # as a negative it is pushed
+    # The last row is still pushed away as a negative.
+    assert bool(gradient(lambda z: supcon(z, labels, 0.2), z)[6].any())
 
 
 @pytest.mark.parametrize("name", ["supcon", "triplet, hard", "triplet, semi-hard"])
@@ -692,7 +708,7 @@ def test_margin_contrast_does_with_one_kind_of_pair(labels: list[int], pairs: st
     assert float(margin_contrast(z, torch.tensor(labels), 1.5)) == pytest.approx(float(expected), rel=1e-5)
 
 
-# Which way the gradient goes.
+# The direction of the gradient.
 
 
 def descended(loss: Callable[[Tensor], Tensor], z: Tensor, steps: int = 50, rate: float = 0.5) -> Tensor:
@@ -703,7 +719,7 @@ def descended(loss: Callable[[Tensor], Tensor], z: Tensor, steps: int = 50, rate
 
 
 def between(z: Tensor, same: Tensor) -> tuple[float, float]:
-    """Mean cosine of the pairs of rows that belong together, and of those that do not."""
+    """Mean cosine of the positive pairs of rows and of the negative ones."""
     similarity, itself = F.cosine_similarity(z[:, None], z, dim=2), torch.eye(len(z), dtype=torch.bool)
     return float(similarity[same & ~itself].mean()), float(similarity[~same].mean())
 
@@ -722,7 +738,8 @@ PULLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def test_descent_draws_together_what_belongs_together_and_drives_the_rest_apart(name: str) -> None:
     labels = torch.arange(8).repeat(2)
     same = labels[:, None] == labels
-    z = 0.7 * torch.ones(16, 8) + noise(16, 8)  # all of them on one side of the sphere
+    # All rows are on one side of the sphere.
+    z = 0.7 * torch.ones(16, 8) + noise(16, 8)
     positive, negative = between(z, same)
     later = between(descended(lambda z: PULLING[name](z, labels), z), same)
     assert later[0] > positive + 0.1
@@ -730,24 +747,26 @@ def test_descent_draws_together_what_belongs_together_and_drives_the_rest_apart(
 
 
 def argmax_of_mask(z: Tensor) -> Tensor:
-    """(2N,) losses of the first well-known wrong form: of the two marks in a row of the label mask, argmax takes the
-    first one, and in the first half of the batch that is the diagonal, which has just been masked."""
+    """(2N,) losses of the first well-known wrong form. Argmax takes the first of the two marks in a row of the label
+    mask, and in the first half of the batch that is the diagonal, which has just been masked."""
     rows = F.normalize(z.flatten(0, 1), dim=1)
     labels = torch.arange(z.shape[1]).repeat(2)
-    same = (labels[:, None] == labels[None, :]).float()  # (2N, 2N), the diagonal marked too
+    # The diagonal is marked, too.
+    same = (labels[:, None] == labels[None, :]).float()  # (2N, 2N)
     similarity = (rows @ rows.T).masked_fill(torch.eye(len(rows), dtype=torch.bool), -1e15)
     return F.cross_entropy(similarity, same.argmax(1), reduction="none")
 
 
 def log_sigmoid_of_all(z: Tensor) -> Tensor:
-    """The second: log σ(−sim) is minimised, where −log σ(−sim) would push, and positives are told from nothing."""
+    """The second: log σ(−sim) is minimised, though only −log σ(−sim) would push, and it ignores positives."""
     rows = F.normalize(z.flatten(0, 1), dim=1)
     return F.logsigmoid(-(rows @ rows.T)).mean()
 
 
 def test_argmax_of_a_label_mask_finds_the_masked_diagonal_and_ours_does_not() -> None:
     good, poor = torch.eye(8).expand(2, -1, -1), torch.stack([torch.eye(8), torch.eye(8).roll(1, 0)])
-    assert float(argmax_of_mask(good).mean()) == pytest.approx(0.5e15, rel=1e-3)  # the upper half of the rows
+    # Only the upper half of the rows hits the diagonal.
+    assert float(argmax_of_mask(good).mean()) == pytest.approx(0.5e15, rel=1e-3)
     assert float(argmax_of_mask(good).mean()) == float(argmax_of_mask(poor).mean())
     assert float(nt_xent(good, 0.5)) < float(nt_xent(poor, 0.5)) - 1
 
@@ -756,7 +775,7 @@ def test_the_argmax_form_drives_a_pictures_first_view_from_its_second_and_ours_d
     z = spread((2, 8, 16))
     same = torch.eye(8, dtype=torch.bool).repeat(2, 2)
     before, _ = between(z.flatten(0, 1), same)
-    # The second half of the rows hits its positive by luck; this is what the first half alone does.
+    # The second half of the rows hits its positive by chance, so only the first half is used.
     theirs, _ = between(descended(lambda z: argmax_of_mask(z)[:8].mean(), z).flatten(0, 1), same)
     ours, _ = between(descended(lambda z: nt_xent(z, 0.2), z).flatten(0, 1), same)
     assert theirs < before - 0.1

@@ -1,6 +1,6 @@
-"""Each paper's step: what all of them promise the loop, and what each does with views, labels, keys and targets.
+"""Each paper's step: the promises of all to the loop, and each one's use of views, labels, keys and targets.
 
-Most tests put nn.Flatten in the backbone's place: what a method makes of a batch can then be worked out beside it.
+Most tests put nn.Flatten in the backbone's place, so that a method's result can be computed beside it.
 """
 
 import math
@@ -35,7 +35,8 @@ from training.methods.infonce import next_of_label
 from training.methods.moco import MoCo, SplitBatchNorm, split_batch_norms
 from training.recipe import MethodName, Recipe
 
-COUNT = 64  # pictures of the source
+# The source has this many pictures.
+COUNT = 64
 NEED_LABELS = {"supcon", "triplet", "margin", "infonce"}
 
 
@@ -59,7 +60,7 @@ def flat(recipe: Recipe, count: int = COUNT, seed: int = 0) -> Any:
 
 
 def batch_of(views: int = 2, count: int = 16, seed: int = 0, labels: int = 4, first: int = 0) -> Batch:
-    """Views of random pictures: each picture's own and as much noise again; labels in turn."""
+    """Views of random pictures: each is its picture and as much noise again; labels in turn."""
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randn(count, 1, 8, 8, generator=generator)
     noisy = pictures + torch.randn(views, count, 1, 8, 8, generator=generator)
@@ -83,7 +84,7 @@ def same(these: list[Tensor], those: list[Tensor]) -> bool:
     return all(torch.equal(one, other) for one, other in zip(these, those, strict=True))
 
 
-# What every method promises.
+# Promises of every method.
 
 
 def test_there_is_a_method_and_a_table_for_every_name() -> None:
@@ -111,7 +112,8 @@ def test_a_step_gives_a_loss_that_reaches_the_backbone_and_embeddings_that_do_no
     assert step.loss.dtype == torch.float32
     assert step.loss.shape == ()
     assert bool(step.loss.isfinite())
-    queries = views - 1 if name == "moco" else views  # its first view gives the keys
+    # MoCo's first view gives the keys.
+    queries = views - 1 if name == "moco" else views
     assert step.embeddings.shape == (queries * 16, 256)
     assert not step.embeddings.requires_grad
     assert all(value.numel() == 1 and bool(value.isfinite()) for value in step.diagnostics.values())
@@ -122,7 +124,8 @@ def test_a_step_gives_a_loss_that_reaches_the_backbone_and_embeddings_that_do_no
     for weight in method.backbone.parameters():
         assert weight.grad is not None
         assert bool(weight.grad.isfinite().all())
-    assert all(weight.grad is not None for weight in learning)  # no head or predictor beside the way
+    # No head or predictor is outside the loss.
+    assert all(weight.grad is not None for weight in learning)
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -131,7 +134,8 @@ def test_a_saved_method_goes_on_exactly(name: MethodName, views: int, tiny_recip
     recipe = recipe_of(tiny_recipe, name, clusters={"clusters": 5})
     method = convolutional(recipe)
     optimizer = torch.optim.AdamW([weight for weight in method.parameters() if weight.requires_grad], 1e-3)
-    for number in range(6):  # more than an epoch: clusters has clustered, moco's queue has come round
+    # The steps are more than an epoch, so clusters has clustered and MoCo's queue has wrapped around.
+    for number in range(6):
         backward(method.step(batch_of(views, first=number * 16 % COUNT, seed=number)).loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -200,7 +204,8 @@ def accuracy_of(backbone: nn.Module, digits: Tensor) -> float:
     return headline_accuracy(embeddings[:1000], labels[:1000], embeddings[1000:], labels[1000:])
 
 
-GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}  # of k-NN; the others want more steps
+# The gains are of k-NN; the other methods need more steps.
+GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -223,7 +228,8 @@ def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_
         optimizer.zero_grad()
         method.update(number / steps)
         losses.append(float(step.loss.detach()))
-    full = 3 if name == "moco" else 0  # whose queue is full of keys by then
+    # MoCo's queue is full of keys by then.
+    full = 3 if name == "moco" else 0
     early, late = np.mean(losses[full : full + 2]), np.mean(losses[-4:])
     assert late < early - 0.1 * abs(early)
     if name in GAINS:
@@ -236,7 +242,8 @@ def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_
 def test_simclr_is_nt_xent_of_the_projections_of_all_views(tiny_recipe: Recipe) -> None:
     method, batch = convolutional(recipe_of(tiny_recipe, "simclr")), batch_of(3)
     step = method.step(batch)
-    h = method.backbone(batch.views.flatten(0, 1))  # batch norm sees all views at once
+    # Batch norm gets all views at once.
+    h = method.backbone(batch.views.flatten(0, 1))
     z = method.get_submodule("head")(h).unflatten(0, (3, 16))
     torch.testing.assert_close(step.loss, nt_xent(z, 0.2))
     torch.testing.assert_close(step.embeddings, h.detach())
@@ -258,10 +265,12 @@ def test_a_labelled_method_gives_every_view_its_pictures_label(
 ) -> None:
     method, batch = flat(recipe_of(tiny_recipe, name)), batch_of(views)
     rows = method.head(batch.views.flatten(0, 1).flatten(1))
-    labels = torch.tensor([n % 4 for _ in range(views) for n in range(16)])  # view by view
+    # The rows are ordered view by view.
+    labels = torch.tensor([n % 4 for _ in range(views) for n in range(16)])
     torch.testing.assert_close(method.step(batch).loss, loss(rows, labels))
     swapped = batch._replace(labels=labels_of(batch).roll(1))
-    assert abs(float((method.step(batch).loss - method.step(swapped).loss).detach())) < 1e-5  # the same pictures agree
+    # The rolled labels still agree for the same pictures.
+    assert abs(float((method.step(batch).loss - method.step(swapped).loss).detach())) < 1e-5
     other = batch._replace(labels=torch.arange(16) // 4)
     assert abs(float((method.step(batch).loss - method.step(other).loss).detach())) > 1e-3
 
@@ -319,7 +328,8 @@ def test_the_queue_holds_the_latest_keys_whatever_its_size(size: int, counts: li
 
 def test_a_batchs_keys_are_not_among_its_own_negatives(tiny_recipe: Recipe) -> None:
     method, batch = moco(tiny_recipe, queue=16), batch_of()
-    for _ in range(2):  # the second time they are: the queue is of them alone
+    # In the second step the keys are negatives, and the queue holds nothing else.
+    for _ in range(2):
         before, keys = method.queue.clone(), keys_of(method, batch)
         q = method.head(method.backbone(batch.views[1]))
         torch.testing.assert_close(method.step(batch).loss, info_nce(q, keys, before, 0.2))
@@ -344,7 +354,8 @@ def test_no_gradient_reaches_the_key_encoder_or_the_queue(tiny_recipe: Recipe) -
         assert not weight.requires_grad
         assert weight.grad is None
     assert not method.queue.requires_grad
-    assert same(weights_of(method.key_backbone) + weights_of(method.key_head), before)  # update() alone moves it
+    # Only update() moves the key encoder.
+    assert same(weights_of(method.key_backbone) + weights_of(method.key_head), before)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.999])
@@ -352,13 +363,15 @@ def test_the_key_encoder_follows_by_one_minus_its_momentum(momentum: float, tiny
     method = convolutional(recipe_of(tiny_recipe, "moco", moco={"momentum": momentum}))
     assert isinstance(method, MoCo)
     online, keys = [method.backbone, method.head], [method.key_backbone, method.key_head]
-    assert all(same(weights_of(k), weights_of(q)) for k, q in zip(keys, online, strict=True))  # to begin with
+    # The two encoders start with the same weights.
+    assert all(same(weights_of(k), weights_of(q)) for k, q in zip(keys, online, strict=True))
     for module in keys:
         for number, weight in enumerate(module.parameters()):
             weight.copy_(torch.full_like(weight, number))
     before = [weight.double() for module in keys for weight in weights_of(module)]
     theta = [weight.double() for module in online for weight in weights_of(module)]
-    for progress in (0.0, 0.7):  # m does not change
+    # The momentum does not change with progress.
+    for progress in (0.0, 0.7):
         method.update(progress)
         before = [momentum * xi + (1 - momentum) * to for xi, to in zip(before, theta, strict=True)]
         after = [weight.double() for module in keys for weight in weights_of(module)]
@@ -393,7 +406,8 @@ def test_a_split_batch_norm_is_four_batch_norms_in_training_and_one_in_service()
     torch.testing.assert_close(split(x), expected)
     assert float((plain(x) - expected).detach().abs().max()) > 0.5
     running = torch.zeros(5)
-    for number in range(4):  # one after the other, each moves the running statistics by its momentum
+    # Each part in turn moves the running statistics by its momentum.
+    for number in range(4):
         running = 0.9 * running + 0.1 * x[4 * number : 4 * number + 4].mean((0, 2, 3))
     torch.testing.assert_close(split.state_dict()["running_mean"], running)
     plain.load_state_dict(split.state_dict())
@@ -405,7 +419,8 @@ def test_a_split_batch_norm_leaves_no_picture_by_itself(count: int) -> None:
     split = nn.BatchNorm2d(5)
     split_batch_norms(split, 8)
     x = torch.randn(count, 5, 1, 1, generator=torch.Generator().manual_seed(0))
-    y = split(x).detach()  # one number of one picture has no variance
+    # A single number of one picture has no variance.
+    y = split(x).detach()
     parts = x.tensor_split(min(8, count // 2))
     assert min(len(part) for part in parts) >= 2
     expected = [(part - part.mean(0)) / (part.var(0, correction=0) + 1e-5).sqrt() for part in parts]
@@ -415,7 +430,8 @@ def test_a_split_batch_norm_leaves_no_picture_by_itself(count: int) -> None:
 def test_the_keys_other_order_is_undone(tiny_recipe: Recipe) -> None:
     method = convolutional(recipe_of(tiny_recipe, "moco", moco={"queue": 16}))
     assert isinstance(method, MoCo)
-    method.key_backbone.eval()  # running statistics: a key does not depend on its companions
+    # With running statistics, a key does not depend on its companions.
+    method.key_backbone.eval()
     batch = batch_of()
     method.step(batch)
     torch.testing.assert_close(method.queue, keys_of(method, batch), rtol=1e-4, atol=1e-5)
@@ -425,7 +441,8 @@ def test_keys_are_normalised_among_other_companions_than_their_queries(tiny_reci
     method, batch = convolutional(recipe_of(tiny_recipe, "moco", moco={"queue": 16})), batch_of()
     assert isinstance(method, MoCo)
     method.step(batch)
-    assert float((method.queue - keys_of(method, batch)).abs().max()) > 0.01  # keys_of leaves them in order
+    # keys_of does not shuffle the pictures.
+    assert float((method.queue - keys_of(method, batch)).abs().max()) > 0.01
 
 
 # BYOL and SimSiam: no negatives.
@@ -441,7 +458,8 @@ def byol_target(method: Any, views: Tensor) -> Tensor:
 def test_byol_is_the_squared_distance_of_unit_vectors_over_all_ordered_pairs(views: int, tiny_recipe: Recipe) -> None:
     method, batch = flat(recipe_of(tiny_recipe, "byol")), batch_of(views)
     for weight in method.target_head.parameters():
-        weight.add_(0.1 * torch.randn_like(weight))  # a target unlike the online network
+        # The target differs from the online network.
+        weight.add_(0.1 * torch.randn_like(weight))
     p = method.predictor(method.head(batch.views.flatten(0, 1).flatten(1))).unflatten(0, (views, 16)).detach()
     target = byol_target(method, batch.views)
     distances = []
@@ -457,7 +475,8 @@ def test_byols_target_moves_less_and_less(progress: float, tau: float, tiny_reci
     method: Any = convolutional(recipe_of(tiny_recipe, "byol", byol={"momentum": 0.9}))
     targets, onlines = [method.target_backbone, method.target_head], [method.backbone, method.head]
     for target, online in zip(targets, onlines, strict=True):
-        assert same(weights_of(target), weights_of(online))  # to begin with
+        # The two networks start with the same weights.
+        assert same(weights_of(target), weights_of(online))
         for xi, theta in zip(target.parameters(), online.parameters(), strict=True):
             xi.data.fill_(2.0)
             theta.data.fill_(1.0)
@@ -479,7 +498,7 @@ def test_no_gradient_reaches_byols_target(tiny_recipe: Recipe) -> None:
 
 
 class Fixed(nn.Module):
-    """A predictor that says the same whatever it is asked."""
+    """A predictor whose output does not depend on its input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -570,12 +589,14 @@ def test_clusters_are_made_anew_after_as_many_epochs_again(tiny_recipe: Recipe) 
     method = flat(recipe_of(tiny_recipe, "clusters", clusters={"clusters": 4, "every": 2}))
     assignments = []
     for epoch in range(5):
-        pictures, _ = blobs(seed=epoch)  # other pictures in the same places, as if the encoder had moved
+        # Other pictures in the same clusters stand for an encoder that has moved.
+        pictures, _ = blobs(seed=epoch)
         for positions in torch.arange(COUNT).view(-1, 16):
             method.step(Batch(pictures[positions].expand(2, -1, -1, -1, -1), positions, None))
             assignments.append(method.assignment.clone())
     changes = [n for n in range(1, len(assignments)) if not torch.equal(assignments[n], assignments[n - 1])]
-    assert changes == [8, 16]  # before the first step of epochs 2 and 4
+    # Clustering comes before the first step of epochs 2 and 4.
+    assert changes == [8, 16]
     assert adjusted_rand_score(blobs(seed=3)[1].numpy(), assignments[-1].numpy()) == 1
 
 
@@ -622,7 +643,8 @@ def test_infonces_positive_is_another_picture_of_the_label_and_its_negatives_tho
     views: int, tiny_recipe: Recipe
 ) -> None:
     method, batch = flat(recipe_of(tiny_recipe, "infonce")), batch_of(views, labels=5)
-    labels = labels_of(batch).tolist()  # 16 pictures of 5 labels: one of 4, four of 3
+    # The 16 pictures have 5 labels: one of 4, four of 3.
+    labels = labels_of(batch).tolist()
     z = method.head(batch.views.flatten(0, 1).flatten(1)).unflatten(0, (views, 16)).detach().double().numpy()
     z = z / np.linalg.norm(z, axis=2, keepdims=True)
     losses = []

@@ -62,7 +62,7 @@ def changed(recipe: Recipe, **values: object) -> Recipe:
 
 @pytest.fixture
 def recipe(tiny_recipe: Recipe) -> Recipe:
-    """In float32: whether bfloat16 pays is decided by a stopwatch."""
+    """In float32, because timing decides whether bfloat16 is used."""
     return changed(tiny_recipe, precision="float32")
 
 
@@ -102,7 +102,8 @@ def checkpoint(folder: Path) -> dict[str, Any]:
 
 def test_the_schedule_warms_up_in_a_line_and_ends_in_a_cosine() -> None:
     assert [schedule(step, 100, 4) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
-    assert schedule(4 + 48, 100, 4) == pytest.approx(0.5)  # half of the 96 steps of cosine
+    # This is half of the 96 steps of cosine.
+    assert schedule(4 + 48, 100, 4) == pytest.approx(0.5)
     assert schedule(4 + 24, 100, 4) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     falling = [schedule(step, 100, 4) for step in range(4, 100)]
     assert all(earlier > later > 0 for earlier, later in pairwise(falling))
@@ -120,7 +121,8 @@ def test_a_run_shorter_than_its_warm_up_only_rises() -> None:
 
 def test_per_dimension_std_of_one_point_and_of_the_axes() -> None:
     assert per_dimension_std(torch.ones(10, 4)) == 0
-    axes = torch.cat([torch.eye(8), -torch.eye(8)])  # in each of 8 dimensions: one 1, one −1 and fourteen 0
+    # Each of 8 dimensions has one 1, one −1 and fourteen 0.
+    axes = torch.cat([torch.eye(8), -torch.eye(8)])
     assert per_dimension_std(axes) == pytest.approx(math.sqrt(2 / 15))
     lengths = torch.arange(1.0, 17.0)[:, None]
     assert per_dimension_std(axes * lengths) == pytest.approx(math.sqrt(2 / 15))
@@ -146,7 +148,8 @@ def test_collapse_is_a_hundredth_of_the_healthy_spread() -> None:
 def test_statistics_are_those_of_all_pixels_channel_by_channel() -> None:
     pixels = torch.randint(0, 256, (2300, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pixels[:, 1] //= 3
-    pixels[2200:, 2] = 255  # the last ones count as well
+    # The last pictures count as well.
+    pixels[2200:, 2] = 255
     mean, std = statistics(pixels)
     values = pixels.numpy().astype(np.float64) / 255
     np.testing.assert_allclose(mean.numpy(), values.mean((0, 2, 3)), rtol=1e-6)
@@ -155,19 +158,18 @@ def test_statistics_are_those_of_all_pixels_channel_by_channel() -> None:
 
 def test_what_fits_a_time_is_the_pace_and_what_is_left_to_decode(tmp_path: Path) -> None:
     canvas = Canvas(open_source("digits[:500]"), square_preprocessing(8), 1, tmp_path, CPU)
-    # 50 steps in 10 s, 5 of them waited for the decoding of 100 pictures: 0.1 s a step and 0.05 s a picture.
+    # 50 steps took 10 s, of which decoding 100 pictures took 5 s: 0.1 s a step and 0.05 s a picture.
     canvas.take(np.arange(100))
     assert canvas.untouched() == 400
-    assert (
-        fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 300
-    )  # 50 s are left, 20 of them for 400 pictures
+    # 50 s are left, 20 of them for 400 pictures.
+    assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 300
     canvas.take(np.arange(500))
     assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 500
     assert fixed_total(Progress(50, None, 10.0, 0.0), 60.0, 100, canvas) == 50 + 250
-    assert fixed_total(Progress(50, None, 70.0, 0.0), 60.0, 100, canvas) == 50  # the time is over
-    assert (
-        fixed_total(Progress(3, None, 7.0, 1.0), 60.0, 100, canvas) == 3 + 26
-    )  # 53 s at 2 s a step: the half step is not begun
+    # The time is over.
+    assert fixed_total(Progress(50, None, 70.0, 0.0), 60.0, 100, canvas) == 50
+    # 53 s at 2 s a step leave half a step, which is not begun.
+    assert fixed_total(Progress(3, None, 7.0, 1.0), 60.0, 100, canvas) == 3 + 26
     canvas.close()
 
 
@@ -181,7 +183,7 @@ def test_what_is_decoded_at_every_epoch_is_part_of_the_pace(tmp_path: Path, monk
     canvas.close()
 
 
-# What is trained on
+# Training pictures
 
 
 def test_the_material_is_what_the_pixels_say(recipe: Recipe, prepared: Prepared) -> None:
@@ -200,7 +202,8 @@ def test_the_material_is_what_the_pixels_say(recipe: Recipe, prepared: Prepared)
 def test_held_out_pictures_are_a_twentieth_and_never_trained_on(recipe: Recipe, prepared: Prepared) -> None:
     material = prepared(open_source("digits"), recipe)
     assert len(material.held_out) == 1797 // 20
-    assert np.abs(np.diff(material.held_out) - 1797 / 89).max() <= 1.5  # from all over
+    # They come from all parts of the source.
+    assert np.abs(np.diff(material.held_out) - 1797 / 89).max() <= 1.5
     assert sorted([*material.held_out, *material.trained]) == list(range(1797))
 
 
@@ -222,7 +225,7 @@ def test_without_labels_none_are_held_out(recipe: Recipe, prepared: Prepared, tm
 
 
 class Noting(SimCLR):
-    """SimCLR that notes which pictures it is given, and what is said of them."""
+    """SimCLR that records its pictures and their labels."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -283,13 +286,16 @@ def test_online_knn_is_scikit_learns_figure(recipe: Recipe, prepared: Prepared, 
     assert logged[-1] == pytest.approx(expected, abs=1e-6)
     before = deepcopy(dict(method.backbone.state_dict()))
     assert online_knn(method.backbone, material, "float32", 4000) == expected
-    assert method.backbone.training  # the loop goes on
-    assert_same(before, dict(method.backbone.state_dict()))  # batch norms learned nothing from it
+    # The network is in training mode again.
+    assert method.backbone.training
+    # The batch norms learned nothing from the evaluation.
+    assert_same(before, dict(method.backbone.state_dict()))
 
 
 def test_online_knn_comes_five_times_evenly(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
     source = open_source("digits[:640]")
-    recipe = changed(recipe, epochs=5)  # of 9 steps: 45
+    # 5 epochs of 9 steps are 45.
+    recipe = changed(recipe, epochs=5)
     train(method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe), tmp_path)
     assert [line["step"] for line in lines(tmp_path) if "knn" in line] == [9, 18, 27, 36, 45]
 
@@ -300,7 +306,7 @@ def test_online_knn_comes_five_times_evenly(recipe: Recipe, prepared: Prepared, 
 def test_pixels_that_reside_on_the_device_make_the_same_run(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over two epochs and with bad pictures, which either way are passed over; and so does a resumed one."""
+    """The runs have two epochs and bad pictures, which both skip. A resumed run is the same, too."""
     monkeypatch.setattr(materials, "_SAMPLED", 40)
     digits = open_source("digits[:240]")
     source = Source("flawed", digits.ids, lambda at: b"" if at % 40 == 7 else digits.read(at), digits.labels)
@@ -379,10 +385,12 @@ def test_a_few_dozen_steps_lower_the_loss(recipe: Recipe, prepared: Prepared, tm
 
     before = loss_now()
     run = train(method, material, Identity("digits", recipe), tmp_path).progress
-    assert run.step == 6 * (487 // 64)  # 25 are held out
+    # 25 pictures are held out.
+    assert run.step == 6 * (487 // 64)
     assert run.seconds > 0
     assert loss_now() < before - 0.5
-    assert run.loss < math.log(2 * 64 - 1) - 1  # against no better than chance
+    # The last term is the loss at chance.
+    assert run.loss < math.log(2 * 64 - 1) - 1
 
 
 def test_a_time_too_short_for_the_timed_steps_is_kept(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
@@ -395,7 +403,8 @@ def test_a_time_too_short_for_the_timed_steps_is_kept(recipe: Recipe, prepared: 
 
 def test_a_time_replaces_the_epochs(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
     source = open_source("digits[:80]")
-    recipe = changed(recipe, epochs=1)  # one step, were it not for the time
+    # One epoch alone would be one step.
+    recipe = changed(recipe, epochs=1)
     assert (
         train(
             method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe, minutes=0.02), tmp_path
@@ -409,7 +418,8 @@ def test_accumulated_batches_share_a_step(
     accumulate: int, steps: int, recipe: Recipe, prepared: Prepared, tmp_path: Path
 ) -> None:
     recipe = changed(recipe, batch_size=32, accumulate=accumulate)
-    source = open_source("digits[:240]")  # 7 batches an epoch
+    # An epoch has 7 batches.
+    source = open_source("digits[:240]")
     assert (
         train(method_for(recipe, source), prepared(source, recipe), Identity("digits", recipe), tmp_path).progress.step
         == steps
@@ -455,7 +465,8 @@ def test_the_same_seed_repeats_to_the_last_bit_and_another_does_not(
 
     def weights(seed: int) -> Tensor:
         seeded = changed(recipe, seed=seed)
-        method = method_for(changed(recipe, seed=0), source)  # the same weights to begin with
+        # The weights are the same at the start.
+        method = method_for(changed(recipe, seed=0), source)
         train(method, prepared(source, seeded), Identity("digits", seeded), tmp_path)
         return torch.cat([value.flatten().float() for value in method.state_dict().values()])
 
@@ -464,12 +475,12 @@ def test_the_same_seed_repeats_to_the_last_bit_and_another_does_not(
     assert not torch.equal(first, weights(1))
 
 
-# A run that is interrupted and resumed is the run that was not
+# A resumed run equals an uninterrupted one
 
 
 @contextmanager
 def pressing(steps: int, times: int = 1, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
-    """Press Ctrl-C, or send another signal, when the optimizer has made so many steps."""
+    """Press Ctrl-C, or send another signal, after so many steps of the optimizer."""
     done = count(1)
 
     def press(*arguments: object) -> None:
@@ -486,7 +497,7 @@ def pressing(steps: int, times: int = 1, number: signal.Signals = signal.SIGINT)
 
 @contextmanager
 def ctrl_c_after(steps: int) -> Iterator[None]:
-    """Press Ctrl-C after so many steps, and see the run end by it."""
+    """Press Ctrl-C after so many steps, and check that it ends the run."""
     with pressing(steps), pytest.raises(KeyboardInterrupt):
         yield
 
@@ -504,7 +515,7 @@ def work(recipe: Recipe, source: Source, folder: Path, minutes: float | None = N
 
 
 def assert_same(first: Any, second: Any, where: str = "") -> None:
-    """Hold two checkpoints against each other, to the last bit."""
+    """Compare two checkpoints to the last bit."""
     assert type(first) is type(second), where
     if isinstance(first, Tensor):
         assert first.dtype == second.dtype, where
@@ -524,8 +535,9 @@ def assert_same(first: Any, second: Any, where: str = "") -> None:
 def assert_resumed_as_if_never_stopped(
     recipe: Recipe, source: Source, folder: Path, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run to the end, and again with a Ctrl-C after each of these numbers of steps; hold log and state together."""
-    monkeypatch.setattr(loop, "_WATCHED", 1)  # the loss of every step is logged
+    """Run to the end, and again with a Ctrl-C after each of these numbers of steps; compare logs and states."""
+    # The loss of every step is logged.
+    monkeypatch.setattr(loop, "_WATCHED", 1)
     straight, broken = folder / "straight", folder / "broken"
     run = work(recipe, source, straight)
     done = 0
@@ -552,8 +564,10 @@ def assert_resumed_as_if_never_stopped(
 
 
 SETTINGS: dict[str, dict[str, object]] = {
-    "moco": {"queue": 96, "splits": 4},  # the queue comes round
-    "clusters": {"clusters": 8},  # clustered once an epoch
+    # The queue wraps around.
+    "moco": {"queue": 96, "splits": 4},
+    # Clustering runs once an epoch.
+    "clusters": {"clusters": 8},
 }
 
 
@@ -594,11 +608,13 @@ def test_a_backbone_with_dropout_goes_on_to_the_last_bit(
 def test_bad_pictures_and_a_canvas_on_disk_go_on_to_the_last_bit(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A resumed run knows which pictures are bad, and so passes over them without looking."""
-    monkeypatch.setattr(materials, "_SAMPLED", 40)  # the others are found out on the way
+    """A resumed run has a record of bad pictures and skips them without reading."""
+    # The other bad pictures are found in training.
+    monkeypatch.setattr(materials, "_SAMPLED", 40)
     monkeypatch.setattr(data, "_SMALL", 0)
     monkeypatch.setattr(data, "_DISK_LEFT", 0)
-    digits = open_source("digits[:420]")  # some are held out
+    # Some of the pictures are held out.
+    digits = open_source("digits[:420]")
     source = Source(
         "flawed", digits.ids, lambda position: b"" if position % 30 == 1 else digits.read(position), digits.labels
     )
@@ -618,7 +634,8 @@ def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
     once, twice = tmp_path / "once", tmp_path / "twice"
     with ctrl_c_after(2):
         work(recipe, source, once, minutes=1000)
-    assert checkpoint(once)["total"] is None  # still being timed
+    # The run is still being timed.
+    assert checkpoint(once)["total"] is None
     with ctrl_c_after(3):
         work(recipe, source, once, minutes)
     stopped = checkpoint(once)
@@ -634,7 +651,7 @@ def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
         assert_same(first[key], second[key], key)
 
 
-# The whole of it
+# The whole command
 
 
 def test_pretraining_writes_what_it_was(tiny_model: Path, recipe: Recipe) -> None:
@@ -664,7 +681,8 @@ def test_a_channel_that_is_always_empty_does_no_harm(recipe: Recipe, tmp_path: P
         path = tmp_path / "cells" / f"{number}.png"
         paint(path, 8, 8, seed=number)
         pixels = np.array(Image.open(path))
-        pixels[..., 2] = 0  # two-colour microscopy
+        # The pictures resemble two-colour microscopy.
+        pixels[..., 2] = 0
         Image.fromarray(pixels).save(path)
     recipe = changed(recipe, channels=3, batch_size=8, epochs=1)
     pretrain(str(tmp_path / "cells"), recipe, tmp_path / "out", None, "cpu", tmp_path)
@@ -674,7 +692,8 @@ def test_a_channel_that_is_always_empty_does_no_harm(recipe: Recipe, tmp_path: P
 def test_a_run_with_nothing_to_resume_starts_from_the_beginning_and_a_finished_one_may_start_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(data, "_SMALL", 0)  # the canvas is a file of the run's folder
+    # The canvas is a file in the run's folder.
+    monkeypatch.setattr(data, "_SMALL", 0)
     monkeypatch.setattr(data, "_DISK_LEFT", 0)
     out, folder = tmp_path / "out", tmp_path / "out.run"
     recipe = changed(recipe, batch_size=32, epochs=1)
@@ -731,7 +750,8 @@ def test_a_signal_in_the_last_step_lets_the_run_end(recipe: Recipe, tmp_path: Pa
 
 
 def test_the_second_ctrl_c_does_not_wait(recipe: Recipe, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)  # a script's background job begins with it ignored
+    # A script's background job starts with SIGINT ignored.
+    before = signal.getsignal(signal.SIGINT)
     with pressing(1, times=2), pytest.raises(KeyboardInterrupt):
         work(recipe, open_source("digits[:128]"), tmp_path)
     assert read_checkpoint(tmp_path) is None
@@ -767,7 +787,8 @@ def refused(
         assert not list(out.parent.glob(".*"))
         left = snapshot(out.with_name(f"{out.name}.run"))
         if before:
-            assert left == before  # a run that may still be resumed is as it was
+            # A run that may still be resumed is as it was.
+            assert left == before
         else:
             assert not set(left) & {"checkpoint.pt", "checkpoint.pt.tmp", "canvas.bin"}
         return sentence.removeprefix("lookalike: ")
@@ -837,13 +858,14 @@ def test_flat_pictures_are_refused(
 
 
 def test_a_refusal_takes_its_canvas_away(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the disk may be in it."""
+    """The canvas may take half the disk."""
     monkeypatch.setattr(data, "_SMALL", 0)
     monkeypatch.setattr(data, "_DISK_LEFT", 0)
     (tmp_path / "flat").mkdir()
     for number in range(70):
         Image.new("L", (9, 9), 100).save(tmp_path / "flat" / f"{number}.png")
-    assert "one flat colour" in refused(tmp_path / "flat")  # it looks for canvas.bin
+    # `refused` checks that canvas.bin is gone.
+    assert "one flat colour" in refused(tmp_path / "flat")
 
 
 def test_too_many_bad_pictures_are_refused_and_listed(refused: Refused, tmp_path: Path) -> None:
@@ -893,7 +915,7 @@ def test_a_run_that_goes_wrong_is_refused_in_one_sentence(refused: Refused) -> N
 
 
 def test_a_last_step_that_goes_wrong_makes_no_model(recipe: Recipe, tmp_path: Path) -> None:
-    """The loss is that before the step; the weights after it are what would be exported."""
+    """The loss is computed before the step, but the weights after it would be exported."""
     recipe = changed(recipe, learning_rate=1e30, warmup=0, epochs=1)
     with pytest.raises(LookalikeError):
         pretrain("digits[:64]", recipe, tmp_path / "out", None, "cpu", tmp_path)
@@ -930,7 +952,7 @@ def test_a_folder_without_a_name_cannot_be_a_model(
         pretrain("digits", recipe, Path(out), None, "cpu", tmp_path)
 
 
-# Refusals to go on
+# Refusals to resume
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A recipe: what parses and what is changed at the command line, what is refused, and in which words."""
+"""A recipe: parsing, changes at the command line, and refusals with their messages."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def test_a_file_is_read_as_it_stands(tiny_recipe: Recipe) -> None:
     assert tiny_recipe.name == "tiny"
     assert tiny_recipe.projection == (32, 16)
     assert tiny_recipe.augmentation.rotation == 15
-    assert tiny_recipe.augmentation.flip == 0  # left out: off
+    # A change that is left out is off.
+    assert tiny_recipe.augmentation.flip == 0
     assert tiny_recipe.augmentation.crop_area == 1
     assert tiny_recipe.views == 2
     assert tiny_recipe.simclr.temperature == 0.2
@@ -45,9 +46,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_recipe(str(tmp_path / "missing.toml"))
 
 
-WRONG = [  # a key, the line in its place, and the key that the message opens with
-    ("warmup", "warmups = 4", "warmup"),  # missing under its own name …
-    ("seed", "sead = 0", "sead"),  # … and unknown under another
+# A row has a key, the line in its place, and the key that the message opens with.
+WRONG = [
+    # The message names the missing key.
+    ("warmup", "warmups = 4", "warmup"),
+    # The message names the unknown key.
+    ("seed", "sead = 0", "sead"),
     ("rotation", "rotatoin = 15", "augmentation.rotatoin"),
     ("side", "side = 7", "side"),
     ("side", "side = 513", "side"),
@@ -134,7 +138,8 @@ CHANGES: list[tuple[str, str, Any]] = [
     (" views = 4 ", "views", 4),
     ("augmentation.flip=0.5", "augmentation.flip", 0.5),
     ("augmentation.preset=glyphs", "augmentation.preset", "glyphs"),
-    ("simclr.temperature=0.5", "simclr.temperature", 0.5),  # a table that the file does not have
+    # The file does not have this table.
+    ("simclr.temperature=0.5", "simclr.temperature", 0.5),
     ("triplet.mining=hard", "triplet.mining", "hard"),
 ]
 
@@ -150,7 +155,8 @@ def test_a_change_sets_its_key_and_no_other(
     assert inner[leaf] == expected != inner_before[leaf]
     assert type(inner[leaf]) is type(expected)
     inner[leaf] = inner_before[leaf]
-    if leaf != "preset":  # which sets what the file leaves open
+    # A preset also sets the keys that the file leaves open.
+    if leaf != "preset":
         assert content == before
 
 
@@ -174,9 +180,12 @@ def test_a_change_serves_shipped_recipes_and_leaves_their_files() -> None:
         ("learningrate=1", "unknown key; did you mean learning_rate?"),
         ("augmentation.rotatoin=5", "unknown key; did you mean augmentation.rotation?"),
         ("moco.temprature=1", "unknown key; did you mean moco.temperature?"),
-        ("flip=0.5", "unknown key; did you mean augmentation.flip?"),  # the right leaf without its table
-        ("simclr.queue=64", "unknown key; did you mean moco.queue?"),  # or in another
-        ("qeue=64", "unknown key; did you mean moco.queue?"),  # both
+        # This is the right leaf without its table.
+        ("flip=0.5", "unknown key; did you mean augmentation.flip?"),
+        # This is a leaf of another table.
+        ("simclr.queue=64", "unknown key; did you mean moco.queue?"),
+        # This has both faults.
+        ("qeue=64", "unknown key; did you mean moco.queue?"),
         ("zzz=1", "unknown key; the keys are method, backbone, "),
         ("name=mine", "unknown key; the keys are "),
         ("moco.queue.size=3", "unknown key; did you mean moco.queue?"),
@@ -239,7 +248,7 @@ def test_a_files_own_unknown_key_names_the_nearest_one(
     assert str(caught.value).startswith(f"{path}: {says}")
 
 
-# Presets, and what is kept of a recipe.
+# Presets, and the kept facts of a recipe.
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -255,10 +264,12 @@ def test_keys_beside_a_preset_win(tiny_recipe_file: Path, tmp_path: Path) -> Non
     path = tmp_path / "preset.toml"
     path.write_text(tiny_recipe_file.read_text() + 'preset = "photos"\nflip = 0.0\nsolarise = 0.4\n')
     augmentation = read_recipe(str(path)).augmentation
-    assert augmentation.flip == 0  # even one that switches a change off
+    # The file's value wins even if it switches a change off.
+    assert augmentation.flip == 0
     assert augmentation.solarise == 0.4
     assert augmentation.crop_area == PRESETS["photos"]["crop_area"]
-    assert augmentation.rotation == 15  # the file's, which the preset has not
+    # The preset lacks this key, so the file's value stays.
+    assert augmentation.rotation == 15
     assert read_recipe(str(path), ["augmentation.blur=0.9"]).augmentation.blur == 0.9
     changed = read_recipe(str(path), ["augmentation.preset=glyphs"]).augmentation
     assert (changed.stroke, changed.crop_area, changed.flip) == (PRESETS["glyphs"]["stroke"], 1, 0)
@@ -283,9 +294,11 @@ def test_facts_leave_out_the_tables_of_other_methods(tiny_recipe_file: Path) -> 
     tables = {key for key, value in facts.items() if isinstance(value, dict)}
     assert tables == {"moco", "augmentation"}
     assert facts["moco"]["queue"] == 64
-    assert facts["projection"] == [32, 16]  # as JSON has it: what is compared when a run is resumed
+    # A resumed run is compared in this form, the one of JSON.
+    assert facts["projection"] == [32, 16]
     again = Recipe.model_validate(facts)
     assert again.facts() == facts
-    assert again.simclr.temperature == 0.2  # what rests is not kept
+    # The tables of other methods are not kept.
+    assert again.simclr.temperature == 0.2
     other = read_recipe(str(tiny_recipe_file), ["method=moco", "moco.queue=65"])
     assert other.facts() != facts

@@ -1,4 +1,4 @@
-"""The report as files: what it says against scikit-learn and plain loops, what it refuses, what it leaves behind."""
+"""The report as files: its figures against scikit-learn and plain loops, its refusals and leftovers."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ def page(folder: Path) -> str:
 
 
 def first(evaluation: Evaluation, count: int) -> Evaluation:
-    """The same of the first queries only."""
+    """The same evaluation of the first queries only."""
     queries = evaluation.queries
     kept = replace(
         queries,
@@ -95,7 +95,8 @@ def test_tsne_png_has_every_class_in_its_colour(folder: Path, evaluation: Evalua
     with Image.open(folder / "tsne.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1200, 900))
         seen = {bytes(colour).hex() for colour in np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)}
-    assert {colour[1:] for colour in palette(10)} <= seen  # the legend's dots are opaque
+    # The legend's dots are opaque.
+    assert {colour[1:] for colour in palette(10)} <= seen
 
 
 def test_the_sheet_holds_every_query_in_its_place(page: str, evaluation: Evaluation) -> None:
@@ -128,7 +129,8 @@ def test_t_sne_keeps_classes_together_and_repeats(evaluation: Evaluation) -> Non
     assert [places.min(), places.max()] == [0, 1]
     distances = np.linalg.norm(places[:, None] - places, axis=2)
     np.fill_diagonal(distances, 9)
-    assert (labels[distances.argmin(1)] == labels).mean() > 0.6  # chance: 0.1
+    # Chance is 0.1.
+    assert (labels[distances.argmin(1)] == labels).mean() > 0.6
     np.testing.assert_array_equal(places, scatter(rows))
 
 
@@ -145,7 +147,8 @@ def test_embeddings_that_are_all_one_still_make_a_report(evaluation: Evaluation,
 @pytest.mark.parametrize("own_class", [True, False])
 def test_sampled_scores_are_of_all_such_pairs(own_class: bool, evaluation: Evaluation) -> None:
     queries, bank = evaluation.queries, evaluation.bank
-    lacking = replace(bank, labels=np.where(bank.labels == 3, 4, bank.labels))  # so no query of 3 has its like
+    # No query of class 3 has a match in this bank.
+    lacking = replace(bank, labels=np.where(bank.labels == 3, 4, bank.labels))
     cosines = queries.embeddings @ bank.embeddings.T
     chosen = (queries.labels[:, None] == lacking.labels) == own_class
     means = [cosines[row][mask].mean() for row, mask in enumerate(chosen) if mask.any()]
@@ -304,7 +307,7 @@ def test_a_disk_that_fills_leaves_the_earlier_report(evaluation: Evaluation, tmp
 
 @contextmanager
 def files_of_at_most(count: int) -> Iterator[None]:
-    """Have the kernel refuse longer files, as a full disk does."""
+    """Make the kernel refuse longer files, as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, limits[1]))
     try:

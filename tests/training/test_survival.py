@@ -1,6 +1,6 @@
-"""kill -9 at random moments: nothing is lost but what came after the last checkpoint, and the end is the same.
+"""kill -9 at random moments: only the work after the last checkpoint is lost, and the end is the same.
 
-LOOKALIKE_KILLS says how many times, 3 if left out; LOOKALIKE_KILLS_SEED when.
+LOOKALIKE_KILLS sets the number of kills, 3 by default; LOOKALIKE_KILLS_SEED their moments.
 """
 
 import json
@@ -27,15 +27,18 @@ from training.recipe import read_recipe
 
 KILLS = int(os.environ.get("LOOKALIKE_KILLS", "3"))
 SEED = int(os.environ.get("LOOKALIKE_KILLS_SEED", "0"))
-CHECKPOINT_MINUTES = 0.001  # as often as not a checkpoint is being written
+# At this interval, a checkpoint is being written about half of the time.
+CHECKPOINT_MINUTES = 0.001
 SOURCE = "digits[:600]"
 CHANGES = (
     "precision=float32",
-    "method=moco",  # a queue, a pointer and a momentum encoder are to survive too
+    # MoCo's queue, pointer and momentum encoder must survive, too.
+    "method=moco",
     "moco.queue=256",
     "moco.splits=2",
     "batch_size=32",
-    f"epochs={4 + 3 * KILLS}",  # of 17 steps
+    # An epoch has 17 steps.
+    f"epochs={4 + 3 * KILLS}",
 )
 
 
@@ -54,7 +57,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def step(folder: Path) -> int:
-    """How far the checkpoint is; it can be read, or is not there."""
+    """The checkpoint's step; a checkpoint is readable or absent."""
     found = read_checkpoint(folder)
     return found.progress.step if found else 0
 
@@ -71,7 +74,8 @@ def assert_equal(first: Any, second: Any, where: str) -> None:
 
 
 @pytest.mark.slow("kills a training run three times and runs it once more undisturbed, each in a process of its own")
-@pytest.mark.timeout(900 + 120 * KILLS)  # against a hang; on two idle cores it takes a twentieth of that
+# The limit guards against a hang; two idle cores take a twentieth of it.
+@pytest.mark.timeout(900 + 120 * KILLS)
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(tiny_recipe_file: Path, tmp_path: Path) -> None:
     straight, out, errors = tmp_path / "straight" / "model", tmp_path / "killed" / "model", tmp_path / "stderr.txt"
     pretrain(SOURCE, read_recipe(str(tiny_recipe_file), CHANGES), straight, None, "cpu", tmp_path)
@@ -98,7 +102,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(tiny_recipe_file: 
 
     chance, reached = random.Random(SEED), 0
     for _ in range(KILLS):
-        # In steps, so that however fast the machine is each kill falls into training and leaves some to the next.
+        # Goals are in steps, so that on any machine each kill falls into training and leaves some for the next.
         begun = max(losses(folder), default=0)
         goal = begun + chance.uniform(0, 0.8 / KILLS) * expected["total"]
         with started() as process:

@@ -1,4 +1,4 @@
-"""Variants compute what model.onnx computes, and those that do not are found and left out."""
+"""Variants compute the same embeddings as model.onnx; those that do not are found and left out."""
 
 import json
 from collections.abc import Callable
@@ -61,7 +61,8 @@ def test_variants_are_in_their_arithmetic(tiny_card: Card, tiny_model: Path) -> 
         figures = tiny_card.facts["quality"][file]
         assert figures["belongs"]
         assert figures["bytes"] == (tiny_model / file).stat().st_size
-        assert figures["pictures"] == 89  # a twentieth of the digits was held out
+        # A twentieth of the digits was held out.
+        assert figures["pictures"] == 89
         assert 0.99 <= figures["cosine_p1"] <= 1.0001
         assert figures["knn_lost"] <= 0.003
         assert file in (tiny_model / "README.md").read_text()
@@ -78,7 +79,8 @@ def test_the_figures_are_numpys(tiny_card: Card, digits: Pictures) -> None:
         for encoder in (exact, rounded)
     ]
     assert figures["least_cosine"] == pytest.approx(cosines[0], abs=1e-4)
-    assert cosines[1] - 1e-4 <= figures["cosine_p1"] <= cosines[2] + 1e-4  # 1 % of 200 is 2
+    # 1 % of 200 is 2.
+    assert cosines[1] - 1e-4 <= figures["cosine_p1"] <= cosines[2] + 1e-4
     assert figures["knn"] == round(accuracies[1], 4)
     assert figures["knn_lost"] == pytest.approx(accuracies[0] - accuracies[1], abs=1e-4)
 
@@ -116,7 +118,8 @@ def test_a_graph_a_little_off_belongs_and_one_far_off_does_not(tiny_card: Card, 
 def test_a_graph_that_loses_votes_does_not_belong_however_near_it_is(tiny_card: Card, digits: Pictures) -> None:
     """Labels that follow the exact encoder's own nearest neighbours, so that any change of neighbours costs."""
     exact = ServedEncoder(tiny_card, "cpu", "fp32")
-    own = np.arange(600)  # every bank picture is a class of its own
+    # Every bank picture is a class of its own.
+    own = np.arange(600)
     nearest = (exact.encode(digits.held_out) @ exact.encode(digits.bank).T).argmax(1)
     figures = judge(
         tiny_card, {"int8": shaken(tiny_card.model, 0.01)}, digits._replace(labels=(own, nearest.astype(np.int64)))
@@ -147,7 +150,8 @@ def test_what_cannot_be_rounded_is_not_written(tmp_path: Path, capsys: pytest.Ca
         assert not card.facts["quality"][file]["belongs"]
         assert not (tmp_path / "out" / file).exists()
         assert file not in card.facts["sha256"]
-    assert "refused" in card.facts["quality"]["model.fp16.onnx"]  # 1e6 is infinite in float16
+    # 1e6 is infinite in float16.
+    assert "refused" in card.facts["quality"]["model.fp16.onnx"]
 
 
 def test_one_picture_is_enough_to_calibrate_with() -> None:
@@ -167,7 +171,8 @@ def test_a_run_is_exported_anew_as_it_was(run: Path, tmp_path: Path) -> None:
     before = sorted(run.iterdir())
     export_run(run, tmp_path / "again" / "tiny", tmp_path)
     first, again = read_card(run.parent / "tiny"), read_card(tmp_path / "again" / "tiny")
-    without = {"quality": None}  # whose last digits are the weather
+    # The last digits of the measured quality vary.
+    without = {"quality": None}
     assert again.facts | without == first.facts | without
     assert again.variants == first.variants
     assert sorted(run.iterdir()) == before
@@ -186,7 +191,8 @@ def test_runs_that_cannot_be_exported(
         paint(pictures / f"{number:02d}.png", seed=number)
     pretrain(str(pictures), tiny_recipe, tmp_path / "mine", None, "cpu", tmp_path)
     quality = json.loads((tmp_path / "mine" / "card.json").read_text())["quality"]
-    assert "knn" not in quality["model.int8.onnx"]  # no labels, no votes
+    # Without labels there are no votes.
+    assert "knn" not in quality["model.int8.onnx"]
     paint(pictures / "another.png")
     with pytest.raises(InvalidSource, match="its pictures are not those that the run began with"):
         export_run(tmp_path / "mine.run", tmp_path / "out", tmp_path)
@@ -197,7 +203,7 @@ def test_runs_that_cannot_be_exported(
 
 
 def test_a_graph_that_has_no_embedding_for_a_picture_does_not_belong() -> None:
-    """Black pixels meet only the biases: without those the embedding is 0."""
+    """Black pixels leave only the biases: without them the embedding is 0."""
     exact, bare = outlying(1.0), outlying(1.0)
     for layer in bare.backbone.modules():
         if isinstance(layer, nn.Linear):

@@ -1,4 +1,4 @@
-"""Many callers, one batch, each caller's own result or own error."""
+"""Many callers share a batch, and each gets its own result or error."""
 
 import threading
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def submit(batcher: Batcher, value: int) -> "Future[FloatArray]":
 
 
 def occupy(batcher: Batcher, recorder: "Recorder | Small") -> "Future[FloatArray]":
-    """Have the batcher's thread busy with one picture, so that what follows has to wait."""
+    """Keep the batcher's thread busy with one picture, so that later pictures wait."""
     first = submit(batcher, 99)
     assert recorder.busy.wait(10)
     return first
@@ -104,7 +104,8 @@ def test_callers_that_have_gone_are_passed_over() -> None:
 
 
 def test_lanes_run_together() -> None:
-    both = threading.Barrier(2)  # breaks unless two lanes meet in it
+    # The barrier breaks unless two lanes wait at it at the same time.
+    both = threading.Barrier(2)
 
     def encode(pixels: Sequence[PixelArray]) -> FloatArray:
         both.wait(10)

@@ -120,7 +120,7 @@ def test_suits_names_the_data_and_the_way_out() -> None:
 
 
 def with_variant(model: Path, tmp_path: Path, **figures: float) -> Path:
-    """A copy of the model folder whose int8 file is model.onnx again, measured as told."""
+    """A copy of the model folder whose int8 file is a copy of model.onnx, with the given measurement."""
     out = tmp_path / "varied"
     shutil.copytree(model, out)
     shutil.copy(out / "model.onnx", out / "model.int8.onnx")

@@ -176,7 +176,7 @@ def test_auto_takes_the_fastest_variant_and_a_name_takes_that_one() -> None:
     assert np.allclose(encoder.encode(PIXELS), Encoder(card(slow), "cpu").encode(PIXELS), atol=1e-6)
     assert Encoder(varied, "cpu").variant == "fp32"
     assert Encoder(varied, "cpu", "fp16").variant == "fp16"
-    # no faster than model.onnx, so model.onnx
+    # An int8 file no faster than model.onnx is not chosen.
     assert Encoder(replace(card(fast), variants={"int8": slow}), "cpu", "auto").variant == "fp32"
 
 

@@ -1,4 +1,4 @@
-"""Bytes → picture → pixels, one row for every kind of bytes."""
+"""Bytes → picture → pixels, one row for each kind of bytes."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def colour(data: bytes, x: int = 0, y: int = 0) -> tuple[int, ...]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that says it is this large, with no more than a header behind it."""
+    """A PNG whose header declares this size and which holds no pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -40,7 +40,8 @@ def test_every_format_decodes_to_the_same_picture(format: str) -> None:
     assert decoded.mode == "RGB"
     assert decoded.size == picture.size
     difference = np.abs(np.asarray(decoded, int) - np.asarray(picture, int)).mean()
-    assert difference < (12 if format == "GIF" else 4)  # a GIF has 256 colours, JPEG and WebP lose a little
+    # A GIF has only 256 colours; JPEG and WebP are lossy.
+    assert difference < (12 if format == "GIF" else 4)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,8 @@ def test_white_stands_behind_what_is_transparent() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(orientation: int) -> None:
     upright = scene(64, 48)
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that stores it so that EXIF turns it back
+    # Each transposition is the inverse of the one that EXIF prescribes.
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -116,7 +118,8 @@ def test_exif_that_makes_no_sense_is_passed_over() -> None:
 def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same() -> None:
     picture = scene(1200, 900)
     small = decode(encoded(picture, "JPEG", quality=95), 28, LIMITS)
-    assert small.size == (150, 113)  # an eighth: both edges still at least twice the side
+    # At an eighth, both edges are still at least twice the side.
+    assert small.size == (150, 113)
     config = preprocessing(28)
     assert np.abs(to_pixels(small, config).astype(int) - to_pixels(picture, config)).mean() < 1
 
@@ -162,7 +165,8 @@ def test_thumbnail_is_small_and_keeps_tiny_pictures_exactly() -> None:
         return Image.open(io.BytesIO(thumbnail(data, decode(data, 28, LIMITS), LIMITS)))
 
     large = scene(1280, 960)
-    for format in ("PNG", "JPEG"):  # a JPEG comes from decode() smaller than a thumbnail
+    # decode() returns a JPEG smaller than a thumbnail.
+    for format in ("PNG", "JPEG"):
         small = of(encoded(large, format))
         assert small.size == (128, 96)
         expected = np.asarray(large.resize((128, 96), Image.Resampling.BICUBIC), int)

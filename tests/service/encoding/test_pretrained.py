@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 without torch: the same bytes always, and nothing is run that a pickle asks for."""
+"""EfficientNet-Lite0 without torch: always the same bytes, and no call in a pickle is executed."""
 
 import collections
 import json
@@ -86,7 +86,8 @@ def test_the_default_is_made_once_and_made_again_where_it_is_another(
     assert default_encoder() == folder
     assert (folder / "model.onnx").stat().st_mtime_ns == made
     facts = json.loads((folder / "card.json").read_text())
-    facts["sha256"]["model.onnx"] = "0" * 64  # as an earlier version might have
+    # An earlier version may have recorded another checksum.
+    facts["sha256"]["model.onnx"] = "0" * 64
     (folder / "card.json").write_text(json.dumps(facts))
     assert read_card(default_encoder()).fingerprint == facts["fingerprint"]
 
@@ -134,7 +135,7 @@ def test_weights_of_other_shapes_are_refused() -> None:
 
 
 class Call:
-    """Something that a pickle would call."""
+    """A function that a pickle would call."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments

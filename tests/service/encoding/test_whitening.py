@@ -34,7 +34,7 @@ def cone(count: int, seed: int = 0) -> FloatArray:
 
 
 def plainly(rows: FloatArray, learnt_on: FloatArray, power: float, dimension: int) -> FloatArray:
-    """The same by the eigenvectors of the covariance, picture by picture."""
+    """The same whitening from the eigenvectors of the covariance, one picture at a time."""
     learnt = learnt_on.astype(np.float64)
     mean = learnt.mean(0)
     values, vectors = np.linalg.eigh((learnt - mean).T @ (learnt - mean) / len(learnt))
@@ -82,7 +82,8 @@ def test_the_same_rows_give_the_same_bytes_and_their_order_changes_nothing_to_sp
     assert first.matrix.tobytes() == second.matrix.tobytes()
     turned = learn_whitening(rows[::-1], 0.5, 5)
     assert turned.matrix is not None
-    np.testing.assert_allclose(turned.matrix, first.matrix, rtol=1e-4, atol=1e-5)  # the sign of each direction, too
+    # This checks the sign of each direction, too.
+    np.testing.assert_allclose(turned.matrix, first.matrix, rtol=1e-4, atol=1e-5)
     largest = np.abs(first.matrix).argmax(0)
     assert (first.matrix[largest, np.arange(5)] > 0).all()
 

@@ -1,4 +1,4 @@
-"""Requests that are refused, the parts they are made of, and what every refusal has in common."""
+"""Refused requests, the parts they are made of, and the frame that all refusals share."""
 
 import base64
 import io
@@ -20,12 +20,14 @@ PICTURE = encoded(scene())
 OTHER = encoded(scene(seed=1))
 BASE64 = base64.b64encode(PICTURE).decode()
 TEXT = b"zebras quickly jump over lazy wizards and their boxes"
-WRONG = "f0e1d2c3" * 8  # no encoder's fingerprint
-# Words of ours that an answer may say though the client wrote them, too.
+# No encoder has this fingerprint.
+WRONG = "f0e1d2c3" * 8
+# An answer may contain these words of the service although the client sent them, too.
 OUR_WORDS = re.compile(
     rb"metadata|dimensions|encoding_format|fingerprint|threshold|/thumbnail|/content|data:image/|base64|127\.0\.0\.1"
 )
-RUN = 8  # bytes; so many of the client's in a row are an echo
+# So many of the client's bytes in a row count as an echo.
+RUN = 8  # bytes
 
 
 class Row(NamedTuple):

@@ -56,7 +56,7 @@ def test_no_key_that_is_known(served: Served, authorization: str | None) -> None
     client = served(api_keys=KEYS)
     raw = None if authorization is None else authorization.encode("latin-1")
     for method, path, options in ASKED:
-        answer = ask(client, method, path, raw, options)  # type: ignore[arg-type]  # bytes: not every one is ASCII
+        answer = ask(client, method, path, raw, options)  # type: ignore[arg-type]
         assert answer.headers["www-authenticate"] == "Bearer"
         if path.startswith("/v1/"):
             assert_openai(answer, 401, "unauthorized", raw or b"")
@@ -120,14 +120,16 @@ def test_other_origins_are_not_let_in_unless_they_are_named(served: Served) -> N
 
 def test_named_origins_are_let_in(served: Served) -> None:
     client = served(api_keys=KEYS, cors_origins="https://a.example")
-    asked = client.options("/images/a", headers=PREFLIGHT)  # a browser sends no key with it
+    # A browser sends no key with a preflight request.
+    asked = client.options("/images/a", headers=PREFLIGHT)
     assert asked.status_code == 200
     assert asked.headers["access-control-allow-origin"] == "https://a.example"
     assert "PUT" in asked.headers["access-control-allow-methods"]
     assert asked.headers["x-request-id"]
     refused = client.get("/info", headers={"origin": "https://a.example"})
     assert_refused(refused, 401, "unauthorized")
-    assert refused.headers["access-control-allow-origin"] == "https://a.example"  # or the page could not read why
+    # Without this header the page could not read the reason.
+    assert refused.headers["access-control-allow-origin"] == "https://a.example"
     for origin in ("https://b.example", "https://a.example.b.example", "http://a.example", "null"):
         elsewhere = client.options("/images/a", headers=PREFLIGHT | {"origin": origin})
         assert elsewhere.status_code == 400

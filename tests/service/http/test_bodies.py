@@ -1,4 +1,4 @@
-"""Bodies that a table cannot show: without length, compressed, pickled, or naming an address."""
+"""Bodies that do not fit a table: without length, compressed, pickled, or with an address in them."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ from tests.service.http.rows import (
 
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
-    """A socket that listens on 127.0.0.1; nobody may knock."""
+    """A socket that listens on 127.0.0.1; no connection may arrive."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening
         assert not select.select([listening], [], [], 0.2)[0], "the service fetched an address that a client sent"
@@ -51,7 +51,7 @@ def test_compressed_bodies(client: TestClient, encoding: str, type: str) -> None
 
 
 class Trap:
-    """What makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -70,7 +70,8 @@ def test_a_pickle_is_not_opened(client: TestClient, kind: str, tmp_path: Path) -
     assert answer.status_code == 415
     assert not sprung.exists()
     pickle.loads(trap)
-    assert sprung.exists()  # a trap that works
+    # The trap does work when it is unpickled.
+    assert sprung.exists()
 
 
 @pytest.mark.parametrize("scheme", ["http://127.0.0.1:%d/a.png", "//127.0.0.1:%d/a.png", "ftp://127.0.0.1:%d/a"])

@@ -1,4 +1,4 @@
-"""A direct route: what its registration refuses, and that a request is answered as by FastAPI's own route."""
+"""A direct route: its registration's refusals, and answers equal to those of FastAPI's own route."""
 
 from collections.abc import Callable
 from typing import Annotated, Any

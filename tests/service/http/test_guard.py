@@ -1,4 +1,4 @@
-"""What stands before every route: times and sizes of bodies, request ids, the log, the last resort."""
+"""The guard before every route: times and sizes of bodies, request ids, the log, the last resort."""
 
 import asyncio
 import io
@@ -23,7 +23,7 @@ PICTURE = encoded(scene())
 
 @pytest.fixture
 def records() -> Iterator[list[logging.LogRecord]]:
-    """What the access log was told."""
+    """The records of the access log."""
     kept: list[logging.LogRecord] = []
 
     class Keeper(logging.Handler):
@@ -75,7 +75,7 @@ def test_a_slow_body_is_given_up_and_its_connection_closed(served: Served) -> No
 
 
 def test_what_comes_after_a_refusal_is_taken_and_dropped(served: Served) -> None:
-    """So that the client reads its answer, where it would meet a reset connection; but not for ever."""
+    """The body is drained, for a limited time, so that the client reads its answer instead of a reset connection."""
     app = served(max_image_bytes="1000", max_request_bytes="5000", body_timeout_s="5").app
     taken: list[bytes] = []
 

@@ -1,4 +1,4 @@
-"""API keys: where they come from, and what each may do."""
+"""API keys: their sources and their permissions."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pictures that are cut short, and odd ones that are taken all the same."""
+"""Pictures that are cut short, and odd ones that are accepted."""
 
 import io
 import struct
@@ -19,25 +19,27 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def gif_of_many_frames(first: bytes, more: int) -> bytes:
-    """A GIF whose first frame is this one's and whose others cannot be decoded: their codes make no sense."""
+    """A GIF with the first frame of this one and more frames whose codes cannot be decoded."""
     frame = b"\x2c" + struct.pack("<HHHHB", 0, 0, 64, 48, 0) + b"\x02\x04\xff\xff\xff\xff\x00"
     assert first.endswith(b"\x3b")
     return first[:-1] + frame * more + b"\x3b"
 
 
 class Cut(NamedTuple):
-    """A picture's file with something behind the picture, and where its parts end."""
+    """A file with trailing bytes behind its picture, and the offsets of its parts."""
 
     data: bytes
-    begins: int  # so many bytes tell the format
-    ends: int  # so many bytes hold the whole picture
+    # The format is recognised from this many bytes on.
+    begins: int
+    # The picture is complete from this many bytes on.
+    ends: int
 
 
 def cuts() -> dict[str, Cut]:
     """One file of each format.
 
-    What stands behind the picture: in a JPEG and a BMP any bytes, in a PNG and a GIF a comment. A WebP says at its
-    beginning how long it is, so less than all of it is never whole.
+    A JPEG and a BMP have any bytes behind the picture, a PNG and a GIF a comment. A WebP declares its length at its
+    beginning, so no shorter part of it is whole.
     """
     picture = scene(96, 96)
     jpeg, bmp, webp = encoded(picture, "JPEG"), encoded(picture, "BMP"), encoded(picture, "WEBP")
@@ -119,10 +121,11 @@ def test_taken(client: TestClient, name: str) -> None:
 
 
 def test_of_ten_thousand_frames_only_the_first_is_decoded(client: TestClient) -> None:
-    """The others cannot be decoded at all; whoever tried would answer 422."""
+    """The other frames cannot be decoded, so decoding them would answer 422."""
     single = encoded(scene(), "GIF")
     many = gif_of_many_frames(single, 9_999)
-    with Image.open(io.BytesIO(many)) as opened, pytest.raises(Exception):  # noqa: B017  # whatever Pillow raises
+    # Any exception of Pillow's will do.
+    with Image.open(io.BytesIO(many)) as opened, pytest.raises(Exception):  # noqa: B017
         opened.seek(1)
         opened.load()
     expected, got = (embedding(client.post("/embed", content=data)) for data in (single, many))
@@ -131,7 +134,8 @@ def test_of_ten_thousand_frames_only_the_first_is_decoded(client: TestClient) ->
 
 def test_eight_orientations_of_one_picture_are_one_picture(client: TestClient) -> None:
     upright = scene(64, 64)
-    stored_by = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # the transposition that EXIF turns back
+    # Each transposition is the inverse of the one that EXIF prescribes.
+    stored_by = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     expected = embedding(client.post("/embed", content=with_exif(upright, b"")))
     for orientation, transposition in stored_by.items():
         exif = Image.Exif()

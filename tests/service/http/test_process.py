@@ -14,7 +14,7 @@ from tests.serving import serving
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a service runs in processes of its own."""
+    """A service that runs in processes of its own."""
     with serving(tmp_path_factory.mktemp("process"), max_buffered_bytes="50000000") as found:
         yield found
 
@@ -51,7 +51,7 @@ PARSED = {
 
 @pytest.mark.parametrize("name", PARSED)
 def test_what_the_http_parser_refuses(address: str, name: str) -> None:
-    """A picture that is taken, but for one fault in what is said about it. The answer is the parser's own, plain."""
+    """A valid picture with one fault in its request's headers. The answer is the HTTP parser's own, in plain text."""
     request = b"POST /embed HTTP/1.1\r\nHost: a\r\nConnection: close\r\n%s\r\n" + PICTURE
     assert raw(address, request.replace(b"%s", LENGTH)).startswith(b"HTTP/1.1 200 ")
     answer = raw(address, request.replace(b"%s", PARSED[name]))
@@ -61,14 +61,14 @@ def test_what_the_http_parser_refuses(address: str, name: str) -> None:
 
 
 def test_a_body_without_length_is_stopped_while_it_comes_in(address: str) -> None:
-    """The rest is taken and dropped, so that the client hears the answer."""
+    """The rest of the body is read and dropped, so that the client receives the answer."""
     answer = httpx2.post(address + "/embed", content=(b"some text " * 10_000 for _ in range(200)))
     assert_refused(answer, 413, "too_large", b"some text " * 2)
     assert answer.headers["connection"] == "close"
 
 
 def memory() -> int:
-    """Bytes that the processes of the service hold: the only children of this one."""
+    """Memory of the service's processes in bytes; they are the only children of this process."""
     return sum(one.memory_info().rss for one in psutil.Process().children(recursive=True))
 
 
@@ -82,5 +82,5 @@ def test_clients_that_leave_in_mid_upload_leave_nothing_behind(address: str) -> 
             connection.sendall(b"\0" * 8_000_000)
         assert httpx2.get(address + "/info", timeout=1).status_code == 200
     assert memory() - before < 30_000_000
-    # Nor are they counted any more: with a fourth of them there would be no room for another body.
+    # They are no longer counted either: if a quarter of them were, no other body would fit.
     assert httpx2.post(address + "/embed", content=PICTURE).status_code == 200

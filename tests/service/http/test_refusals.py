@@ -1,4 +1,4 @@
-"""What the service refuses: a row for each request, with the exact status and code."""
+"""Refused requests, one a row, with the exact status and code."""
 
 import base64
 import json
@@ -302,7 +302,7 @@ def test_nothing_of_what_was_refused_is_kept(client: TestClient) -> None:
 
 
 def test_an_echo_would_be_found(client: TestClient) -> None:
-    """The check that every row makes, on an answer that does repeat the client: an item's own."""
+    """The check for echoes fails on an answer that does repeat the client's bytes: an item."""
     answer = client.put("/images/a%20name%20that%20comes%20back", content=PICTURE)
     with pytest.raises(AssertionError):
         assert_no_echo(answer, b"a name that comes back")

@@ -1,4 +1,4 @@
-"""HTTP through the real BentoML app: what a client sends, what it gets back."""
+"""HTTP through the real BentoML app: requests and their answers."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""What a search asks for, said in its URL, in its body or in both."""
+"""The parameters of a search in its URL, in its body or in both."""
 
 import pytest
 

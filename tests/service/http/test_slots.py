@@ -1,4 +1,4 @@
-"""Places for work: bounded, timed, and given back when the work ends, not when somebody stops waiting."""
+"""Slots for work: bounded, timed, and released when the work ends, not when its caller stops waiting."""
 
 import asyncio
 import threading
@@ -81,7 +81,8 @@ def test_what_nobody_waits_for_any_more_is_not_begun() -> None:
                 await place.wait(waiting)
         assert time.monotonic() - begun < 5
         assert all(future.cancelled() for future in waiting)
-        assert await slots.run(int) == 0  # the place is free again
+        # The place is free again.
+        assert await slots.run(int) == 0
         slots.close()
 
     asyncio.run(main())

@@ -28,7 +28,7 @@ from tests.service.http.rows import (
 
 
 def encrypted(archive: bytes) -> bytes:
-    """Say of a zip's first member that it is encrypted, in both of its headers."""
+    """Mark a zip's first member as encrypted in both of its headers."""
     marked = bytearray(archive)
     marked[marked.index(b"PK\x03\x04") + 6] |= 1
     marked[marked.index(b"PK\x01\x02") + 8] |= 1
@@ -41,7 +41,7 @@ def damaged_inside(archive: bytes) -> bytes:
 
 
 def understated(archive: bytes, size: int) -> bytes:
-    """Say of a zip's first member that it unpacks to no more than this."""
+    """Declare this size for a zip's first member."""
     lie = bytearray(archive)
     struct.pack_into("<I", lie, lie.index(b"PK\x03\x04") + 22, size)
     struct.pack_into("<I", lie, lie.index(b"PK\x01\x02") + 24, size)
@@ -49,7 +49,7 @@ def understated(archive: bytes, size: int) -> bytes:
 
 
 class Line(NamedTuple):
-    """What the answer to a bulk says of one picture; a code of None: it is in the store."""
+    """The outcome of one picture in a bulk answer; a code of None means that it is stored."""
 
     id: str | None
     status: int
@@ -174,7 +174,8 @@ def test_more_than_max_request_bytes(served: Served) -> None:
         (zipped(("a.png", os.urandom(30_000))), ZIP),
         (form(*[("a.png", b"\0" * 9_000)] * 3), FORM),
         (form(("a.png", b"\0" * 11_000)), FORM),
-        (zipped(*[(f"{n}.png", b"\0" * 9_000) for n in range(25)]), ZIP),  # small, and unpacks to ten times as much
+        # This zip is small and unpacks to ten times its size.
+        (zipped(*[(f"{n}.png", b"\0" * 9_000) for n in range(25)]), ZIP),
         (zipped(("a.png", PICTURE), ("metadata.json", b" " * 20_001)), ZIP),
     ):
         answer = client.post("/images", content=content, headers={"content-type": kind})

@@ -90,7 +90,8 @@ def test_a_picture_without_an_embedding_is_a_bad_one_and_not_the_end(
     source = open_source(str(folder))
     out = tmp_path / "out.parquet"
     assert embed_source(source, model, out, Settings()) == Tally(3, 0, 1)
-    assert len(submitted) == 3  # the batcher alone finds whose error it is
+    # The batcher alone assigns the error to its picture, so no picture is submitted twice.
+    assert len(submitted) == 3
     assert pandas.read_parquet(out)["id"].tolist() == ["0.png", "2.png"]
     assert pandas.read_parquet(out / "_failures.parquet")["id"].tolist() == ["1.png"]
     gallery = open_gallery(Settings(model=model, store=tmp_path / "store"))

@@ -1,4 +1,4 @@
-"""Folders of embeddings are read as `lookalike embed` wrote them, or refused in a sentence."""
+"""Folders of embeddings are read as `lookalike embed` wrote them, or refused with one sentence."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def opened(name: Path | str) -> Embeddings:
 
 
 def rewrite(part: Path, **changed: Any) -> None:
-    """Write a part again with other columns, or other facts where a name is no column."""
+    """Rewrite a part with other columns; a name that is no column becomes a fact."""
     table = pq.read_table(part)
     facts = json.loads(table.schema.metadata[META])
     for name, value in changed.items():

@@ -1,4 +1,4 @@
-"""What the jobs share: outcomes keep their places, and errors that concern no picture end the job."""
+"""The jobs' shared reading: outcomes keep their order, and errors that concern no picture end the job."""
 
 import threading
 

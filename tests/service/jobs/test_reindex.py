@@ -1,4 +1,4 @@
-"""Another encoder for a store: a generation beside the one that is served, which then takes its place."""
+"""Another encoder for a store: a new generation is built beside the served one and then replaces it."""
 
 import shutil
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
 
     assert reindex(other, settings) == 30
     assert current(settings.store) == settings.store / "generation-2"
-    # Until it is taken up, the service goes on with the generation that it has open.
+    # The service uses the generation that it has open until it switches.
     served.add("after", encoded(scene(seed=2)), {"n": 2})
     served.change_metadata("before", {"n": 3})
     served.remove("digits/00004")
@@ -57,7 +57,7 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
         assert following.original(id) == picture
         assert following.find([PictureQuery(picture)], 1)[0][0].id == id
         assert following.find([PictureQuery(picture)], 1)[0][0].score > 0.9999
-    # Only the new one takes changes, and it has the folder.
+    # Only the new generation accepts changes, and it holds the folder's lock.
     with pytest.raises(InvalidStore, match="replaced by one of another encoder"):
         served.add("late", encoded(scene()), {})
     served.close()
@@ -74,7 +74,7 @@ def test_a_store_goes_over_to_another_encoder_while_it_is_served(settings: Setti
 
 
 def test_a_store_of_the_earlier_mnist_is_refused_with_both_names_and_comes_over(tmp_path: Path) -> None:
-    """The encoder of the same name had no whitening once: 256 numbers of another space."""
+    """The encoder of this name had no whitening once, so its embeddings belonged to another space."""
     settings = Settings(store=tmp_path / "store", model=MODEL, device="cpu", variant="fp32")
     shutil.copytree(GOLDEN, settings.store)
     earlier, now = "7630ccfe790b", read_card(MODEL).fingerprint[:12]
@@ -102,14 +102,16 @@ def test_what_changed_before_a_restart_is_taken_over_at_the_next_start(settings:
     again = open_gallery(settings)
     assert again.card.name == "other"
     assert [item.id for item in again.store.scan(9)[0]] == ["b"]
-    again.add("a", encoded(scene(seed=1)), {})  # and not taken away at the start after
+    # An item added to the new generation survives the next start.
+    again.add("a", encoded(scene(seed=1)), {})
     again.close()
     again = open_gallery(settings)
     assert [item.id for item in again.store.scan(9)[0]] == ["b", "a"]
     again.close()
     with pytest.raises(InvalidRequest, match="is of the encoder other already"):
         reindex(other, settings)
-    reindex(MODEL, settings)  # and back
+    # The store is switched back to the first encoder.
+    reindex(MODEL, settings)
     assert current(settings.store).name == "generation-3"
     again = open_gallery(settings)
     assert again.card.name == "mnist"
@@ -129,7 +131,8 @@ def test_pictures_that_were_not_kept_are_read_where_they_came_from(tmp_path: Pat
     (pictures / "2.png").unlink()
     with pytest.raises(InvalidStore, match=r"2 items cannot be embedded anew; 1.png: .* has another by now"):
         reindex(other, settings)
-    assert current(settings.store) == settings.store  # nothing published
+    # No generation was published.
+    assert current(settings.store) == settings.store
     (pictures / "1.png").write_bytes(encoded(scene(seed=1)))
     with pytest.raises(InvalidStore, match=r"1 items cannot be embedded anew; 2.png: .* cannot be read from"):
         reindex(other, settings)

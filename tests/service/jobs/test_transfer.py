@@ -1,4 +1,4 @@
-"""Stores as Parquet: what goes out comes in again, and embeddings that were made elsewhere, too."""
+"""Stores as Parquet: an export is imported unchanged, and so are embeddings made elsewhere."""
 
 from pathlib import Path
 
@@ -40,7 +40,8 @@ def test_a_store_comes_back_as_it_went(gallery: Gallery, copy: Gallery, tmp_path
         assert ours is not None and theirs is not None
         assert np.allclose(ours, theirs, atol=1e-7)
     copy.close()
-    embeddings = open_embeddings(str(tmp_path / "out"))  # `evaluate` reads it like what `embed` writes
+    # `evaluate` reads an export like the output of `embed`.
+    embeddings = open_embeddings(str(tmp_path / "out"))
     assert embeddings is not None
     assert (len(embeddings), embeddings.fingerprint) == (20, gallery.card.fingerprint)
     with pytest.raises(InvalidOutput, match="is there and not empty"):
@@ -56,7 +57,8 @@ def test_what_embed_wrote_is_taken_in_with_its_labels(copy: Gallery, tmp_path: P
     assert len(copy.find([ItemQuery("digits/00007")], 5)[0]) == 5
     with pytest.raises(ItemNotFound, match="came as an embedding, without a picture"):
         copy.thumbnail("digits/00007")
-    assert copy.notice() is None  # which looks at pictures, where there are any
+    # notice() compares pictures, and this store has none.
+    assert copy.notice() is None
     copy.close()
 
 

@@ -1,4 +1,4 @@
-"""lookalike whiten: a new encoder from an old one and pictures, whole or not at all."""
+"""lookalike whiten: a new encoder from an old one and pictures, written whole or not at all."""
 
 import json
 import shutil
@@ -39,7 +39,8 @@ def test_the_new_encoder_is_the_old_one_and_what_numpy_learns(whitened: Path, di
     card, bare = read_card(whitened), without_whitening(read_card(MODEL))
     assert card.name == "for-digits"
     assert card.facts["whitening"] == {
-        "of": "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62",  # models/mnist before it had one
+        # This is the fingerprint of models/mnist before its whitening.
+        "of": "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62",
         "source": "digits[:800]",
         "pictures": 720,
         "power": 0.5,

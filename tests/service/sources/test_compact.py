@@ -1,4 +1,4 @@
-"""Names and labels in few bytes: like lists of str in all but size."""
+"""Names and labels in few bytes, with the behaviour of lists of str."""
 
 import tracemalloc
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from service.sources.compact import Labels, Names, smallest
 
-# What a file system hands out: any bytes, as text.
+# File names may be any bytes, decoded with surrogates.
 ON_DISK = st.binary(max_size=20).map(lambda data: data.decode("utf-8", "surrogateescape"))
 BOUNDS = st.none() | st.integers(-12, 12)
 SLICES = st.builds(slice, BOUNDS, BOUNDS, st.none() | st.sampled_from([1, 2, -1, -3]))
@@ -55,7 +55,8 @@ def test_a_slice_shares_the_memory_of_the_whole() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert list(part[:2]) == [f"{10:040}", f"{11:040}"]
-    assert peak < 2_000  # bytes; a copy would take 35,600 for the text alone
+    # A copy would take 35,600 bytes for the text alone.
+    assert peak < 2_000  # bytes
 
 
 @pytest.mark.parametrize(("kinds", "dtype"), [(1, np.uint8), (256, np.uint8), (257, np.uint16), (65_537, np.uint32)])

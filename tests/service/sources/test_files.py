@@ -1,4 +1,4 @@
-"""Folders, zips and tars of pictures, as they come: real files, whole and damaged."""
+"""Folders, zips and tars of pictures: real files, whole and damaged."""
 
 import io
 import os
@@ -44,7 +44,7 @@ def read_all(source: Source) -> list[Entry]:
 
 
 def held_bytes(open_it: Callable[[], Source]) -> tuple[float, Source]:
-    """What a source holds, in bytes a picture."""
+    """The memory that a source holds, in bytes a picture."""
     tracemalloc.start()
     try:
         source = open_it()
@@ -108,7 +108,8 @@ def test_a_folder_of_many_pictures_holds_little(tmp_path: Path) -> None:
         folder = tmp_path / f"a_class_of_pictures_{label:02}"
         folder.mkdir()
         for n in range(MANY // 20):
-            (folder / f"picture_{n:012}.jpg").touch()  # 45 characters with the folder's
+            # With its folder's, the name has 45 characters.
+            (folder / f"picture_{n:012}.jpg").touch()
     held, source = held_bytes(lambda: open_source(str(tmp_path)))
     assert len(source) == MANY
     assert held <= 60
@@ -188,7 +189,8 @@ def test_zips_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidSource, match="holds no picture"):
         open_source(str(tmp_path / "empty.zip"))
     locked = bytearray(zipped(tmp_path / "locked.zip", [("1.png", PICTURE)]).read_bytes())
-    locked[locked.index(b"PK\1\2") + 8] |= 1  # the flag of an encrypted member
+    # This flag marks a member as encrypted.
+    locked[locked.index(b"PK\1\2") + 8] |= 1
     (tmp_path / "locked.zip").write_bytes(locked)
     with pytest.raises(InvalidSource, match="is encrypted"):
         open_source(str(tmp_path / "locked.zip"))
@@ -316,7 +318,8 @@ def test_compressed_tars_are_refused(tmp_path: Path, ending: str, mode: str) -> 
 def test_a_tar_that_is_cut_short_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
     path = tarred(tmp_path / "set.tar", [(f"{n}.png", bytes(700)) for n in range(3)])
     data = path.read_bytes()
-    end = 3 * (512 + 1024)  # where the empty blocks begin
+    # The empty blocks begin here.
+    end = 3 * (512 + 1024)
     for length in [*range(0, end, 256), end + 511]:
         path.write_bytes(data[:length])
         with pytest.raises(InvalidSource, match=r"set\.tar: cannot be read as an uncompressed \.tar: ."):
@@ -338,7 +341,8 @@ def test_a_negative_size_in_a_tar_is_no_endless_loop(tmp_path: Path) -> None:
     path = tarred(tmp_path / "set.tar", [("1.png", b""), ("2.png", b"")])
     data = bytearray(path.read_bytes())
     header = data[512:1024]
-    header[124:136] = (-1024).to_bytes(12, "big", signed=True)  # leads back to the first header
+    # This size leads back to the first header.
+    header[124:136] = (-1024).to_bytes(12, "big", signed=True)
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * ord(" ") + sum(header[156:]))
     data[512:1024] = header
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Parquet files with the bytes of pictures, as they lie on the Hugging Face Hub."""
+"""Parquet files with the bytes of pictures, as on the Hugging Face Hub."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def images(numbers: Sequence[int], path: str | None = "{:03}.jpg") -> Any:
-    """The `image` column of pictures that are only their number."""
+    """The `image` column of pictures whose bytes are only their number."""
     rows = [{"bytes": b"picture %d" % n, "path": path and path.format(n)} for n in numbers]
     return pa.array(rows, STRUCT)
 
@@ -232,12 +232,13 @@ def test_what_was_asked_for_last_is_held_up_to_a_size() -> None:
 
     def load(group: int) -> Any:
         loads.append(group)
-        return pa.array(range(1000 if group == 9 else 10))  # 80 bytes, or 8000
+        return pa.array(range(1000 if group == 9 else 10))  # 80 or 8000 bytes
 
     held = RowGroups(load, 250)
     for group in (0, 1, 2, 0, 3, 0, 2, 1):
         assert len(held[group]) == 10
-    assert loads == [0, 1, 2, 3, 1]  # 3 put 1 out, which was asked for longest ago
+    # Group 3 evicted group 1, the least recently used.
+    assert loads == [0, 1, 2, 3, 1]
     loads.clear()
     assert len(held[9]) == len(held[9]) == 1000
     assert len(held[1]) == 10

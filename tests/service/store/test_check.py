@@ -1,4 +1,4 @@
-"""Everything that is wrong with a store is named, and nothing where all is well."""
+"""The check names every fault of a damaged store and none of an intact one."""
 
 import sqlite3
 from collections.abc import Callable

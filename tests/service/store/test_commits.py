@@ -1,4 +1,4 @@
-"""Group commit: who is together in a commit, and whose error is whose."""
+"""Group commit: which callers share a commit, and which caller gets which error."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def writer_of(store: EmbeddedStore) -> CatalogWriter:
 
 
 def together(store: EmbeddedStore, count: int) -> "list[object]":
-    """Let `count` callers wait for one commit; of each what came back or was raised."""
+    """Let `count` callers wait for one commit and return the result or exception of each."""
     entered, go = threading.Event(), threading.Event()
 
     def hold(_: CatalogWriter, changes: list[Change]) -> None:
@@ -66,7 +66,8 @@ def test_callers_share_a_commit_and_keep_their_own_errors(store: EmbeddedStore, 
 
     writer_of(store)._database.set_commit_hook(count)
     outcomes = together(store, 9)
-    assert len(commits) == 2  # the one that was held, and one for all nine
+    # The held commit is one; all nine callers share the other.
+    assert len(commits) == 2
     for n, outcome in enumerate(outcomes):
         assert (
             outcome == [True]
@@ -93,7 +94,8 @@ def test_an_answer_is_given_after_the_commit(store: EmbeddedStore, tmp_path: Pat
 def test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on(store: EmbeddedStore, tmp_path: Path) -> None:
     store.add([item("there", unit(D))])
     pages = next(writer_of(store)._database.execute("PRAGMA page_count"))[0]
-    writer_of(store)._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()  # as on a full disk
+    # The limit stands for a full disk.
+    writer_of(store)._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()
     with pytest.raises(InvalidStore, match=r"the store cannot be written: .*full"):
         store.add([item(f"p{n}", unit(D, seed=n)) for n in range(1000)])
     writer_of(store)._database.execute("PRAGMA max_page_count = 1000000").fetchall()

@@ -1,4 +1,4 @@
-"""Searches and changes at the same time, against what plain NumPy says of the moments that a search may have seen."""
+"""Concurrent searches and changes, compared with plain NumPy on each state that a search may have seen."""
 
 import threading
 import time
@@ -18,7 +18,7 @@ VECTORS = unit(400, D, seed=3)
 
 @pytest.mark.parametrize("exact_limit", [10**6, 1000])
 def test_no_search_sees_what_is_gone_or_misses_what_is_there(tmp_path: Path, exact_limit: int) -> None:
-    """Each writer has items of its own, so it knows at once what is there; all agree when all are done."""
+    """Each writer has its own items, so it knows their state at once; all states agree when all writers have ended."""
     store = EmbeddedStore(tmp_path, card(), D, exact_limit=exact_limit)
     fill = unit(1500, D, seed=4)
     store.add([item(f"fill{n}", vector, own=0) for n, vector in enumerate(fill)])

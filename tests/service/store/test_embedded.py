@@ -1,4 +1,4 @@
-"""The store against a model of it: a dict and plain NumPy."""
+"""The store compared with a dict and plain NumPy."""
 
 import shutil
 import zlib
@@ -84,9 +84,11 @@ def test_a_search_equals_plain_numpy(tmp_path: Path) -> None:
 def test_equal_scores_come_in_the_order_of_adding(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path, card(), D)
     same, other = unit(2, D)
-    for n in range(500):  # more than a search looks at first
+    # There are more items than a search takes as candidates first.
+    for n in range(500):
         store.add([item(f"{n}", same if n % 5 else other)])
-    store.add([item("1", other)])  # replaced, and again: it keeps its place
+    # An item that is replaced twice keeps its place.
+    store.add([item("1", other)])
     store.add([item("1", same)])
     expected = [str(n) for n in range(500) if n % 5]
     for k in (1, 3, 100, 400):
@@ -162,7 +164,8 @@ def test_a_store_of_another_encoder_is_refused_with_both_names(store_folder: Pat
     with pytest.raises(StoreMismatch, match=r"built by the encoder first \(firstfirstfi…\), not by second"):
         EmbeddedStore(store_folder, card("second"), D)
     assert recorded_model(store_folder) == (Path("/models/first"), "first")
-    EmbeddedStore(store_folder, card("first"), D).close()  # the refused one let go of the lock
+    # The refused opening released the lock.
+    EmbeddedStore(store_folder, card("first"), D).close()
 
 
 def test_a_second_writer_is_refused_and_a_reader_is_not(store_folder: Path) -> None:
@@ -301,7 +304,8 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
             database.execute(statement).fetchall()
     database.close()
     assert len(before) == len(vectors) == len(pictures) == 20
-    fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"  # of models/mnist in those days
+    # models/mnist had this fingerprint in those versions.
+    fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"
     encoder = replace(read_card(MODEL), fingerprint=fingerprint)
     with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 3; `lookalike index` or `serve`"):
         EmbeddedStore(tmp_path, encoder, 256, read_only=True)

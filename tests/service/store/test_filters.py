@@ -1,4 +1,4 @@
-"""Filters: SQLite's answer is what a plain reading of the rules gives, for any metadata."""
+"""Filters: SQLite gives the same answer as a plain implementation of the rules, for any metadata."""
 
 import json
 from typing import Any
@@ -48,7 +48,7 @@ def equal(have: Any, wanted: Any) -> bool:
 
 
 def meets(metadata: dict[str, Any], content: dict[str, Any]) -> bool:
-    """The rules, read plainly."""
+    """A plain implementation of the rules."""
     for name, wanted in content.items():
         if name == "$and":
             good = all(meets(metadata, each) for each in wanted)
@@ -154,7 +154,8 @@ def test_a_filter_that_was_asked_before_knows_what_changed_since(store: Embedded
         store.add([NewItem(f"{n}", metadata, None, "d", "fp32", rows[n], b"t", None)])
         model[f"{n}"] = metadata
 
-    for n in range(600):  # so many that they are not all candidates anyway
+    # There are too many items for all of them to be candidates.
+    for n in range(600):
         put(n, {"odd": n % 2 == 1})
     for step in range(40):
         store.set_metadata(f"{step}", lambda metadata: {"odd": not metadata["odd"]})

@@ -1,4 +1,4 @@
-"""The approximate index: believed by measurement, and by a second, slower one here."""
+"""The approximate index: its measured recall, checked by a second, slower measurement."""
 
 import threading
 from dataclasses import replace
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recall(store: EmbeddedStore, vectors: FloatArray, queries: FloatArray, where: int | None = None) -> float:
-    """Of the ten nearest by plain NumPy, how many the store finds."""
+    """The share of plain NumPy's ten nearest that the store finds."""
     scores = queries @ vectors.T
     if where is not None:
         scores[:, np.arange(len(vectors)) % 3 != where] = -2
@@ -61,9 +61,11 @@ def recall(store: EmbeddedStore, vectors: FloatArray, queries: FloatArray, where
 def test_recall_is_what_was_measured_and_scores_are_exact(folder: Path) -> None:
     store = EmbeddedStore(folder, card(), D, exact_limit=1000)
     partition = store.partition
-    assert partition is not None  # from the snapshot
+    # The partition was read from the snapshot.
+    assert partition is not None
     assert partition.recall >= 0.99
-    assert partition.nprobe < len(partition.centroids)  # it looks at a part
+    # A search probes only some of the lists.
+    assert partition.nprobe < len(partition.centroids)
     queries = clustered(300, seed=1)
     assert recall(store, VECTORS, queries) >= 0.985
     for hit in store.search(queries[:1], 10)[0]:
@@ -78,7 +80,8 @@ def test_a_filtered_search_finds_as_much(folder: Path, third: int) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("step", [2, 16])  # of sixty clusters' hundred each, fifty or six meet the filter
+# Of the hundred vectors in each of sixty clusters, fifty or six match the filter.
+@pytest.mark.parametrize("step", [2, 16])
 def test_lists_that_cannot_hold_the_nearest_are_passed_over(folder: Path, step: int) -> None:
     facts, arrays = snapshot.read(folder / SNAPSHOT)
     queries, keys = clustered(50, seed=5), np.arange(1, len(VECTORS) + 1, step)
@@ -106,12 +109,14 @@ def test_without_a_reach_that_can_be_no_list_is_passed_over(folder: Path, reach:
 
 
 def test_a_filtered_search_looks_at_as_many_as_its_recall_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.store.ivf_training.MIN_FILTERED_SCAN", 25)  # from where it is doubled
+    # The measurement doubles the number of candidates from this one on.
+    monkeypatch.setattr("service.store.ivf_training.MIN_FILTERED_SCAN", 25)
     rows, queries, keys = clustered(6000, 0, 300, 0.3), clustered(300, 6, 300, 0.3), np.arange(6000)
     index = train(lambda some: iter([(keys, rows) if some is None else (some, rows[some])]), keys, D, bool)
     assert index is not None and index.partition is not None
     measured = index.partition.filtered_scan
-    chosen = np.flatnonzero(np.random.default_rng(8).random(6000) < 0.2)  # of a cluster's twenty, four
+    # Four of a cluster's twenty vectors match the filter.
+    chosen = np.flatnonzero(np.random.default_rng(8).random(6000) < 0.2)
     true = chosen[np.argsort(-(queries @ rows[chosen].T), axis=1)[:, :10]]
     found = []
     for seen in (25, measured):
@@ -160,7 +165,8 @@ def test_it_is_made_anew_when_the_store_has_grown_or_shrunk(tmp_path: Path) -> N
     assert first is not None and first.count == 2000
     fill(store, VECTORS[2000:4000], 2000)
     store.settle()
-    assert store.partition is first  # up to twice as many
+    # The index is kept until the store has doubled.
+    assert store.partition is first
     fill(store, VECTORS[4000:], 4000)
     store.settle()
     second = store.partition
@@ -191,7 +197,7 @@ def test_it_is_made_in_the_background_while_changes_go_on(tmp_path: Path) -> Non
 
 
 def noise(count: int) -> FloatArray:
-    """Vectors of no structure, in so many dimensions that no part of them holds the nearest."""
+    """Vectors without structure, in so many dimensions that no few lists hold the nearest neighbours."""
     vectors = np.random.default_rng(6).normal(size=(count, 512)).astype(np.float32)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
@@ -205,7 +211,8 @@ def test_what_cannot_be_approximated_is_looked_at_whole(tmp_path: Path, caplog: 
     assert "misses too many: all are looked at" in caplog.records[-1].getMessage()
     assert recall(store, vectors, vectors[:200]) == 1
     store.settle()
-    assert len(caplog.records) == 1  # not tried again before the store has doubled
+    # Training is not tried again before the store has doubled.
+    assert len(caplog.records) == 1
     store.close()
 
 

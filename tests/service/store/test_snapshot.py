@@ -1,4 +1,4 @@
-"""Snapshots of the index: used where they are right, never where they are not."""
+"""Snapshots of the index: a valid one is used, an invalid one never."""
 
 import json
 import logging
@@ -73,7 +73,8 @@ def test_a_snapshot_is_used_and_what_came_later_replayed(folder: Path, caplog: p
     store.remove("p0")
     store.add([item("p1", VECTORS[0]), item("new", VECTORS[1])])
     store.close()
-    (folder / SNAPSHOT).write_bytes(saved)  # an older one
+    # The saved snapshot is older than the catalog.
+    (folder / SNAPSHOT).write_bytes(saved)
     store = EmbeddedStore(folder, card(), D)
     assert warnings(caplog) == []
     assert [hits[0].id for hits in store.search(VECTORS[:3], 1)] == ["p1", "new", "p2"]
@@ -89,7 +90,7 @@ def test_an_unchanged_store_leaves_its_snapshot(folder: Path) -> None:
 
 
 def changed_facts(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """A snapshot that says something else of itself, its checksum made right again."""
+    """A snapshot with changed facts and a recomputed checksum."""
 
     def damage(path: Path) -> None:
         facts, arrays = snapshot.read(path)
@@ -152,7 +153,8 @@ def test_a_snapshot_that_is_not_the_stores_is_replaced(
     folder: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], says: str
 ) -> None:
     damage(folder / SNAPSHOT)
-    reader = EmbeddedStore(folder, card(), D, read_only=True)  # finds all and replaces nothing
+    # A read-only store finds all items and replaces no file.
+    reader = EmbeddedStore(folder, card(), D, read_only=True)
     assert finds_all(reader)
     reader.close()
     store = EmbeddedStore(folder, card(), D)
@@ -161,7 +163,8 @@ def test_a_snapshot_that_is_not_the_stores_is_replaced(
     assert all("the index was made anew from 40 vectors" in text and says in text for text in warnings(caplog))
     store.close()
     EmbeddedStore(folder, card(), D).close()
-    assert len(warnings(caplog)) == 2  # the new one is good
+    # The new snapshot is valid, so there is no further warning.
+    assert len(warnings(caplog)) == 2
 
 
 def test_a_catalog_of_a_backup_is_believed_and_its_later_snapshot_is_not(folder: Path) -> None:
@@ -176,7 +179,7 @@ def test_a_catalog_of_a_backup_is_believed_and_its_later_snapshot_is_not(folder:
 
 
 def left_by_a_kill(folder: Path, copy: Path) -> EmbeddedStore:
-    """The store as it is found when the process that has it open ends now."""
+    """A copy of the store as it would be found if its process were killed now."""
     shutil.copytree(folder, copy)
     return EmbeddedStore(copy, card(), D)
 
@@ -184,7 +187,8 @@ def left_by_a_kill(folder: Path, copy: Path) -> EmbeddedStore:
 def test_a_snapshot_of_a_later_state_is_not_believed_once_the_catalog_is_as_late(folder: Path, tmp_path: Path) -> None:
     first, second, *others = unit(2002, D, seed=1)
     store = EmbeddedStore(folder, card(), D)
-    store.add([item(f"more{n}", vector) for n, vector in enumerate(others)])  # more than a sample is likely to hit
+    # There are more new items than a sample is likely to hit.
+    store.add([item(f"more{n}", vector) for n, vector in enumerate(others)])
     store.close()
     backup = (folder / FILE).read_bytes()
     store = EmbeddedStore(folder, card(), D)
@@ -211,7 +215,8 @@ def test_what_was_refused_half_way_leaves_the_snapshot_right(folder: Path, caplo
 
 def test_without_room_for_a_snapshot_the_store_goes_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / SNAPSHOT).unlink()
-    (folder / (SNAPSHOT + ".tmp")).mkdir()  # what cannot be written
+    # A folder at this path makes the snapshot impossible to write.
+    (folder / (SNAPSHOT + ".tmp")).mkdir()
     store = EmbeddedStore(folder, card(), D)
     store.add([item("more", VECTORS[0])])
     store.close()
@@ -224,7 +229,8 @@ def test_without_room_for_a_snapshot_the_store_goes_on(folder: Path, caplog: pyt
 def test_a_damaged_database_says_what_is_wrong_and_stays(folder: Path) -> None:
     path = folder / FILE
     whole = bytearray(path.read_bytes())
-    whole[100:200] = b"\xff" * 100  # the schema's own page
+    # These bytes lie in the page of the schema.
+    whole[100:200] = b"\xff" * 100
     path.write_bytes(whole)
     with pytest.raises(Exception, match=f"{path}: damaged: .*; the file is left as it is"):
         EmbeddedStore(folder, card(), D)
