@@ -117,8 +117,9 @@ def status_of(url: str) -> int:
 
 
 def wait_until_ready(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until /readyz answers 200. Fails after 60 s, or when the server ends, with its log."""
-    deadline = time.monotonic() + 60
+    """Wait until /readyz answers 200. Fails after 180 s, or when the server ends, with its log."""
+    # A start takes seconds on an idle machine, and a minute beside other work.
+    deadline = time.monotonic() + 180
     while True:
         # The connection is refused or reset while the service starts.
         with suppress(OSError):

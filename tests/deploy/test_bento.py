@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.serving import wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 BENTOML = Path(sys.executable).with_name("bentoml")
@@ -68,18 +69,6 @@ def serving(bento: str, folder: Path, environment: dict[str, str]) -> Iterator[s
     assert server.wait() == 0
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is still open"
-
-
-def wait_until_ready(url: str, server: subprocess.Popen[bytes], log: Path, timeout_s: float = 20) -> None:
-    """Return when /readyz answers 200; fails with the server's log when it does not."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            fetch(f"{url}/readyz")
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"not ready:\n{log.read_text()}")
 
 
 def fetch(url: str) -> bytes:
