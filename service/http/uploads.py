@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from service.encoding.images import SUFFIXES
-from service.errors import InvalidRequest, LookalikeError, TooLarge, UnsupportedFormat, kept
+from service.errors import InvalidRequest, LookalikeError, Outcome, TooLarge, UnsupportedFormat, attempt
 from service.gallery import Gallery
 from service.http import logs
 from service.http.bodies import Form, parse_json_object
@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
     """A picture that may go into the store: its id, its bytes or the error that replaced them, its metadata."""
 
     id: str
-    data: bytes | LookalikeError
+    data: Outcome[bytes]
     metadata: Any
 
 
@@ -75,14 +75,14 @@ class Archive:
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Unpack the pictures from `start` up to `stop`."""
-        candidates = []
-        for member in self._members[start:stop]:
-            try:
-                data: bytes | LookalikeError = self._unpack(member, self._most)
-            except LookalikeError as error:
-                data = kept(error)
-            candidates.append(Candidate(member.filename, data, self._metadata.get(member.filename, {})))
-        return candidates
+        return [
+            Candidate(
+                member.filename,
+                attempt(self._unpack, member, self._most),
+                self._metadata.get(member.filename, {}),
+            )
+            for member in self._members[start:stop]
+        ]
 
     def _unpack(self, member: zipfile.ZipInfo, most: int) -> bytes:
         if member.flag_bits & 1:

@@ -114,9 +114,7 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
     """Embed a source's pictures, or 20,000 of them. Raises InvalidSource if too few can be read."""
     positions: IntArray = np.linspace(0, len(source) - 1, min(len(source), _MOST_READ)).astype(np.int64)
     if len(positions) < len(source):
-        print(
-            f"{source.name}: {len(positions)} of {len(source)} pictures are looked at, evenly spread", file=sys.stderr
-        )
+        print(f"{source.name}: {len(positions)} of {len(source)} pictures are read, evenly spread", file=sys.stderr)
     labels = source.labels.codes[positions].astype(np.int64) if source.labels is not None else None
     kept_out = set(range(_KEPT_OUT // 2, len(positions), max(_KEPT_OUT, -(-len(positions) // _MOST_KEPT_OUT))))
     voting: set[int] = set()
