@@ -9,6 +9,9 @@ IMAGES ?= digits
 PHOTOS := .lookalike/models/photos
 MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/mnist)
 
+# Containers often forbid bytecode. The tests start hundreds of processes, and each is seconds faster with it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss \
         disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container setup setup-serve \
@@ -56,7 +59,7 @@ guards: setup ## take out one guard at a time, and see a test notice
 	.venv/bin/python -m pytest -m proof -s tests/proofs/test_guards.py
 
 slow-clients: setup ## ordinary requests beside 200 slow uploads and 500 unfinished headers; LONG=1 for 60 s each
-	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,20)
+	.venv/bin/python -m benchmarks.slow_clients --seconds $(if $(LONG),60,10)
 
 kills: setup ## kill -9 a process that writes a store, at 25 named points and at random; LONG=1 for 2,000 times
 	$(if $(LONG),LOOKALIKE_KILLS=2000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill.py

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,11 @@ def reason_of(mark: pytest.Mark) -> str:
     if len(mark.args) != 1 or not isinstance(mark.args[0], str) or not mark.args[0].strip() or mark.kwargs:
         raise ValueError(f'expected @pytest.mark.slow("why it takes so long"), got {mark.args}')
     return mark.args[0]
+
+
+def some_slow(names: Iterable[str], why: str, kept: Sequence[str]) -> list[pytest.ParameterSet]:
+    """Return the names as parameters of a test; those that are not `kept` are marked slow for this reason."""
+    return [pytest.param(name, marks=[] if name in kept else pytest.mark.slow(why)) for name in names]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -252,7 +252,7 @@ def _run_tests(sender: Connection, changed: Changed | None, arguments: Sequence[
         sys.meta_path.insert(0, _Overlay(changed))
     # Plugins that these tests do not use would take seconds to load in every process.
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    options = ["-qx", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout", "60"]
+    options = ["-qx", "-p", "no:cacheprovider", "-p", "pytest_timeout", "--timeout", "20"]
     reports = _Reports()
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):

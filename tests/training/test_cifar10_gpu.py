@@ -81,6 +81,7 @@ def short(done: Checkpoint) -> tuple[int, int | None]:
     return done.progress.step, done.progress.total
 
 
+@pytest.mark.slow("runs the benchmark to its end")
 def test_a_second_call_goes_on_where_the_first_stopped(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

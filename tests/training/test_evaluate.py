@@ -335,6 +335,7 @@ def test_a_random_small_cnn(tiny_card: Card) -> None:
     checked_random_encoder(tiny_card, build_backbone("small-cnn", 1, 8).module)
 
 
+@pytest.mark.slow("exports a resnet")
 def test_a_random_resnet(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = build_backbone("resnet18", 3, 8).module

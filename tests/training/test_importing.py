@@ -16,6 +16,7 @@ from tests.conftest import encoded, scene
 from training.importing import import_backbone
 
 
+@pytest.mark.slow("exports a network of 224x224 pixels and compares 128 embeddings twice")
 def test_a_state_file_becomes_an_encoder_that_equals_torch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = torchvision.models.mobilenet_v3_small(weights=None).eval()

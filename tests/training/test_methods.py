@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.encoding.voting import headline_accuracy
+from tests.conftest import some_slow
 from training.augment import augment
 from training.backbones import Backbone, build_backbone
 from training.losses import (
@@ -96,8 +97,7 @@ def test_four_methods_need_labels() -> None:
     assert {name for name, method in METHODS.items() if method.needs_labels} == NEED_LABELS
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("views", [2, 4])
+@pytest.mark.parametrize(("views", "precision"), [(2, "float32"), (4, "float32"), (2, "bfloat16")])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_gives_a_loss_that_reaches_the_backbone_and_embeddings_that_do_not(
     name: MethodName, views: int, precision: str, tiny_recipe: Recipe
@@ -208,7 +208,7 @@ def accuracy_of(backbone: nn.Module, digits: Tensor) -> float:
 GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some_slow(METHODS, "trains each method", kept=("simclr", "moco", "supcon")))
 def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_backbone(
     name: MethodName, digits: Tensor, tiny_recipe: Recipe
 ) -> None:

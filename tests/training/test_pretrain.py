@@ -30,7 +30,7 @@ from service.errors import InvalidOutput, InvalidRequest, LookalikeError
 from service.sources import open_source
 from service.sources.compact import Labels
 from service.sources.source import Source
-from tests.conftest import ROOT
+from tests.conftest import ROOT, some_slow
 from training import data
 from training import material as materials
 from training import pretrain as loop
@@ -571,7 +571,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some_slow(METHODS, "trains each method twice", kept=("moco", "byol", "clusters")))
 def test_every_method_goes_on_to_the_last_bit(
     name: MethodName, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -625,6 +625,7 @@ def test_bad_pictures_and_a_canvas_on_disk_go_on_to_the_last_bit(
     assert len([line for line in lines(tmp_path / "broken") if "knn" in line]) == 5
 
 
+@pytest.mark.slow("trains by the clock twice")
 def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -676,6 +677,7 @@ def test_afterwards_the_checkpoint_and_the_log_stay(tiny_model: Path) -> None:
     assert sorted(path.name for path in tiny_model.parent.iterdir()) == [tiny_model.name, folder.name]
 
 
+@pytest.mark.slow("exports an encoder")
 def test_a_channel_that_is_always_empty_does_no_harm(recipe: Recipe, tmp_path: Path, paint: Paint) -> None:
     for number in range(16):
         path = tmp_path / "cells" / f"{number}.png"
@@ -689,6 +691,7 @@ def test_a_channel_that_is_always_empty_does_no_harm(recipe: Recipe, tmp_path: P
     assert math.isfinite(json.loads((tmp_path / "out" / "card.json").read_text())["run"]["loss"])
 
 
+@pytest.mark.slow("exports three encoders")
 def test_a_run_with_nothing_to_resume_starts_from_the_beginning_and_a_finished_one_may_start_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -159,12 +159,10 @@ def test_one_picture_is_enough_to_calibrate_with() -> None:
     assert any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
 
 
-@pytest.fixture(scope="module")
-def run(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def run(tiny_model: Path) -> Path:
     """The folder of a finished run."""
-    root = tmp_path_factory.mktemp("run")
-    pretrain("digits[:700]", tiny_recipe, root / "tiny", None, "cpu", root)
-    return root / "tiny.run"
+    return tiny_model.with_name("tiny.run")
 
 
 def test_a_run_is_exported_anew_as_it_was(run: Path, tmp_path: Path) -> None:
@@ -178,6 +176,7 @@ def test_a_run_is_exported_anew_as_it_was(run: Path, tmp_path: Path) -> None:
     assert sorted(run.iterdir()) == before
 
 
+@pytest.mark.slow("exports an encoder of unlabelled pictures")
 def test_runs_that_cannot_be_exported(
     run: Path, tmp_path: Path, paint: Callable[..., Any], tiny_recipe: Recipe
 ) -> None:

@@ -67,7 +67,7 @@ def test_no_search_sees_what_is_gone_or_misses_what_is_there(tmp_path: Path, exa
     threads += [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(4)
+    time.sleep(2)
     stop.set()
     for thread in threads:
         thread.join()
