@@ -22,12 +22,14 @@ class NewPicture(Generic[P]):
         picture: the bytes of the image file, or the picture that `Gallery.read` decoded from them.
         metadata: a JSON object that `check_metadata` accepts.
         source: where the picture came from, such as a path; None for a picture sent over HTTP.
+        keep_metadata: an item that is replaced keeps its metadata, except the fields that `metadata` has.
     """
 
     id: str
     picture: P
     metadata: dict[str, Any]
     source: str | None = None
+    keep_metadata: bool = False
 
 
 def check_id(id: str, max_bytes: int) -> str:

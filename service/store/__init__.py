@@ -36,11 +36,13 @@ class NewItem(Item):
         embedding: (D,) float32 of L2 norm 1.
         thumbnail: a small WebP file; empty for an item without a picture.
         original: the bytes of the image file; None if the store is not to keep them.
+        keep_metadata: an item that is replaced keeps its metadata, except the fields that `metadata` has.
     """
 
     embedding: FloatArray
     thumbnail: bytes
     original: bytes | None
+    keep_metadata: bool = False
 
 
 class Hit(NamedTuple):

@@ -164,8 +164,12 @@ class CatalogWriter:
         self._sequence += 1
         vector = item.embedding.astype(self._dtype)
         blob = vector.tobytes()
-        fields = (_dump(item.metadata), item.source, item.digest, self._sequence)
-        row = next(execute("SELECT key, vector FROM items JOIN vectors USING (key) WHERE id = ?", (item.id,)), None)
+        query = "SELECT key, vector, metadata FROM items JOIN vectors USING (key) WHERE id = ?"
+        row = next(execute(query, (item.id,)), None)
+        metadata = item.metadata
+        if row is not None and item.keep_metadata:
+            metadata = json.loads(row[2]) | metadata
+        fields = (_dump(metadata), item.source, item.digest, self._sequence)
         if row is None:
             execute(
                 "INSERT INTO items (id, metadata, source, digest, sequence) VALUES (?, ?, ?, ?, ?)", (item.id, *fields)
