@@ -44,7 +44,10 @@ def check_id(id: str, max_bytes: int) -> str:
         InvalidRequest: the id breaks one of these rules.
     """
     id = unicodedata.normalize("NFC", id)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in id):
+    categories = {unicodedata.category(character) for character in id}
+    if "Cs" in categories:
+        raise InvalidRequest("id: expected UTF-8; a file whose name has other bytes needs another name")
+    if "Cc" in categories:
         raise InvalidRequest("id: expected text without control characters")
     if not 1 <= len(id.encode()) <= max_bytes:
         raise InvalidRequest(f"id: expected 1 to {max_bytes} bytes, got {len(id.encode())}")

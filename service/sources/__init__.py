@@ -4,6 +4,7 @@ source.py defines Source; files.py opens folders and archives, parquet.py opens 
 by name. compact.py holds their ids and labels in a few bytes each.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT) -> Source:
         return _open_path(name, name)
     except OSError as error:
         raise InvalidSource(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def origin_of(name: str) -> str:
+    """Return where a SOURCE lies, without a slice: the name of its set, or its real path."""
+    named = _NAMED.fullmatch(name)
+    if named:
+        return named[1]
+    sliced = _SLICED.fullmatch(name)
+    return os.path.realpath(sliced[1] if sliced and not Path(name).exists() else name)
 
 
 def _open_named(name: str, set_name: str, data_root: Path) -> Source:

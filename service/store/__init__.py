@@ -99,6 +99,18 @@ class Store(Protocol):
         """
         ...
 
+    def set_sources(self, sources: dict[str, str]) -> None:
+        """Record where items come from now, by their ids; ids without an item are skipped. Durable when it returns."""
+        ...
+
+    def facts(self) -> dict[str, str]:
+        """Return the facts that the store holds about itself: fingerprint, model, and those that `note` wrote."""
+        ...
+
+    def note(self, facts: dict[str, str]) -> None:
+        """Write facts into the store; facts of the same names are replaced. Durable when it returns."""
+        ...
+
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """Return the k items most like each query, best first, equal scores in the order of adding.
 

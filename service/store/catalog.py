@@ -210,6 +210,14 @@ class CatalogWriter:
         self._database.execute(query, (_dump(metadata), self._sequence, id))
         return Item(item.id, metadata, item.source, item.digest, item.variant)
 
+    def set_sources(self, sources: dict[str, str]) -> None:
+        """Replace the sources of items, by their ids."""
+        for id, source in sources.items():
+            self._sequence += 1
+            self._database.execute(
+                "UPDATE items SET source = ?, sequence = ? WHERE id = ?", (source, self._sequence, id)
+            )
+
     def note(self, facts: dict[str, str]) -> None:
         """Write facts about the store into the table meta; facts of the same names are replaced."""
         self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())

@@ -140,12 +140,16 @@ class EmbeddedStore:
         """See Store.set_metadata."""
         return self._commits.run(lambda writer, _: writer.change_metadata(id, change))
 
+    def set_sources(self, sources: dict[str, str]) -> None:
+        """See Store.set_sources."""
+        self._commits.run(lambda writer, _: writer.set_sources(sources))
+
     def facts(self) -> dict[str, str]:
-        """Return the facts that the store holds about itself: fingerprint, model, and those that `note` wrote."""
+        """See Store.facts."""
         return read_meta(self.folder)
 
     def note(self, facts: dict[str, str]) -> None:
-        """Write facts into the store; facts of the same names are replaced. Durable when it returns."""
+        """See Store.note."""
         self._commits.run(lambda writer, _: writer.note(facts))
 
     # Searching and reading ---------------------------------------------------------------------------
