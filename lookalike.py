@@ -142,6 +142,7 @@ def evaluate(
 ) -> None:
     """Report how good an encoder is as it is served, beside raw pixels and a random encoder."""
     _need_torch()
+    from service.jobs.account import LEFT_OUT
     from training.evaluate import evaluate as run
     from training.evaluate import print_table
 
@@ -150,14 +151,18 @@ def evaluate(
 
         check_folder(report)
     evaluation = run(model, bank, queries, data_root, variant)
+    account = evaluation.account
     if report is not None:
         write_report(report, evaluation)
+        account.save(report / LEFT_OUT)
+    account.report()
     for note in evaluation.notes():
         print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps(evaluation.report))
     else:
         print_table(evaluation, bank, queries)
+    raise typer.Exit(1 if account.lost else 0)
 
 
 @cli.command()

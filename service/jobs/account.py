@@ -76,6 +76,17 @@ class Account:
             notes.append(f"{source.name}: {source.labels.missing} of {len(source)} pictures have no label")
         return cls(left_out=list(source.left_out), notes=notes)
 
+    def __add__(self, other: "Account") -> "Account":
+        """Return the account of two sources together."""
+        return Account(
+            self.added + other.added,
+            self.replaced + other.replaced,
+            self.known + other.known,
+            self.failures + other.failures,
+            self.left_out + other.left_out,
+            self.notes + other.notes,
+        )
+
     @property
     def bad(self) -> int:
         """The number of pictures that could not be read, embedded or stored."""
