@@ -2,15 +2,18 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
+import numpy as np
 from PIL import Image
 
 from service import IntArray, PixelArray
 from service.errors import InvalidSource, UndecodablePicture
-from service.sources.compact import Labels, Names
+from service.sources.compact import Labels, Names, smallest
 
 _SLICE = re.compile(r"\[(-?\d+%?)?:(-?\d+%?)?\]")
 
@@ -35,6 +38,42 @@ class LeftOut(NamedTuple):
     name: str
     reason: str
     lost: bool
+
+
+class Omissions(Sequence[LeftOut]):
+    """What a source left out, in a few bytes beside each name.
+
+    Args:
+        left_out: consumed one at a time.
+    """
+
+    def __init__(self, left_out: Iterable[LeftOut]) -> None:
+        kinds, codes = dict[tuple[str, bool], int](), array("q")
+
+        def names() -> Iterator[str]:
+            for name, reason, lost in left_out:
+                codes.append(kinds.setdefault((reason, lost), len(kinds)))
+                yield name
+
+        self._names = Names(names())
+        self._kinds, self._codes = tuple(kinds), smallest(np.frombuffer(codes, np.int64))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> LeftOut: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LeftOut]: ...
+    def __getitem__(self, index: int | slice) -> LeftOut | list[LeftOut]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return LeftOut(self._names[index], *self._kinds[self._codes[index]])
+
+
+def count_reasons(left_out: Iterable[LeftOut]) -> str:
+    """Return how many things were left out by reason, as in "3 hidden; 1 not a picture: .txt"."""
+    return "; ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in left_out).most_common())
 
 
 @dataclass(frozen=True)
