@@ -17,7 +17,7 @@ from service.settings import Settings
 from service.sources.kinds import holds_none
 from service.sources.paths import compose
 from service.sources.source import LeftOut
-from service.sources.zip import gather, member_paths
+from service.sources.zip import judged, member_paths
 
 METADATA = "metadata.json"
 # Pictures per commit.
@@ -28,11 +28,17 @@ _MOST_UNPACKED = 10
 
 
 class Candidate(NamedTuple):
-    """A picture that may go into the store: its id, its bytes or the error that replaced them, its metadata."""
+    """A picture that may go into the store.
+
+    Attributes:
+        id: as the client gave it.
+        data: the bytes of the image file, or the error that replaced them.
+        metadata: (its metadata,); () if the client gave none.
+    """
 
     id: str
     data: Outcome[bytes]
-    metadata: Any
+    metadata: tuple[Any, ...]
 
 
 class Archive:
@@ -54,9 +60,13 @@ class Archive:
         # A damaged directory makes zipfile raise nearly any exception.
         except Exception as error:
             raise InvalidRequest("the body: not a zip file that can be read") from error
-        gathered = gather(self._zip, METADATA)
-        self._members = [(id, member) for id, (_, member) in gathered.found.items()]
-        self._left_out = gathered.left_out
+        self._members: list[tuple[str, zipfile.ZipInfo]] = []
+        self._left_out: list[LeftOut] = []
+        for path, member, left_out in judged(self._zip, METADATA):
+            if left_out is None:
+                self._members.append((compose(path), member))
+            else:
+                self._left_out.append(left_out)
         if not self._members:
             raise InvalidRequest(str(holds_none("the body", self._left_out)))
         if len(self._members) > settings.max_bulk_images:
@@ -67,7 +77,7 @@ class Archive:
         for path, member in member_paths(self._zip.infolist()):
             if path == METADATA:
                 text = self._unpack(member, settings.max_request_bytes).decode(errors="replace")
-                self._metadata = metadata_by_id(text, set(gathered.found))
+                self._metadata = metadata_by_id(text, {id for id, _ in self._members})
 
     @property
     def sizes(self) -> list[int]:
@@ -82,7 +92,7 @@ class Archive:
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Unpack the pictures from `start` up to `stop`."""
         return [
-            Candidate(id, attempt(self._unpack, member, self._most), self._metadata.get(id, {}))
+            Candidate(id, attempt(self._unpack, member, self._most), _find(self._metadata, id))
             for id, member in self._members[start:stop]
         ]
 
@@ -123,7 +133,7 @@ class Uploads:
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Return the pictures from `start` up to `stop`."""
-        return [Candidate(name, data, self._metadata.get(name, {})) for name, data in self._files[start:stop]]
+        return [Candidate(name, data, _find(self._metadata, name)) for name, data in self._files[start:stop]]
 
 
 def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
@@ -132,6 +142,11 @@ def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
     if not found.keys() <= ids:
         raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
     return found
+
+
+def _find(metadata: dict[str, Any], id: str) -> tuple[Any, ...]:
+    """Return a picture's metadata as Candidate holds them."""
+    return (metadata[id],) if id in metadata else ()
 
 
 async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
@@ -177,9 +192,11 @@ def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[di
             checked = gallery.check_id(id)
             if isinstance(data, LookalikeError):
                 raise data
-            if not isinstance(metadata, dict):
+            own = metadata[0] if metadata else {}
+            if not isinstance(own, dict):
                 raise InvalidRequest("metadata: expected a JSON object")
-            good.append((number, NewPicture(checked, data, gallery.check_metadata(metadata))))
+            picture = NewPicture(checked, data, gallery.check_metadata(own), keep_metadata=not metadata)
+            good.append((number, picture))
         except LookalikeError as error:
             lines[number] = _failure(checked, error)
     outcomes = gallery.add_many([picture for _, picture in good])
