@@ -148,7 +148,7 @@ class Account:
 
     def _counts(self) -> "Counter[str]":
         """Return the number of what was left out by reason."""
-        return Counter(one.reason for one in chain(self.failures, *self.left_out))
+        return Counter(row["reason"] for row in self._rows())
 
 
 def printable(name: str) -> str:
