@@ -11,7 +11,10 @@ from service.errors import InvalidRequest, LookalikeError
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
-store_cli = typer.Typer(no_args_is_help=True, help="Look after a store: check it, take it out and in as Parquet.")
+store_cli = typer.Typer(
+    no_args_is_help=True,
+    help="Look after a store: check, back up, restore; go back or remove what is old; items as Parquet.",
+)
 cli.add_typer(store_cli, name="store")
 
 Source = Annotated[
@@ -302,6 +305,54 @@ def check(store: StoreFolder) -> None:
         problems += 1
     print(f"{store}: {problems or 'no'} problem{'s' * (problems != 1)} found", file=sys.stderr)
     raise typer.Exit(1 if problems else 0)
+
+
+@store_cli.command()
+def backup(
+    store: StoreFolder,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, in place of an earlier backup.")],
+) -> None:
+    """Write a store into one file, checked and safe on the disk; a service may keep running and changing it."""
+    from service.generations import written
+    from service.store.backup import backup as run
+
+    print(f"{out}: {run(written(store), out)} items backed up", file=sys.stderr)
+
+
+@store_cli.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `store backup`.")],
+    store: Annotated[Path, typer.Option(help="Folder of the new store.")],
+) -> None:
+    """Make a new store from a backup."""
+    from service.store.backup import restore as run
+
+    print(f"{store}: {run(file, store)} items restored", file=sys.stderr)
+
+
+@store_cli.command()
+def rollback(store: StoreFolder) -> None:
+    """Go back to the encoder before the last `reindex`, with all changes since; a service may keep running."""
+    from service.jobs.reindex import rollback as run
+    from service.settings import read_settings
+
+    model, count = run(read_settings(store=store))
+    print(
+        f"{store}: {count} pictures are of the encoder {model} again; a running service takes them up on SIGHUP",
+        file=sys.stderr,
+    )
+
+
+@store_cli.command()
+def prune(store: StoreFolder) -> None:
+    """Remove all generations but the current one, with the pictures that were deleted since."""
+    from service.generations import prune as run
+
+    removed = run(store)
+    for one in removed:
+        print(f"{store}: generation {one.number} removed, {one.size / 1e6:.1f} MB", file=sys.stderr)
+    if not removed:
+        print(f"{store}: has no generation but the current one", file=sys.stderr)
 
 
 @store_cli.command("export")
