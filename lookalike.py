@@ -40,11 +40,19 @@ def pretrain(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as often as you like.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time for the steps, in place of the recipe's epochs.")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Weights to begin with: DEFAULT for torchvision's, or a state file.")
+    minutes: Annotated[
+        float | None, typer.Option(help="Time for the steps, in place of the recipe's epochs; a deadline.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's checkpoint.")] = False,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Weights to begin with: DEFAULT for torchvision's, a state file, a run or its model folder."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the run's checkpoint; more --minutes extend the run.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the encoder in OUT, and its run, once the new one is whole.")
+    ] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 3,
     device: Device = "auto",
     data_root: DataRoot = Path("data"),
@@ -56,7 +64,8 @@ def pretrain(
 
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
-    run(source, read_recipe(recipe, change or ()), out, minutes, device, data_root, init, resume, checkpoint_minutes)
+    chosen = read_recipe(recipe, change or ())
+    run(source, chosen, out, minutes, device, data_root, init, resume, checkpoint_minutes, overwrite)
 
 
 @cli.command()
