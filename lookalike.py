@@ -68,7 +68,8 @@ def pretrain(
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
     chosen = read_recipe(recipe, change or ())
-    run(source, chosen, out, minutes, device, data_root, init, resume, checkpoint_minutes, overwrite)
+    done = run(source, chosen, out, minutes, device, data_root, init, resume, checkpoint_minutes, overwrite)
+    _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done)
 
 
 @cli.command()
@@ -135,9 +136,8 @@ def whiten(
     from service.settings import read_settings
     from service.sources import open_source
 
-    tally = run(model, open_source(calibrate, data_root), out, read_settings(), power, dimension)
-    print(f"{out}: learnt on {tally.done} pictures; {tally.bad} could not be read", file=sys.stderr)
-    raise typer.Exit(1 if tally.bad else 0)
+    done = run(model, open_source(calibrate, data_root), out, read_settings(), power, dimension)
+    _finish(f"{out}: learnt on {done.added} pictures; {done.bad} could not be read", done)
 
 
 @cli.command()
@@ -438,7 +438,7 @@ def info(
         print(f"{key:14} {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _finish(sentence: str, account: "Account", as_json: bool) -> NoReturn:
+def _finish(sentence: str, account: "Account", as_json: bool = False) -> NoReturn:
     """End a verb with an account of all that it saw; exit code 1 if a picture was lost."""
     print(sentence, file=sys.stderr)
     account.report()

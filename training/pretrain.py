@@ -22,6 +22,7 @@ from service import FloatArray, IntArray
 from service.encoding.card import square_preprocessing
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
+from service.jobs.account import LEFT_OUT, Account, Failure
 from service.sources.source import Source
 from training.augment import augment
 from training.backbones import build_backbone
@@ -66,8 +67,10 @@ def pretrain(
     resume: bool = False,
     checkpoint_minutes: float = 3.0,
     overwrite: bool = False,
-) -> None:
+) -> Account:
     """Pretrain an encoder on a source and export it to the folder `out`; checkpoint and log lie in OUT.run.
+
+    It returns an account of the source: how many of its pictures were good, and what was left out.
 
     Args:
         source_name: SOURCE; its labels serve the methods that need them and online k-NN.
@@ -112,6 +115,11 @@ def pretrain(
         print(f"{len(material.canvas.bad)} bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}")
     material.canvas.remove()
     print(f"wrote {out}; checkpoint and log are in {folder}")
+    account = Account.of(source)
+    account.failures = [Failure(source.ids[at], reason) for at, reason in sorted(material.canvas.bad.items())]
+    account.added = len(source) - account.bad
+    account.save(folder / LEFT_OUT)
+    return account
 
 
 def export_run(folder: Path, out: Path, data_root: Path) -> None:

@@ -1,8 +1,8 @@
-"""Shared by the jobs: reading pictures ahead of their use, showing progress, counting outcomes."""
+"""Shared by the jobs: reading pictures ahead of their use, showing progress."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -14,14 +14,6 @@ _CHUNK = 64
 T = TypeVar("T")
 S = TypeVar("S")
 R = TypeVar("R")
-
-
-class Tally(NamedTuple):
-    """Counts of pictures after a job: done by it, already there before it, and bad."""
-
-    done: int
-    known: int
-    bad: int
 
 
 def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, Outcome[T]]]]:

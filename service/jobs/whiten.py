@@ -22,7 +22,8 @@ from service.encoding.whitening import (
     without_whitening,
 )
 from service.errors import InvalidModel, InvalidRequest, InvalidSource, LookalikeError
-from service.jobs.reading import Tally, progress, read_ahead, use_good
+from service.jobs.account import Account, Failure, printable
+from service.jobs.reading import progress, read_ahead, use_good
 from service.settings import Settings
 from service.sources.source import Source
 
@@ -40,17 +41,17 @@ class Sample(NamedTuple):
 
     rows: (N, D) embeddings to learn on.
     pictures: pixels to judge variants with.
-    bad: the number of pictures that could not be read.
+    failures: the pictures that could not be read.
     """
 
     rows: FloatArray
     pictures: Pictures
-    bad: int
+    failures: list[Failure]
 
 
 def whiten(
     model: Path, source: Source, out: Path, settings: Settings, power: float | None = None, dimension: int | None = None
-) -> Tally:
+) -> Account:
     """Learn a whitening on a source's pictures, without their labels, and write a new encoder that ends in it.
 
     It replaces an earlier whitening. One picture in ten, up to 1,000, is held out: the variants are compared on these,
@@ -64,7 +65,7 @@ def whiten(
         power, dimension: as in learn_whitening; None for values that suit the number of pictures.
 
     Returns:
-        The numbers of pictures learnt on, held out (as `known`), and bad.
+        What became of the pictures: added are those learnt on, known those held out.
 
     Raises:
         InvalidModel: no such encoder, one with a text tower, or one that embeds all pictures alike.
@@ -84,7 +85,7 @@ def whiten(
     encoder = Encoder(bare, settings.device, "fp32")
     if dimension is not None and not 1 <= dimension <= encoder.dimension:
         raise InvalidRequest(f"--dimension: expected 1 to {encoder.dimension}, got {dimension}")
-    rows, pictures, bad = _take_sample(source, encoder, settings)
+    rows, pictures, failures = _take_sample(source, encoder, settings)
     usual = default_whitening(len(rows), encoder.dimension)
     power, dimension = usual[0] if power is None else power, usual[1] if dimension is None else dimension
     if dimension >= len(rows) and (power, dimension) != (0, encoder.dimension):
@@ -107,7 +108,9 @@ def whiten(
         "dimension": dimension,
     }
     write_model(out, graphs, card.preprocessing, facts, quality)
-    return Tally(len(rows), len(pictures.held_out), bad)
+    account = Account.of(source)
+    account.added, account.known, account.failures = len(rows), len(pictures.held_out), failures
+    return account
 
 
 def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample:
@@ -127,7 +130,7 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
     rows: list[FloatArray] = []
     held_out: dict[int, PixelArray] = {}
     bank: dict[int, PixelArray] = {}
-    bad = 0
+    failures: list[Failure] = []
 
     def read(number: int) -> PixelArray:
         data = source.entry(int(positions[number])).data
@@ -137,8 +140,9 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
         for chunk in read_ahead(range(len(positions)), read):
             for (number, pixels), (_, row) in zip(chunk, use_good(chunk, batcher.embed), strict=True):
                 if isinstance(row, LookalikeError) or isinstance(pixels, LookalikeError):
-                    bad += 1
-                    bar.write(f"skipped {source.ids[int(positions[number])]}: {row}", file=sys.stderr)
+                    id = source.ids[int(positions[number])]
+                    failures.append(Failure(id, str(row)))
+                    bar.write(f"skipped {printable(id)}: {row}", file=sys.stderr)
                 elif number in kept_out:
                     held_out[number] = pixels
                 else:
@@ -153,4 +157,4 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
         )
     asked = np.stack(list(held_out.values()))
     known = (labels[list(bank)], labels[list(held_out)]) if bank and labels is not None else None
-    return Sample(np.stack(rows), Pictures(asked, asked, np.stack([*bank.values()] or [asked[0]]), known), bad)
+    return Sample(np.stack(rows), Pictures(asked, asked, np.stack([*bank.values()] or [asked[0]]), known), failures)

@@ -862,7 +862,9 @@ def test_a_run_with_nothing_to_resume_starts_from_the_beginning_and_a_finished_o
         path.write_bytes(b"" if position in (7, 8, 30) else digits.read(position))
 
     def run(**options: Any) -> tuple[dict[str, Any], str]:
-        pretrain(str(tmp_path / "digits"), recipe, out, None, "cpu", tmp_path, **options)
+        account = pretrain(str(tmp_path / "digits"), recipe, out, None, "cpu", tmp_path, **options)
+        rows = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
+        assert (account.added, account.lost, len(rows)) == (61, 3, 3)
         printed = capsys.readouterr()
         assert f"wrote {out}; checkpoint and log are in {folder}" in printed.out
         assert not (folder / "canvas.bin").exists()

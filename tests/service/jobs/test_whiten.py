@@ -19,6 +19,7 @@ from service.settings import Settings
 from service.sources import open_source
 from service.sources.source import Source
 from tests.conftest import MODEL, encoded, scene
+from tests.service.jobs.test_embed import counts
 
 SETTINGS = Settings(device="cpu")
 
@@ -31,7 +32,7 @@ def digits() -> Source:
 @pytest.fixture(scope="module")
 def whitened(digits: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whitened") / "for-digits"
-    assert whiten(MODEL, digits, out, SETTINGS) == (720, 80, 0)
+    assert counts(whiten(MODEL, digits, out, SETTINGS)) == (720, 0, 80, 0)
     return out
 
 
@@ -136,7 +137,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path: Path, caps
     folder.mkdir()
     for n in range(40):
         (folder / f"{n:02}.png").write_bytes(encoded(scene(seed=n)) if n % 10 else b"no picture")
-    assert whiten(MODEL, open_source(str(folder)), tmp_path / "out", SETTINGS) == (32, 4, 4)
+    assert counts(whiten(MODEL, open_source(str(folder)), tmp_path / "out", SETTINGS)) == (32, 0, 4, 4)
     assert "skipped 20.png: not a picture that we take" in capsys.readouterr().err
     told = json.loads((tmp_path / "out" / "card.json").read_text())["whitening"]
     assert told["pictures"] == 32
