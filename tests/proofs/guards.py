@@ -116,7 +116,7 @@ REMOVALS: list[Removal] = [
     refusal("it holds other vectors than the catalog", _SNAPSHOT),
     code(
         "add",
-        "checked(np.stack([item.embedding for item in latest.values()]), self._dimension)",
+        "checked(np.stack([item.embedding for item in items]), self._dimension)",
         "None",
         "test_embeddings_that_cannot_be_are_not_added",
     ),

@@ -212,3 +212,26 @@ def test_an_unfinished_generation_of_a_third_encoder_is_named(settings: Settings
         reindex(third, settings)
     assert [one.number for one in prune(settings.store)] == [2]
     assert reindex(third, settings) == 1
+
+
+def test_a_new_generation_knows_where_its_pictures_came_from(settings: Settings, other: Path, tmp_path: Path) -> None:
+    """The prefixes of sources are remembered, and a picture that moved is known at its new place."""
+    gallery = open_gallery(settings)
+    for number, folder in enumerate(("2023", "2024")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "IMG_0000.png").write_bytes(encoded(scene(seed=number)))
+        index_source(open_source(str(tmp_path / folder)), gallery)
+    gallery.close()
+    reindex(other, settings)
+    (tmp_path / "2023").rename(tmp_path / "moved")
+    gallery = open_gallery(settings)
+    assert gallery.card.name == "other"
+    for folder in ("2024", "moved"):
+        account = index_source(open_source(str(tmp_path / folder)), gallery)
+        assert (account.added, account.replaced, account.known) == (0, 0, 1)
+    sources = {item.id: item.source for item in gallery.store.scan(9)[0]}
+    assert sources == {
+        "IMG_0000.png": f"{tmp_path}/moved/IMG_0000.png",
+        "2024/IMG_0000.png": f"{tmp_path}/2024/IMG_0000.png",
+    }
+    gallery.close()
