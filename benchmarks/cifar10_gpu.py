@@ -148,7 +148,7 @@ def open_pictures(data: Path) -> tuple[Source, IntArray | None]:
     (train, test), names = parts, sorted(labels[0].names)
     if sorted(labels[1].names) != names:
         raise InvalidSource(f"{test.name}: its classes are {sorted(labels[1].names)}, those of {train.name} {names}")
-    codes = [np.array([names.index(name) for name in part.names])[part.codes] for part in labels]
+    codes = [np.array([names.index(name) for name in part.names])[part.numbers] for part in labels]
     count = len(train)
     both = Source(
         "train.zip and test.zip",

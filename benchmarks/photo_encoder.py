@@ -126,7 +126,7 @@ def _vote(bank: Source, queries: Source) -> None:
     for side in (bank, queries):
         assert side.labels is not None and bank.labels is not None, f"{side.name} has no labels"
         assert side.labels.names == bank.labels.names, f"{side.name} has other labels"
-        labels.append(side.labels.codes.astype(np.int64))
+        labels.append(side.labels.numbers)
         blocks = []
         for start in tqdm(range(0, len(side), _BLOCK), side.name, unit=" blocks"):
             data = [side.entry(number).data for number in range(start, min(start + _BLOCK, len(side)))]

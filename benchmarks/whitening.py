@@ -38,7 +38,7 @@ def main(
     """Print the table for one encoder."""
     pictures = open_source(source, data_root)
     assert pictures.labels is not None, "the source needs labels"
-    labels = pictures.labels.codes.astype(np.int64)
+    labels = pictures.labels.numbers
     encoder = Encoder(without_whitening(read_card(model)), "cpu")
     order = np.random.default_rng(0).permutation(len(pictures))[: _BANK + _QUERIES + _COUNTS[-1]]
     bank, queries, learnt = np.split(order, [_BANK, _BANK + _QUERIES])

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.jobs.parquet_parts import Embeddings, open_embeddings
-from service.sources.source import Source
+from service.sources.compact import Labels, Names
+from service.sources.source import Source, select
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
 from training.knn import MOST_K, find_neighbours, neighbour_figures
@@ -137,7 +139,7 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
     Cost: mnist/train against mnist/test 2 minutes on 2 cores. Beside the pictures, 8 bytes for each value of a pixel.
     """
     card = read_card(model)
-    sides = [_open(name, data_root, card) for name in (bank_name, queries_name)]
+    sides = [_labelled(_open(name, data_root, card)) for name in (bank_name, queries_name)]
     _check(*sides)
     made = {side.variant for side in sides if isinstance(side, Embeddings)}
     encoder = None
@@ -334,16 +336,26 @@ def _check(bank: Source | Embeddings, queries: Source | Embeddings) -> None:
 def _names(side: Source | Embeddings) -> list[str]:
     """Return the labels of a side, each once."""
     if side.labels is None:
-        raise InvalidSource(
-            f"{side.name}: has no labels; evaluation needs every picture in a folder named for its class"
-        )
-    return [side.labels.names[code] for code in np.unique(side.labels.codes)]
+        raise InvalidSource(f"{side.name}: has no labels; evaluation needs pictures in folders named for their classes")
+    return side.labels.used()
+
+
+def _labelled(side: Source | Embeddings) -> Source | Embeddings:
+    """Return a side without the pictures that have no label, which are counted on stderr."""
+    if side.labels is None or not side.labels.missing:
+        return side
+    print(f"{side.name}: {side.labels.missing} pictures without a label are left out", file=sys.stderr)
+    kept = np.flatnonzero(side.labels.numbers >= 0)
+    if isinstance(side, Source):
+        return select(side, kept)
+    ids, labels = Names(side.ids[at] for at in kept.tolist()), Labels(side.labels.codes[kept], side.labels.names)
+    return replace(side, ids=ids, labels=labels, rows=side.rows[kept])
 
 
 def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: Encoder | None) -> Rows:
     assert side.labels is not None
     codes = {name: code for code, name in enumerate(classes)}
-    labels = np.asarray([codes.get(name, -1) for name in side.labels.names], np.int64)[side.labels.codes]
+    labels = np.asarray([codes.get(name, -1) for name in side.labels.names], np.int64)[side.labels.numbers]
     if isinstance(side, Embeddings):
         return Rows(side.name, side.ids, labels, side.rows, None)
     assert encoder is not None

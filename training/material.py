@@ -16,6 +16,7 @@ from service.errors import InvalidSource, LookalikeError
 from service.sources.source import Source
 from training.checkpoint import Checkpoint
 from training.data import Canvas, names_checksum, sample, spread
+from training.methods import METHODS
 from training.recipe import Recipe
 
 # All counts are of pictures.
@@ -34,7 +35,7 @@ class Material:
 
     Attributes:
         canvas: the pixels.
-        labels: (count,) int64, or None.
+        labels: (count,) int64, −1 for a picture without a label; or None.
         trained, held_out: positions. The held-out ones are the queries of online k-NN; without labels there are none.
         mean, std: (C,) of the pixels, 0..1.
         tones: the pictures' tone histogram (images.tones).
@@ -49,6 +50,11 @@ class Material:
     std: Tensor
     tones: list[float]
     checksum: int
+
+    @property
+    def voters(self) -> IntArray:
+        """Positions of the training pictures that may vote in k-NN: those with a label, or all if none has one."""
+        return self.trained if self.labels is None else self.trained[self.labels[self.trained] >= 0]
 
 
 def prepare(
@@ -79,14 +85,18 @@ def prepare(
             f"{source.name}: its pictures are not those that the run began with ({earlier.pictures} then, "
             f"{len(source)} now); export or --resume needs the same"
         )
-    labels = source.labels.codes.astype(np.int64) if source.labels is not None else None
+    labels = source.labels.numbers if source.labels is not None else None
     everything = np.arange(len(source))
+    labelled = everything if labels is None else np.flatnonzero(labels >= 0)
     if held_out is None:
         held_out = everything[:0]
-        if labels is not None and len(source) >= _LEAST_HELD_FROM and len(np.unique(labels)) > 1:
-            held_out = spread(everything, min(_HELD_OUT, len(source) // 20))
+        if labels is not None and len(labelled) >= _LEAST_HELD_FROM and len(np.unique(labels[labelled])) > 1:
+            held_out = spread(labelled, min(_HELD_OUT, len(labelled) // 20))
     if len(held_out):
         print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
+    if METHODS[recipe.method].needs_labels and len(labelled) < len(source):
+        print(f"{len(source) - len(labelled)} pictures without a label are left out", file=sys.stderr)
+        everything = labelled
     trained: IntArray = np.setdiff1d(everything, held_out)
     if len(trained) < recipe.batch_size:
         raise InvalidSource(
@@ -128,7 +138,7 @@ def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
 
 def check_pictures(material: Material) -> Pictures:
     """Return pixels to check an export with: the held-out pictures, or training pictures if none were held out."""
-    bank = spread(material.trained, _CHECK_BANK)
+    bank = spread(material.voters, _CHECK_BANK)
     held_out = material.held_out if len(material.held_out) else spread(material.trained[1:], _HELD_OUT)
 
     def take(positions: IntArray) -> tuple[PixelArray, IntArray]:

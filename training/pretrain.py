@@ -158,7 +158,7 @@ def check_labels(source: Source, recipe: Recipe) -> None:
     Raises:
         InvalidSource: it has none, or only one.
     """
-    if METHODS[recipe.method].needs_labels and (source.labels is None or len(np.unique(source.labels.codes)) < 2):
+    if METHODS[recipe.method].needs_labels and (source.labels is None or len(source.labels.used()) < 2):
         raise InvalidSource(
             f"{source.name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
             "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
@@ -439,7 +439,7 @@ def fixed_total(progress: Progress, time_s: float, touched: int, canvas: Canvas)
 def online_knn(backbone: nn.Module, material: Material, precision: str, voters: int) -> float:
     """Return the headline k-NN accuracy of the held-out pictures, among up to `voters` training pictures."""
     assert material.labels is not None
-    bank, bank_positions = embed(backbone, material, spread(material.trained, voters), precision)
+    bank, bank_positions = embed(backbone, material, spread(material.voters, voters), precision)
     queries, query_positions = embed(backbone, material, material.held_out, precision)
     return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
 

@@ -235,7 +235,10 @@ class Page(BaseModel):
 
 
 class BulkLine(BaseModel):
-    """The outcome of one picture: status 201 for a new item, 200 for a replaced one, else the error."""
+    """The outcome of one picture: status 201 for a new item, 200 for a replaced one, else the error.
+
+    Members of a zip that are no pictures follow with the code left_out: status 415 if it may be a picture, else 204.
+    """
 
     index: int
     id: str | None

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from service.encoding.images import SUFFIXES
 from service.errors import InvalidRequest, LookalikeError, Outcome, TooLarge, UnsupportedFormat, attempt
 from service.gallery import Gallery
 from service.http import logs
@@ -15,6 +14,10 @@ from service.http.bodies import Form, parse_json_object
 from service.http.slots import Slots
 from service.items import NewPicture
 from service.settings import Settings
+from service.sources.kinds import holds_none
+from service.sources.paths import compose
+from service.sources.source import LeftOut
+from service.sources.zip import gather, member_paths
 
 METADATA = "metadata.json"
 # Pictures per commit.
@@ -51,37 +54,36 @@ class Archive:
         # A damaged directory makes zipfile raise nearly any exception.
         except Exception as error:
             raise InvalidRequest("the body: not a zip file that can be read") from error
-        members = {member.filename: member for member in self._zip.infolist()}
-        self._members = [
-            member
-            for name, member in members.items()
-            if name.lower().endswith(SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-        ]
+        gathered = gather(self._zip, METADATA)
+        self._members = [(id, member) for id, (_, member) in gathered.found.items()]
+        self._left_out = gathered.left_out
         if not self._members:
-            raise InvalidRequest(f"the body: a zip that holds no picture; looked for {' '.join(SUFFIXES)}")
+            raise InvalidRequest(str(holds_none("the body", self._left_out)))
         if len(self._members) > settings.max_bulk_images:
             raise TooLarge(f"expected at most {settings.max_bulk_images} pictures, got {len(self._members)}")
-        if sum(member.file_size for member in self._members) > _MOST_UNPACKED * settings.max_request_bytes:
+        if sum(member.file_size for _, member in self._members) > _MOST_UNPACKED * settings.max_request_bytes:
             raise TooLarge(f"the zip unpacks to more than {_MOST_UNPACKED * settings.max_request_bytes} bytes")
-        self._metadata = {}
-        if METADATA in members:
-            text = self._unpack(members[METADATA], settings.max_request_bytes)
-            self._metadata = metadata_by_id(text.decode(errors="replace"), {one.filename for one in self._members})
+        self._metadata: dict[str, Any] = {}
+        for path, member in member_paths(self._zip.infolist()):
+            if path == METADATA:
+                text = self._unpack(member, settings.max_request_bytes).decode(errors="replace")
+                self._metadata = metadata_by_id(text, set(gathered.found))
 
     @property
     def sizes(self) -> list[int]:
         """The declared size of each picture in bytes. zipfile never unpacks more than that."""
-        return [member.file_size for member in self._members]
+        return [member.file_size for _, member in self._members]
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """What the zip holds beside the pictures."""
+        return self._left_out
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Unpack the pictures from `start` up to `stop`."""
         return [
-            Candidate(
-                member.filename,
-                attempt(self._unpack, member, self._most),
-                self._metadata.get(member.filename, {}),
-            )
-            for member in self._members[start:stop]
+            Candidate(id, attempt(self._unpack, member, self._most), self._metadata.get(id, {}))
+            for id, member in self._members[start:stop]
         ]
 
     def _unpack(self, member: zipfile.ZipInfo, most: int) -> bytes:
@@ -105,14 +107,19 @@ class Uploads:
     """The pictures of a form; the name of a file is its id."""
 
     def __init__(self, form: Form) -> None:
-        self._files = form.files
+        self._files = [(compose(name), data) for name, data in form.files]
         metadata = form.texts.get("metadata", "{}")
-        self._metadata = metadata_by_id(metadata, {name for name, _ in form.files})
+        self._metadata = metadata_by_id(metadata, {name for name, _ in self._files})
 
     @property
     def sizes(self) -> list[int]:
         """The size of each picture in bytes."""
         return [len(data) for _, data in self._files]
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """Nothing: each file of a form is one that its sender chose."""
+        return ()
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Return the pictures from `start` up to `stop`."""
@@ -120,15 +127,18 @@ class Uploads:
 
 
 def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
-    """Parse {id: metadata, …}. Raises InvalidRequest, also for an id without a picture."""
-    found = parse_json_object(text, "metadata")
+    """Parse {id: metadata, …}; ids are composed. Raises InvalidRequest, also for an id without a picture."""
+    found = {compose(id): metadata for id, metadata in parse_json_object(text, "metadata").items()}
     if not found.keys() <= ids:
         raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
     return found
 
 
 async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
-    """Add pictures to the gallery. Yield a line of JSON for each, once it is stored durably or refused."""
+    """Add pictures to the gallery. Yield a line of JSON for each, once it is stored durably or refused.
+
+    Lines about what was left out follow: status 415 for what may be a picture, 204 for other files.
+    """
     for group in _groups(pictures.sizes):
         try:
             lines = await slots.run(partial(_add, gallery, pictures, group))
@@ -141,6 +151,9 @@ async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -
             lines = [_failure(None, LookalikeError("the service failed"))] * len(group)
         for number, line in zip(group, lines, strict=True):
             yield json.dumps({"index": number} | line) + "\n"
+    for number, (name, reason, lost) in enumerate(pictures.left_out, len(pictures.sizes)):
+        line = {"id": name, "status": 415 if lost else 204, "code": "left_out", "detail": reason}
+        yield json.dumps({"index": number} | line) + "\n"
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[range]:

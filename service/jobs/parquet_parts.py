@@ -33,7 +33,7 @@ class Embeddings:
     Attributes:
         name: the folder and slice as the user wrote them.
         ids: of the N pictures.
-        labels: of all N pictures, or None.
+        labels: of the N pictures, or None when none has one.
         rows: (N, D) float32, rows of L2 norm 1.
         fingerprint: of the encoder that made them.
         variant: of that encoder; several, separated by commas, if parts differ.
@@ -94,11 +94,11 @@ def open_embeddings(name: str) -> Embeddings | None:
             raise InvalidSource(f"{part}: holds embeddings of another source or encoder than {parts[0].name}")
     tables = [_read_part(part) for part in parts]
     ids = Names(id for table in tables for id in table[0])
-    labels = None if any(table[1] is None for table in tables) else Labels.of(v for table in tables for v in table[1])
+    labels = Labels.of(label for table in tables for label in table[1])
     rows = np.concatenate([table[2] for table in tables])
     if not len(ids):
         raise InvalidSource(f"{name}: holds no embedding")
-    kept = slice_source(Source(name, ids, lambda _: b"", labels), slicing)
+    kept = slice_source(Source(name, ids, lambda _: b"", labels if labels.used() else None), slicing)
     start = ids.index(kept.ids[0]) if slicing else 0
     return Embeddings(
         name,
@@ -110,8 +110,8 @@ def open_embeddings(name: str) -> Embeddings | None:
     )
 
 
-def _read_part(part: Path) -> tuple[list[str], Any, FloatArray]:
-    """Return a part's ids, its labels (None if any picture has none), and its embeddings (N, D)."""
+def _read_part(part: Path) -> tuple[list[str], list[str | None], FloatArray]:
+    """Return a part's ids, its labels (None for a picture without one), and its embeddings (N, D)."""
     try:
         with pq.ParquetFile(part) as file:
             table = file.read(["id", "label", "embedding"], use_threads=False).combine_chunks()
@@ -124,7 +124,7 @@ def _read_part(part: Path) -> tuple[list[str], Any, FloatArray]:
         # Each norm is compared with `<`, because NaN must fail the check.
         if len(rows) != len(ids) or not np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3):
             raise ValueError("expected embeddings of length 1 in every row")
-        return ids.to_pylist(), None if labels.null_count else labels.to_pylist(), rows
+        return ids.to_pylist(), labels.to_pylist(), rows
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise _damaged(part, error) from error
 

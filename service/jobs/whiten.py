@@ -115,11 +115,15 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
     positions: IntArray = np.linspace(0, len(source) - 1, min(len(source), _MOST_READ)).astype(np.int64)
     if len(positions) < len(source):
         print(f"{source.name}: {len(positions)} of {len(source)} pictures are read, evenly spread", file=sys.stderr)
-    labels = source.labels.codes[positions].astype(np.int64) if source.labels is not None else None
-    kept_out = set(range(_KEPT_OUT // 2, len(positions), max(_KEPT_OUT, -(-len(positions) // _MOST_KEPT_OUT))))
+    labels = source.labels.numbers[positions] if source.labels is not None else None
+    # Pictures without a label have no vote and cannot be judged by one. Where most have none, nothing is.
+    able = np.arange(len(positions)) if labels is None else np.flatnonzero(labels >= 0)
+    if 2 * len(able) < len(positions):
+        able, labels = np.arange(len(positions)), None
+    kept_out = set(able[_KEPT_OUT // 2 :: max(_KEPT_OUT, -(-len(able) // _MOST_KEPT_OUT))].tolist())
     voting: set[int] = set()
-    if labels is not None and len(np.unique(labels)) > 1:
-        voting = set(np.linspace(0, len(positions) - 1, min(_VOTING, len(positions))).astype(int).tolist()) - kept_out
+    if labels is not None and len(np.unique(labels[able])) > 1:
+        voting = set(able[np.linspace(0, len(able) - 1, min(_VOTING, len(able))).astype(int)].tolist()) - kept_out
     rows: list[FloatArray] = []
     held_out: dict[int, PixelArray] = {}
     bank: dict[int, PixelArray] = {}

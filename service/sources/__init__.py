@@ -1,17 +1,22 @@
 """SOURCE → a stream of (id, bytes, label): a folder, .zip, .tar, .parquet, MNIST or digits. Never unpickles.
 
-source.py defines Source; files.py opens folders and archives, parquet.py opens tables, and named.py opens data sets
-by name. compact.py holds their ids and labels in a few bytes each.
+source.py defines Source. folder.py, zip.py and tar.py open pictures as files, parquet.py opens tables, and named.py
+opens data sets by name. kinds.py tells pictures from other files, paths.py makes ids and labels of paths, files.py
+expands patterns, and compact.py holds ids and labels in a few bytes each.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from service.encoding.images import SUFFIXES
 from service.errors import InvalidSource
-from service.sources.files import expand, find, open_folder, open_tars, open_zip
+from service.sources.files import expand
+from service.sources.folder import gather, open_folder
+from service.sources.kinds import HIDDEN, holds_none
 from service.sources.named import open_digits, open_mnist
-from service.sources.source import Source, slice_source
+from service.sources.source import LeftOut, Omissions, Source, slice_source
+from service.sources.tar import compressed, open_tars
+from service.sources.zip import open_zip
 
 DEFAULT_DATA_ROOT = Path("data")
 _NAMED = re.compile(r"(mnist/train|mnist/test|digits)(\[.*\])?")
@@ -23,7 +28,7 @@ _EXPECTED = (
 )
 
 
-def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT) -> Source:
+def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT, image_key: str | None = None) -> Source:
     """Open the SOURCE argument of a command.
 
     Args:
@@ -31,6 +36,7 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT) -> Source:
             as shards/train-{000..009}.tar, or mnist/train, mnist/test, digits. A slice such as [:8000] or
             [90%:] may follow. An existing path takes precedence over a slice or a pattern.
         data_root: the folder of named data sets, in torchvision's layout (data_root/MNIST/raw).
+        image_key: of the picture to take where a sample in a .tar has several, such as input.jpg or mask.
 
     Raises:
         InvalidSource: the source does not exist, is damaged, holds no picture, or the slice is empty.
@@ -44,8 +50,8 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT) -> Source:
             return slice_source(_open_named(name, named[1], data_root), named[2] or "")
         sliced = _SLICED.fullmatch(name)
         if sliced and not Path(name).exists():
-            return slice_source(_open_path(name, sliced[1]), sliced[2])
-        return _open_path(name, name)
+            return slice_source(_open_path(name, sliced[1], image_key), sliced[2])
+        return _open_path(name, name, image_key)
     except OSError as error:
         raise InvalidSource(f"{name}: cannot be read: {error.strerror or error}") from error
 
@@ -54,37 +60,51 @@ def _open_named(name: str, set_name: str, data_root: Path) -> Source:
     return open_digits(name) if set_name == "digits" else open_mnist(name, set_name.split("/")[1], data_root)
 
 
-def _open_path(name: str, text: str) -> Source:
+def _open_path(name: str, text: str, image_key: str | None) -> Source:
     """Open a folder, a file or a pattern of files: text is the path, name appears in messages."""
     path = Path(text)
     if path.is_dir():
-        pictures = find(path, SUFFIXES)
-        if pictures:
-            return open_folder(name, path, pictures)
-        tars, tables = find(path, (".tar",)), find(path, (".parquet",))
-        # Names such as _metadata.parquet are reserved for metadata about the other files.
-        tables = [table for table in tables if not Path(table).name.startswith("_")]
-        if tars and tables:
-            raise InvalidSource(
-                f"{name}: expected files of one kind, found {tars[0]} and {tables[0]}; name one of them"
-            )
-        if not tars and not tables:
-            raise InvalidSource(
-                f"{name}: holds no picture; looked for {' '.join(SUFFIXES)} at any depth, then for .tar and .parquet"
-            )
-        paths = [path / file for file in tars or tables]
-    else:
-        paths = [path] if path.exists() else expand(text)
-    match paths[0].suffix.lower() if paths else "":
+        gathered = gather(path)
+        if gathered.found:
+            return open_folder(name, path, gathered)
+        return _open_shards(name, path, gathered.left_out, image_key)
+    paths = [path] if path.exists() else expand(text)
+    if not paths:
+        raise InvalidSource(f"{name}: no such source; {_EXPECTED}")
+    packed = next((ending for ending in _PACKED if text.lower().endswith(ending)), None)
+    if packed:
+        raise compressed(name, packed)
+    return _open_files(name, paths, image_key)
+
+
+def _open_shards(name: str, folder: Path, files: list[LeftOut], image_key: str | None) -> Source:
+    """Open a folder that holds no picture: its .tar files, or its .parquet files."""
+    shown = sorted(one.name for one in files if one.reason != HIDDEN)
+    tars = [file for file in shown if file.lower().endswith(".tar")]
+    # Names such as _metadata.parquet are reserved for metadata about the other files.
+    tables = [file for file in shown if file.lower().endswith(".parquet") and not Path(file).name.startswith("_")]
+    if tars:
+        # img2dataset writes a table of facts beside each .tar.
+        tables = [table for table in tables if table.removesuffix(".parquet") + ".tar" not in tars]
+    if tars and tables:
+        raise InvalidSource(f"{name}: expected files of one kind, found {tars[0]} and {tables[0]}; name one of them")
+    taken = set(tars or tables)
+    if not taken:
+        raise holds_none(name, files, ", then for .tar and .parquet")
+    source = _open_files(name, [folder / file for file in tars or tables], image_key)
+    left_out = [*source.left_out, *(one for one in files if one.name not in taken)]
+    return replace(source, left_out=Omissions(left_out))
+
+
+def _open_files(name: str, paths: list[Path], image_key: str | None) -> Source:
+    match paths[0].suffix.lower():
         case ".zip" if len(paths) == 1:
-            return open_zip(name, path)
+            return open_zip(name, paths[0])
         case ".tar":
-            return open_tars(name, paths)
+            return open_tars(name, paths, image_key)
         case ".parquet":
             # Imported late because pyarrow loads slowly.
             from service.sources.parquet import open_parquet
 
             return open_parquet(name, paths)
-    if paths and text.lower().endswith(_PACKED):
-        raise InvalidSource(f"{name}: is a compressed tar; pictures are read from their place in it: unpack it to .tar")
-    raise InvalidSource(f"{name}: {'not a kind of file that we read' if paths else 'no such source'}; {_EXPECTED}")
+    raise InvalidSource(f"{name}: not a kind of file that we read; {_EXPECTED}")

@@ -8,6 +8,8 @@ from typing import Any, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from service import IntArray
+
 Integers = NDArray[np.integer[Any]]
 
 
@@ -52,16 +54,16 @@ class Names(Sequence[str]):
         return _same(self, other)
 
 
-class Labels(Sequence[str]):
-    """Strings with few distinct values, stored as integer codes: label n is names[codes[n]].
+class Labels(Sequence[str | None]):
+    """Strings with few distinct values, stored as integer codes; None where a picture has no label.
 
     A slice is a view with the same names and the same codes. Codes of two sources are not comparable.
 
     Attributes:
-        codes: (N,) unsigned, in the smallest dtype that holds them.
+        codes: (N,) unsigned, in the smallest dtype that holds them: positions in names; len(names) for no label.
         names: the distinct labels in order of first occurrence; a slice may use only some of them.
 
-    Cost: 1 byte a label up to 256 distinct labels, 2 up to 65,536.
+    Cost: 1 byte a label up to 255 distinct labels, 2 up to 65,535.
     """
 
     def __init__(self, codes: Integers, names: Sequence[str]) -> None:
@@ -69,22 +71,40 @@ class Labels(Sequence[str]):
         self.names = tuple(names)
 
     @classmethod
-    def of(cls, labels: Iterable[str]) -> Self:
+    def of(cls, labels: Iterable[str | None]) -> Self:
         """Encode labels, consuming them one at a time."""
         codes, names = array("q"), dict[str, int]()
-        codes.extend(names.setdefault(label, len(names)) for label in labels)
-        return cls(np.frombuffer(codes, np.int64), tuple(names))
+        codes.extend(-1 if label is None else names.setdefault(label, len(names)) for label in labels)
+        found = np.frombuffer(codes, np.int64)
+        return cls(np.where(found < 0, len(names), found), tuple(names))
+
+    @property
+    def numbers(self) -> IntArray:
+        """(N,) int64: positions in names, and −1 for no label."""
+        codes = self.codes.astype(np.int64)
+        codes[codes >= len(self.names)] = -1
+        return codes
+
+    @property
+    def missing(self) -> int:
+        """The number of pictures without a label."""
+        return int((self.codes >= len(self.names)).sum())
+
+    def used(self) -> list[str]:
+        """Return the distinct labels that occur, in the order of names."""
+        return [self.names[code] for code in np.unique(self.codes).tolist() if code < len(self.names)]
 
     def __len__(self) -> int:
         return len(self.codes)
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> str | None: ...
     @overload
     def __getitem__(self, index: slice) -> Self: ...
-    def __getitem__(self, index: int | slice) -> str | Self:
+    def __getitem__(self, index: int | slice) -> str | Self | None:
         if not isinstance(index, slice):
-            return self.names[int(self.codes[index])]
+            code = int(self.codes[index])
+            return self.names[code] if code < len(self.names) else None
         view = type(self)(self.codes[:0], self.names)
         view.codes = self.codes[index]
         return view
@@ -98,8 +118,8 @@ def smallest(numbers: Integers, least: type[np.unsignedinteger[Any]] = np.uint8)
     return numbers.astype(np.result_type(np.min_scalar_type(int(numbers.max(initial=0))), least))
 
 
-def _same(ours: Sequence[str], other: object) -> bool:
-    """Return whether other is a sequence, such as a list, of the same strings."""
+def _same(ours: Sequence[str | None], other: object) -> bool:
+    """Return whether other is a sequence, such as a list, of the same members."""
     if not isinstance(other, Sequence) or isinstance(other, str):
         return False
     return len(ours) == len(other) and all(map(eq, ours, other))

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from service.errors import InvalidSource
 from service.sources.compact import Labels, Names
 from service.sources.files import stems
+from service.sources.paths import compose
 from service.sources.source import Source
 
 _CACHE_BYTES = 256 * 2**20
@@ -31,7 +32,8 @@ class _Table(NamedTuple):
         footer: pq.FileMetaData.
         leaf: the column of the pictures' bytes, such as image.bytes.
         paths: pa.ChunkedArray of large_string, or None without such a column.
-        labels: codes (N,) and the label of each code; None when a picture lacks a label.
+        labels: codes (N,), −1 for a picture without a label, and the label of each code; None without such a column.
+        note: a sentence on a column that cannot be a label, or an empty text.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class _Table(NamedTuple):
     leaf: str
     paths: Any
     labels: tuple[Any, list[str]] | None
+    note: str
 
 
 def open_parquet(name: str, paths: Sequence[Path]) -> Source:
@@ -46,9 +49,9 @@ def open_parquet(name: str, paths: Sequence[Path]) -> Source:
 
     Pictures come from a struct column with a binary field `bytes`, else from a binary column. Of several such
     columns `image`, `img` or `bytes` is taken, in this order. Labels come from the column `label`, else from the
-    only ClassLabel in the Hugging Face metadata, which also names its numbers. The source has no labels when one
-    picture has none. Ids are the `path` fields of the struct when all are present and distinct, else the file's
-    name and the row's number (train-00000-of-00002/00000123).
+    only ClassLabel in the Hugging Face metadata, which also names its numbers. A row of null, of empty text, or of a
+    number without a name has no label. Ids are the `path` fields of the struct when all are present and distinct, else
+    the file's name and the row's number (train-00000-of-00002/00000123).
 
     Raises:
         InvalidSource: a file is not Parquet, is damaged or has no column of pictures, or all files are empty.
@@ -87,7 +90,8 @@ def open_parquet(name: str, paths: Sequence[Path]) -> Source:
             raise OSError("there are no bytes in its row")
         return data
 
-    return Source(name, _ids(tables), read, _merged(tables), starts[:-1].tolist())
+    notes = list(dict.fromkeys(table.note for table in tables if table.note))
+    return Source(name, _ids(tables), read, _merged(tables), starts[:-1].tolist(), notes=notes)
 
 
 class RowGroups:
@@ -144,7 +148,7 @@ def _read_table(path: Path) -> _Table:
             schema = file.schema_arrow
             leaf = _picture_leaf(path, schema)
             features = _features(schema)
-            label = _label_column(schema, features)
+            label, note = _label_column(schema, features)
             picture_path = leaf.removesuffix(".bytes") + ".path"
             wanted = [picture_path] if _has_paths(schema, leaf) else []
             small = file.read(columns=wanted + ([label] if label else []), use_threads=False).flatten()
@@ -155,7 +159,7 @@ def _read_table(path: Path) -> _Table:
                 raise ValueError(f"expected {file.metadata.num_rows} rows, got {len(small)}")
             paths = small.column(picture_path).cast(pa.large_string()) if wanted else None
             labels = _codes(small.column(label), features.get(label)) if label else None
-            return _Table(path, file.metadata, leaf, paths, labels)
+            return _Table(path, file.metadata, leaf, paths, labels, note)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InvalidSource(f"{path}: not a Parquet file that can be read: {_first_line(error)}") from error
 
@@ -208,32 +212,32 @@ def _features(schema: Any) -> dict[str, list[str]]:
         return {}
 
 
-def _label_column(schema: Any, features: dict[str, list[str]]) -> str | None:
+def _label_column(schema: Any, features: dict[str, list[str]]) -> tuple[str | None, str]:
+    """Return the column of labels, or None; and a sentence on a column that bears the name and cannot be it."""
     name = "label" if "label" in schema.names else next(iter(features)) if len(features) == 1 else None
     if name is None:
-        return None
+        return None, ""
     type = schema.field(name).type
     if pa.types.is_dictionary(type):
         type = type.value_type
-    return name if pa.types.is_integer(type) or _is_text(type) else None
+    if pa.types.is_integer(type) or _is_text(type):
+        return name, ""
+    return None, f"the column {name} ({type}) is not taken for labels: expected whole numbers or text"
 
 
-def _codes(column: Any, names: list[str] | None) -> tuple[Any, list[str]] | None:
-    """Return the codes of a column and the label of each code; None when a row has no label.
+def _codes(column: Any, names: list[str] | None) -> tuple[Any, list[str]]:
+    """Return the codes of a column, −1 for a row without a label, and the label of each code, empty for no label.
 
     Hugging Face writes −1 for an unknown label.
     """
-    if column.null_count:
-        return None
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    kinds = column.unique()
+    kinds = column.unique().drop_null()
     values = kinds.to_pylist()
     if names and pa.types.is_integer(column.type):
-        if not all(0 <= value < len(names) for value in values):
-            return None
-        values = [names[value] for value in values]
-    return pc.index_in(column, value_set=kinds).to_numpy(), [str(value) for value in values]
+        values = [names[value] if 0 <= value < len(names) else "" for value in values]
+    codes = pc.fill_null(pc.index_in(column, value_set=kinds), -1).to_numpy().astype(np.int64)
+    return codes, [compose(str(value)) for value in values]
 
 
 def _merged(tables: Sequence[_Table]) -> Labels | None:
@@ -242,21 +246,25 @@ def _merged(tables: Sequence[_Table]) -> Labels | None:
     codes = []
     for table in tables:
         if table.labels is None:
-            return None
+            codes.append(np.full(table.footer.num_rows, -1))
+            continue
         own_codes, own_names = table.labels
-        shared = np.array([names.setdefault(label, len(names)) for label in own_names], np.int64)
-        codes.append(shared[own_codes])
-    return Labels(np.concatenate(codes), tuple(names))
+        # The number at the end is for codes of −1.
+        shared = [names.setdefault(label, len(names)) if label else -1 for label in own_names] + [-1]
+        codes.append(np.array(shared, np.int64)[own_codes])
+    joined = np.concatenate(codes)
+    return Labels(np.where(joined < 0, len(names), joined), tuple(names)) if names else None
 
 
 def _ids(tables: Sequence[_Table]) -> Names:
     if all(table.paths is not None for table in tables):
         paths = pa.chunked_array([chunk for table in tables for chunk in table.paths.chunks], pa.large_string())
         named = not paths.null_count and pc.min(pc.binary_length(paths)).as_py() > 0
+        paths = pc.utf8_normalize(paths, form="NFC") if named else paths
         if named and pc.count_distinct(paths).as_py() == len(paths):
             return Names(path.as_py() for path in paths)
     return Names(
-        f"{stem}/{row:08d}"
+        f"{compose(stem)}/{row:08d}"
         for stem, table in zip(stems([table.path for table in tables]), tables, strict=True)
         for row in range(table.footer.num_rows)
     )

@@ -2,25 +2,78 @@
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
 
+import numpy as np
 from PIL import Image
 
-from service import PixelArray
+from service import IntArray, PixelArray
 from service.errors import InvalidSource, UndecodablePicture
-from service.sources.compact import Labels, Names
+from service.sources.compact import Labels, Names, smallest
 
 _SLICE = re.compile(r"\[(-?\d+%?)?:(-?\d+%?)?\]")
 
 
 class Entry(NamedTuple):
-    """One undecoded picture of a source; label is None when the source has no labels."""
+    """One undecoded picture of a source; label is None when it has none."""
 
     id: str
     data: bytes
     label: str | None
+
+
+class LeftOut(NamedTuple):
+    """Something that a source saw and did not take as a picture.
+
+    Attributes:
+        name: its path within the source.
+        reason: a short text that all of its kind share, such as "hidden".
+        lost: whether it is, or may be, a picture that the user wanted.
+    """
+
+    name: str
+    reason: str
+    lost: bool
+
+
+class Omissions(Sequence[LeftOut]):
+    """What a source left out, in a few bytes beside each name.
+
+    Args:
+        left_out: consumed one at a time.
+    """
+
+    def __init__(self, left_out: Iterable[LeftOut]) -> None:
+        kinds, codes = dict[tuple[str, bool], int](), array("q")
+
+        def names() -> Iterator[str]:
+            for name, reason, lost in left_out:
+                codes.append(kinds.setdefault((reason, lost), len(kinds)))
+                yield name
+
+        self._names = Names(names())
+        self._kinds, self._codes = tuple(kinds), smallest(np.frombuffer(codes, np.int64))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> LeftOut: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[LeftOut]: ...
+    def __getitem__(self, index: int | slice) -> LeftOut | list[LeftOut]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return LeftOut(self._names[index], *self._kinds[self._codes[index]])
+
+
+def count_reasons(left_out: Iterable[LeftOut]) -> str:
+    """Return how many things were left out by reason, as in "3 hidden; 1 not a picture: .txt"."""
+    return "; ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in left_out).most_common())
 
 
 @dataclass(frozen=True)
@@ -31,9 +84,11 @@ class Source:
         name: the SOURCE argument as the user wrote it.
         ids: one distinct id for each picture, in order.
         read: returns the bytes of the picture at a position, or raises OSError with the reason.
-        labels: one for each picture, or None.
+        labels: one for each picture, None for a picture that has none; or None when no picture has a label.
         blocks: ascending start positions, from 0, of blocks that are cheap to read together: a Parquet row
             group is read whole. None when every picture costs the same alone.
+        left_out: what the whole source holds beside the pictures, with reasons. A slice has all of it.
+        notes: sentences about the whole source that its user should read, such as which column was no label.
     """
 
     name: str
@@ -41,6 +96,8 @@ class Source:
     read: Callable[[int], bytes]
     labels: Labels | None
     blocks: Sequence[int] | None = None
+    left_out: Sequence[LeftOut] = ()
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,12 +135,27 @@ def slice_source(source: Source, text: str) -> Source:
     if not kept:
         raise InvalidSource(f"{source.name}: the slice {text} of {count} pictures holds none")
     blocks = source.blocks
+    labels = source.labels[kept.start : kept.stop] if source.labels is not None else None
     return Source(
         source.name,
         source.ids[kept.start : kept.stop],
         lambda position: source.read(kept[position]),
-        source.labels[kept.start : kept.stop] if source.labels else None,
+        labels if labels is not None and labels.used() else None,
         None if blocks is None else [0] + [block - kept.start for block in blocks if kept.start < block < kept.stop],
+        source.left_out,
+        source.notes,
+    )
+
+
+def select(source: Source, positions: IntArray) -> Source:
+    """Return a source of the pictures at some positions, in ascending order."""
+    kept = positions.tolist()
+    return replace(
+        source,
+        ids=Names(source.ids[position] for position in kept),
+        read=lambda position: source.read(kept[position]),
+        labels=None if source.labels is None else Labels(source.labels.codes[positions], source.labels.names),
+        blocks=None,
     )
 
 

@@ -113,7 +113,7 @@ def test_a_second_call_goes_on_where_the_first_stopped(
         with torch.inference_mode():
             embedded.append(encoder(pixels.permute(2, 0, 1)[None]).numpy()[0])
     # The archives are sorted by class.
-    names = np.array([int(label.removeprefix("class-")) for label in source.labels])
+    names = np.array([int(str(label).removeprefix("class-")) for label in source.labels])
     assert sorted(names[queries]) == sorted(labels[300:])
     every = np.stack(embedded)
     expected = headline_accuracy(every[:300], names[:300], every[300:], names[300:])

@@ -4,10 +4,11 @@ import io
 import resource
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +98,8 @@ def too_large_to_keep(source: Source, monkeypatch: pytest.MonkeyPatch) -> Source
     monkeypatch.setattr(data, "_DISK_LEFT", 2**62)
     codes = np.full(20_000_000, len(source) - 1, np.uint8)
     codes[: len(source)] = np.arange(len(source))
-    return Source(source.name, Labels(codes, source.ids), lambda position: source.read(int(codes[position])), None)
+    ids = cast("Sequence[str]", Labels(codes, source.ids))
+    return Source(source.name, ids, lambda position: source.read(int(codes[position])), None)
 
 
 def decoded(source: Source, side: int, channels: int) -> PixelArray:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -195,6 +197,21 @@ def test_pictures_that_no_figure_can_be_made_of_are_refused(
         sources = {"bank": BANK, "queries": QUERIES} | {role: source}
         with pytest.raises(InvalidSource, match=refusal):
             evaluate(tiny_model, sources["bank"], sources["queries"], tmp_path)
+
+
+def test_pictures_without_a_label_are_left_out_and_counted(
+    tiny_model: Path, tmp_path: Path, paint: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns: dict[str, list[Any]] = {"image": [], "label": []}
+    for number in range(30):
+        columns["image"].append(paint(tmp_path / "set" / f"{number:02}.png", height=9, width=9, seed=number))
+        columns["label"].append([None, "a", "b"][number % 3])
+    pq.write_table(pa.table(columns), tmp_path / "set.parquet")
+    found = evaluate(tiny_model, str(tmp_path / "set.parquet"), str(tmp_path / "set.parquet"), tmp_path)
+    assert found.classes == ["a", "b"]
+    assert [id[-2:] for id in found.queries.ids] == [f"{number:02}" for number in range(30) if number % 3]
+    assert [found.classes[label] for label in found.bank.labels] == ["a", "b"] * 10
+    assert capsys.readouterr().err.count("set.parquet: 10 pictures without a label are left out") == 2
 
 
 def test_pictures_of_all_sizes_and_a_class_that_the_bank_lacks(

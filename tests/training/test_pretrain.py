@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ def test_what_fits_a_time_is_the_pace_and_what_is_left_to_decode(tmp_path: Path)
 
 def test_what_is_decoded_at_every_epoch_is_part_of_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_DISK_LEFT", 2**62)
-    names = Labels(np.zeros(20_000_000, np.uint8), ["one of them"])
+    names = cast("Sequence[str]", Labels(np.zeros(20_000_000, np.uint8), ["one of them"]))
     source = Source("more than memory", names, open_source("digits[:1]").read, None)
     canvas = Canvas(source, square_preprocessing(512), 3, tmp_path, CPU)
     assert canvas.residence == "nowhere"
@@ -210,6 +211,21 @@ def test_held_out_pictures_are_a_twentieth_and_never_trained_on(recipe: Recipe, 
 @pytest.mark.parametrize(("name", "held_out"), [("digits[:399]", 0), ("digits[:400]", 20)])
 def test_of_few_pictures_none_are_held_out(name: str, held_out: int, recipe: Recipe, prepared: Prepared) -> None:
     assert len(prepared(open_source(name), recipe).held_out) == held_out
+
+
+@pytest.mark.parametrize("method", ["simclr", "supcon"])
+def test_pictures_without_a_label_are_no_queries_and_no_voters(
+    method: str, recipe: Recipe, prepared: Prepared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = open_source("digits[:900]")
+    assert digits.labels is not None
+    labels = [None if position % 3 == 0 else label for position, label in enumerate(digits.labels)]
+    material = prepared(replace(digits, labels=Labels.of(labels)), recipe.model_copy(update={"method": method}))
+    assert len(material.held_out) == 600 // 20
+    assert all(position % 3 for position in (*material.held_out, *material.voters))
+    assert len(material.voters) == 570
+    assert len(material.trained) == {"simclr": 870, "supcon": 570}[method]
+    assert ("300 pictures without a label are left out" in capsys.readouterr().err) == (method == "supcon")
 
 
 def test_without_labels_none_are_held_out(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ BULK = {
     "zip with a bad one in the middle": (
         zipped(("2/a.png", PICTURE), ("2/b.png", UNDECODABLE), ("2/c.png", OTHER), ("read me.txt", TEXT)),
         ZIP,
-        [Line("2/a.png", 201), Line("2/b.png", 422, BAD), Line("2/c.png", 201)],
+        [Line("2/a.png", 201), Line("2/b.png", 422, BAD), Line("2/c.png", 201), Line("read me.txt", 204, "left_out")],
     ),
     "zip with a text, an empty and a large one": (
         zipped(("3/a.png", TEXT), ("3/b.png", b""), ("3/c.png", png_header(9_000, 9_000)), ("3/d.png", OTHER)),
@@ -76,6 +76,33 @@ BULK = {
             Line("3/c.png", 413, "too_large"),
             Line("3/d.png", 201),
         ],
+    ),
+    "zip with odd endings and other files": (
+        zipped(
+            *(("13/a.jfif", PICTURE), ("13/b", OTHER), ("13/c.JPE", PICTURE), ("13/d.tif", OTHER)),
+            *(("13/e.jxl", b""), ("__MACOSX/13/._a.jfif", TEXT), ("13/@eaDir/a.jfif/small.jpg", PICTURE)),
+        ),
+        ZIP,
+        [
+            *(Line(f"13/{name}", 201) for name in ("a.jfif", "b", "c.JPE", "d.tif")),
+            Line("13/e.jxl", 415, "left_out"),
+            Line("__MACOSX/13/._a.jfif", 204, "left_out"),
+            Line("13/@eaDir/a.jfif/small.jpg", 204, "left_out"),
+        ],
+    ),
+    "zip from macOS": (
+        zipped(("14/Cafe\u0301.png", PICTURE), ("metadata.json", b'{"14/Caf\\u00e9.png": {"a": 1}}')).replace(
+            # The flag for UTF-8 is taken off in both of the member's headers.
+            b"\x00\x08\x08\x00",
+            b"\x00\x00\x08\x00",
+        ),
+        ZIP,
+        [Line("14/Caf\u00e9.png", 201)],
+    ),
+    "zip from PowerShell": (
+        zipped(("15_a.png", PICTURE), ("15_b.png", OTHER)).replace(b"15_", b"15\\"),
+        ZIP,
+        [Line("15/a.png", 201), Line("15/b.png", 201)],
     ),
     "zip with an encrypted one": (
         encrypted(zipped(("4/a.png", PICTURE), ("4/b.png", OTHER))),

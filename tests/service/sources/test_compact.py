@@ -31,14 +31,16 @@ def test_names_are_like_a_list(texts: list[str], first: slice, second: slice) ->
         names[-len(texts) - 1]
 
 
-@given(st.lists(ON_DISK, max_size=10), SLICES, SLICES)
-def test_labels_are_like_a_list(texts: list[str], first: slice, second: slice) -> None:
+@given(st.lists(st.none() | ON_DISK, max_size=10), SLICES, SLICES)
+def test_labels_are_like_a_list(texts: list[str | None], first: slice, second: slice) -> None:
     labels = Labels.of(texts)
     assert len(labels) == len(texts)
     assert list(labels) == texts
     assert [labels[n] for n in range(-len(texts), len(texts))] == texts + texts
-    assert labels.names == tuple(dict.fromkeys(texts))
-    assert [labels.names[code] for code in labels.codes] == texts
+    assert labels.names == tuple(dict.fromkeys(text for text in texts if text is not None))
+    assert [None if number < 0 else labels.names[number] for number in labels.numbers] == texts
+    assert labels.missing == texts.count(None)
+    assert labels[first].used() == [name for name in labels.names if name in texts[first]]
     part = labels[first][second]
     assert list(part) == texts[first][second]
     assert part.names == labels.names

@@ -1,6 +1,7 @@
 """Parquet files with the bytes of pictures, as on the Hugging Face Hub."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -90,10 +91,14 @@ def test_one_path_in_two_files_numbers_both(tmp_path: Path) -> None:
         ({"label": ["x", "y", "z"], "kind": [0, 0, 0]}, {"kind": classes("cat")}, ["x", "y", "z"]),
         ({"fine": [0, 1, 0], "coarse": [0, 0, 0]}, {"fine": classes("a", "b"), "coarse": classes("c")}, None),
         ({"labels": [1, 0, 1]}, None, None),
-        ({"label": [1, None, 1]}, None, None),
-        ({"label": ["a", None, "a"]}, None, None),
-        ({"label": [1, -1, 1]}, {"label": classes("cat", "dog")}, None),
-        ({"label": [1, 2, 1]}, {"label": classes("cat", "dog")}, None),
+        ({"label": [1, None, 1]}, None, ["1", None, "1"]),
+        ({"label": ["a", None, ""]}, None, ["a", None, None]),
+        ({"label": pa.array([None, "a", None]).dictionary_encode()}, None, [None, "a", None]),
+        ({"label": ["Mu\u0308ller", "Müller", "x"]}, None, ["Müller", "Müller", "x"]),
+        ({"label": [1, -1, 1]}, {"label": classes("cat", "dog")}, ["dog", None, "dog"]),
+        ({"label": [1, 2, 0]}, {"label": classes("cat", "dog")}, ["dog", None, "cat"]),
+        ({"label": [-1, -1, -1]}, {"label": classes("cat", "dog")}, None),
+        ({"label": pa.array([None] * 3, pa.string())}, None, None),
         ({"label": [1, -1, 1]}, None, ["1", "-1", "1"]),
         ({"label": [0.5, 1.0, 2.0]}, None, None),
         ({"label": [[1], [2], [3]]}, None, None),
@@ -101,10 +106,26 @@ def test_one_path_in_two_files_numbers_both(tmp_path: Path) -> None:
     ],
 )
 def test_labels(
-    tmp_path: Path, columns: dict[str, Any], features: dict[str, Any] | None, labels: list[str] | None
+    tmp_path: Path, columns: dict[str, Any], features: dict[str, Any] | None, labels: list[str | None] | None
 ) -> None:
     source = open_source(str(write(tmp_path / "a.parquet", {"image": images(range(3)), **columns}, features)))
     assert source.labels == labels if labels else source.labels is None
+
+
+@pytest.mark.parametrize("column", [[0.0, 1.0, 2.0], [[1], [2], [3]], [True, False, True]])
+def test_a_column_that_cannot_be_a_label_is_named(tmp_path: Path, column: list[Any]) -> None:
+    source = open_source(str(write(tmp_path / "a.parquet", {"image": images(range(3)), "label": column})))
+    assert source.labels is None
+    assert len(source.notes) == 1
+    assert re.fullmatch(r"the column label \(.+\) is not taken for labels: .*", source.notes[0])
+
+
+def test_ids_are_composed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"image": pa.array([{"bytes": b"a", "path": "Cafe\u0301.jpg"}], STRUCT)})
+    assert list(open_source(str(path)).ids) == ["Café.jpg"]
+    twins = [{"bytes": b"a", "path": path} for path in ("Cafe\u0301.jpg", "Café.jpg")]
+    write(path, {"image": pa.array(twins, STRUCT)})
+    assert list(open_source(str(path)).ids) == ["a/00000000", "a/00000001"]
 
 
 def test_metadata_that_is_not_as_it_should_be_is_passed_over(tmp_path: Path) -> None:
@@ -124,7 +145,7 @@ def test_labels_of_files_whose_numbers_mean_different_names(tmp_path: Path) -> N
     write(tmp_path / "b.parquet", {"image": images([2, 3]), "label": [0, 1]}, {"label": classes("dog", "owl")})
     assert open_source(str(tmp_path)).labels == ["cat", "dog", "dog", "owl"]
     write(tmp_path / "c.parquet", {"image": images([4])})
-    assert open_source(str(tmp_path)).labels is None
+    assert open_source(str(tmp_path)).labels == ["cat", "dog", "dog", "owl", None]
 
 
 def other(*data: bytes, type: Any = None) -> Any:

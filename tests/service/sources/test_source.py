@@ -10,8 +10,8 @@ from PIL import Image
 
 from service.errors import InvalidSource, UndecodablePicture
 from service.sources import open_source
-from service.sources.compact import Names
-from service.sources.source import Source, from_arrays, slice_source
+from service.sources.compact import Labels, Names
+from service.sources.source import LeftOut, Source, from_arrays, select, slice_source
 from tests.conftest import encoded, scene
 
 PICTURE = encoded(scene())
@@ -107,6 +107,17 @@ def test_slices(text: str, expected: range) -> None:
 def test_a_slice_keeps_the_blocks_right(text: str, expected: list[int]) -> None:
     whole = Source("ten", Names("abcdefghij"), lambda position: bytes([position]), None, blocks=[0, 3, 6, 9])
     assert slice_source(whole, text).blocks == expected
+
+
+def test_a_slice_keeps_missing_labels_missing() -> None:
+    out = [LeftOut("x.txt", "not a picture: .txt", False)]
+    whole = Source("five", Names("abcde"), lambda _: b"", Labels.of(["x", None, None, None, "y"]), None, out, ["note"])
+    part = slice_source(whole, "[:3]")
+    assert part.labels == ["x", None, None]
+    assert (part.left_out, part.notes) == (out, ["note"])
+    assert slice_source(whole, "[1:4]").labels is None
+    some = select(whole, np.array([1, 3, 4]))
+    assert (list(some.ids), list(some.labels or []), some.left_out) == (["b", "d", "e"], [None, None, "y"], out)
 
 
 def test_slices_of_slices(tmp_path: Path) -> None:
