@@ -27,7 +27,7 @@ from service.errors import (
     each,
     map_values,
 )
-from service.generations import catch_up, switch
+from service.generations import catch_up, switch, take_up
 from service.items import NewPicture
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, VectorQuery
 from service.settings import Settings
@@ -355,6 +355,7 @@ def open_gallery(settings: Settings) -> Gallery:
     if store is not None and not settings.read_only:
         try:
             catch_up(store, settings.store, gallery.add_many)
+            take_up(store)
         except BaseException:
             gallery.close()
             raise
