@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from service.errors import InvalidRequest, LookalikeError
+
+if TYPE_CHECKING:
+    from service.jobs.account import Account
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
@@ -151,6 +154,7 @@ def evaluate(
 ) -> None:
     """Report how good an encoder is as it is served, beside raw pixels and a random encoder."""
     _need_torch()
+    from service.jobs.account import LEFT_OUT
     from training.evaluate import evaluate as run
     from training.evaluate import print_table
 
@@ -159,14 +163,18 @@ def evaluate(
 
         check_folder(report)
     evaluation = run(model, bank, queries, data_root, variant)
+    account = evaluation.account
     if report is not None:
         write_report(report, evaluation)
+        account.save(report / LEFT_OUT)
+    account.report()
     for note in evaluation.notes():
         print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps(evaluation.report))
     else:
         print_table(evaluation, bank, queries)
+    raise typer.Exit(1 if account.lost else 0)
 
 
 @cli.command()
@@ -175,17 +183,17 @@ def embed(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write, or to resume.")],
     data_root: DataRoot = Path("data"),
+    as_json: Json = False,
 ) -> None:
-    """Embed a whole source into Parquet; run it again to resume after an interruption."""
+    """Embed a whole source into a folder of Parquet parts; run it again to resume after an interruption."""
     from service.jobs.embed import embed_source
     from service.settings import read_settings
     from service.sources import open_source
 
-    tally = embed_source(open_source(source, data_root), model, out, read_settings())
-    print(
-        f"{out}: {tally.done} pictures read now, {tally.known} earlier; {tally.bad} could not be read", file=sys.stderr
+    done = embed_source(open_source(source, data_root), model, out, read_settings())
+    _finish(
+        f"{out}: {done.added} pictures embedded now, {done.known} earlier; {done.bad} could not be read", done, as_json
     )
-    raise typer.Exit(1 if tally.bad else 0)
 
 
 @cli.command()
@@ -193,7 +201,14 @@ def index(
     source: Source,
     store: Annotated[Path, typer.Option(help="Folder of the store; made when it is not there.")],
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="Begins the ids; '' to replace other sources' pictures. Chosen where ids collide if left out."
+        ),
+    ] = None,
     data_root: DataRoot = Path("data"),
+    as_json: Json = False,
 ) -> None:
     """Add a source's pictures to a store. Those already there with the same bytes are passed over."""
     from service.encoder_choice import choose_model
@@ -209,18 +224,18 @@ def index(
         print(choice, file=sys.stderr)
     gallery = open_gallery(settings.model_copy(update={"model": chosen}))
     try:
-        tally = index_source(pictures, gallery)
+        done = index_source(pictures, gallery, prefix)
         gallery.store.settle()
         notice = gallery.notice()
     finally:
         gallery.close()
-    print(
-        f"{store}: {tally.done} pictures added, {tally.known} there already, {tally.bad} could not be read",
-        file=sys.stderr,
+    done.notes += [notice] if notice else []
+    replaced = f", {done.replaced} replaced" if done.replaced else ""
+    _finish(
+        f"{store}: {done.added} pictures added{replaced}, {done.known} there already, {done.bad} could not be read",
+        done,
+        as_json,
     )
-    if notice:
-        print(f"note: {notice}", file=sys.stderr)
-    raise typer.Exit(1 if tally.bad else 0)
 
 
 @cli.command()
@@ -386,6 +401,7 @@ def import_items(
     source: Annotated[Path, typer.Argument(metavar="PARQUET", help="A .parquet file, or a folder of them.")],
     store: StoreFolder,
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Add the items of Parquet files: of `store export`, of `embed`, or made elsewhere: id and embedding at least."""
     from service.gallery import open_gallery
@@ -394,12 +410,14 @@ def import_items(
 
     gallery = open_gallery(read_settings(model=model, store=store))
     try:
-        tally = run(source, gallery)
+        done = run(source, gallery)
         gallery.store.settle()
     finally:
         gallery.close()
-    print(f"{store}: {tally.done} items added, {tally.known} there already, {tally.bad} cannot be", file=sys.stderr)
-    raise typer.Exit(1 if tally.bad else 0)
+    replaced = f", {done.replaced} replaced" if done.replaced else ""
+    _finish(
+        f"{store}: {done.added} items added{replaced}, {done.known} there already, {done.bad} cannot be", done, as_json
+    )
 
 
 @cli.command()
@@ -418,6 +436,15 @@ def info(
         return
     for key, value in facts.items():
         print(f"{key:14} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _finish(sentence: str, account: "Account", as_json: bool) -> NoReturn:
+    """End a verb with an account of all that it saw; exit code 1 if a picture was lost."""
+    print(sentence, file=sys.stderr)
+    account.report()
+    if as_json:
+        print(json.dumps(account.facts()))
+    raise typer.Exit(1 if account.lost else 0)
 
 
 def _need_torch() -> None:

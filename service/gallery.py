@@ -130,18 +130,18 @@ class Gallery:
         self._decoders.submit(decode_and_submit)
         return future
 
-    def add(self, id: str, data: bytes, metadata: dict[str, Any]) -> bool:
+    def add(self, id: str, data: bytes, metadata: dict[str, Any] | None) -> bool:
         """Add or replace one picture, and return whether its id was new. Durable when it returns.
 
         Args:
             id: as `check_id` returns it.
             data: the bytes of an image file.
-            metadata: as `check_metadata` returns it.
+            metadata: as `check_metadata` returns it; None keeps the metadata of an item that is replaced.
 
         Raises:
             InvalidStore: the store cannot be written. Other errors as `embed_soon`.
         """
-        outcome = self.add_many([NewPicture(id, data, metadata)])[0]
+        outcome = self.add_many([NewPicture(id, data, metadata or {}, keep_metadata=metadata is None)])[0]
         if isinstance(outcome, LookalikeError):
             raise outcome
         return outcome
@@ -156,7 +156,7 @@ class Gallery:
         reading = [self._decoders.submit(self.read, one.picture) for one in pictures]
 
         def read(one: NewPicture[bytes], picture: Future[ReadPicture]) -> NewPicture[ReadPicture]:
-            return NewPicture(one.id, picture.result(), one.metadata, one.source)
+            return NewPicture(one.id, picture.result(), one.metadata, one.source, one.keep_metadata)
 
         def store(items: list[NewItem]) -> list[Outcome[bool]]:
             stored = attempt(self.store.add, items)
@@ -184,6 +184,7 @@ class Gallery:
                 embedding=embedding,
                 thumbnail=one.picture.thumbnail,
                 original=one.picture.data if self.settings.keep_originals else None,
+                keep_metadata=one.keep_metadata,
             )
             for one, embedding in zip(pictures, embeddings, strict=True)
         ]

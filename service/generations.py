@@ -24,6 +24,8 @@ from service.store.layout import current, generation, generations, lock, remove
 Add = Callable[[Sequence[NewPicture[bytes]]], list[Outcome[bool]]]
 
 _ITEMS_AT_ONCE = 64
+# Facts about the store that a later generation takes over: the prefixes of its sources (see jobs/naming.py).
+_INHERITED = ("prefixes",)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,9 @@ def follow(
             from. All other items are taken over.
     """
     latest = earlier.sequence()
+    inherited = {name: fact for name, fact in read_meta(earlier.path.parent).items() if name in _INHERITED}
+    if inherited:
+        store.note(inherited)
     for id in earlier.removed(since):
         if earlier.get(id) is None:
             store.remove(id)
@@ -266,8 +271,11 @@ def follow(
                         failed.append(f"{item.id}: {data}")
                 else:
                     pictures.append(NewPicture(item.id, data, item.metadata, item.source))
-            elif have.metadata != item.metadata:
-                store.set_metadata(item.id, lambda _, new=item.metadata: new)  # type: ignore[misc]
+            else:
+                if have.metadata != item.metadata:
+                    store.set_metadata(item.id, lambda _, new=item.metadata: new)  # type: ignore[misc]
+                if item.source is not None and have.source != item.source:
+                    store.set_sources({item.id: item.source})
         outcomes = zip(pictures, add(pictures), strict=True)
         failed += [f"{one.id}: {outcome}" for one, outcome in outcomes if isinstance(outcome, LookalikeError)]
         done(len(rows))

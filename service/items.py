@@ -22,12 +22,14 @@ class NewPicture(Generic[P]):
         picture: the bytes of the image file, or the picture that `Gallery.read` decoded from them.
         metadata: a JSON object that `check_metadata` accepts.
         source: where the picture came from, such as a path; None for a picture sent over HTTP.
+        keep_metadata: an item that is replaced keeps its metadata, except the fields that `metadata` has.
     """
 
     id: str
     picture: P
     metadata: dict[str, Any]
     source: str | None = None
+    keep_metadata: bool = False
 
 
 def check_id(id: str, max_bytes: int) -> str:
@@ -42,7 +44,10 @@ def check_id(id: str, max_bytes: int) -> str:
         InvalidRequest: the id breaks one of these rules.
     """
     id = unicodedata.normalize("NFC", id)
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in id):
+    categories = {unicodedata.category(character) for character in id}
+    if "Cs" in categories:
+        raise InvalidRequest("id: expected UTF-8; a file whose name has other bytes needs another name")
+    if "Cc" in categories:
         raise InvalidRequest("id: expected text without control characters")
     if not 1 <= len(id.encode()) <= max_bytes:
         raise InvalidRequest(f"id: expected 1 to {max_bytes} bytes, got {len(id.encode())}")

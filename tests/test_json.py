@@ -55,6 +55,24 @@ def test_search(tmp_path: Path) -> None:
     assert_as_promised("search", json.loads(run("search", picture, "--store", store, "--json").stdout))
 
 
+def test_verbs_that_account_for_what_they_saw(tmp_path: Path) -> None:
+    store, pictures, out = tmp_path / "store", tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    (pictures / "good.png").write_bytes(open_source("digits").entry(7).data)
+    (pictures / "bad.png").write_bytes(b"no picture")
+    done = run("index", pictures, "--model", MODEL, "--store", store, "--json")
+    assert done.returncode == 1
+    content = json.loads(done.stdout)
+    assert_as_promised("index", content)
+    assert (content["added"], content["left_out"]) == (1, {"not a picture that we take": 1})
+    assert "left out, not a picture that we take: 1 (bad.png)" in done.stderr
+    done = run("embed", pictures, "--model", MODEL, "--out", out, "--json")
+    assert_as_promised("embed", json.loads(done.stdout))
+    done = run("store", "import", out, "--store", tmp_path / "copy", "--model", MODEL, "--json")
+    assert_as_promised("store import", json.loads(done.stdout))
+    assert json.loads(done.stdout)["listed_in"] is None
+
+
 def test_info_of_every_encoder_that_comes_along() -> None:
     for model in sorted(path.parent for path in (ROOT / "models").glob("*/model.onnx")):
         assert_as_promised("info", json.loads(run("info", model, "--json").stdout))

@@ -1,11 +1,11 @@
 """The offline job: figures of an exported encoder, computed through the code that serves it, beside baselines."""
 
+import hashlib
 import math
 import os
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,15 @@ from service.encoding.variants import embed_pixels
 from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
+from service.jobs.account import Account
 from service.jobs.parquet_parts import Embeddings, open_embeddings
+from service.sources import origin_of
 from service.sources.compact import Labels, Names
-from service.sources.source import Source, select
+from service.sources.source import LeftOut, Source, select
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
 from training.knn import MOST_K, find_neighbours, neighbour_figures
+from training.overlap import NO_OVERLAP, Identities, Overlap, find_overlap
 
 _CHUNK = 64
 # Bytes of memory for each value of a pixel: uint8, and the float32 rows that raw pixels are compared as.
@@ -46,6 +49,8 @@ class Rows:
         labels: (N,) positions in Evaluation.classes.
         embeddings: (N, D), of L2 norm 1.
         pixels: (N, S, S, 3), or None where only embeddings were given.
+        digests: sha256 (hex) of the image files, or None if they are not known.
+        origin: where the pictures lie (sources.origin_of).
     """
 
     name: str
@@ -53,6 +58,8 @@ class Rows:
     labels: IntArray
     embeddings: FloatArray
     pixels: PixelArray | None
+    digests: Sequence[str] | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,10 @@ class Evaluation:
     """The result of an evaluation.
 
     Attributes:
-        report: the figures, ready for JSON: {"model", "fingerprint", "variant", "bank": {"source", "pictures"},
-            "queries": {"source", "pictures"}, "figures": {…}, "baselines": {"raw_pixels": {…}, "without_whitening":
-            {…} if the encoder has one, "random_encoder": {…}} or None}, each {…} having the figures of
+        report: the figures, ready for JSON: {"model", "fingerprint", "variant", "bank": {"source", "pictures",
+            "left_out": {reason: number}}, "queries": {"source", "pictures", "left_out", "in_bank": number of those that
+            the bank holds too}, "figures": {…}, "baselines": {"raw_pixels": {…}, "without_whitening": {…} if there is
+            one, "random_encoder": {…}} or None}, each {…} having the figures of
             neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure that does not exist is
             None.
         classes: all labels of both sides, in sorted order.
@@ -70,6 +78,7 @@ class Evaluation:
         neighbours: (N, 20) positions in the bank, each query's most alike first.
         scores: (N, 20) their cosines.
         predicted: (N,) positions in classes, by the weighted vote of 20.
+        account: what was left out of both sides.
     """
 
     report: dict[str, Any]
@@ -79,13 +88,21 @@ class Evaluation:
     neighbours: IntArray
     scores: FloatArray
     predicted: IntArray
+    account: Account = field(default_factory=Account)
 
     def notes(self) -> list[str]:
         """Return the caveats that belong beside the figures."""
         count, unknown = len(self.bank.labels), ~np.isin(self.queries.labels, self.bank.labels)
         notes = []
-        if count < MOST_K:
-            notes.append(f"weighted_k200 is left out: it needs a bank of {MOST_K} pictures, this one has {count}")
+        if shared := self.report["queries"]["in_bank"]:
+            notes.append(
+                f"{shared} of {len(self.queries.ids)} queries are in the bank, too, by id or content: none of them "
+                "votes for itself, and the linear probe learns on the rest of the bank"
+            )
+        if self.report["figures"]["weighted_k200"] is None:
+            beside = " beside a query" if shared else ""
+            bank = f"a bank of {MOST_K} pictures{beside}"
+            notes.append(f"weighted_k200 is left out: it needs {bank}, this one has {count}")
         if unknown.any():
             names = [self.classes[label] for label in np.unique(self.queries.labels[unknown])]
             notes.append(
@@ -139,7 +156,9 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
     Cost: mnist/train against mnist/test 2 minutes on 2 cores. Beside the pictures, 8 bytes for each value of a pixel.
     """
     card = read_card(model)
-    sides = [_labelled(_open(name, data_root, card)) for name in (bank_name, queries_name)]
+    opened = [_open(name, data_root, card) for name in (bank_name, queries_name)]
+    accounts = [Account.of(side) if isinstance(side, Source) else Account() for side in opened]
+    sides = [_labelled(side, account) for side, account in zip(opened, accounts, strict=True)]
     _check(*sides)
     made = {side.variant for side in sides if isinstance(side, Embeddings)}
     encoder = None
@@ -153,21 +172,33 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
             f"embeddings of one length are expected, got {bank.embeddings.shape[1]} numbers from {bank.name} "
             f"and {queries.embeddings.shape[1]} from {queries.name}"
         )
-    ours = measure(card.name, bank.embeddings, bank.labels, queries.embeddings, queries.labels)
+    overlap = _overlap(bank, queries)
+    ours = measure(card.name, bank.embeddings, bank.labels, queries.embeddings, queries.labels, overlap)
     report = {
         "model": card.name,
         "fingerprint": card.fingerprint,
         "variant": ", ".join(sorted(made)),
-        "bank": {"source": bank.name, "pictures": len(bank.ids)},
-        "queries": {"source": queries.name, "pictures": len(queries.ids)},
+        "bank": {"source": bank.name, "pictures": len(bank.ids), "left_out": accounts[0].facts()["left_out"]},
+        "queries": {
+            "source": queries.name,
+            "pictures": len(queries.ids),
+            "left_out": accounts[1].facts()["left_out"],
+            "in_bank": len(overlap),
+        },
         "figures": ours.figures,
-        "baselines": _baselines(card, encoder.variant if encoder else "fp32", bank, queries),
+        "baselines": _baselines(card, encoder.variant if encoder else "fp32", bank, queries, overlap),
     }
-    return Evaluation(report, classes, bank, queries, ours.neighbours, ours.scores, ours.predicted)
+    account = accounts[0] + accounts[1]
+    return Evaluation(report, classes, bank, queries, ours.neighbours, ours.scores, ours.predicted, account)
 
 
 def measure(
-    name: str, bank: FloatArray, bank_labels: IntArray, queries: FloatArray, query_labels: IntArray
+    name: str,
+    bank: FloatArray,
+    bank_labels: IntArray,
+    queries: FloatArray,
+    query_labels: IntArray,
+    overlap: Overlap = NO_OVERLAP,
 ) -> Measured:
     """Return all figures of a representation, rounded to 4 decimals; alignment and uniformity are of the queries,
     the effective rank is of the bank.
@@ -176,11 +207,15 @@ def measure(
         name: of the representation, for bars.
         bank, queries: (B, D), (N, D), rows of L2 norm 1, or 0; B >= 20.
         bank_labels, query_labels: (B,), (N,), whole numbers from 0, two of them or more on each side.
+        overlap: the queries that the bank holds too. They have no vote for themselves, and the linear probe does not
+            learn on them; it is None if fewer than two labels are left.
     """
-    found = find_neighbours(bank, bank_labels, queries, query_labels, MOST_K, name)
+    found = find_neighbours(bank, bank_labels, queries, query_labels, MOST_K, name, overlap)
     figures, predicted = neighbour_figures(found, bank_labels, query_labels)
+    learnt = np.setdiff1d(np.arange(len(bank)), np.concatenate([[], *overlap.values()]))
+    able = len(np.unique(bank_labels[learnt])) > 1
     figures |= {
-        "linear_probe": linear_probe(bank, bank_labels, queries, query_labels, name),
+        "linear_probe": linear_probe(bank[learnt], bank_labels[learnt], queries, query_labels, name) if able else None,
         "alignment": alignment(queries, query_labels),
         "uniformity": uniformity(queries),
         "effective_rank": effective_rank(bank),
@@ -189,7 +224,7 @@ def measure(
     return Measured(rounded, found.positions[:, :HEADLINE_K], found.scores[:, :HEADLINE_K], predicted)
 
 
-def _baselines(card: Card, variant: str, bank: Rows, queries: Rows) -> dict[str, Any] | None:
+def _baselines(card: Card, variant: str, bank: Rows, queries: Rows, overlap: Overlap) -> dict[str, Any] | None:
     """Return the figures of raw pixels, of the encoder without its whitening, if any, and of the untrained encoder.
 
     None unless both sides are pictures.
@@ -198,8 +233,8 @@ def _baselines(card: Card, variant: str, bank: Rows, queries: Rows) -> dict[str,
         return None
     labels = bank.labels, queries.labels
     banked, asked = _one_channel(bank.pixels, queries.pixels)
-    raw = measure("raw pixels", centred(banked), labels[0], centred(asked), labels[1]).figures
-    raw["k5"] = round(float((vote(labels[0][nearest_pixels(banked, asked, 5)]) == labels[1]).mean()), 4)
+    raw = measure("raw pixels", centred(banked), labels[0], centred(asked), labels[1], overlap).figures
+    raw["k5"] = round(float((vote(labels[0][nearest_pixels(banked, asked, 5, overlap)]) == labels[1]).mean()), 4)
     bare = without_whitening(card)
     others = {"random_encoder": Encoder(replace(bare, model=randomised(bare)), variant="fp32")}
     if bare.fingerprint != card.fingerprint:
@@ -207,12 +242,17 @@ def _baselines(card: Card, variant: str, bank: Rows, queries: Rows) -> dict[str,
     figures = {"raw_pixels": raw}
     for name, other in others.items():
         rows = [embed_pixels(other, pixels, name) for pixels in (bank.pixels, queries.pixels)]
-        figures[name] = measure(name, rows[0], labels[0], rows[1], labels[1]).figures
+        figures[name] = measure(name, rows[0], labels[0], rows[1], labels[1], overlap).figures
     return figures
 
 
-def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
+def read_pixels(source: Source, preprocessing: Preprocessing, digests: list[str] | None = None) -> PixelArray:
     """Return all of a source's pixels (N, S, S, 3), decoded as in the service.
+
+    Args:
+        source: N pictures.
+        preprocessing: of the encoder.
+        digests: gets the sha256 (hex) of the N image files, if given.
 
     Raises:
         InvalidSource: they do not fit into memory.
@@ -226,10 +266,13 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
             f"{have / 1e9:.0f}; embed both sides with `lookalike embed` and give those folders"
         )
     pixels = np.empty(shape, np.uint8)
+    found = [""] * len(source)
 
     def read(position: int) -> None:
         try:
-            pixels[position] = decode_pixels(source.entry(position).data, preprocessing, Limits())
+            data = source.entry(position).data
+            found[position] = hashlib.sha256(data).hexdigest()
+            pixels[position] = decode_pixels(data, preprocessing, Limits())
         except LookalikeError as error:
             raise type(error)(f"{source.name}: {source.ids[position]}: {error}") from error
 
@@ -245,17 +288,26 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
     ):
         for count in pool.map(read_chunk, range(0, len(source), _CHUNK)):
             bar.update(count)
+    if digests is not None:
+        digests += found
     return pixels
 
 
-def nearest_pixels(bank: PixelArray, queries: PixelArray, k: int) -> IntArray:
-    """Return the positions (N, k) in the bank of each query's nearest by Euclidean distance on 0..255."""
+def nearest_pixels(bank: PixelArray, queries: PixelArray, k: int, overlap: Overlap = NO_OVERLAP) -> IntArray:
+    """Return the positions (N, k) in the bank of each query's nearest by Euclidean distance on 0..255.
+
+    A query that the bank holds too, as `overlap` tells, is not among its own.
+    """
     banked, asked = (rows.reshape(len(rows), -1) for rows in _one_channel(bank, queries))
     # The least |q − b|² is the greatest q · b − |b|² / 2: one more column makes it an inner product.
     rows, ones = (np.empty((len(side), side.shape[1] + 1), np.float32) for side in (banked, asked))
     rows[:, :-1], ones[:, :-1] = banked, asked
     rows[:, -1], ones[:, -1] = np.einsum("nd,nd->n", rows[:, :-1], rows[:, :-1], dtype=np.float64) / -2, 1
-    return nearest(rows, ones, k, "raw pixels")[1]
+    most = max(map(len, overlap.values()), default=0)
+    found = nearest(rows, ones, k + most, "raw pixels")[1]
+    for query, own in overlap.items():
+        found[query, :k] = found[query][~np.isin(found[query], own)][:k]
+    return found[:, :k]
 
 
 def centred(pixels: PixelArray) -> FloatArray:
@@ -340,16 +392,31 @@ def _names(side: Source | Embeddings) -> list[str]:
     return side.labels.used()
 
 
-def _labelled(side: Source | Embeddings) -> Source | Embeddings:
-    """Return a side without the pictures that have no label, which are counted on stderr."""
+def _overlap(bank: Rows, queries: Rows) -> Overlap:
+    """Find the queries that the bank holds too. Raises InvalidSource if too few other pictures are left to vote."""
+    sides = (Identities(side.origin, side.ids, side.digests, side.embeddings) for side in (bank, queries))
+    overlap = find_overlap(*sides)
+    others = len(bank.ids) - max(map(len, overlap.values()), default=0)
+    if others < HEADLINE_K:
+        raise InvalidSource(
+            f"{bank.name}: only {others} of its {len(bank.ids)} pictures can vote on a query that is in the bank, "
+            f"too; expected {HEADLINE_K} or more"
+        )
+    return overlap
+
+
+def _labelled(side: Source | Embeddings, account: Account) -> Source | Embeddings:
+    """Return a side without the pictures that have no label, which go to the account."""
     if side.labels is None or not side.labels.missing:
         return side
-    print(f"{side.name}: {side.labels.missing} pictures without a label are left out", file=sys.stderr)
+    missing = np.flatnonzero(side.labels.numbers < 0).tolist()
+    account.left_out += (LeftOut(side.ids[at], "without a label", False) for at in missing)
     kept = np.flatnonzero(side.labels.numbers >= 0)
     if isinstance(side, Source):
         return select(side, kept)
     ids, labels = Names(side.ids[at] for at in kept.tolist()), Labels(side.labels.codes[kept], side.labels.names)
-    return replace(side, ids=ids, labels=labels, rows=side.rows[kept])
+    digests = None if side.digests is None else Names(side.digests[at] for at in kept.tolist())
+    return replace(side, ids=ids, labels=labels, rows=side.rows[kept], digests=digests)
 
 
 def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: Encoder | None) -> Rows:
@@ -357,10 +424,12 @@ def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: En
     codes = {name: code for code, name in enumerate(classes)}
     labels = np.asarray([codes.get(name, -1) for name in side.labels.names], np.int64)[side.labels.numbers]
     if isinstance(side, Embeddings):
-        return Rows(side.name, side.ids, labels, side.rows, None)
+        return Rows(side.name, side.ids, labels, side.rows, None, side.digests, origin_of(side.origin))
     assert encoder is not None
-    pixels = read_pixels(side, card.preprocessing)
-    return Rows(side.name, side.ids, labels, embed_pixels(encoder, pixels, "embedding"), pixels)
+    digests: list[str] = []
+    pixels = read_pixels(side, card.preprocessing, digests)
+    rows = embed_pixels(encoder, pixels, "embedding")
+    return Rows(side.name, side.ids, labels, rows, pixels, digests, origin_of(side.name))
 
 
 def _few(names: list[str]) -> str:

@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from service import FloatArray, IntArray
 from service.encoding.voting import HEADLINE_K, HEADLINE_TEMPERATURE, highest, in_blocks, soft_vote, vote
+from training.overlap import NO_OVERLAP, Overlap
 
 DoubleArray = NDArray[np.float64]
 
 # The figure weighted_k200 needs the most neighbours.
 MOST_K = 200
+_NO_POSITIONS: IntArray = np.empty(0, np.int64)
 _SOFT_K200_TEMPERATURE = 0.1
 
 
@@ -34,20 +36,27 @@ class Neighbours(NamedTuple):
 
 
 def find_neighbours(
-    bank: FloatArray, bank_labels: IntArray, queries: FloatArray, query_labels: IntArray, k: int, name: str = ""
+    bank: FloatArray,
+    bank_labels: IntArray,
+    queries: FloatArray,
+    query_labels: IntArray,
+    k: int,
+    name: str = "",
+    overlap: Overlap = NO_OVERLAP,
 ) -> Neighbours:
     """Rank the bank for every query.
 
     Args:
         bank, queries: (B, D), (N, D), rows of L2 norm 1, or 0.
         bank_labels, query_labels: (B,), (N,), integers from 0.
-        k: neighbours to return for each query; all B if there are fewer.
+        k: neighbours to return for each query; fewer if the bank has fewer beside a query itself.
         name: of the ranked set, for the progress bar.
+        overlap: the queries that the bank holds too; these pictures of the bank are not their neighbours.
 
     Cost: as voting.nearest, and O(N · R log R).
     Source: Musgrave et al., A metric learning reality check, arXiv:2003.08505, section 3.2: MAP@R and R-precision.
     """
-    k = min(k, len(bank))
+    k = min(k, len(bank) - max(map(len, overlap.values()), default=0))
     counts = np.bincount(bank_labels, minlength=int(query_labels.max()) + 1)
 
     def rank(start: int, stop: int) -> tuple[Any, ...]:
@@ -56,7 +65,9 @@ def find_neighbours(
         average, share = np.full((2, stop - start), np.nan)
         for row, label in enumerate(query_labels[start:stop]):
             # R in the paper.
-            relevant = counts[label]
+            own = overlap.get(start + row, _NO_POSITIONS)
+            scores[row, own] = -np.inf
+            relevant = counts[label] - (bank_labels[own] == label).sum()
             first = highest(scores[row], max(k, relevant))
             positions[row] = first[:k]
             if relevant:

@@ -22,11 +22,12 @@ from service import FloatArray, IntArray, PixelArray
 from service.encoding.voting import HEADLINE_TEMPERATURE
 from service.errors import InvalidOutput
 from service.files import write_folder
+from service.jobs.account import LEFT_OUT
 from training.evaluate import Evaluation, Rows
 from training.knn import DoubleArray
 
 REPORT_FILE = "report.json"
-FILES = {REPORT_FILE, "report.html", "tsne.png"}
+FILES = {REPORT_FILE, "report.html", "tsne.png", LEFT_OUT}
 
 _MOST_POINTS, _FEWEST_POINTS = 2000, 10
 _THUMBNAIL, _PICTURE = 48, 96  # pixels

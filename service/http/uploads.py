@@ -28,11 +28,17 @@ _MOST_UNPACKED = 10
 
 
 class Candidate(NamedTuple):
-    """A picture that may go into the store: its id, its bytes or the error that replaced them, its metadata."""
+    """A picture that may go into the store.
+
+    Attributes:
+        id: as the client gave it.
+        data: the bytes of the image file, or the error that replaced them.
+        metadata: (its metadata,); () if the client gave none.
+    """
 
     id: str
     data: Outcome[bytes]
-    metadata: Any
+    metadata: tuple[Any, ...]
 
 
 class Archive:
@@ -82,7 +88,7 @@ class Archive:
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Unpack the pictures from `start` up to `stop`."""
         return [
-            Candidate(id, attempt(self._unpack, member, self._most), self._metadata.get(id, {}))
+            Candidate(id, attempt(self._unpack, member, self._most), _find(self._metadata, id))
             for id, member in self._members[start:stop]
         ]
 
@@ -123,15 +129,21 @@ class Uploads:
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Return the pictures from `start` up to `stop`."""
-        return [Candidate(name, data, self._metadata.get(name, {})) for name, data in self._files[start:stop]]
+        return [Candidate(name, data, _find(self._metadata, name)) for name, data in self._files[start:stop]]
 
 
 def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
-    """Parse {id: metadata, …}; ids are composed. Raises InvalidRequest, also for an id without a picture."""
+    """Parse {id: metadata, …} and compose the ids (NFC). Raises InvalidRequest, also for an id without a picture."""
     found = {compose(id): metadata for id, metadata in parse_json_object(text, "metadata").items()}
-    if not found.keys() <= ids:
+    if not found.keys() <= {compose(id) for id in ids}:
         raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
     return found
+
+
+def _find(metadata: dict[str, Any], id: str) -> tuple[Any, ...]:
+    """Return a picture's metadata as Candidate holds them."""
+    id = compose(id)
+    return (metadata[id],) if id in metadata else ()
 
 
 async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
@@ -177,9 +189,11 @@ def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[di
             checked = gallery.check_id(id)
             if isinstance(data, LookalikeError):
                 raise data
-            if not isinstance(metadata, dict):
+            own = metadata[0] if metadata else {}
+            if not isinstance(own, dict):
                 raise InvalidRequest("metadata: expected a JSON object")
-            good.append((number, NewPicture(checked, data, gallery.check_metadata(metadata))))
+            picture = NewPicture(checked, data, gallery.check_metadata(own), keep_metadata=not metadata)
+            good.append((number, picture))
         except LookalikeError as error:
             lines[number] = _failure(checked, error)
     outcomes = gallery.add_many([picture for _, picture in good])

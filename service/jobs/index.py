@@ -3,55 +3,115 @@
 import hashlib
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+from unicodedata import is_normalized, normalize
 
 from service.errors import LookalikeError, Outcome
 from service.gallery import Gallery, ReadPicture
 from service.items import NewPicture
-from service.jobs.reading import Tally, in_two_stages, progress, read_ahead, use_good
-from service.sources.source import Source
-from service.store import NewItem
+from service.jobs.account import LEFT_OUT, Account, Failure, printable
+from service.jobs.naming import Naming, choose_names, owner_of
+from service.jobs.reading import in_two_stages, progress, read_ahead, use_good
+from service.sources.source import LeftOut, Source
+from service.store import Item, NewItem
 
-# The size of a chunk, and the outcomes of its pictures that were not in the store already.
+
+class _Known(NamedTuple):
+    """The item that the store has already for a picture, with its bytes, and the id of the picture in the source."""
+
+    item: Item
+    id: str
+
+
+# The pictures of a chunk that were there already, and the outcomes of the others.
 T = TypeVar("T")
-_Chunk = tuple[int, list[tuple[int, Outcome[T]]]]
+_Chunk = tuple[list[_Known], list[tuple[int, Outcome[T]]]]
 
 
-def index_source(source: Source, gallery: Gallery) -> Tally:
+def index_source(source: Source, gallery: Gallery, prefix: str | None = None) -> Account:
     """Add a source's pictures to a store, except those that the store has with the same bytes.
 
-    A label of the source becomes the item's metadata. Every chunk of 64 pictures is one commit, so a job that was
-    interrupted resumes where it stopped when it is run again.
+    A label of the source becomes the item's metadata; other metadata of an item whose picture has changed stay. Every
+    chunk of 64 pictures is one commit, so a job that was interrupted resumes where it stopped when it is run again.
+
+    Args:
+        source: the pictures.
+        gallery: its store gets them.
+        prefix: begins their ids, and keeps them apart from other sources; see `naming.choose_names`.
 
     Raises:
         InvalidModel, OutOfMemory, InvalidStore: the encoder or the store failed. Bad pictures are counted instead.
+        InvalidRequest: the prefix cannot begin an id.
     """
-    known = bad = 0
+    account = Account.of(source)
+    twins = _twins(source)
+    naming = choose_names(source, gallery, prefix)
+    account.notes += naming.notes
+    earlier: dict[int, Item] = {}
+    replaced: list[int] = []
 
-    def read(position: int) -> NewPicture[ReadPicture] | None:
+    def read(position: int) -> NewPicture[ReadPicture] | _Known | LeftOut:
         entry = source.entry(position)
-        id = gallery.check_id(entry.id)
+        digest = hashlib.sha256(entry.data).hexdigest()
+        if position in twins and source.entry(twins[position]).data != entry.data:
+            first = printable(source.ids[twins[position]])
+            return LeftOut(entry.id, f"same name as {first} in another Unicode composition", lost=True)
+        id = naming.id_of(entry.id, digest, gallery)
         item = gallery.store.get(id)
-        if item is not None and item.digest == hashlib.sha256(entry.data).hexdigest():
-            return None
+        if item is not None and item.digest == digest:
+            return _Known(item, entry.id)
+        if item is not None:
+            earlier[position] = item
         metadata = {} if entry.label is None else {"label": entry.label}
-        return NewPicture(id, gallery.read(entry.data), metadata, f"{source.name}/{entry.id}")
+        return NewPicture(id, gallery.read(entry.data), metadata, naming.source_of(entry.id), keep_metadata=True)
 
-    def embed(chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | None]]]) -> _Chunk[NewItem]:
-        fresh = [(position, outcome) for position, outcome in chunk if outcome is not None]
-        return len(chunk), use_good(fresh, gallery.embed_read)
+    def embed(chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | _Known | LeftOut]]]) -> _Chunk[NewItem]:
+        account.left_out += [outcome for _, outcome in chunk if isinstance(outcome, LeftOut)]
+        known = [outcome for _, outcome in chunk if isinstance(outcome, _Known)]
+        fresh = [(at, outcome) for at, outcome in chunk if isinstance(outcome, NewPicture | LookalikeError)]
+        return known, use_good(fresh, gallery.embed_read)
 
     def commit(embedded: _Chunk[NewItem]) -> _Chunk[bool]:
-        size, outcomes = embedded
-        return size, use_good(outcomes, gallery.store.add)
+        known, outcomes = embedded
+        if naming.moved:
+            moved = {one.item.id: naming.source_of(one.id) for one in known}
+            gallery.store.set_sources(moved)
+        return known, use_good(outcomes, gallery.store.add)
 
     with progress("indexing", len(source), 0) as bar:
         # A commit waits for the disk; the next chunk is embedded meanwhile.
-        for size, outcomes in in_two_stages(read_ahead(range(len(source)), read), embed, commit):
-            known += size - len(outcomes)
+        for known, outcomes in in_two_stages(read_ahead(range(len(source)), read), embed, commit):
+            account.known += len(known)
             for position, outcome in outcomes:
                 if isinstance(outcome, LookalikeError):
-                    bad += 1
-                    bar.write(f"skipped {source.ids[position]}: {outcome}", file=sys.stderr)
-            bar.update(size)
-    return Tally(len(source) - known - bad, known, bad)
+                    account.failures.append(Failure.of(source.ids[position], outcome))
+                    bar.write(f"skipped {printable(source.ids[position])}: {outcome}", file=sys.stderr)
+                elif outcome:
+                    account.added += 1
+                else:
+                    replaced.append(position)
+            bar.update(len(known) + len(outcomes))
+    account.replaced = len(replaced)
+    account.notes += _replaced_from_elsewhere(source, naming, {at: earlier[at] for at in replaced if at in earlier})
+    account.save(gallery.settings.store / LEFT_OUT)
+    return account
+
+
+def _twins(source: Source) -> dict[int, int]:
+    """Return the positions whose ids are those of earlier positions once they are composed (NFC), and the latter."""
+    composed = {normalize("NFC", id) for id in source.ids if not is_normalized("NFC", id)}
+    first: dict[str, int] = {}
+    twins = {}
+    for position, id in enumerate(source.ids) if composed else ():
+        if (own := normalize("NFC", id)) in composed and first.setdefault(own, position) != position:
+            twins[position] = first[own]
+    return twins
+
+
+def _replaced_from_elsewhere(source: Source, naming: Naming, replaced: dict[int, Item]) -> list[str]:
+    """Return a sentence for each other source whose pictures were replaced."""
+    owners: dict[str, list[str]] = {}
+    for position, item in replaced.items():
+        if item.source != naming.source_of(source.ids[position]):
+            owners.setdefault(owner_of(item), []).append(item.id)
+    return [f"{len(ids)} of the replaced pictures came from {owner}, such as {ids[0]}" for owner, ids in owners.items()]

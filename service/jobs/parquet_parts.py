@@ -1,7 +1,8 @@
 """The folders of Parquet parts that `lookalike embed` writes: ids, labels and embeddings of one source by one encoder.
 
-The parts are part-00000.parquet and so on, with the columns id, label and embedding. The metadata of each part's schema
-holds source and encoder as JSON. A finished job has written _failures.parquet last.
+The parts are part-00000.parquet and so on, with the columns id, label, embedding and digest (sha256 of the image file).
+The metadata of each part's schema holds source and encoder as JSON, and in a finished job's last part `"last": true`.
+Beside them lies _failures.jsonl if anything was left out. Earlier versions wrote _failures.parquet, and no digests.
 """
 
 import json
@@ -22,7 +23,8 @@ from service.sources.compact import Labels, Names
 from service.sources.source import Source, slice_source
 
 META = b"lookalike"
-FAILURES = "_failures.parquet"
+FAILURES = "_failures.jsonl"
+EARLIER_FAILURES = "_failures.parquet"
 _SLICED = re.compile(r"(.+)(\[[^\[\]]*\])")
 
 
@@ -37,6 +39,8 @@ class Embeddings:
         rows: (N, D) float32, rows of L2 norm 1.
         fingerprint: of the encoder that made them.
         variant: of that encoder; several, separated by commas, if parts differ.
+        origin: what the embeddings were made of, as its user wrote it.
+        digests: sha256 (hex) of the N image files; None if a part does not have them.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Embeddings:
     rows: FloatArray
     fingerprint: str
     variant: str
+    origin: str = ""
+    digests: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,9 +92,9 @@ def open_embeddings(name: str) -> Embeddings | None:
     for number, part in enumerate(parts):
         if part != part_path(folder, number):
             raise InvalidSource(f"{name}: expected {part_path(folder, number).name} next, found {part.name}")
-    if not (folder / FAILURES).exists():
-        raise InvalidSource(f"{name}: is not finished, {FAILURES} is not there; run its `lookalike embed` again")
     facts = [read_facts(part) or {} for part in parts]
+    if not facts[-1].get("last") and not (folder / EARLIER_FAILURES).exists():
+        raise InvalidSource(f"{name}: is not finished, its last part is not there; run its `lookalike embed` again")
     for part, own in zip(parts, facts, strict=True):
         if any(own.get(key) != facts[0].get(key) for key in ("source", "ids", "fingerprint")):
             raise InvalidSource(f"{part}: holds embeddings of another source or encoder than {parts[0].name}")
@@ -98,6 +104,8 @@ def open_embeddings(name: str) -> Embeddings | None:
     rows = np.concatenate([table[2] for table in tables])
     if not len(ids):
         raise InvalidSource(f"{name}: holds no embedding")
+    known = all(table[3] is not None for table in tables)
+    digests = Names(digest for table in tables for digest in table[3] or ()) if known else None
     kept = slice_source(Source(name, ids, lambda _: b"", labels if labels.used() else None), slicing)
     start = ids.index(kept.ids[0]) if slicing else 0
     return Embeddings(
@@ -107,14 +115,17 @@ def open_embeddings(name: str) -> Embeddings | None:
         rows[start : start + len(kept)],
         str(facts[0].get("fingerprint")),
         ", ".join(sorted({str(own.get("variant", "fp32")) for own in facts})),
+        str(facts[0].get("source")),
+        digests[start : start + len(kept)] if digests is not None else None,
     )
 
 
-def _read_part(part: Path) -> tuple[list[str], list[str | None], FloatArray]:
-    """Return a part's ids, its labels (None for a picture without one), and its embeddings (N, D)."""
+def _read_part(part: Path) -> tuple[list[str], list[str | None], FloatArray, list[str] | None]:
+    """Return a part's ids, labels (None for a picture without one), embeddings (N, D), and digests or None."""
     try:
         with pq.ParquetFile(part) as file:
-            table = file.read(["id", "label", "embedding"], use_threads=False).combine_chunks()
+            columns = [name for name in ("id", "label", "embedding", "digest") if name in file.schema_arrow.names]
+            table = file.read(columns, use_threads=False).combine_chunks()
         table.validate(full=True)
         ids, labels, vectors = (table[name] for name in ("id", "label", "embedding"))
         kind = vectors.type
@@ -124,7 +135,8 @@ def _read_part(part: Path) -> tuple[list[str], list[str | None], FloatArray]:
         # Each norm is compared with `<`, because NaN must fail the check.
         if len(rows) != len(ids) or not np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3):
             raise ValueError("expected embeddings of length 1 in every row")
-        return ids.to_pylist(), labels.to_pylist(), rows
+        digests = table["digest"].to_pylist() if "digest" in columns and not table["digest"].null_count else None
+        return ids.to_pylist(), labels.to_pylist(), rows, digests
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise _damaged(part, error) from error
 

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, StoreMismatch, attempt
 from service.gallery import Gallery
-from service.jobs.parquet_parts import FAILURES, META, part_path, read_facts, write_parquet
-from service.jobs.reading import Tally
+from service.jobs.account import LEFT_OUT, Account, Failure
+from service.jobs.parquet_parts import EARLIER_FAILURES, META, part_path, read_facts, write_parquet
 from service.store import Item, NewItem
 
 _ROWS_PER_PART = 8192
@@ -28,8 +28,8 @@ def export_store(gallery: Gallery, out: Path) -> int:
     """Write all items into a folder of Parquet parts, and return their number.
 
     Each row has `id`, `label` (if the metadata has a label that is text), `embedding`, `metadata` (JSON), `source`,
-    `digest`, `variant`, `thumbnail` and `original`. The parts of `lookalike embed` have the first three columns, so
-    programs that read those parts can read an export.
+    `digest`, `variant`, `thumbnail` and `original`. The parts of `lookalike embed` have the first three and `digest`,
+    so programs that read those parts can read an export.
 
     Raises:
         InvalidOutput: `out` exists and is not empty, or cannot be written.
@@ -48,10 +48,10 @@ def export_store(gallery: Gallery, out: Path) -> int:
         items, cursor = gallery.store.scan(rows_a_part, cursor)
         rows = [row for row in (_row(gallery, item) for item in items) if row is not None]
         own = facts | {"read": len(rows), "variant": ", ".join(sorted({item.variant for item in items}))}
+        own |= {"last": cursor is None}
         meta = {META: json.dumps(own).encode()}
         write_parquet(pa.Table.from_pylist(rows, schema.with_metadata(meta)), part_path(out, number))
         written, number = written + len(rows), number + 1
-    write_parquet(pa.table({"id": pa.array([], pa.string()), "error": pa.array([], pa.string())}), out / FAILURES)
     return written
 
 
@@ -74,25 +74,29 @@ def _row(gallery: Gallery, item: Item) -> dict[str, Any] | None:
     }
 
 
-def import_items(source: Path, gallery: Gallery) -> Tally:
+def import_items(source: Path, gallery: Gallery) -> Account:
     """Add or replace the items of Parquet files.
 
-    A row needs the columns `id` and `embedding`, a vector of any norm but 0. It may have any other column of an
-    export. The `label` becomes the metadata of a row without `metadata`. If a file names no encoder, the caller
-    vouches that the gallery's encoder made the embeddings.
+    A row needs the columns `id`, a text or a whole number, which is taken as text, and `embedding`, a vector of any
+    norm but 0. It may have any other column of an export. The `label` becomes the metadata of a row without `metadata`;
+    an item that is replaced keeps its other metadata then. If a file names no encoder, the caller vouches that the
+    gallery's encoder made the embeddings.
 
     Args:
         source: a file, or a folder of files, from `export_store`, `lookalike embed` or elsewhere.
         gallery: gets the items.
 
     Returns:
-        Numbers of rows: stored; already there with the same digest; bad, by their id, metadata or embedding.
+        What became of the rows. One that is there already has the same digest; one that fails has an id, metadata or
+        an embedding that cannot be, and is named by its id, or by its number in the file.
 
     Raises:
         InvalidSource: a file is missing or damaged, lacks a column, or has embeddings of another dimension.
         StoreMismatch: another encoder made the embeddings.
     """
-    paths = sorted(path for path in source.glob("*.parquet") if path.name != FAILURES) if source.is_dir() else [source]
+    paths = [source]
+    if source.is_dir():
+        paths = sorted(path for path in source.glob("*.parquet") if path.name != EARLIER_FAILURES)
     if not paths or not paths[0].exists():
         raise InvalidSource(f"{source}: expected a .parquet file or a folder of them")
     for path in paths:
@@ -102,21 +106,38 @@ def import_items(source: Path, gallery: Gallery) -> Tally:
                 f"{path}: embeddings of the encoder {str(made_by)[:12]}…, not of {gallery.card.name} "
                 f"({gallery.card.fingerprint[:12]}…)"
             )
-    done = known = bad = 0
+    account = Account()
     for path in paths:
+        row = 0
         for rows in _chunks(path, gallery.encoder.dimension):
-            outcomes = [attempt(_item, row, gallery) for row in rows]
+            outcomes = [attempt(_item, content, gallery) for content in rows]
+            for number, (content, outcome) in enumerate(zip(rows, outcomes, strict=True), row):
+                if isinstance(outcome, LookalikeError):
+                    name = f"{path.name}, row {number}" if content["id"] is None else str(content["id"])
+                    account.failures.append(Failure.of(name, outcome))
             items = [item for item in outcomes if not isinstance(item, LookalikeError)]
-            new = [item for item in items if not _has(gallery, item)]
-            gallery.store.add(new)
-            done, known, bad = done + len(new), known + len(items) - len(new), bad + len(rows) - len(items)
-    return Tally(done, known, bad)
+            _store(items, gallery, account)
+            row += len(rows)
+    account.save(gallery.settings.store / LEFT_OUT)
+    return account
 
 
-def _has(gallery: Gallery, item: NewItem) -> bool:
-    """Whether the store has this item, with the same digest."""
-    have = gallery.store.get(item.id)
-    return have is not None and have.digest == item.digest
+def _store(items: list[NewItem], gallery: Gallery, account: Account) -> None:
+    """Store a chunk's items, and count those that are new, that replace others, and that are there already."""
+    digests: dict[str, str] = {}
+    fresh = []
+    for item in items:
+        if item.id not in digests and (have := gallery.store.get(item.id)) is not None:
+            digests[item.id] = have.digest
+        # An id that the file has twice replaces itself.
+        if digests.get(item.id) == item.digest:
+            account.known += 1
+        else:
+            digests[item.id] = item.digest
+            fresh.append(item)
+    new = gallery.store.add(fresh)
+    account.added += sum(new)
+    account.replaced += len(new) - sum(new)
 
 
 def _chunks(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
@@ -127,36 +148,57 @@ def _chunks(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
             if not {"id", "embedding"} <= have:
                 raise InvalidSource(f"{path}: expected the columns id and embedding, found {', '.join(sorted(have))}")
             wanted = ("id", "embedding", "label", "metadata", "source", "digest", "variant", "thumbnail", "original")
+            lengths = _lengths(file.schema_arrow.field("embedding").type, path)
             for batch in file.iter_batches(_ROWS_PER_COMMIT, columns=[name for name in wanted if name in have]):
                 rows = batch.to_pylist()
-                for row in rows:
-                    if not isinstance(row["embedding"], list) or len(row["embedding"]) != dimension:
-                        raise InvalidSource(f"{path}: expected embeddings of {dimension} numbers, as the encoder gives")
+                lengths |= {len(row["embedding"]) for row in rows if isinstance(row["embedding"], list)}
+                # Embeddings of another length alone are another encoder's; a row that differs from others is a bad row.
+                if lengths and dimension not in lengths:
+                    raise InvalidSource(f"{path}: expected embeddings of {dimension} numbers, as the encoder gives")
                 yield rows
     except (OSError, pa.ArrowException) as error:
         raise InvalidSource(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def _lengths(type: Any, path: Path) -> set[int]:
+    """Return the length of all embeddings, if a column's type says it. Raises InvalidSource for another column."""
+    if pa.types.is_fixed_size_list(type):
+        return {type.list_size}
+    if pa.types.is_list(type) or pa.types.is_large_list(type):
+        return set()
+    raise InvalidSource(f"{path}: expected a list of numbers in the column embedding, found {type}")
+
+
 def _item(row: dict[str, Any], gallery: Gallery) -> NewItem:
     """Return a row as an item. Raises InvalidRequest for a bad row."""
+    id, dimension = row["id"], gallery.encoder.dimension
+    # pandas turns whole numbers into floats where one is missing.
+    if isinstance(id, float) and id.is_integer():
+        id = int(id)
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise InvalidRequest(f"id: expected text or a whole number, got {'null' if id is None else type(id).__name__}")
     try:
         vector = np.asarray(row["embedding"], np.float64)
         length = np.linalg.norm(vector)
         metadata = json.loads(row["metadata"]) if row.get("metadata") else {}
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"a row cannot be read: {error}") from error
-    if not isinstance(row["id"], str) or not isinstance(metadata, dict) or not np.isfinite(length) or not length:
-        raise InvalidRequest("a row has no id, no object of metadata, or an embedding without direction")
+        raise InvalidRequest(f"the row cannot be read: {error}") from error
+    if vector.shape != (dimension,) or not np.isfinite(length) or not length:
+        raise InvalidRequest(f"embedding: expected {dimension} finite numbers, not all 0")
+    if not isinstance(metadata, dict):
+        raise InvalidRequest("metadata: expected the text of a JSON object")
     if not row.get("metadata") and row.get("label") is not None:
         metadata = {"label": str(row["label"])}
     embedding = np.asarray(vector / length, np.float32)
     return NewItem(
-        id=gallery.check_id(row["id"]),
+        id=gallery.check_id(str(id)),
         metadata=gallery.check_metadata(metadata),
         source=row.get("source"),
-        digest=row.get("digest") or hashlib.sha256(embedding.tobytes()).hexdigest(),
+        # The digest of `embed` is of a picture that the store does not get, and `index` may add that picture later.
+        digest=(row.get("digest") if "thumbnail" in row else None) or hashlib.sha256(embedding.tobytes()).hexdigest(),
         variant=row.get("variant") or "fp32",
         embedding=embedding,
         thumbnail=row.get("thumbnail") or b"",
         original=row.get("original"),
+        keep_metadata=not row.get("metadata"),
     )

@@ -5,6 +5,7 @@ opens data sets by name. kinds.py tells pictures from other files, paths.py make
 expands patterns, and compact.py holds ids and labels in a few bytes each.
 """
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,15 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT, image_key: str |
         return _open_path(name, name, image_key)
     except OSError as error:
         raise InvalidSource(f"{name}: cannot be read: {error.strerror or error}") from error
+
+
+def origin_of(name: str) -> str:
+    """Return where a SOURCE lies, without a slice: the name of its set, or its real path."""
+    named = _NAMED.fullmatch(name)
+    if named:
+        return named[1]
+    sliced = _SLICED.fullmatch(name)
+    return os.path.realpath(sliced[1] if sliced and not Path(name).exists() else name)
 
 
 def _open_named(name: str, set_name: str, data_root: Path) -> Source:

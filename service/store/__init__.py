@@ -36,11 +36,13 @@ class NewItem(Item):
         embedding: (D,) float32 of L2 norm 1.
         thumbnail: a small WebP file; empty for an item without a picture.
         original: the bytes of the image file; None if the store is not to keep them.
+        keep_metadata: an item that is replaced keeps its metadata, except the fields that `metadata` has.
     """
 
     embedding: FloatArray
     thumbnail: bytes
     original: bytes | None
+    keep_metadata: bool = False
 
 
 class Hit(NamedTuple):
@@ -95,6 +97,18 @@ class Store(Protocol):
 
         Durable when it returns. An error of `change` is raised, and the metadata stay as they are.
         """
+        ...
+
+    def set_sources(self, sources: dict[str, str]) -> None:
+        """Record where items come from now, by their ids; ids without an item are skipped. Durable when it returns."""
+        ...
+
+    def facts(self) -> dict[str, str]:
+        """Return the facts that the store holds about itself: fingerprint, model, and those that `note` wrote."""
+        ...
+
+    def note(self, facts: dict[str, str]) -> None:
+        """Write facts into the store; facts of the same names are replaced. Durable when it returns."""
         ...
 
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:

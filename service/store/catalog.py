@@ -162,8 +162,12 @@ class CatalogWriter:
         self._sequence += 1
         vector = item.embedding.astype(self._dtype)
         blob = vector.tobytes()
-        fields = (_dump(item.metadata), item.source, item.digest, self._sequence)
-        row = next(execute("SELECT key, vector FROM items JOIN vectors USING (key) WHERE id = ?", (item.id,)), None)
+        query = "SELECT key, vector, metadata FROM items JOIN vectors USING (key) WHERE id = ?"
+        row = next(execute(query, (item.id,)), None)
+        metadata = item.metadata
+        if row is not None and item.keep_metadata:
+            metadata = json.loads(row[2]) | metadata
+        fields = (_dump(metadata), item.source, item.digest, self._sequence)
         if row is None:
             execute(
                 "INSERT INTO items (id, metadata, source, digest, sequence) VALUES (?, ?, ?, ?, ?)", (item.id, *fields)
@@ -203,6 +207,14 @@ class CatalogWriter:
         query = "UPDATE items SET metadata = ?, sequence = ? WHERE id = ?"
         self._database.execute(query, (_dump(metadata), self._sequence, id))
         return Item(item.id, metadata, item.source, item.digest, item.variant)
+
+    def set_sources(self, sources: dict[str, str]) -> None:
+        """Replace the sources of items, by their ids."""
+        for id, source in sources.items():
+            self._sequence += 1
+            self._database.execute(
+                "UPDATE items SET source = ?, sequence = ? WHERE id = ?", (source, self._sequence, id)
+            )
 
     def note(self, facts: dict[str, str]) -> None:
         """Write facts about the store into the table meta; facts of the same names are replaced."""

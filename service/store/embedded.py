@@ -115,18 +115,16 @@ class EmbeddedStore:
 
     def add(self, items: Sequence[NewItem]) -> list[bool]:
         """See Store.add. Raises InvalidQuery, and adds nothing, for an embedding of wrong shape or norm."""
-        # An id that is given twice keeps its last picture.
-        latest = {item.id: item for item in items}
-        if not latest:
+        if not items:
             return []
-        checked(np.stack([item.embedding for item in latest.values()]), self._dimension)
+        checked(np.stack([item.embedding for item in items]), self._dimension)
 
-        def work(writer: CatalogWriter, changes: list[Change]) -> dict[str, bool]:
-            changes += (writer.put(item) for item in latest.values())
-            return {id: change.old is None for id, change in zip(latest, changes, strict=True)}
+        def work(writer: CatalogWriter, changes: list[Change]) -> list[bool]:
+            # An id that is given twice is new once, and keeps its last picture.
+            changes += [writer.put(item) for item in items]
+            return [change.old is None for change in changes]
 
-        new = self._commits.run(work)
-        return [new[item.id] for item in items]
+        return self._commits.run(work)
 
     def remove(self, id: str) -> bool:
         """See Store.remove."""
@@ -142,12 +140,16 @@ class EmbeddedStore:
         """See Store.set_metadata."""
         return self._commits.run(lambda writer, _: writer.change_metadata(id, change))
 
+    def set_sources(self, sources: dict[str, str]) -> None:
+        """See Store.set_sources."""
+        self._commits.run(lambda writer, _: writer.set_sources(sources))
+
     def facts(self) -> dict[str, str]:
-        """Return the facts that the store holds about itself: fingerprint, model, and those that `note` wrote."""
+        """See Store.facts."""
         return read_meta(self.folder)
 
     def note(self, facts: dict[str, str]) -> None:
-        """Write facts into the store; facts of the same names are replaced. Durable when it returns."""
+        """See Store.note."""
         self._commits.run(lambda writer, _: writer.note(facts))
 
     # Searching and reading ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service import FloatArray, IntArray
 from service.store import Hit
@@ -13,6 +14,8 @@ from service.store.live_index import LiveIndex
 
 # Their intermediate results fit into the processor's cache.
 _PAIRS_AT_ONCE = 256
+
+DoubleArray = NDArray[np.float64]
 
 
 def find_hits(
@@ -59,7 +62,10 @@ def best_of(
 ) -> tuple[IntArray, FloatArray]:
     """Return the best k of each query's own candidates, query after query.
 
-    Equal vectors have equal scores to the last bit, because each score is summed by itself, in float64.
+    A score is the cosine, computed in float64 with the lengths of both vectors and rounded once, to float32; the order
+    is that of the rounded scores. A vector in float32 is rarely of length 1 to the last bit, so without its length its
+    product with itself would be 0.99999994 or 1.0000001; so it is 1. Equal vectors have equal scores to the last bit,
+    because each score is summed by itself.
 
     Args:
         queries: (N, D).
@@ -72,13 +78,19 @@ def best_of(
         places: rows of `vectors`, best first; equal scores stand in the order of rows.
         scores: float32 cosines in [−1, 1].
     """
-    exact, owners = queries.astype(np.float64), np.repeat(np.arange(len(queries)), lengths)
+    exact, owners = _unit(queries), np.repeat(np.arange(len(queries)), lengths)
     scores = np.empty(len(places), np.float32)
     for start in range(0, len(places), _PAIRS_AT_ONCE):
         part = slice(start, start + _PAIRS_AT_ONCE)
-        scores[part] = (vectors[places[part]] * exact[owners[part]]).sum(1)
+        scores[part] = (_unit(vectors[places[part]]) * exact[owners[part]]).sum(1)
     scores = np.clip(scores, -1, 1)
     order = np.lexsort((places, -scores, owners))
     rank = np.arange(len(order)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     best = order[rank < k]
     return places[best], scores[best]
+
+
+def _unit(rows: FloatArray) -> DoubleArray:
+    """Return rows (N, D) in float64, each divided by its length there."""
+    exact = rows.astype(np.float64)
+    return np.asarray(exact / np.sqrt((exact * exact).sum(1, keepdims=True)))

@@ -136,6 +136,7 @@ class ArrayStore:
 
     def __init__(self) -> None:
         self.items: dict[str, NewItem] = {}
+        self.noted: dict[str, str] = {}
         self.closed = False
 
     def add(self, items: Sequence[NewItem]) -> list[bool]:
@@ -174,6 +175,15 @@ class ArrayStore:
     def scan(self, limit: int, after: int = 0) -> tuple[list[Item], int | None]:
         page = list(self.items.values())[after : after + limit]
         return [*page], after + limit if after + limit < len(self.items) else None
+
+    def set_sources(self, sources: dict[str, str]) -> None:
+        self.items |= {id: replace(self.items[id], source=source) for id, source in sources.items() if id in self.items}
+
+    def facts(self) -> dict[str, str]:
+        return self.noted
+
+    def note(self, facts: dict[str, str]) -> None:
+        self.noted |= facts
 
     def count(self) -> int:
         return len(self.items)

@@ -72,8 +72,8 @@ def test_the_report_has_its_keys_and_figures(report: dict[str, Any], tiny_card: 
         "model": "tiny",
         "fingerprint": tiny_card.fingerprint,
         "variant": "fp32",
-        "bank": {"source": BANK, "pictures": 1000},
-        "queries": {"source": QUERIES, "pictures": 797},
+        "bank": {"source": BANK, "pictures": 1000, "left_out": {}},
+        "queries": {"source": QUERIES, "pictures": 797, "left_out": {}, "in_bank": 0},
         "figures": rows[0],
         "baselines": dict(zip(others, rows[1:], strict=True)),
     }
@@ -102,6 +102,38 @@ def test_the_evaluation_is_what_the_report_says(evaluation: Evaluation, tiny_car
     accuracy = float((evaluation.predicted == queries.labels).mean())
     assert round(accuracy, 4) == evaluation.report["figures"]["weighted_k20"]
     assert evaluation.notes() == []
+
+
+@pytest.mark.slow("evaluates an encoder six times")
+def test_a_picture_does_not_vote_for_itself(
+    tiny_model: Path, embedded: Path, tmp_path: Path, evaluation: Evaluation
+) -> None:
+    """Found by its id in the same source, and by its content in another; whether pictures or embeddings are given."""
+    source = open_source("digits[:60]")
+    for position in range(60):
+        folder = tmp_path / "copies" / str((source.labels or [])[position])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{position}.png").write_bytes(source.entry(position).data)
+    for bank, queries in (
+        ("digits[:60]", "digits[:60]"),
+        ("digits[:60]", str(tmp_path / "copies")),
+        (f"{embedded}[:60]", f"{embedded}[:60]"),
+        (f"{embedded}[:60]", str(tmp_path / "copies")),
+    ):
+        found = evaluate(tiny_model, bank, queries, tmp_path, "fp32")
+        assert found.report["queries"]["in_bank"] == 60
+        assert "60 of 60 queries are in the bank, too" in found.notes()[0]
+        assert found.scores.max() < 1 - 1e-6
+        assert found.report["figures"]["k5"] < 1
+        assert found.report["figures"]["linear_probe"] is None
+    half = evaluate(tiny_model, "digits[:1000]", "digits[980:1020]", tmp_path, "fp32")
+    assert half.report["queries"]["in_bank"] == 20
+    # Those that are not in the bank have the neighbours that they have in the bank without the others.
+    np.testing.assert_array_equal(half.neighbours[20:], evaluation.neighbours[:20])
+    assert not np.any(half.neighbours[:20] == np.arange(980, 1000)[:, None])
+    assert half.report["figures"]["linear_probe"] is not None
+    with pytest.raises(InvalidSource, match="only 19 of its 20 pictures can vote on a query that is in the bank, too"):
+        evaluate(tiny_model, "digits[:20]", "digits[:20]", tmp_path, "fp32")
 
 
 def test_geometry_is_of_the_queries_and_the_rank_of_the_bank(evaluation: Evaluation) -> None:
@@ -240,7 +272,7 @@ def test_embeddings_give_the_figures_of_their_pictures(
     both = evaluate(tiny_model, f"{embedded}[:1000]", f"{embedded}[1000:]", tmp_path)
     assert both.report["figures"] == pytest.approx(evaluation.report["figures"], abs=2e-3)
     assert both.report["baselines"] is None
-    assert both.report["bank"] == {"source": f"{embedded}[:1000]", "pictures": 1000}
+    assert both.report["bank"] == {"source": f"{embedded}[:1000]", "pictures": 1000, "left_out": {}}
     assert both.report["variant"] == "fp32"
     assert both.bank.pixels is None
     assert list(both.queries.ids) == list(evaluation.queries.ids)

@@ -236,3 +236,22 @@ def test_labels_that_the_bank_lacks_are_wrong_answers_only() -> None:
     found = measured(bank, labels, queries, np.full(50, 6))
     assert found["map_at_r"] is found["r_precision"] is None
     assert {value for key, value in found.items() if not key.startswith(("map", "r_p"))} == {0.0}
+
+
+def test_bank_and_queries_that_are_one_set_are_leave_one_out_loops() -> None:
+    """Every query is ranked in the bank without it, by plain loops and by pytorch-metric-learning."""
+    bank, labels = clouds(250, seed=1)
+    overlap = {at: np.array([at]) for at in range(250)}
+    found = find_neighbours(bank, labels, bank, labels, 300, overlap=overlap)
+    assert found.positions.shape == (250, 249)
+    for at in range(0, 250, 25):
+        others = np.delete(np.arange(250), at)
+        alone = find_neighbours(bank[others], labels[others], bank[at : at + 1], labels[at : at + 1], 249)
+        np.testing.assert_array_equal(found.positions[at], others[alone.positions[0]])
+        assert found.average_precision[at] == pytest.approx(alone.average_precision[0])
+        assert found.r_precision[at] == pytest.approx(alone.r_precision[0])
+    peer = AccuracyCalculator(
+        include=("mean_average_precision_at_r",), k="max_bin_count", knn_func=CustomKNN(CosineSimilarity())
+    ).get_accuracy(bank, labels, bank, labels, ref_includes_query=True)
+    figures = neighbour_figures(found, labels, labels)[0]
+    assert figures["map_at_r"] == pytest.approx(peer["mean_average_precision_at_r"], abs=1e-6)

@@ -64,8 +64,9 @@ async def list_images(request: Request, limit: Limit = 100, cursor: Cursor = Non
 async def add_images(request: Request, fingerprint: Fingerprint = None) -> Response:
     """Add or replace many pictures. Their ids are the file names of the form's `file` fields, or the paths in a zip.
 
-    The form's field `metadata`, or the zip's member `metadata.json`, is an object of metadata by id. The answer is one
-    line of JSON per picture, written once it is stored or refused. Sending a picture again is safe.
+    The form's field `metadata`, or the zip's member `metadata.json`, is an object of metadata by id; an item that is
+    replaced and has none there keeps its metadata. The answer is one line of JSON per picture, written once it is
+    stored or refused: status 201 for a new item, 200 for one that replaces another. Sending a picture again is safe.
     """
     gallery = stored_gallery_of(request)
     check_fingerprint(gallery, fingerprint)
@@ -107,7 +108,10 @@ async def image_content(request: Request, id: ItemId) -> Response:
 async def put_image(
     request: Request, id: ItemId, metadata: Metadata = None, fingerprint: Fingerprint = None
 ) -> Response:
-    """Add a picture under an id of yours, or replace it; `metadata` is a JSON object."""
+    """Add a picture under an id of yours, or replace it.
+
+    `metadata` is a JSON object. Without it an item that is replaced keeps its metadata; `{}` clears them.
+    """
     gallery = stored_gallery_of(request)
     id = gallery.check_id(id)
     check_fingerprint(gallery, fingerprint)
@@ -115,9 +119,16 @@ async def put_image(
     if form_fields.keys() - {"metadata"}:
         raise InvalidRequest("expected the form fields file and metadata, no others")
     text = form_fields.get("metadata", metadata)
-    checked = gallery.check_metadata({} if text is None else parse_json_object(text, "metadata"))
-    is_new = await work(request, lambda: gallery.add(id, image, checked))
-    return JSONResponse({"id": id, "metadata": checked}, 201 if is_new else 200)
+    checked = None if text is None else gallery.check_metadata(parse_json_object(text, "metadata"))
+
+    def put() -> Response:
+        is_new = gallery.add(id, image, checked)
+        # Another client may have removed the item by now.
+        stored = gallery.store.get(id) if checked is None else None
+        metadata = checked or {} if stored is None else stored.metadata
+        return JSONResponse({"id": id, "metadata": metadata}, 201 if is_new else 200)
+
+    return await work(request, put)
 
 
 @router.get("/images/{id:item}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))

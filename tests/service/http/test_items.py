@@ -5,7 +5,7 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
-from tests.service.http.rows import FORM, PICTURE, assert_refused, form, nested
+from tests.service.http.rows import FORM, OTHER, PICTURE, assert_refused, form, nested
 
 TEXTUAL_IDS = {
     "..%2Fx": "../x",
@@ -25,6 +25,21 @@ def test_an_id_is_text_and_nothing_else(client: TestClient, address: str) -> Non
     assert client.put(url, content=PICTURE).status_code == 201
     assert client.get(url).json()["id"] == TEXTUAL_IDS[address]
     assert client.get(url + "/content").content == PICTURE
+    assert client.delete(url).status_code == 204
+
+
+def test_metadata_that_is_not_given_stays(client: TestClient) -> None:
+    url, mine = "/images/with%20metadata", {"mine": 1}
+    given = client.put(url, params={"metadata": json.dumps(mine)}, content=PICTURE)
+    assert (given.status_code, given.json()["metadata"]) == (201, mine)
+    again = client.put(url, content=OTHER)
+    assert (again.status_code, again.json()["metadata"]) == (200, mine)
+    assert client.get(url).json()["metadata"] == mine
+    many = form(("with metadata", PICTURE))
+    assert client.post("/images", content=many, headers={"content-type": FORM}).json()["status"] == 200
+    assert client.get(url).json()["metadata"] == mine
+    for cleared in ({"metadata": "{}"}, {}):
+        assert client.put(url, params=cleared, content=PICTURE).json()["metadata"] == {}
     assert client.delete(url).status_code == 204
 
 

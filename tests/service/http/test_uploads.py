@@ -62,6 +62,16 @@ BULK = {
         FORM,
         [Line("1/a.png", 201), Line("1/b.png", 422, BAD), Line("1/c.png", 201)],
     ),
+    "zip with one name twice": (
+        zipped(("t/a.png", PICTURE), ("t/b.png", PICTURE), ("t/a.png", OTHER)),
+        ZIP,
+        [Line("t/a.png", 201), Line("t/b.png", 201), Line("t/a.png", 200)],
+    ),
+    "form with one name twice, in two compositions": (
+        form(("t/\u00e9.png", PICTURE), ("t/e\u0301.png", OTHER), metadata='{"t/e\\u0301.png": {"a": 1}}'),
+        FORM,
+        [Line("t/\u00e9.png", 201), Line("t/\u00e9.png", 200)],
+    ),
     "zip with a bad one in the middle": (
         zipped(("2/a.png", PICTURE), ("2/b.png", UNDECODABLE), ("2/c.png", OTHER), ("read me.txt", TEXT)),
         ZIP,

@@ -15,7 +15,7 @@ from service.encoding.encoder import Encoder
 from service.errors import InvalidSource
 from service.jobs import embed
 from service.jobs.embed import embed_source
-from service.jobs.parquet_parts import FAILURES, META, Embeddings, open_embeddings, part_path, read_facts
+from service.jobs.parquet_parts import EARLIER_FAILURES, META, Embeddings, open_embeddings, part_path, read_facts
 from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
@@ -99,9 +99,13 @@ def test_pictures_without_labels_and_parts_without_pictures(tmp_path: Path) -> N
 
 
 def test_a_job_that_has_not_ended(copy: Path) -> None:
-    (copy / FAILURES).unlink()
-    with pytest.raises(InvalidSource, match=r"is not finished, _failures.parquet is not there"):
+    last = sorted(copy.glob("part-*"))[-1]
+    last.unlink()
+    with pytest.raises(InvalidSource, match=r"is not finished, its last part is not there"):
         open_embeddings(str(copy))
+    # Earlier versions marked the end of a job by this file.
+    (copy / EARLIER_FAILURES).touch()
+    assert opened(copy).digests is not None
 
 
 def test_a_part_that_is_missing(copy: Path) -> None:

@@ -18,6 +18,7 @@ from service.queries import ItemQuery, VectorQuery
 from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
+from tests.service.jobs.test_embed import counts
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def test_a_store_comes_back_as_it_went(gallery: Gallery, copy: Gallery, tmp_path
     gallery.add("é/photo", encoded(scene()), {"n": 1, "nested": {"ü": None}})
     gallery.remove("digits/00003")
     assert export_store(gallery, tmp_path / "out") == 20
-    assert import_items(tmp_path / "out", copy) == (20, 0, 0)
-    assert import_items(tmp_path / "out", copy) == (0, 20, 0)
+    assert counts(import_items(tmp_path / "out", copy)) == (20, 0, 0, 0)
+    assert counts(import_items(tmp_path / "out", copy)) == (0, 0, 20, 0)
     assert copy.store.scan(99) == gallery.store.scan(99)
     for item in gallery.store.scan(99)[0]:
         assert copy.thumbnail(item.id) == gallery.thumbnail(item.id)
@@ -52,7 +53,7 @@ def test_what_embed_wrote_is_taken_in_with_its_labels(copy: Gallery, tmp_path: P
     embed_source(
         open_source("digits[:20]", Path("data")), MODEL, tmp_path / "out", Settings(device="cpu", variant="fp32")
     )
-    assert import_items(tmp_path / "out", copy) == (20, 0, 0)
+    assert counts(import_items(tmp_path / "out", copy)) == (20, 0, 0, 0)
     assert copy.get("digits/00007").metadata == {"label": "7"}
     assert len(copy.find([ItemQuery("digits/00007")], 5)[0]) == 5
     with pytest.raises(ItemNotFound, match="came as an embedding, without a picture"):
@@ -68,9 +69,45 @@ def test_embeddings_of_elsewhere_are_made_unit_length_and_bad_rows_left_out(copy
     rows[3, 0] = np.nan
     table = pa.table({"id": ["a", "b", "zero", "nan", "bad\nid"], "embedding": [row.tolist() for row in rows]})
     pq.write_table(table, tmp_path / "made.parquet")
-    assert import_items(tmp_path / "made.parquet", copy) == (2, 0, 3)
+    assert counts(import_items(tmp_path / "made.parquet", copy)) == (2, 0, 0, 3)
     assert copy.find([VectorQuery(rows[0].tolist())], 1)[0][0].id == "a"
     assert copy.find([VectorQuery(rows[0].tolist())], 1)[0][0].score == pytest.approx(1)
+    copy.close()
+
+
+def test_rows_are_taken_one_by_one_and_counted_as_they_are(copy: Gallery, tmp_path: Path) -> None:
+    rows = [row.tolist() for row in np.random.default_rng(0).normal(size=(4, copy.encoder.dimension))]
+    embeddings = [*rows, None, rows[0], rows[0][:5], rows[3]]
+    # pandas writes whole numbers beside a null as floats.
+    for ids in ([1, 2, 3, 4, 5, None, 7, 2], [1.0, 2.0, 3.0, 4.0, 5.0, None, 7.0, 2.0]):
+        pq.write_table(pa.table({"id": ids, "embedding": embeddings}), tmp_path / "made.parquet")
+        account = import_items(tmp_path / "made.parquet", copy)
+        assert [failure.id.removesuffix(".0") for failure in account.failures] == ["5", "made.parquet, row 5", "7"]
+        assert account.failures[1].error == "id: expected text or a whole number, got null"
+    # The second time three are there, and the id that comes twice replaces itself twice.
+    assert counts(account) == (0, 2, 3, 3)
+    assert sorted(item.id for item in copy.store.scan(9)[0]) == ["1", "2", "3", "4"]
+    assert [hit.id for hit in copy.find([VectorQuery(rows[3])], 2)[0]] == ["2", "4"]
+    fixed = pa.FixedSizeListArray.from_arrays(pa.array(np.ravel(rows[:2])), copy.encoder.dimension)
+    pq.write_table(pa.table({"id": ["same", "same"], "embedding": fixed}), tmp_path / "made.parquet")
+    assert counts(import_items(tmp_path / "made.parquet", copy)) == (1, 1, 0, 0)
+    bad = pa.table({"id": [True, False], "embedding": fixed})
+    pq.write_table(bad, tmp_path / "made.parquet")
+    assert counts(import_items(tmp_path / "made.parquet", copy)) == (0, 0, 0, 2)
+    with pytest.raises(InvalidSource, match="expected a list of numbers in the column embedding"):
+        pq.write_table(pa.table({"id": ["a"], "embedding": [1.0]}), tmp_path / "made.parquet")
+        import_items(tmp_path / "made.parquet", copy)
+    copy.close()
+
+
+def test_an_item_that_is_imported_without_metadata_keeps_its_own(copy: Gallery, tmp_path: Path) -> None:
+    vector = np.random.default_rng(0).normal(size=(2, copy.encoder.dimension))
+    for row, label in enumerate(("first", "second")):
+        table = pa.table({"id": ["a"], "embedding": [vector[row].tolist()], "label": [label]})
+        pq.write_table(table, tmp_path / "made.parquet")
+        import_items(tmp_path / "made.parquet", copy)
+        copy.change_metadata("a", {"mine": 1})
+    assert copy.get("a").metadata == {"label": "second", "mine": 1}
     copy.close()
 
 

@@ -81,6 +81,32 @@ def test_a_search_equals_plain_numpy(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("vector_type", ["float32", "float16"])
+def test_a_vector_scores_one_with_itself(tmp_path: Path, vector_type: str) -> None:
+    """And what lies beside it scores less, in the order of plain NumPy in float64."""
+    store = EmbeddedStore(tmp_path, card(), D, vector_type=vector_type)
+    vectors = unit(300, D)
+    store.add([item(str(n), vector) for n, vector in enumerate(vectors)])
+    stored = np.stack([embedding for n in range(300) if (embedding := store.embedding(str(n))) is not None])
+    exact = stored.astype(np.float64)
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    for n, hits in enumerate(store.search(stored, 5)):
+        assert (hits[0].id, hits[0].score) == (str(n), 1.0)
+        assert [int(hit.id) for hit in hits] == np.argsort(-(exact @ exact[n]), kind="stable")[:5].tolist()
+        assert hits[1].score < 1
+    store.close()
+
+
+def test_an_item_that_is_replaced_keeps_its_metadata_where_asked(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    first, second = unit(2, D)
+    store.add([item("a", first, mine=1, label="x"), item("b", first, mine=1)])
+    kept = replace(item("a", second, label="y"), keep_metadata=True)
+    assert store.add([kept, item("b", second), replace(item("c", second, n=1), keep_metadata=True)])[0] is False
+    assert [found.metadata for found in store.scan(9)[0]] == [{"mine": 1, "label": "y"}, {}, {"n": 1}]
+    store.close()
+
+
 def test_equal_scores_come_in_the_order_of_adding(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path, card(), D)
     same, other = unit(2, D)
@@ -133,7 +159,7 @@ def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(tmp
 def test_an_id_given_twice_in_one_call_keeps_its_last(store_folder: Path) -> None:
     store = EmbeddedStore(store_folder, card(), D)
     first, second = unit(2, D)
-    assert store.add([item("a", first), item("a", second)]) == [True, True]
+    assert store.add([item("a", first), item("a", second)]) == [True, False]
     assert store.count() == 1
     assert store.search(second[None], 1)[0][0].score > 0.999
     store.close()
@@ -247,7 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
     def add(self, ids: list[str], seed: int) -> None:
         vectors = unit(len(ids), D, seed=seed)
         new = self.store.add([item(id, vector) for id, vector in zip(ids, vectors, strict=True)])
-        assert new == [id not in self.model for id in ids]
+        assert new == [id not in self.model and id not in ids[:place] for place, id in enumerate(ids)]
         for id, vector in zip(ids, vectors, strict=True):
             if id not in self.model:
                 self.keys.append(id)
