@@ -101,8 +101,7 @@ class Evaluation:
             )
         if self.report["figures"]["weighted_k200"] is None:
             beside = " beside a query" if shared else ""
-            bank = f"a bank of {MOST_K} pictures{beside}"
-            notes.append(f"weighted_k200 is left out: it needs {bank}, this one has {count}")
+            notes.append(f"weighted_k200 is left out: it needs a bank of {MOST_K} pictures{beside}, not {count}")
         if unknown.any():
             names = [self.classes[label] for label in np.unique(self.queries.labels[unknown])]
             notes.append(
@@ -410,7 +409,7 @@ def _labelled(side: Source | Embeddings, account: Account) -> Source | Embedding
     if side.labels is None or not side.labels.missing:
         return side
     missing = np.flatnonzero(side.labels.numbers < 0).tolist()
-    account.left_out += (LeftOut(side.ids[at], "without a label", False) for at in missing)
+    account.left_out.append([LeftOut(side.ids[at], "without a label", False) for at in missing])
     kept = np.flatnonzero(side.labels.numbers >= 0)
     if isinstance(side, Source):
         return select(side, kept)

@@ -17,7 +17,7 @@ from service.settings import Settings
 from service.sources.kinds import holds_none
 from service.sources.paths import compose
 from service.sources.source import LeftOut
-from service.sources.zip import gather, member_paths
+from service.sources.zip import judged, member_paths
 
 METADATA = "metadata.json"
 # Pictures per commit.
@@ -60,9 +60,13 @@ class Archive:
         # A damaged directory makes zipfile raise nearly any exception.
         except Exception as error:
             raise InvalidRequest("the body: not a zip file that can be read") from error
-        gathered = gather(self._zip, METADATA)
-        self._members = [(id, member) for id, (_, member) in gathered.found.items()]
-        self._left_out = gathered.left_out
+        self._members: list[tuple[str, zipfile.ZipInfo]] = []
+        self._left_out: list[LeftOut] = []
+        for path, member, left_out in judged(self._zip, METADATA):
+            if left_out is None:
+                self._members.append((compose(path), member))
+            else:
+                self._left_out.append(left_out)
         if not self._members:
             raise InvalidRequest(str(holds_none("the body", self._left_out)))
         if len(self._members) > settings.max_bulk_images:
@@ -73,7 +77,7 @@ class Archive:
         for path, member in member_paths(self._zip.infolist()):
             if path == METADATA:
                 text = self._unpack(member, settings.max_request_bytes).decode(errors="replace")
-                self._metadata = metadata_by_id(text, set(gathered.found))
+                self._metadata = metadata_by_id(text, {id for id, _ in self._members})
 
     @property
     def sizes(self) -> list[int]:
@@ -133,16 +137,15 @@ class Uploads:
 
 
 def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
-    """Parse {id: metadata, …} and compose the ids (NFC). Raises InvalidRequest, also for an id without a picture."""
+    """Parse {id: metadata, …}; ids are composed. Raises InvalidRequest, also for an id without a picture."""
     found = {compose(id): metadata for id, metadata in parse_json_object(text, "metadata").items()}
-    if not found.keys() <= {compose(id) for id in ids}:
+    if not found.keys() <= ids:
         raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
     return found
 
 
 def _find(metadata: dict[str, Any], id: str) -> tuple[Any, ...]:
     """Return a picture's metadata as Candidate holds them."""
-    id = compose(id)
     return (metadata[id],) if id in metadata else ()
 
 

@@ -4,6 +4,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from service.errors import InvalidSource
 from service.sources.compact import Names
 from service.sources.kinds import FIRST_BYTES, holds_none, judge
 from service.sources.paths import Gathered, path_labels
-from service.sources.source import Omissions, Source
+from service.sources.source import LeftOut, Omissions, Source
 
 _UTF8, _ENCRYPTED = 0x800, 1
 _UNICODE_PATH = 0x7075
@@ -25,9 +26,14 @@ def open_zip(name: str, path: Path) -> Source:
     Raises:
         InvalidSource: the file is not a zip, is encrypted, or holds no picture.
     """
+    gathered: Gathered[zipfile.ZipInfo] = Gathered()
     try:
         with zipfile.ZipFile(path) as archive:
-            gathered = gather(archive)
+            for path_inside, member, left_out in judged(archive):
+                if left_out is None:
+                    gathered.add(path_inside, member)
+                else:
+                    gathered.left_out.append(left_out)
     # zipfile raises nearly any exception on a damaged directory.
     except Exception as error:
         raise InvalidSource(f"{name}: not a zip file that can be read: {error}") from error
@@ -68,18 +74,12 @@ def open_zip(name: str, path: Path) -> Source:
     return Source(name, ids, read, path_labels(paths, path.stem), left_out=Omissions(gathered.left_out))
 
 
-def gather(archive: zipfile.ZipFile, aside: str | None = None) -> Gathered[zipfile.ZipInfo]:
-    """Return the pictures of a zip by id, and what it holds besides; the member `aside` counts as neither."""
-    gathered: Gathered[zipfile.ZipInfo] = Gathered()
+def judged(archive: zipfile.ZipFile, aside: str | None = None) -> Iterator[tuple[str, zipfile.ZipInfo, LeftOut | None]]:
+    """Yield path and member of each file in a zip, with the reason if it is left out; pass over the path `aside`."""
     for path, member in member_paths(archive.infolist()):
-        if path.endswith("/") or path == aside:
-            continue
-        left_out = judge(path, lambda member=member: _start(archive, member))  # type: ignore[misc]
-        if left_out is None:
-            gathered.add(path, member)
-        else:
-            gathered.left_out.append(left_out)
-    return gathered
+        if not path.endswith("/") and path != aside:
+            left_out = judge(path, lambda member=member: _start(archive, member))  # type: ignore[misc]
+            yield path, member, left_out
 
 
 def member_paths(members: list[zipfile.ZipInfo]) -> list[tuple[str, zipfile.ZipInfo]]:
