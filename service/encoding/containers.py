@@ -21,6 +21,8 @@ _MAX_PROFILE_BYTES = 1_000_000
 # Chunks that a picture can do without, but is not the same without: transparency, orientation, colour profile.
 _OPTIONAL_CHUNKS = (b"tRNS", b"eXIf", b"iCCP")
 
+# A bit for each of the 64 coefficients of a block.
+_ALL = 2**64 - 1
 _START_OF_SCAN, _END = 0xDA, 0xD9
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _BASELINE = frozenset({0xC0, 0xC1})
@@ -32,10 +34,17 @@ _MARK_BEHIND_DATA = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 
 
 class Parts(NamedTuple):
-    """The needed bytes of a file, and the number of passes over its pixels if it is a JPEG of several, else 1."""
+    """The needed bytes of a file.
+
+    Attributes:
+        data: the bytes.
+        scans: the number of passes over the pixels if it is a JPEG of several, else 1.
+        whole: whether the headers of these scans name every bit of every coefficient.
+    """
 
     data: bytes
     scans: int = 1
+    whole: bool = True
 
 
 def needed_parts(data: bytes, format: str) -> Parts:
@@ -88,7 +97,8 @@ def _needed_segments(data: bytes) -> Parts:
     The commonest kind is not searched for its end: a baseline JPEG whose first scan holds all components. libjpeg
     refuses a second scan there, and reads the rest in C.
     """
-    place, work, scans, components, baseline = 2, 0, 0, -1, False
+    place, work, scans, components, baseline = 2, 0, 0, 0, False
+    known: dict[int, int] = {}
     while mark := (_MARK_BEHIND_DATA if scans else _MARK).search(data, place):
         begin, code = mark.end(), mark[0][-1]
         work += 1 if scans else begin - place - 1
@@ -96,15 +106,26 @@ def _needed_segments(data: bytes) -> Parts:
             raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
         place = begin if code in _WITHOUT_LENGTH else begin + int.from_bytes(data[begin : begin + 2])
         if code in _FRAMES:
-            baseline, components = code in _BASELINE, data[begin + 7] if begin + 7 < len(data) else -1
+            baseline, components = code in _BASELINE, int.from_bytes(data[begin + 7 : begin + 8])
         elif code == _START_OF_SCAN:
             scans += 1
-            if baseline and data[begin + 2 : begin + 3] == bytes([max(0, components)]):
-                break
+            of, coefficients = _known_by_scan(data[begin + 2 : place])
+            if baseline and len(of) == components:
+                return Parts(data)
+            known |= {component: known.get(component, 0) | coefficients for component in of}
             if scans > _MOST_SCANS:
                 raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
         elif code == _END and scans:
             return Parts(data[:begin], scans)
     if not scans and len(data) - place > _MOST_MARKS:
         raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
-    return Parts(data, max(1, scans))
+    return Parts(data, max(1, scans), sum(mask == _ALL for mask in known.values()) >= components)
+
+
+def _known_by_scan(header: bytes) -> tuple[bytes, int]:
+    """Return the components of a scan, and a mask of the coefficients whose lowest bit it holds; none if it is cut."""
+    count = int.from_bytes(header[:1])
+    components, rest = header[1 : 1 + 2 * count : 2], header[1 + 2 * count :]
+    if len(rest) < 3 or rest[2] & 15:
+        return components, 0
+    return components, _ALL >> (63 - min(rest[1], 63) + rest[0]) << rest[0] if rest[0] <= rest[1] else 0

@@ -14,7 +14,7 @@ from service import PixelArray
 from service.encoding.apart import Budget, decode_apart
 from service.encoding.card import Preprocessing
 from service.encoding.colours import LARGE_PIXELS, raw_mode, to_rgb
-from service.encoding.containers import needed_parts
+from service.encoding.containers import Parts, needed_parts
 from service.errors import EmptyPicture, TooLarge, UndecodablePicture, UnsupportedFormat
 
 # The formats that we decode, with the endings of their files.
@@ -148,16 +148,16 @@ def decode_here(data: bytes, side: int, limits: dict[str, Any]) -> Image.Image:
     format = format_of(data)
     if format is None:
         raise UnsupportedFormat(f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}")
-    data, scans = needed_parts(data, format)
+    parts = needed_parts(data, format)
     try:
         with warnings.catch_warnings(action="ignore"):
-            return _load(data, format, side, Limits(**limits))
+            return _load(parts.data, format, side, Limits(**limits))
     except (TooLarge, UnsupportedFormat):
         raise
     # A decoder may raise nearly anything on damaged bytes.
     except Exception as error:
         if format == "JPEG" and str(error).startswith("image file is truncated"):
-            picture = _load_without_end(data, side, Limits(**limits), scans)
+            picture = _load_without_end(parts, side, Limits(**limits))
             if picture is not None:
                 return picture
         raise UndecodablePicture(f"the picture is damaged or cut short: {_reason(error)}") from error
@@ -175,6 +175,8 @@ def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
         if format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
             raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
         raw = raw_mode(picture)
+        # Pillow turns a TIFF while it loads it, and reads XMP for it.
+        picture.info.pop("xmp", None)
         least = _DRAFT_MARGIN * side
         # Only a JPEG has drafts; None accepts its mode as it is.
         picture.draft(None, (least, least))
@@ -183,16 +185,18 @@ def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
             return _upright(to_rgb(picture, raw, data), picture)
 
 
-def _load_without_end(data: bytes, side: int, limits: Limits, scans: int) -> Image.Image | None:
+def _load_without_end(parts: Parts, side: int, limits: Limits) -> Image.Image | None:
     """Return the picture of a JPEG that lacks nothing but its end mark, else None.
 
     What stands behind the data of a whole picture does not change it. A decoder asks for a few bytes more than it
     needs, and for the end mark after several scans, of which each may be the last.
     """
-    end = b"\xff\xd9" if scans > 1 else b""
+    if not parts.whole:
+        return None
+    data, end = parts.data.rstrip(b"\xff"), b"\xff\xd9" if parts.scans > 1 else b""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-            if scans * header.width * header.height > _MOST_UNENDED_PIXELS:
+            if parts.scans * header.width * header.height > _MOST_UNENDED_PIXELS:
                 return None
         one, other = (_load(data + filling * 8 + end, "JPEG", side, limits) for filling in (b"\0", b"\x55"))
     # The decoder needs more than it was given.
