@@ -16,12 +16,13 @@ from tqdm import tqdm
 from service import FloatArray, IntArray, PixelArray, cores
 from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
 from service.encoding.variants import embed_pixels
 from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.jobs.parquet_parts import Embeddings, open_embeddings
+from service.settings import read_own_settings
 from service.sources.source import Source
 from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
@@ -224,10 +225,11 @@ def read_pixels(source: Source, preprocessing: Preprocessing) -> PixelArray:
             f"{have / 1e9:.0f}; embed both sides with `lookalike embed` and give those folders"
         )
     pixels = np.empty(shape, np.uint8)
+    limits = read_own_settings().limits
 
     def read(position: int) -> None:
         try:
-            pixels[position] = decode_pixels(source.entry(position).data, preprocessing, Limits())
+            pixels[position] = decode_pixels(source.entry(position).data, preprocessing, limits)
         except LookalikeError as error:
             raise type(error)(f"{source.name}: {source.ids[position]}: {error}") from error
 
