@@ -1,12 +1,13 @@
 """One frozen Settings, read once from LOOKALIKE_* variables; command-line flags override them."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from service.encoding.images import Limits
+from service.encoding.images import OWN_FILES, Limits
 from service.errors import InvalidRequest
 
 _PREFIX = "lookalike_"
@@ -32,7 +33,8 @@ class Settings(BaseModel):
         api_keys_file: a file of such keys, one a line.
         metrics_public: whether /metrics answers without a key.
         cors_origins: origins whose pages may call the API from a browser, separated by commas; "*" for all.
-        max_image_bytes, max_pixels, max_side, max_aspect: limits of a picture (images.Limits).
+        max_image_bytes, max_pixels, max_side, max_aspect, max_decode_s: limits of a picture (images.Limits). The
+            defaults are for strangers; `read_own_settings` has others for one's own files.
         max_images: pictures in a request; max_bulk_images: pictures in a POST /images.
         max_request_bytes: body of a request; max_buffered_bytes: all bodies that are being received.
         max_id_bytes, max_metadata_bytes: limits of an item, in UTF-8.
@@ -63,6 +65,7 @@ class Settings(BaseModel):
     max_pixels: int = Field(default=25_000_000, ge=1)
     max_side: int = Field(default=10_000, ge=1)
     max_aspect: int = Field(default=100, ge=1)
+    max_decode_s: float = Field(default=1.5, gt=0)
     max_images: int = Field(default=32, ge=1)
     max_bulk_images: int = Field(default=10_000, ge=1)
     max_request_bytes: int = Field(default=64_000_000, ge=1)
@@ -86,7 +89,7 @@ class Settings(BaseModel):
     @property
     def limits(self) -> Limits:
         """The limits of a picture."""
-        return Limits(self.max_image_bytes, self.max_pixels, self.max_side, self.max_aspect)
+        return Limits(self.max_image_bytes, self.max_pixels, self.max_side, self.max_aspect, self.max_decode_s)
 
 
 def read_settings(**flags: Any) -> Settings:
@@ -100,3 +103,15 @@ def read_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(f"LOOKALIKE_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+
+
+def read_own_settings(**flags: Any) -> Settings:
+    """Return settings for one's own files: limits of a picture that are not set are images.OWN_FILES.
+
+    Raises:
+        As `read_settings`.
+    """
+    settings = read_settings(**flags)
+    return settings.model_copy(
+        update={name: value for name, value in asdict(OWN_FILES).items() if name not in settings.model_fields_set}
+    )

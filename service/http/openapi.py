@@ -7,6 +7,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from service.encoding.images import FORMATS
 from service.gallery import Gallery
 from service.http import schemas
 from service.http.keys import read_keys
@@ -16,7 +17,7 @@ from service.store.filters import json_schemas
 
 _PREFIX = "#/components/schemas/"
 
-PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
+PICTURE_TYPES = (*(f"image/{format.lower()}" for format in FORMATS), "application/octet-stream")
 
 _DOT = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -41,7 +42,7 @@ STATUSES = {
     408: ("slow_body", f"the body did not come in full within {_default('body_timeout_s'):g} s"),
     409: ("fingerprint_mismatch", "the request names another encoder than the one that runs here"),
     413: ("too_large", f"the picture is 9000x9000; the limit is {_default('max_pixels')} pixels"),
-    415: ("unsupported_format", "not a picture that we take: expected the bytes of one of JPEG, PNG, WEBP, GIF, BMP"),
+    415: ("unsupported_format", "not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
     429: ("busy", f"{_default('max_waiting')} requests are waiting already; try again in a second"),
     503: ("invalid_store", "the store cannot be written: database or disk is full"),
