@@ -178,6 +178,10 @@ class ArrayStore:
     def count(self) -> int:
         return len(self.items)
 
+    @property
+    def writable(self) -> bool:
+        return True
+
     def settle(self) -> None:
         pass
 
