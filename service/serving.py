@@ -10,7 +10,7 @@ from service.encoder_choice import choose_model
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import InvalidRequest
-from service.gallery import open_store
+from service.gallery import follow_reindex, open_store
 from service.http.keys import read_keys
 from service.settings import Settings
 
@@ -45,6 +45,9 @@ def check(settings: Settings) -> Settings:
     read_keys(settings)
     if settings.workers > 1 and not settings.no_store:
         raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
+    settings, warning = follow_reindex(settings)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     model, notice = choose_model(settings)
     if notice:
         print(notice, file=sys.stderr)

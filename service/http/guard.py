@@ -85,6 +85,15 @@ class Guard:
             }
         )
 
+    def reread_keys(self) -> None:
+        """Read the API keys again. If they cannot be read, the earlier ones stay, and the log says why."""
+        try:
+            self._keys = read_keys(self._settings)
+        except LookalikeError as error:
+            logs.access.error("the API keys stay as they were: %s", error)
+            return
+        logs.access.info("%d API keys", len(self._keys))
+
     def take(self, size: int) -> None:
         """Add to the bytes that are buffered. Raises Overloaded above max_buffered_bytes."""
         self._buffered += size

@@ -45,7 +45,7 @@ STATUSES = {
     415: ("unsupported_format", "not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
     429: ("busy", f"{_default('max_waiting')} requests are waiting already; try again in a second"),
-    503: ("invalid_store", "the store cannot be written: database or disk is full"),
+    503: ("store_paused", "the store cannot be written: database or disk is full; it is read-only until there is room"),
     504: ("timed_out", f"the work took longer than {_default('work_timeout_s'):g} s"),
 }
 WORK = (401, 429, 503, 504)

@@ -13,8 +13,6 @@ from starlette.types import Scope
 from service import metrics
 from service.errors import LookalikeError
 
-_RETRY_AFTER_S = {429: "1", 503: "5"}
-
 
 def add_handlers(app: FastAPI) -> None:
     """Let the app answer every error of its routes with a problem."""
@@ -29,8 +27,8 @@ def add_handlers(app: FastAPI) -> None:
 def answer(scope: Scope, error: LookalikeError) -> JSONResponse:
     """Return the answer to a request that ended in one of our errors."""
     headers = {}
-    if error.status in _RETRY_AFTER_S:
-        headers["Retry-After"] = _RETRY_AFTER_S[error.status]
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     parts = [{"index": index, "code": part.code, "detail": str(part)} for index, part in error.parts]

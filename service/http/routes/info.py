@@ -41,6 +41,7 @@ async def prometheus(request: Request) -> Response:
     gallery = gallery_of(request)
     if not gallery.settings.no_store:
         metrics.items.set(await asyncio.to_thread(gallery.store.count))
+        metrics.store_writable.set(gallery.store.writable)
     return Response(await asyncio.to_thread(metrics.report), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
