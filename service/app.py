@@ -18,6 +18,7 @@ from service.errors import LookalikeError
 from service.gallery import Gallery, follow_reindex, open_gallery, succeed, superseded
 from service.http import logs
 from service.http.guard import Guard
+from service.http.prefix import route_path
 from service.http.routes import create_app
 from service.http.slots import Slots
 from service.lifetime import Lifetime, forward_hangups
@@ -120,7 +121,7 @@ class Fronted(bentoml.Service):  # type: ignore[misc]
         traced = BentoMLContainer.tracing.exporter_type.get() is not None
 
         async def front(scope: Scope, receive: Receive, send: Send) -> None:
-            if traced or scope["type"] != "http" or scope["path"] in _BENTOML_OWN:
+            if traced or scope["type"] != "http" or route_path(scope) in _BENTOML_OWN:
                 await theirs(scope, receive, send)
             else:
                 await ours(scope, receive, send)

@@ -77,12 +77,12 @@ _ANSWERS: dict[type[BaseModel], Any] = {
 }
 
 
-def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/json",)) -> dict[str, Any]:
+def json_body(*models: type[BaseModel]) -> dict[str, Any]:
     """Return the content of a JSON body that is one of these models."""
     choices = [_reference(model) for model in models]
     examples = {model.__name__: {"value": _BODIES[model]} for model in models}
     schema = choices[0] if len(choices) == 1 else {"oneOf": choices}
-    return {kind: {"schema": schema, "examples": examples} for kind in types}
+    return {"application/json": {"schema": schema, "examples": examples}}
 
 
 def picture_body(several: bool = False, metadata: str = "", raw: bool = True) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def picture_body(several: bool = False, metadata: str = "", raw: bool = True) ->
     encoding = {"file": {"contentType": ", ".join(PICTURE_TYPES[:-1])}}
     content: dict[str, Any] = {"multipart/form-data": {"schema": form, "encoding": encoding}}
     if raw:
-        example = {"examples": {"digit": {"externalValue": "/page/example.png"}}}
+        example = {"examples": {"digit": {"externalValue": "page/example.png"}}}
         content |= {kind: {"schema": picture} | (example if kind == "image/png" else {}) for kind in PICTURE_TYPES}
     return content
 
@@ -109,7 +109,7 @@ def picture_body(several: bool = False, metadata: str = "", raw: bool = True) ->
 def zip_body() -> dict[str, Any]:
     """Return the content of a body that is a zip file of pictures."""
     schema = {"type": "string", "format": "binary"}
-    return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "/page/example.zip"}}}}
+    return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "page/example.zip"}}}}
 
 
 def body(content: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +118,9 @@ def body(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def answers(
-    ok: type[BaseModel] | tuple[type[BaseModel], ...] | str | None,
+    ok: type[BaseModel] | tuple[type[BaseModel], ...] | None,
     *statuses: int,
+    media: tuple[str, ...] = (),
     success: tuple[int, ...] = (200,),
     more: dict[str, Any] | None = None,
     openai: bool = False,
@@ -127,16 +128,15 @@ def answers(
     """Return the responses of a route.
 
     Args:
-        ok: the model of a good answer, several of which it is one, a media type of bytes, or None for an empty answer.
+        ok: the model of a good answer, several of which it is one, or None for none.
         statuses: the errors that the route can answer, each a key of STATUSES.
+        media: the media types of a good answer that is bytes.
         success: the statuses of a good answer.
         more: further media types of a good answer.
         openai: whether errors have OpenAI's shape.
     """
-    content: dict[str, Any] = {}
-    if isinstance(ok, str):
-        content = {ok: {"schema": {"type": "string", "format": "binary"}}}
-    elif ok is not None:
+    content: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media}
+    if ok is not None:
         models = ok if isinstance(ok, tuple) else (ok,)
         choices = [_reference(model) for model in models]
         examples = {model.__name__: {"value": _ANSWERS[model]} for model in models if model in _ANSWERS}

@@ -33,7 +33,7 @@ REMOVALS: list[Removal] = [
     code(
         "from_base64", "base64.b64decode(text, validate=True)", "base64.b64decode(text + '==')", "test_refused[base64"
     ),
-    refusal("expected at most {} text fields", "test_a_form_of_many_texts_is_refused"),
+    refusal("the form: {}; parameters belong in the address", "test_a_form_of_many_texts_is_refused"),
     # The guard before every route.
     code("_serve", "_check_path(scope)", "None", "test_refused[id "),
     refusal("expected headers of at most {} bytes", "test_headers_have_a_limit"),
