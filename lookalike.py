@@ -133,10 +133,10 @@ def whiten(
     Of fewer than 500 pictures it learns the mean alone. Pictures of another kind make it worse.
     """
     from service.jobs.whiten import whiten as run
-    from service.settings import read_settings
+    from service.settings import read_own_settings
     from service.sources import open_source
 
-    done = run(model, open_source(calibrate, data_root), out, read_settings(), power, dimension)
+    done = run(model, open_source(calibrate, data_root), out, read_own_settings(), power, dimension)
     _finish(f"{out}: learnt on {done.added} pictures; {done.bad} could not be read", done)
 
 
@@ -187,10 +187,10 @@ def embed(
 ) -> None:
     """Embed a whole source into a folder of Parquet parts; run it again to resume after an interruption."""
     from service.jobs.embed import embed_source
-    from service.settings import read_settings
+    from service.settings import read_own_settings
     from service.sources import open_source
 
-    done = embed_source(open_source(source, data_root), model, out, read_settings())
+    done = embed_source(open_source(source, data_root), model, out, read_own_settings())
     _finish(
         f"{out}: {done.added} pictures embedded now, {done.known} earlier; {done.bad} could not be read", done, as_json
     )
@@ -214,11 +214,11 @@ def index(
     from service.encoder_choice import choose_model
     from service.gallery import open_gallery
     from service.jobs.index import index_source
-    from service.settings import read_settings
+    from service.settings import read_own_settings
     from service.sources import open_source
 
     pictures = open_source(source, data_root)
-    settings = read_settings(model=model, store=store)
+    settings = read_own_settings(model=model, store=store)
     chosen, choice = choose_model(settings, source)
     if choice:
         print(choice, file=sys.stderr)
@@ -248,9 +248,9 @@ def reindex(
     """Embed a store's pictures again with another encoder; a service may keep running meanwhile."""
     from service.encoding.pretrained import default_encoder
     from service.jobs.reindex import reindex as run
-    from service.settings import read_settings
+    from service.settings import read_own_settings
 
-    settings = read_settings(store=store)
+    settings = read_own_settings(store=store)
     model = model or default_encoder()
     count = run(model, settings)
     print(
@@ -269,13 +269,13 @@ def search(
     """Find the pictures of a store that are most like a picture."""
     from service.gallery import open_gallery
     from service.queries import PictureQuery
-    from service.settings import read_settings
+    from service.settings import read_own_settings
 
     try:
         data = image.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
-    gallery = open_gallery(read_settings(store=store, read_only=True))
+    gallery = open_gallery(read_own_settings(store=store, read_only=True))
     hits = gallery.find([PictureQuery(data)], k)[0]
     gallery.close()
     if as_json:

@@ -26,6 +26,8 @@ Add = Callable[[Sequence[NewPicture[bytes]]], list[Outcome[bool]]]
 _ITEMS_AT_ONCE = 64
 # Facts about the store that a later generation takes over: the prefixes of its sources (see jobs/naming.py).
 _INHERITED = ("prefixes",)
+# The fact that holds the fingerprints of all encoders before, from the first on.
+_REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, do
     if lineage is None or lineage.earlier != _name(home, folder):
         lineage = Lineage(_name(home, folder), served=False)
         _remove_strangers(store, earlier)
+        store.note({_REPLACED: f"{earlier.meta.get(_REPLACED, '')} {earlier.meta['fingerprint']}".strip()})
     lineage.save(store)
     while lineage.caught_up_to < earlier.sequence():
         lineage = replace(lineage, caught_up_to=follow(store, earlier, lineage.caught_up_to, add, done))
@@ -158,6 +161,15 @@ def written(home: Path) -> Path:
             break
         folder = earlier
     return folder
+
+
+def replaced(home: Path) -> set[str]:
+    """Return the fingerprints of the encoders that a store had before its current one. Raises InvalidStore."""
+    meta = read_meta(current(home))
+    # Earlier versions did not note them.
+    older = [folder for number, folder in generations(home).items() if number < generation(home)]
+    found = {*meta.get(_REPLACED, "").split(), *(read_meta(folder)["fingerprint"] for folder in older)}
+    return found - {meta["fingerprint"]}
 
 
 def prune(home: Path) -> list[Removed]:
