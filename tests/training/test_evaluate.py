@@ -235,15 +235,15 @@ def test_pictures_without_a_label_are_left_out_and_counted(
     tiny_model: Path, tmp_path: Path, paint: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     columns: dict[str, list[Any]] = {"image": [], "label": []}
-    for number in range(30):
+    for number in range(36):
         columns["image"].append(paint(tmp_path / "set" / f"{number:02}.png", height=9, width=9, seed=number))
         columns["label"].append([None, "a", "b"][number % 3])
     pq.write_table(pa.table(columns), tmp_path / "set.parquet")
     found = evaluate(tiny_model, str(tmp_path / "set.parquet"), str(tmp_path / "set.parquet"), tmp_path)
     assert found.classes == ["a", "b"]
-    assert [id[-2:] for id in found.queries.ids] == [f"{number:02}" for number in range(30) if number % 3]
-    assert [found.classes[label] for label in found.bank.labels] == ["a", "b"] * 10
-    assert capsys.readouterr().err.count("set.parquet: 10 pictures without a label are left out") == 2
+    assert [id[-2:] for id in found.queries.ids] == [f"{number:02}" for number in range(36) if number % 3]
+    assert [found.classes[label] for label in found.bank.labels] == ["a", "b"] * 12
+    assert capsys.readouterr().err.count("set.parquet: 12 pictures without a label are left out") == 2
 
 
 def test_pictures_of_all_sizes_and_a_class_that_the_bank_lacks(

@@ -58,9 +58,8 @@ def test_labels_of_a_folder_and_of_its_archives(
         name = "set.tar" if pack == "tar" else "set.zip"
         source = open_source(str((tarred if pack == "tar" else zipped)(tmp_path / name, files)))
     assert (source.labels and sorted(source.labels, key=str)) == (labels and sorted(labels, key=str))
-    assert {label: id for id, label in zip(source.ids, source.labels or [], strict=False) if label is None} == {
-        label: id for id, label in zip(source.ids, labels or [], strict=False) if label is None
-    } or labels
+    for id, label in zip(source.ids, source.labels or [], strict=False):
+        assert label is None or f"{label}/" in id
 
 
 def test_links_are_followed_and_circles_are_not(tmp_path: Path) -> None:
