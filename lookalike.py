@@ -32,6 +32,10 @@ DataRoot = Annotated[Path, typer.Option(help="Where named sets lie, in torchvisi
 Model = Annotated[Path, typer.Option(help="Folder of the encoder.")]
 StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")]
+ImageKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="The picture to take of a WebDataset sample that has several, as in input.jpg."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -182,6 +186,7 @@ def embed(
     source: Source,
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write, or to resume.")],
+    image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     as_json: Json = False,
 ) -> None:
@@ -190,7 +195,7 @@ def embed(
     from service.settings import read_own_settings
     from service.sources import open_source
 
-    done = embed_source(open_source(source, data_root), model, out, read_own_settings())
+    done = embed_source(open_source(source, data_root, image_key), model, out, read_own_settings())
     _finish(
         f"{out}: {done.added} pictures embedded now, {done.known} earlier; {done.bad} could not be read", done, as_json
     )
@@ -207,6 +212,7 @@ def index(
             help="Begins the ids; '' to replace other sources' pictures. Chosen where ids collide if left out."
         ),
     ] = None,
+    image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     as_json: Json = False,
 ) -> None:
@@ -217,7 +223,7 @@ def index(
     from service.settings import read_own_settings
     from service.sources import open_source
 
-    pictures = open_source(source, data_root)
+    pictures = open_source(source, data_root, image_key)
     settings = read_own_settings(model=model, store=store)
     chosen, choice = choose_model(settings, source)
     if choice:

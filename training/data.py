@@ -20,6 +20,7 @@ from service.encoding.card import Preprocessing
 from service.encoding.images import decode_pixels
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.files import write_file
+from service.jobs.account import printable
 from service.settings import read_own_settings
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
@@ -203,8 +204,11 @@ class Canvas:
     def list_bad(self, path: Path) -> None:
         """Write ids and reasons of the bad pictures, a line each; without bad pictures, write nothing."""
         if self.bad:
-            lines = [f"{self.source.ids[position]}\t{reason}\n" for position, reason in sorted(self.bad.items())]
-            write_file(path, "".join(lines).encode("utf-8", "surrogateescape"))
+            lines = [
+                f"{printable(self.source.ids[position])}\t{printable(reason)}\n"
+                for position, reason in sorted(self.bad.items())
+            ]
+            write_file(path, "".join(lines).encode())
 
     def close(self) -> None:
         """Release memory and threads. A canvas on disk stays for a resumed run."""

@@ -3,6 +3,7 @@
 A source opens the file at every read. So threads and processes may read at once, and no handle stays open.
 """
 
+import filecmp
 import os
 import stat
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from service.sources.source import LeftOut, Omissions, Source
 
 def gather(root: Path) -> Gathered[None]:
     """Return the pictures in a folder, at any depth, and what it holds besides. Raises OSError if it is unreadable."""
-    gathered: Gathered[None] = Gathered()
+    gathered: Gathered[None] = Gathered(lambda one, other: _same(root / one[0], root / other[0]))
     for path, left_out in walk(root):
         left_out = left_out or judge(path, lambda path=path: _start(root / path))  # type: ignore[misc]
         if left_out:
@@ -116,6 +117,13 @@ def _follow(root: Path, link: str, entered: set[str], links: list[str]) -> Itera
         yield link, LeftOut(link, "a link to a file that is read already", False)
     else:
         yield link, None
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _start(path: Path) -> bytes:

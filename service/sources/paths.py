@@ -1,7 +1,7 @@
 """The paths of a source's pictures: their ids, which are composed Unicode and distinct, and the labels in them."""
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from service.sources.compact import Labels
@@ -15,12 +15,16 @@ _SPLITS = {"train", "val", "valid", "validation", "test", "dev"}
 class Gathered(Generic[P]):
     """The pictures of one source while it is scanned, by composed id, and what was left out.
 
+    Args:
+        same: whether the pictures at two paths and places are the same, to the byte; None where that is not known.
+
     Attributes:
         found: the path as it is stored, and its place, by id; in the order of the last addition.
         left_out: what was not taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, same: Callable[[tuple[str, P], tuple[str, P]], bool] | None = None) -> None:
+        self._same = same
         self.found: dict[str, tuple[str, P]] = {}
         self.left_out: list[LeftOut] = []
 
@@ -39,10 +43,14 @@ class Gathered(Generic[P]):
             self.found[id] = path, place
             return
         loser = path if earlier[0] == id or path != id else earlier[0]
+        if self._same is not None and self._same(earlier, (path, place)):
+            reason, lost = "the same picture under a name that differs only in how its characters are composed", False
+        else:
+            reason = "another path differs from this one only in how its characters are composed: rename one of them"
+            lost = True
         if loser != path:
             self.found[id] = path, place
-        reason = "another path differs from this one only in how its characters are composed: rename one of them"
-        self.left_out.append(LeftOut(loser, reason, True))
+        self.left_out.append(LeftOut(loser, reason, lost))
 
 
 def compose(text: str) -> str:
@@ -55,7 +63,7 @@ def path_labels(paths: Sequence[str], archive: str | None = None) -> Labels | No
 
     Folders that all pictures share are passed over. Of what follows, the first level is the label; if all first levels
     are names of splits, such as train and val, it is the second one. A picture that lies outside has no label. If one
-    folder holds all pictures directly, it is their label, unless the archive has its name.
+    folder holds all pictures directly, it is their label, unless it is a split or the archive has its name.
 
     Args:
         paths: of the pictures, with slashes.
@@ -67,7 +75,7 @@ def path_labels(paths: Sequence[str], archive: str | None = None) -> Labels | No
     above = len(_shared(paths))
     if above and not any("/" in path[above:] for path in paths):
         folder = paths[0][: above - 1].rpartition("/")
-        if folder[2] == archive and not folder[0]:
+        if (folder[2] == archive and not folder[0]) or folder[2].lower() in _SPLITS:
             return None
         above = len(folder[0] + folder[1])
     split = {path[above : path.index("/", above)].lower() for path in paths if "/" in path[above:]} <= _SPLITS

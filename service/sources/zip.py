@@ -26,7 +26,9 @@ def open_zip(name: str, path: Path) -> Source:
     Raises:
         InvalidSource: the file is not a zip, is encrypted, or holds no picture.
     """
-    gathered: Gathered[zipfile.ZipInfo] = Gathered()
+    gathered: Gathered[zipfile.ZipInfo] = Gathered(
+        lambda one, other: (one[1].CRC, one[1].file_size) == (other[1].CRC, other[1].file_size)
+    )
     try:
         with zipfile.ZipFile(path) as archive:
             for path_inside, member, left_out in judged(archive):

@@ -1,6 +1,7 @@
 """SOURCE → canvas → batches: decoded once by the service's function, bad pictures skipped, order by the seed."""
 
 import io
+import os
 import resource
 import threading
 from collections import Counter
@@ -442,6 +443,16 @@ def test_a_bad_picture_is_passed_over_and_named(tmp_path: Path, paint: Paint, la
     assert lines[0].startswith("07.png\tthe picture is damaged or cut short: ")
     assert lines[1] == "31.png\texpected the bytes of a picture, got none"
     assert lines[2].startswith("44.png\tcannot be read: ")
+
+
+def test_the_list_of_bad_pictures_is_text_whatever_their_names(lay: Lay, run_folder: Path, tmp_path: Path) -> None:
+    for name in (b"a.png", b"caf\xe9.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(encoded(scene()) if name == b"a.png" else b"")
+    canvas = lay(open_source(str(tmp_path)))
+    with pytest.raises(InvalidSource, match="1 of 2 pictures are bad"):
+        canvas.take(np.arange(2))
+    canvas.list_bad(run_folder / "bad.txt")
+    assert (run_folder / "bad.txt").read_text() == "caf\\xe9.png\texpected the bytes of a picture, got none\n"
 
 
 def test_without_bad_pictures_there_is_no_list(lay: Lay, run_folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The offline job: figures against plain NumPy and scikit-learn, correct baselines, refusals."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -235,15 +236,16 @@ def test_pictures_without_a_label_are_left_out_and_counted(
     tiny_model: Path, tmp_path: Path, paint: Callable[..., bytes]
 ) -> None:
     columns: dict[str, list[Any]] = {"image": [], "label": []}
-    for number in range(33):
+    for number in range(36):
         columns["image"].append(paint(tmp_path / "set" / f"{number:02}.png", height=9, width=9, seed=number))
         columns["label"].append([None, "a", "b"][number % 3])
     pq.write_table(pa.table(columns), tmp_path / "set.parquet")
     found = evaluate(tiny_model, str(tmp_path / "set.parquet"), str(tmp_path / "set.parquet"), tmp_path)
     assert found.classes == ["a", "b"]
-    assert [id[-2:] for id in found.queries.ids] == [f"{number:02}" for number in range(33) if number % 3]
-    assert [found.classes[label] for label in found.bank.labels] == ["a", "b"] * 11
-    assert found.report["bank"]["left_out"] == found.report["queries"]["left_out"] == {"without a label": 11}
+    assert [id[-2:] for id in found.queries.ids] == [f"{number:02}" for number in range(36) if number % 3]
+    assert [found.classes[label] for label in found.bank.labels] == ["a", "b"] * 12
+    assert found.report["bank"]["left_out"] == found.report["queries"]["left_out"] == {"without a label": 12}
+    assert Counter(one.reason for one in found.account.left_out) == {"without a label": 24}
 
 
 def test_pictures_of_all_sizes_and_a_class_that_the_bank_lacks(
