@@ -6,7 +6,7 @@ It also refuses files for parts that no picture needs: long texts, damaged chunk
 
 import re
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL.JpegImagePlugin import MARKER
 
@@ -17,6 +17,7 @@ _MOST_SCANS = 64
 _MOST_CHUNKS = 50_000
 _MOST_SEGMENTS = 50_000
 _MOST_STRAY_BYTES = 500_000
+_MOST_TAGS = 1_000
 _MAX_PROFILE_BYTES = 1_000_000
 
 # Chunks that a picture can do without, but is not the same without: transparency, orientation, colour profile.
@@ -52,13 +53,26 @@ def needed_parts(data: bytes, format: str) -> Parts:
     """Return the parts of a file that its picture needs. Files other than PNG and JPEG come back as they are.
 
     Raises:
-        TooLarge: more than 50,000 chunks or segments, 500,000 fill bytes and stray bytes, or 64 scans.
+        TooLarge: more than 50,000 chunks or segments, 500,000 fill bytes and stray bytes, 64 scans, or 1,000 tags.
 
     Cost: a PNG or a baseline JPEG without anything to leave out is not copied.
     """
     if format == "PNG":
         return Parts(_needed_chunks(data))
+    if format == "TIFF":
+        _check_tags(data)
     return _needed_segments(data) if format == "JPEG" else Parts(data)
+
+
+def _check_tags(data: bytes) -> None:
+    """Refuse a TIFF with too many tags: Pillow copies the value of each, and all may lie in the same bytes."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    # An offset has eight bytes in a BigTIFF, and four otherwise.
+    at, size, counter = (8, 8, 8) if 43 in data[2:4] else (4, 4, 2)
+    place = int.from_bytes(data[at : at + size], order)
+    tags = int.from_bytes(data[place : place + counter], order)
+    if tags > _MOST_TAGS:
+        raise TooLarge(f"the picture has more than {_MOST_TAGS} tags")
 
 
 def _needed_chunks(data: bytes) -> bytes:
