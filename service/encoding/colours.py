@@ -1,10 +1,11 @@
-"""A decoded picture of any mode → RGB as a person sees it: 8 bits, with white behind what is transparent."""
+"""A decoded picture of any mode → RGB as a person sees it: sRGB of 8 bits, with white behind what is transparent."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
+from service.encoding.profiles import to_srgb
 from service.errors import UnsupportedFormat
 
 # A picture of more pixels comes back at half its size, as a JPEG's draft does, so that no step needs much more memory
@@ -43,13 +44,13 @@ def to_rgb(picture: Image.Image, raw: str, data: bytes) -> Image.Image:
         data: the picture's file.
 
     Returns:
-        The picture itself if it is plain RGB. One of more than LARGE_PIXELS has half its size.
+        The picture itself if it is plain sRGB. One of more than LARGE_PIXELS has half its size.
     """
     width, height = picture.size
     half = 2 if width * height > LARGE_PIXELS else 1
-    key = _transparent_colour(picture, raw)
+    key, profile = _transparent_colour(picture, raw), picture.info.get("icc_profile")
     if picture.mode == "RGB" and key is None and half == 1:
-        return picture
+        return to_srgb(picture, profile)
     # In many BMPs the fourth byte is unused and 0 everywhere.
     opaque = picture.format == "BMP" and picture.mode == "RGBA" and picture.getchannel("A").getextrema() == (0, 0)
     low = _low_bytes(data) if raw == "RGB;16B" and key is not None else None
@@ -60,12 +61,13 @@ def to_rgb(picture: Image.Image, raw: str, data: bytes) -> Image.Image:
         box = (0, top, width, min(height, top + rows))
         band = picture if whole is None else picture.crop(box)
         if raw.startswith("I;16"):
-            band = _eight_bits(band, key, white_is_zero)
+            band = _eight_bits(band, key, white_is_zero, profile)
         elif low is not None:
-            band = _white_where(band, low.crop(box), key)
+            band = _white_where(band, low.crop(box), key, profile)
         elif band.has_transparency_data and not opaque:
-            visible = band.convert("RGBA")
-            band = Image.alpha_composite(Image.new("RGBA", visible.size, "white"), visible)
+            band = _on_white(band.convert("RGBA"), profile)
+        else:
+            band = to_srgb(band if band.mode in ("L", "RGB", "CMYK") else band.convert("RGB"), profile)
         band = band if band.mode == "RGB" else band.convert("RGB")
         if whole is None:
             return band
@@ -90,7 +92,14 @@ def _transparent_colour(picture: Image.Image, raw: str) -> object:
     return key
 
 
-def _eight_bits(grey: Image.Image, key: object, white_is_zero: bool) -> Image.Image:
+def _on_white(visible: Image.Image, profile: object) -> Image.Image:
+    """Lay RGBA on white, which is white in every profile."""
+    colours = to_srgb(visible.convert("RGB"), profile)
+    colours.putalpha(visible.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", visible.size, "white"), colours)
+
+
+def _eight_bits(grey: Image.Image, key: object, white_is_zero: bool, profile: object) -> Image.Image:
     """Scale 16-bit grey to 8 bits; convert() would clip it."""
     values = np.asarray(grey)
     scaled = np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8)
@@ -98,7 +107,7 @@ def _eight_bits(grey: Image.Image, key: object, white_is_zero: bool) -> Image.Im
         scaled = 255 - scaled
     if isinstance(key, int):
         scaled[values == key] = 255
-    return Image.fromarray(scaled)
+    return to_srgb(Image.fromarray(scaled), profile)
 
 
 def _low_bytes(data: bytes) -> Image.Image:
@@ -110,9 +119,9 @@ def _low_bytes(data: bytes) -> Image.Image:
     return low
 
 
-def _white_where(high: Image.Image, low: Image.Image, key: object) -> Image.Image:
+def _white_where(high: Image.Image, low: Image.Image, key: object, profile: object) -> Image.Image:
     """Return the upper bytes of 16-bit RGB with white where the 16 bits are those of the transparent colour."""
     pixels = np.array(high)
     colour = np.array(key)
     pixels[((pixels == colour >> 8) & (np.asarray(low) == colour & 255)).all(-1)] = 255
-    return Image.fromarray(pixels)
+    return to_srgb(Image.fromarray(pixels), profile)

@@ -6,7 +6,7 @@ It also refuses files for parts that no picture needs: long texts, damaged chunk
 
 import re
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from PIL.JpegImagePlugin import MARKER
 
@@ -15,7 +15,9 @@ from service.errors import TooLarge
 # An ordinary progressive JPEG has 10 scans, and an ordinary PNG of 10 MB a thousand chunks.
 _MOST_SCANS = 64
 _MOST_CHUNKS = 50_000
-_MOST_MARKS = 500_000
+_MOST_SEGMENTS = 50_000
+_MOST_STRAY_BYTES = 500_000
+_MOST_TAGS = 1_000
 _MAX_PROFILE_BYTES = 1_000_000
 
 # Chunks that a picture can do without, but is not the same without: transparency, orientation, colour profile.
@@ -51,13 +53,26 @@ def needed_parts(data: bytes, format: str) -> Parts:
     """Return the parts of a file that its picture needs. Files other than PNG and JPEG come back as they are.
 
     Raises:
-        TooLarge: more than 50,000 chunks, 500,000 segments, fill bytes and stray bytes, or 64 scans.
+        TooLarge: more than 50,000 chunks or segments, 500,000 fill bytes and stray bytes, 64 scans, or 1,000 tags.
 
     Cost: a PNG or a baseline JPEG without anything to leave out is not copied.
     """
     if format == "PNG":
         return Parts(_needed_chunks(data))
+    if format == "TIFF":
+        _check_tags(data)
     return _needed_segments(data) if format == "JPEG" else Parts(data)
+
+
+def _check_tags(data: bytes) -> None:
+    """Refuse a TIFF with too many tags: Pillow copies the value of each, and all may lie in the same bytes."""
+    order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
+    # An offset has eight bytes in a BigTIFF, and four otherwise.
+    at, size, counter = (8, 8, 8) if 43 in data[2:4] else (4, 4, 2)
+    place = int.from_bytes(data[at : at + size], order)
+    tags = int.from_bytes(data[place : place + counter], order)
+    if tags > _MOST_TAGS:
+        raise TooLarge(f"the picture has more than {_MOST_TAGS} tags")
 
 
 def _needed_chunks(data: bytes) -> bytes:
@@ -97,13 +112,17 @@ def _needed_segments(data: bytes) -> Parts:
     The commonest kind is not searched for its end: a baseline JPEG whose first scan holds all components. libjpeg
     refuses a second scan there, and reads the rest in C.
     """
-    place, work, scans, components, baseline = 2, 0, 0, 0, False
+    place, segments, stray, scans, components, baseline = 2, 0, 0, 0, 0, False
     known: dict[int, int] = {}
     while mark := (_MARK_BEHIND_DATA if scans else _MARK).search(data, place):
         begin, code = mark.end(), mark[0][-1]
-        work += 1 if scans else begin - place - 1
-        if work > _MOST_MARKS:
-            raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
+        segments += 1
+        # Behind the first scan the decoder goes on in C.
+        stray += 0 if scans else begin - place - 2
+        if segments > _MOST_SEGMENTS:
+            raise TooLarge(f"the picture has more than {_MOST_SEGMENTS} segments")
+        if stray > _MOST_STRAY_BYTES:
+            raise TooLarge(f"the picture has more than {_MOST_STRAY_BYTES} fill bytes between its segments")
         place = begin if code in _WITHOUT_LENGTH else begin + int.from_bytes(data[begin : begin + 2])
         if code in _FRAMES:
             baseline, components = code in _BASELINE, int.from_bytes(data[begin + 7 : begin + 8])
@@ -117,8 +136,8 @@ def _needed_segments(data: bytes) -> Parts:
                 raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
         elif code == _END and scans:
             return Parts(data[:begin], scans)
-    if not scans and len(data) - place > _MOST_MARKS:
-        raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
+    if not scans and len(data) - place > _MOST_STRAY_BYTES:
+        raise TooLarge(f"the picture has more than {_MOST_STRAY_BYTES} fill bytes between its segments")
     return Parts(data, max(1, scans), sum(mask == _ALL for mask in known.values()) >= components)
 
 

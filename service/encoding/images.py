@@ -295,8 +295,10 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
             f"the picture is {width}x{height}; the limit is {limits.max_pixels} pixels (LOOKALIKE_MAX_PIXELS)"
         )
     if max(width, height) > limits.max_aspect * min(width, height):
-        limit = f"{limits.max_aspect}:1 from side to side"
-        raise TooLarge(f"the picture is {width}x{height}; the limit is {limit} (LOOKALIKE_MAX_ASPECT)")
+        raise TooLarge(
+            f"the picture is {width}x{height}; the limit is {limits.max_aspect}:1 from side to side "
+            "(LOOKALIKE_MAX_ASPECT)"
+        )
 
 
 def _upright(picture: Image.Image, stored: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from service import IntArray, PixelArray
 from service.encoding.card import square_preprocessing
 from service.encoding.images import Limits, decode_pixels
-from service.errors import InvalidSource
+from service.errors import InvalidSource, LookalikeError
 from service.sources import open_source
 from service.sources.compact import Labels
 from service.sources.source import Source
@@ -40,6 +40,7 @@ from training.data import (
     spread,
     to_luminance,
 )
+from training.evaluate import read_pixels
 
 Paint = Callable[..., bytes]
 Lay = Callable[..., Canvas]
@@ -714,3 +715,15 @@ def test_too_few_good_pictures_for_a_batch_are_one_sentence(lay: Lay) -> None:
         next(taken(canvas, 20, 20))
     assert str(caught.value) == "digits[:20]: 19 pictures can be used, a batch needs 20"
     assert len(next(taken(canvas, 20, 19)).positions) == 19
+
+
+def test_a_limit_that_is_set_counts_in_training_and_evaluation(
+    lay: Lay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd_pictures(tmp_path)
+    source = open_source(str(tmp_path))
+    monkeypatch.setenv("LOOKALIKE_MAX_PIXELS", "10")
+    with pytest.raises(LookalikeError, match="LOOKALIKE_MAX_PIXELS"):
+        lay(source, 16).take(np.arange(9))
+    with pytest.raises(LookalikeError, match="LOOKALIKE_MAX_PIXELS"):
+        read_pixels(source, square_preprocessing(16))

@@ -75,7 +75,12 @@ def test_jpeg_that_lacks_only_its_end_mark(kind: str) -> None:
 def test_work_stays_bounded() -> None:
     data = JPEGS["progressive"]
     for stray in (b"\xff" * 600_000, bytes(600_000), b"\xff\0" * 300_000):
-        with pytest.raises(TooLarge, match="500000 segments"):
+        with pytest.raises(TooLarge, match="500000 fill bytes"):
             decode(data[:20] + stray + data[20:], 28, LIMITS)
+    for order, magic, counter in (("<", b"II*\0", "IH"), (">", b"MM\0*", "IH"), ("<", b"II+\0\x08\0\0\0", "QQ")):
+        start = 16 if counter == "QQ" else 8
+        tags = magic + struct.pack(order + counter, start, 1_001) + bytes(30_000)
+        with pytest.raises(TooLarge, match="more than 1000 tags"):
+            decode(tags, 28, LIMITS)
     with pytest.raises(UndecodablePicture):
         decode(encoded(scene())[:-40], 28, LIMITS)

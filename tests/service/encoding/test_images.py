@@ -231,8 +231,8 @@ def test_small_files_that_ask_for_much_work_are_refused() -> None:
     with pytest.raises(TooLarge, match="more than 64 scans"):
         decode(many, 28, Limits())
     assert decode(progressive, 28, Limits()).size == (64, 48)
-    for filling in (b"\xff" * 600_000, b"\xff\xe1\0\2" * 600_000):
-        with pytest.raises(TooLarge, match="more than 500000 segments and fill bytes"):
+    for filling, most in ((b"\xff" * 600_000, "500000 fill bytes"), (b"\xff\xe1\0\2" * 60_000, "50000 segments")):
+        with pytest.raises(TooLarge, match=f"more than {most}"):
             decode(progressive[:2] + filling + progressive[2:], 28, Limits())
     png = encoded(scene())
     chunks = (struct.pack(">I", 0) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))) * 60_000
