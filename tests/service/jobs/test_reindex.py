@@ -8,7 +8,7 @@ import pytest
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import InvalidRequest, InvalidStore, StoreMismatch
-from service.gallery import open_gallery, succeed
+from service.gallery import follow_reindex, open_gallery, succeed
 from service.generations import prune
 from service.jobs.index import index_source
 from service.jobs.reindex import reindex, rollback
@@ -212,3 +212,25 @@ def test_an_unfinished_generation_of_a_third_encoder_is_named(settings: Settings
         reindex(third, settings)
     assert [one.number for one in prune(settings.store)] == [2]
     assert reindex(third, settings) == 1
+
+
+def test_settings_that_name_the_replaced_encoder_follow_the_store(settings: Settings, other: Path) -> None:
+    fixed = settings.model_copy(update={"model": MODEL})
+    assert follow_reindex(fixed) == (fixed, "")
+    gallery = open_gallery(fixed)
+    gallery.add("a", encoded(scene(seed=1)), {})
+    gallery.close()
+    assert follow_reindex(fixed) == (fixed, "")
+    reindex(other, settings)
+    for _ in range(2):
+        followed, warning = follow_reindex(fixed)
+        assert followed == settings
+        assert f"a reindex has replaced the encoder {MODEL} by {other}, which is served" in warning
+        open_gallery(followed).close()
+        # The second time the first generation is gone, and the store remembers its encoder.
+        prune(settings.store)
+    # An encoder that the store never had is refused when the store is opened.
+    third = settings.model_copy(update={"model": another_encoder(other.with_name("third"), resample=1)})
+    assert follow_reindex(third) == (third, "")
+    with pytest.raises(StoreMismatch):
+        open_gallery(third)
