@@ -13,11 +13,13 @@ from service.generations import prune
 from service.jobs.index import index_source
 from service.jobs.reindex import reindex, rollback
 from service.queries import PictureQuery
+from service.serving import check
 from service.settings import Settings
 from service.sources import open_source
 from service.store.embedded import EmbeddedStore
 from service.store.layout import current
 from tests.conftest import MODEL, another_encoder, encoded, scene
+from tests.serving import free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden_store"
 
@@ -214,7 +216,9 @@ def test_an_unfinished_generation_of_a_third_encoder_is_named(settings: Settings
     assert reindex(third, settings) == 1
 
 
-def test_settings_that_name_the_replaced_encoder_follow_the_store(settings: Settings, other: Path) -> None:
+def test_settings_that_name_the_replaced_encoder_follow_the_store(
+    settings: Settings, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fixed = settings.model_copy(update={"model": MODEL})
     assert follow_reindex(fixed) == (fixed, "")
     gallery = open_gallery(fixed)
@@ -227,6 +231,9 @@ def test_settings_that_name_the_replaced_encoder_follow_the_store(settings: Sett
         assert followed == settings
         assert f"a reindex has replaced the encoder {MODEL} by {other}, which is served" in warning
         open_gallery(followed).close()
+        # `lookalike serve --model OLD` goes this way.
+        assert check(fixed.model_copy(update={"port": free_port()})).model == other
+        assert warning in capsys.readouterr().err
         # The second time the first generation is gone, and the store remembers its encoder.
         prune(settings.store)
     # An encoder that the store never had is refused when the store is opened.
