@@ -12,6 +12,12 @@ from service.errors import InvalidRequest, LookalikeError
 if TYPE_CHECKING:
     from service.jobs.account import Account
 
+# Packages that only an extra of the project installs.
+_EXTRAS = {
+    "onnxruntime": "cpu (or gpu, for CUDA)",
+    **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "torch", "torchvision"), "train"),
+}
+
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
 store_cli = typer.Typer(
@@ -433,10 +439,18 @@ def info(
 ) -> None:
     """Show an encoder's card, after checking its files against it."""
     from service.encoding.card import digest, read_card
-    from service.encoding.encoder import Encoder
 
     card = read_card(model)
-    facts = digest(card, Encoder(card, variant="fp32").dimension)
+    try:
+        from service.encoding.encoder import Encoder
+
+        dimension = Encoder(card, variant="fp32").dimension
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime" or "dimension" not in card.facts:
+            raise
+        dimension = card.facts["dimension"]
+        print(f"note: the dimension is what the card says, because {_missing(error)}", file=sys.stderr)
+    facts = digest(card, dimension)
     if as_json:
         print(json.dumps(facts))
         return
@@ -458,14 +472,29 @@ def _need_torch() -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise InvalidRequest(
-            "this needs the training environment: run `make setup`, then .venv/bin/lookalike"
+            "this needs the training environment: run `make setup`, then .venv/bin/lookalike, "
+            "or install the extra train: pip install '.[cpu,train]' in the project's folder"
         ) from error
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """Return what to install for a package that is missing. Raises the error again if no extra has that package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        raise error
+    return (
+        f"{package} is not installed: install the extra {_EXTRAS[package]} of lookalike, "
+        f"such as pip install '.[{_EXTRAS[package].partition(' ')[0]}]' in the project's folder"
+    )
 
 
 def main() -> None:
     """Run the command; an error of ours is one sentence and exit code 2."""
     try:
         cli()
+    except ModuleNotFoundError as error:
+        print(f"lookalike: {_missing(error)}", file=sys.stderr)
+        sys.exit(2)
     except (LookalikeError, OSError) as error:
         print(f"lookalike: {error}", file=sys.stderr)
         sys.exit(2)

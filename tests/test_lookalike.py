@@ -70,6 +70,34 @@ def test_search_needs_no_model(store: Path, tmp_path: Path) -> None:
     assert text == f'{hits[0]["score"]:.4f}  digits/00007  {{"label": "7"}}\n'
 
 
+def without_onnxruntime(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process that has no onnxruntime, as after `pip install .` without an extra."""
+    program = "import sys; sys.modules['onnxruntime'] = None; import lookalike; lookalike.main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_missing_onnxruntime_is_one_sentence_that_names_the_extra(tmp_path: Path) -> None:
+    done = without_onnxruntime("index", "digits[:2]", "--model", MODEL, "--store", tmp_path / "store")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "lookalike: onnxruntime is not installed: install the extra cpu (or gpu, for CUDA) of lookalike, "
+        "such as pip install '.[cpu]' in the project's folder\n"
+    )
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow("starts the command three times")
+def test_what_needs_no_onnxruntime_works_without() -> None:
+    done = without_onnxruntime("info", MODEL, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(run("info", MODEL, "--json").stdout)
+    assert "note: the dimension is what the card says, because onnxruntime is not installed" in done.stderr
+    for verb in ("serve", "search"):
+        assert without_onnxruntime(verb, "--help").returncode == 0
+
+
 def imported_by(*arguments: str | Path) -> set[str]:
     """Run a command that succeeds; return the packages that its process has imported at its end."""
     program = (

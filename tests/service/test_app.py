@@ -91,11 +91,6 @@ def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) ->
         request = urllib.request.Request(f"{url}/images/added", picture, {"Content-Type": "image/png"}, method="PUT")
         assert urllib.request.urlopen(request, timeout=10).status == 201
         assert b'"count":21' in get(f"{url}/info")[1]
-    # A unit that names the old encoder starts, on the store's own.
-    with serving(tmp_path) as url:
-        assert b'"model":"other","' in get(f"{url}/info")[1]
-        log = (tmp_path / "serve.log").read_text()
-        assert f"warning: {tmp_path / 'store'}: a reindex has replaced the encoder {MODEL} by {other}" in log
 
 
 @pytest.mark.slow("starts two services")

@@ -8,16 +8,18 @@ import pytest
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import InvalidRequest, InvalidStore, StoreMismatch
-from service.gallery import open_gallery, succeed
+from service.gallery import follow_reindex, open_gallery, succeed
 from service.generations import prune
 from service.jobs.index import index_source
 from service.jobs.reindex import reindex, rollback
 from service.queries import PictureQuery
+from service.serving import check
 from service.settings import Settings
 from service.sources import open_source
 from service.store.embedded import EmbeddedStore
 from service.store.layout import current
 from tests.conftest import MODEL, another_encoder, encoded, scene
+from tests.serving import free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden_store"
 
@@ -235,3 +237,30 @@ def test_a_new_generation_knows_where_its_pictures_came_from(settings: Settings,
         "2024/IMG_0000.png": f"{tmp_path}/2024/IMG_0000.png",
     }
     gallery.close()
+
+
+def test_settings_that_name_the_replaced_encoder_follow_the_store(
+    settings: Settings, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = settings.model_copy(update={"model": MODEL})
+    assert follow_reindex(fixed) == (fixed, "")
+    gallery = open_gallery(fixed)
+    gallery.add("a", encoded(scene(seed=1)), {})
+    gallery.close()
+    assert follow_reindex(fixed) == (fixed, "")
+    reindex(other, settings)
+    for _ in range(2):
+        followed, warning = follow_reindex(fixed)
+        assert followed == settings
+        assert f"a reindex has replaced the encoder {MODEL} by {other}, which is served" in warning
+        open_gallery(followed).close()
+        # `lookalike serve --model OLD` goes this way.
+        assert check(fixed.model_copy(update={"port": free_port()})).model == other
+        assert warning in capsys.readouterr().err
+        # The second time the first generation is gone, and the store remembers its encoder.
+        prune(settings.store)
+    # An encoder that the store never had is refused when the store is opened.
+    third = settings.model_copy(update={"model": another_encoder(other.with_name("third"), resample=1)})
+    assert follow_reindex(third) == (third, "")
+    with pytest.raises(StoreMismatch):
+        open_gallery(third)
