@@ -74,9 +74,9 @@ async def read_pictures(
         form = await read_form(request, settings, settings.max_images, texts)
         return [data for _, data in form.files], form.texts
     if kind not in _RAW and not kind.startswith("image/"):
+        last = "application/json" if or_json else "application/octet-stream"
         raise UnsupportedFormat(
-            "expected a picture: a body of image/*, multipart/form-data with the field file"
-            + (", or application/json" if or_json else ", or application/octet-stream")
+            f"expected a picture: a body of image/*, multipart/form-data with the field file, or {last}"
         )
     return [await read_body(request, settings.max_image_bytes)], {}
 

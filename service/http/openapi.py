@@ -31,7 +31,12 @@ def _default(limit: str) -> Any:
 
 
 # The schema of an id in a path, by the default limit; `_bound` puts this service's own in its place.
-ITEM_ID = {"minLength": 1, "maxLength": _default("max_id_bytes"), "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$"}
+ITEM_ID = {
+    "minLength": 1,
+    "maxLength": _default("max_id_bytes"),
+    "pattern": r"^[^\x00-\x1f\x7f-\x9f]+$",
+    "not": {"enum": [".", ".."]},
+}
 
 # An example of each status: its code and its detail.
 STATUSES = {

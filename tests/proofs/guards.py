@@ -55,6 +55,9 @@ REMOVALS: list[Removal] = [
     code("check", "not known", "False", "test_no_key_that_is_known"),
     refusal("this API key may read only", "test_keys_that_are_known"),
     code("answer", 'headers["WWW-Authenticate"] = "Bearer"', "pass", "test_no_key_that_is_known"),
+    code("_forwarded", "not self._trusting", "False", "test_a_prefix_that_is_forwarded_is_not_trusted_by_itself"),
+    code("_forwarded", "re.fullmatch(PREFIX, prefix)", "True", "test_a_prefix_that_is_no_path_is_none"),
+    code("_serve", "route_path(scope)", "scope['path']", "test_no_prefix_opens_what_needs_a_key"),
     # Bounds on work.
     refusal("{} requests are waiting already", "test_one_too_many_is_busy_and_begins_nothing"),
     code("Place", "asyncio.timeout(timeout_s)", "asyncio.timeout(None)", "test_what_is_not_done_in_time_is_cancelled"),
@@ -104,6 +107,8 @@ REMOVALS: list[Removal] = [
     ),
     refusal("id: expected 1 to {} bytes, got {}", "test_refused[id of 2"),
     refusal("id: expected text without control characters", "test_ids"),
+    refusal("id: must not be . or .., which no address can name", "test_ids"),
+    code("StrictRoute", "name not in self._known", "False", "test_an_unknown_parameter_is_refused"),
     code("check_id", 'id = unicodedata.normalize("NFC", id)', "pass", "test_ids"),
     refusal("filter: expected at most {} conditions", "test_depth_is_bounded", "test_filters_that_are_refused"),
     refusal("filter: $in expects a list of 1 to {} values", "test_filters_that_are_refused"),

@@ -37,9 +37,14 @@ def get(address: str) -> tuple[int, bytes]:
 def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, tmp_path: Path) -> None:
     port, store = free_port(), tmp_path / "new" / "store"
     log = tmp_path / "log"
+    # A folder of somebody who has modules of such names, and whose HOME cannot be written.
+    for name in ("service", "training", "numpy", "logging"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user was imported')")
+    bare = {name: value for name, value in os.environ.items() if name != "BENTOML_HOME"}
+    bare |= {"HOME": "/proc/nowhere", "LOOKALIKE_VARIANT": "", "LOOKALIKE_MAX_PIXELS": ""}
     with log.open("w") as output:
-        command: list[str | Path] = [LOOKALIKE, "serve", "--model", MODEL, "--store", store, "--port", str(port)]
-        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        command: list[str | Path] = [LOOKALIKE, "serve", "--model", MODEL, "--store", "new/store", "--port", str(port)]
+        server = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, cwd=tmp_path, env=bare)
     wait_until_ready(f"http://127.0.0.1:{port}", server, log)
     assert b'"count":0' in get(f"http://127.0.0.1:{port}/info")[1]
     status, metrics = get(f"http://127.0.0.1:{port}/metrics")

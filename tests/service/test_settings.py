@@ -1,4 +1,4 @@
-"""Limits for strangers and for one's own files."""
+"""Settings from the environment, and the limits that follow from them for strangers and for one's own files."""
 
 from dataclasses import asdict
 
@@ -6,7 +6,7 @@ import pytest
 
 from service.encoding.images import OWN_FILES, Limits, decode
 from service.errors import InvalidRequest, TooLarge
-from service.settings import read_own_settings, read_settings
+from service.settings import Settings, read_own_settings, read_settings
 from tests.service.encoding.test_images import png_header
 
 
@@ -22,3 +22,30 @@ def test_ones_own_files_have_wider_limits_unless_they_are_set(monkeypatch: pytes
     monkeypatch.setenv("LOOKALIKE_MAX_PIXELS", "many")
     with pytest.raises(InvalidRequest, match="LOOKALIKE_MAX_PIXELS"):
         read_own_settings()
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("empty", ["", " ", "\n"])
+def test_an_empty_variable_is_unset(name: str, empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(f"LOOKALIKE_{name.upper()}", raising=False)
+    unset = read_settings()
+    monkeypatch.setenv(f"LOOKALIKE_{name.upper()}", empty)
+    assert read_settings() == unset
+
+
+@pytest.mark.parametrize(
+    ("told", "path"),
+    [("/a", "/a"), ("a", "/a"), ("/a/", "/a"), ("/a/b.c/", "/a/b.c"), ("/", ""), ("/~me/x-y_z", "/~me/x-y_z")],
+)
+def test_a_path_of_a_proxy(told: str, path: str) -> None:
+    assert read_settings(root_path=told).root_path == path
+
+
+@pytest.mark.parametrize("told", ["https://example.org/a", "/a b", '/"', "/a/../b", "/a//b", "/.a", "/é"])
+def test_what_is_no_path_of_a_proxy_is_refused(told: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^LOOKALIKE_ROOT_PATH: "):
+        read_settings(root_path=told)
+
+
+def test_a_host_in_brackets_is_taken_without_them() -> None:
+    assert read_settings(host="[::1]").host == "::1"

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -35,14 +35,26 @@ class _PictureRoute(StrictRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return whether the address is that of a picture, and not of an item whose id ends in the same word."""
-        last = scope.get("raw_path", scope["path"].encode()).rpartition(b"/")[2]
-        if unquote_to_bytes(last) != self.path.rpartition("/")[2].encode():
-            return Match.NONE, {}
-        return super().matches(scope)
+        return super().matches(scope) if _last_part(scope) == self.path.rpartition("/")[2] else (Match.NONE, {})
 
 
-router = APIRouter(route_class=StrictRoute, tags=["images"])
-# These come first: their addresses match the routes of an item, too.
+class _ItemRoute(StrictRoute):
+    """The route of an item, for every address that is not that of an item's picture."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return whether the address is that of an item."""
+        is_picture = _last_part(scope) in ("thumbnail", "content") and any(
+            route.matches(scope)[0] is not Match.NONE for route in pictures.routes
+        )
+        return (Match.NONE, {}) if is_picture else super().matches(scope)
+
+
+def _last_part(scope: Scope) -> str:
+    """Return what stands behind the last slash of an address as it was sent."""
+    return unquote(scope.get("raw_path", scope["path"].encode()).rpartition(b"/")[2])
+
+
+router = APIRouter(route_class=_ItemRoute, tags=["images"])
 pictures = APIRouter(route_class=_PictureRoute, tags=["images"])
 
 

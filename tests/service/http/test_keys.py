@@ -38,6 +38,18 @@ def test_keys_come_from_the_environment_and_from_a_file(tmp_path: Path) -> None:
     assert WRITE not in repr(Settings(api_keys=SecretStr(f"write:{WRITE}")))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_as_windows_writes_it(encoding: str, end: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    file.write_bytes((mark + f"read:{READ}{end}# who writes: Zoë{end}write:{WRITE}{end}").encode(encoding))
+    keys = read_keys(Settings(api_keys_file=file))
+    assert len(keys) == 2
+    keys.check(f"Bearer {READ}", writes=False)
+    keys.check(f"Bearer {WRITE}", writes=True)
+
+
 @pytest.mark.parametrize(
     "line", ["s3cret-s3cret-s3cret", "admin:s3cret-s3cret-s3cret", "read:s3cret", "write:s3cret " * 3]
 )

@@ -255,7 +255,7 @@ def test_settings_that_name_the_replaced_encoder_follow_the_store(
         assert f"a reindex has replaced the encoder {MODEL} by {other}, which is served" in warning
         open_gallery(followed).close()
         # `lookalike serve --model OLD` goes this way.
-        assert check(fixed.model_copy(update={"port": free_port()})).model == other
+        assert check(fixed.model_copy(update={"port": free_port()}))[0].model == other
         assert warning in capsys.readouterr().err
         # The second time the first generation is gone, and the store remembers its encoder.
         prune(settings.store)
