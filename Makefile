@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
-        kills-http power-loss disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container \
+        kills-http power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures container \
         setup setup-serve lock clean
 
 help: ## show this list
@@ -47,7 +47,7 @@ survive: setup ## kill a training run 20 times with -9, and compare its result w
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
 # CI runs the short forms; LONG=1 runs the forms of a release.
-proofs: fuzz-api generated-client fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once ## all below
+proofs: fuzz-api generated-client fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once wild ## all below
 
 fuzz-api: setup ## send requests derived from our OpenAPI document; LONG=1 for 500 of each, three seeds
 	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
@@ -81,6 +81,9 @@ damaged-snapshots: setup ## 300 damaged snapshots, half with a correct checksum;
 
 many-at-once: setup ## 4 writers and 8 readers against plain NumPy for 10 s; LONG=1 for 10 minutes
 	$(if $(LONG),LOOKALIKE_SECONDS=600) .venv/bin/python -m pytest -m proof -s tests/proofs/test_many_at_once.py
+
+wild: setup ## 2,000 odd folders, archives, tables and pictures against a plain reading of them; LONG=1 for 50,000
+	$(if $(LONG),LOOKALIKE_CASES=50000) .venv/bin/python -m pytest -m proof -s tests/proofs/test_wild.py
 
 bench-serve: setup ## measure the service against its peers and limits; LONG=1 for three turns
 	.venv/bin/python -m benchmarks.serve $(if $(LONG),--turns 3)
