@@ -13,9 +13,9 @@ MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check survive proofs fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss \
-        disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container setup setup-serve \
-        lock clean
+.PHONY: help serve test test-all check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
+        kills-http power-loss disk-errors damaged-snapshots many-at-once bench-serve bench-search soak figures container \
+        setup setup-serve lock clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -47,10 +47,13 @@ survive: setup ## kill a training run 20 times with -9, and compare its result w
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
 # CI runs the short forms; LONG=1 runs the forms of a release.
-proofs: fuzz-api fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once ## all below
+proofs: fuzz-api generated-client fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once ## all below
 
 fuzz-api: setup ## send requests derived from our OpenAPI document; LONG=1 for 500 of each, three seeds
 	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
+
+generated-client: setup ## add, filter, patch and delete with a typed client that is generated from the document
+	.venv/bin/python -m pytest -m proof tests/proofs/test_generated_client.py
 
 fuzz-pictures: setup ## send 2,000 mutated pictures; LONG=1 for 20,000
 	$(if $(LONG),LOOKALIKE_MUTATIONS=20000) .venv/bin/python -m pytest -m proof tests/proofs/test_mutated_pictures.py

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
-store_cli = typer.Typer(no_args_is_help=True, help="Look after a store: check it, take it out and in as Parquet.")
+store_cli = typer.Typer(
+    no_args_is_help=True,
+    help="Look after a store: check, back up, restore; go back or remove what is old; items as Parquet.",
+)
 cli.add_typer(store_cli, name="store")
 
 Source = Annotated[
@@ -44,11 +47,19 @@ def pretrain(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as often as you like.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time for the steps, in place of the recipe's epochs.")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Weights to begin with: DEFAULT for torchvision's, or a state file.")
+    minutes: Annotated[
+        float | None, typer.Option(help="Time for the steps, in place of the recipe's epochs; a deadline.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's checkpoint.")] = False,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Weights to begin with: DEFAULT for torchvision's, a state file, a run or its model folder."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume from the run's checkpoint; more --minutes extend the run.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the encoder in OUT, and its run, once the new one is whole.")
+    ] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 3,
     device: Device = "auto",
     data_root: DataRoot = Path("data"),
@@ -60,7 +71,8 @@ def pretrain(
 
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
-    run(source, read_recipe(recipe, change or ()), out, minutes, device, data_root, init, resume, checkpoint_minutes)
+    chosen = read_recipe(recipe, change or ())
+    run(source, chosen, out, minutes, device, data_root, init, resume, checkpoint_minutes, overwrite)
 
 
 @cli.command()
@@ -124,10 +136,10 @@ def whiten(
     Of fewer than 500 pictures it learns the mean alone. Pictures of another kind make it worse.
     """
     from service.jobs.whiten import whiten as run
-    from service.settings import read_settings
+    from service.settings import read_own_settings
     from service.sources import open_source
 
-    tally = run(model, open_source(calibrate, data_root), out, read_settings(), power, dimension)
+    tally = run(model, open_source(calibrate, data_root), out, read_own_settings(), power, dimension)
     print(f"{out}: learnt on {tally.done} pictures; {tally.bad} could not be read", file=sys.stderr)
     raise typer.Exit(1 if tally.bad else 0)
 
@@ -180,10 +192,10 @@ def embed(
 ) -> None:
     """Embed a whole source into a folder of Parquet parts; run it again to resume after an interruption."""
     from service.jobs.embed import embed_source
-    from service.settings import read_settings
+    from service.settings import read_own_settings
     from service.sources import open_source
 
-    done = embed_source(open_source(source, data_root, image_key), model, out, read_settings())
+    done = embed_source(open_source(source, data_root, image_key), model, out, read_own_settings())
     _finish(
         f"{out}: {done.added} pictures embedded now, {done.known} earlier; {done.bad} could not be read", done, as_json
     )
@@ -208,11 +220,11 @@ def index(
     from service.encoder_choice import choose_model
     from service.gallery import open_gallery
     from service.jobs.index import index_source
-    from service.settings import read_settings
+    from service.settings import read_own_settings
     from service.sources import open_source
 
     pictures = open_source(source, data_root, image_key)
-    settings = read_settings(model=model, store=store)
+    settings = read_own_settings(model=model, store=store)
     chosen, choice = choose_model(settings, source)
     if choice:
         print(choice, file=sys.stderr)
@@ -242,9 +254,9 @@ def reindex(
     """Embed a store's pictures again with another encoder; a service may keep running meanwhile."""
     from service.encoding.pretrained import default_encoder
     from service.jobs.reindex import reindex as run
-    from service.settings import read_settings
+    from service.settings import read_own_settings
 
-    settings = read_settings(store=store)
+    settings = read_own_settings(store=store)
     model = model or default_encoder()
     count = run(model, settings)
     print(
@@ -263,13 +275,13 @@ def search(
     """Find the pictures of a store that are most like a picture."""
     from service.gallery import open_gallery
     from service.queries import PictureQuery
-    from service.settings import read_settings
+    from service.settings import read_own_settings
 
     try:
         data = image.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
-    gallery = open_gallery(read_settings(store=store, read_only=True))
+    gallery = open_gallery(read_own_settings(store=store, read_only=True))
     hits = gallery.find([PictureQuery(data)], k)[0]
     gallery.close()
     if as_json:
@@ -323,6 +335,54 @@ def check(store: StoreFolder) -> None:
         problems += 1
     print(f"{store}: {problems or 'no'} problem{'s' * (problems != 1)} found", file=sys.stderr)
     raise typer.Exit(1 if problems else 0)
+
+
+@store_cli.command()
+def backup(
+    store: StoreFolder,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, in place of an earlier backup.")],
+) -> None:
+    """Write a store into one file, checked and safe on the disk; a service may keep running and changing it."""
+    from service.generations import written
+    from service.store.backup import backup as run
+
+    print(f"{out}: {run(written(store), out)} items backed up", file=sys.stderr)
+
+
+@store_cli.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `store backup`.")],
+    store: Annotated[Path, typer.Option(help="Folder of the new store.")],
+) -> None:
+    """Make a new store from a backup."""
+    from service.store.backup import restore as run
+
+    print(f"{store}: {run(file, store)} items restored", file=sys.stderr)
+
+
+@store_cli.command()
+def rollback(store: StoreFolder) -> None:
+    """Go back to the encoder before the last `reindex`, with all changes since; a service may keep running."""
+    from service.jobs.reindex import rollback as run
+    from service.settings import read_settings
+
+    model, count = run(read_settings(store=store))
+    print(
+        f"{store}: {count} pictures are of the encoder {model} again; a running service takes them up on SIGHUP",
+        file=sys.stderr,
+    )
+
+
+@store_cli.command()
+def prune(store: StoreFolder) -> None:
+    """Remove all generations but the current one, with the pictures that were deleted since."""
+    from service.generations import prune as run
+
+    removed = run(store)
+    for one in removed:
+        print(f"{store}: generation {one.number} removed, {one.size / 1e6:.1f} MB", file=sys.stderr)
+    if not removed:
+        print(f"{store}: has no generation but the current one", file=sys.stderr)
 
 
 @store_cli.command("export")

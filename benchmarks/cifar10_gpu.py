@@ -117,7 +117,7 @@ def run(recipe: Recipe, data: Path, state: Path, minutes: float, total_minutes: 
     method = build_method(recipe, build_backbone(recipe.backbone, 3, _SIDE), len(source))
     material = prepare(source, recipe, state, on, earlier, held_out)
     try:
-        # The minutes of a run are those of its steps. A call for all of them ends the schedule, k-NN on top.
+        # A call for all minutes of a run ends its schedule, whose deadline the loop keeps.
         session_s = math.inf if minutes >= total_minutes else 60 * minutes
         checkpoint = train(method, material, identity, state, earlier, session_s=session_s)
         figures = measure(method, material)

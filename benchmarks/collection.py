@@ -119,16 +119,21 @@ class Collection:
         return self._once("ours", lambda: apart(_fill, self))
 
     def imported(self) -> dict[str, float]:
-        """Run `lookalike store import` from Parquet, once; return seconds and peak bytes."""
+        """Run `lookalike store import` from Parquet, once; return seconds and peak bytes.
+
+        The encoder decides the dimension of the store, so each vector keeps only as many of its numbers.
+        """
         return self._once("import", self._import)
 
     def _import(self) -> dict[str, float]:
         with TemporaryDirectory(dir=self.folder) as made:
             parquet = Path(made) / "vectors.parquet"
-            schema = pa.schema({"id": pa.string(), "embedding": pa.list_(pa.float32(), D)})
+            dimension = min(D, int(read_card(MODEL).facts["dimension"]))
+            schema = pa.schema({"id": pa.string(), "embedding": pa.list_(pa.float32(), dimension)})
             with pq.ParquetWriter(parquet, schema) as file:
                 for numbers, rows in chunks(self.vectors):
-                    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), D)
+                    kept = rows[:, :dimension] / np.linalg.norm(rows[:, :dimension], axis=1, keepdims=True)
+                    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(kept.ravel()), dimension)
                     file.write_table(pa.table([pa.array(numbers).cast(pa.string()), embeddings], schema))
             return self._lookalike("store", "import", parquet, "--store", Path(made) / "store", "--model", MODEL)
 

@@ -15,12 +15,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
 from service.errors import LookalikeError
-from service.gallery import Gallery, open_gallery, succeed
+from service.gallery import Gallery, follow_reindex, open_gallery, succeed, superseded
 from service.http import logs
 from service.http.guard import Guard
+from service.http.prefix import route_path
 from service.http.routes import create_app
 from service.http.slots import Slots
-from service.lifetime import Lifetime
+from service.lifetime import Lifetime, forward_hangups
 from service.settings import Settings
 
 log = logging.getLogger("bentoml.lookalike")
@@ -38,17 +39,20 @@ class Worker:
     Attributes:
         app: the HTTP app; `app.state.gallery` is the gallery that serves.
         settings: the settings of the service.
+        guard: stands before the app, and knows the API keys.
     """
 
     app: FastAPI
     settings: Settings
+    guard: Guard
 
     def __init__(self) -> None:
         _return_large_blocks()
         open_service(self.app, self.settings)
         # Signals can be caught in the main thread alone.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.switch, daemon=True).start())
+            signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.renew, daemon=True).start())
+        self._renewing = threading.Lock()
         self._lifetime = Lifetime(alone=self.settings.workers == 1)
         self._failed = ""
 
@@ -58,14 +62,23 @@ class Worker:
         gallery: Gallery = self.app.state.gallery
         return gallery
 
+    def renew(self) -> None:
+        """Read the API keys again, and serve the current generation of the store."""
+        self.guard.reread_keys()
+        if not self.settings.no_store:
+            self.switch()
+
     def switch(self) -> None:
         """Serve the current generation of the store; if it cannot be opened, log why and change nothing."""
-        earlier = self.gallery
-        try:
-            _use(self.app, succeed(earlier))
-        except LookalikeError as error:
-            log.warning("no other generation of the store is taken up: %s", error)
-            return
+        with self._renewing:
+            earlier = self.gallery
+            try:
+                if not superseded(earlier):
+                    return
+                _use(self.app, succeed(earlier))
+            except LookalikeError as error:
+                log.error("no other generation of the store is taken up: %s", error)
+                return
         log.info("serving %d pictures with the encoder %s", self.gallery.store.count(), self.gallery.card.name)
         # Requests that began with the earlier gallery end with it.
         time.sleep(self.settings.work_timeout_s)
@@ -108,12 +121,14 @@ class Fronted(bentoml.Service):  # type: ignore[misc]
         traced = BentoMLContainer.tracing.exporter_type.get() is not None
 
         async def front(scope: Scope, receive: Receive, send: Send) -> None:
-            if traced or scope["type"] != "http" or scope["path"] in _BENTOML_OWN:
+            if traced or scope["type"] != "http" or route_path(scope) in _BENTOML_OWN:
                 await theirs(scope, receive, send)
             else:
                 await ours(scope, receive, send)
 
-        return Guard(front, self.inner.settings)
+        guard = Guard(front, self.inner.settings)
+        self.inner.guard = guard
+        return guard
 
 
 def make_service(settings: Settings) -> bentoml.Service:
@@ -167,6 +182,9 @@ def open_service(app: FastAPI, settings: Settings) -> None:
     Raises:
         InvalidModel, InvalidStore, StoreMismatch: as open_gallery.
     """
+    settings, warning = follow_reindex(settings)
+    if warning:
+        log.warning(warning)
     gallery = open_gallery(settings)
     app.state.slots = Slots(settings.max_waiting, settings.work_timeout_s)
     _use(app, gallery)
@@ -206,4 +224,5 @@ def _return_large_blocks() -> None:
 
 
 logs.write_json_lines()
+forward_hangups()
 Lookalike = make_service(Settings())

@@ -24,10 +24,12 @@ class LookalikeError(Exception):
 
     Attributes:
         parts: if the error is about members of a list, the position and the error of each bad member.
+        retry_after_s: seconds after which the same request may succeed; None if waiting does not help.
     """
 
     status = 500
     code = "internal"
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, parts: "Sequence[tuple[int, LookalikeError]]" = ()) -> None:
         super().__init__(message)
@@ -107,6 +109,20 @@ class InvalidStore(LookalikeError):
     code = "invalid_store"
 
 
+class StorePaused(InvalidStore):
+    """A store that takes no changes now, and will again by itself: its disk is full, or it is being replaced."""
+
+    code = "store_paused"
+    retry_after_s = 5
+
+
+class ReadOnlyStore(InvalidStore):
+    """A change of a store that was opened beside the process that writes it."""
+
+    status = 403
+    code = "read_only"
+
+
 class StoreMismatch(LookalikeError):
     """A store whose embeddings were made by another encoder."""
 
@@ -126,6 +142,7 @@ class OutOfMemory(LookalikeError):
 
     status = 503
     code = "out_of_memory"
+    retry_after_s = 5
 
 
 class InvalidOutput(LookalikeError):
@@ -184,6 +201,7 @@ class Busy(LookalikeError):
 
     status = 429
     code = "busy"
+    retry_after_s = 1
 
 
 class Overloaded(LookalikeError):
@@ -191,6 +209,7 @@ class Overloaded(LookalikeError):
 
     status = 503
     code = "overloaded"
+    retry_after_s = 5
 
 
 class TimedOut(LookalikeError):

@@ -27,12 +27,12 @@ from service.errors import (
     each,
     map_values,
 )
-from service.generations import catch_up, switch
+from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, VectorQuery
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
-from service.store.embedded import EmbeddedStore
+from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.filters import Filter
 from service.store.layout import current
 
@@ -342,6 +342,31 @@ class Search:
         return embedding
 
 
+def follow_reindex(settings: Settings) -> tuple[Settings, str]:
+    """Return settings without their encoder if a reindex has replaced it in their store, and a warning, or "".
+
+    A service that is started by a fixed command line so goes on after a reindex.
+
+    Raises:
+        InvalidModel, InvalidStore: the encoder or the store cannot be read.
+    """
+    recorded = None if settings.no_store or settings.model is None else recorded_model(settings.store)
+    if recorded is None or settings.model is None:
+        return settings, ""
+    if read_card(settings.model).fingerprint not in replaced(settings.store):
+        return settings, ""
+    return settings.model_copy(update={"model": None}), (
+        f"{settings.store}: a reindex has replaced the encoder {settings.model} by {recorded[0]}, which is served; "
+        f"name that one with --model or LOOKALIKE_MODEL, or none"
+    )
+
+
+def superseded(gallery: Gallery) -> bool:
+    """Return whether another generation of a gallery's store is current than the one that is open."""
+    store = gallery.store
+    return isinstance(store, EmbeddedStore) and current(gallery.settings.store) != store.folder
+
+
 def open_gallery(settings: Settings) -> Gallery:
     """Open the encoder and the store that the settings name.
 
@@ -356,6 +381,7 @@ def open_gallery(settings: Settings) -> Gallery:
     if store is not None and not settings.read_only:
         try:
             catch_up(store, settings.store, gallery.add_many)
+            take_up(store)
         except BaseException:
             gallery.close()
             raise

@@ -6,23 +6,28 @@ which embeds pictures with the new encoder and stores them, as `Gallery.add_many
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from service.errors import InvalidStore, ItemNotFound, LookalikeError, Outcome, attempt
+from service.errors import InvalidRequest, InvalidStore, ItemNotFound, LookalikeError, Outcome, attempt
 from service.items import NewPicture
 from service.store import Item, Store
-from service.store.catalog import has_catalog, read_meta
+from service.store.catalog import has_catalog, no_store, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
+from service.store.layout import current, generation, generations, lock, remove
 
 Add = Callable[[Sequence[NewPicture[bytes]]], list[Outcome[bool]]]
 
 _ITEMS_AT_ONCE = 64
 # Facts about the store that a later generation takes over: the prefixes of its sources (see jobs/naming.py).
 _INHERITED = ("prefixes",)
+# The fact that holds the fingerprints of all encoders before, from the first on.
+_REPLACED = "replaced"
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,37 @@ class Lineage:
         earlier: name of the earlier generation's folder within the store's folder; "" for the first generation, which
             lies in the store's folder itself.
         caught_up_to: sequence number of the earlier generation's last change that was taken over; −1 for none.
+        served: whether a process has opened the generation for changes. Until then changes go to the earlier one.
     """
 
     earlier: str
     caught_up_to: int = -1
+    served: bool = True
+
+    @classmethod
+    def read(cls, folder: Path) -> "Lineage | None":
+        """Return the lineage of the generation in a folder, or None if it was not built from another."""
+        facts = read_meta(folder)
+        if "earlier" not in facts:
+            return None
+        return cls(facts["earlier"], int(facts.get("follows", -1)), facts.get("served") != "no")
 
     @classmethod
     def of(cls, store: EmbeddedStore) -> "Lineage | None":
         """Return a store's lineage, or None for a store that was not built from another."""
-        facts = store.facts()
-        return cls(facts["earlier"], int(facts.get("follows", -1))) if "earlier" in facts else None
+        return cls.read(store.folder)
 
     def save(self, store: EmbeddedStore) -> None:
         """Write the lineage into a store. Durable when it returns."""
-        store.note({"earlier": self.earlier, "follows": str(self.caught_up_to)})
+        served = "yes" if self.served else "no"
+        store.note({"earlier": self.earlier, "follows": str(self.caught_up_to), "served": served})
+
+
+class Removed(NamedTuple):
+    """A generation that was removed: its number, and the bytes of its files."""
+
+    number: int
+    size: int
 
 
 def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, done: Callable[[int], object]) -> None:
@@ -65,7 +87,11 @@ def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, do
         InvalidStore: as `follow`.
     """
     folder = earlier.path.parent
-    lineage = Lineage.of(store) or Lineage("" if folder == home else folder.name)
+    lineage = Lineage.of(store)
+    if lineage is None or lineage.earlier != _name(home, folder):
+        lineage = Lineage(_name(home, folder), served=False)
+        _remove_strangers(store, earlier)
+        store.note({_REPLACED: f"{earlier.meta.get(_REPLACED, '')} {earlier.meta['fingerprint']}".strip()})
     lineage.save(store)
     while lineage.caught_up_to < earlier.sequence():
         lineage = replace(lineage, caught_up_to=follow(store, earlier, lineage.caught_up_to, add, done))
@@ -82,7 +108,7 @@ def catch_up(store: EmbeddedStore, home: Path, add: Add) -> None:
         InvalidStore: as `follow`.
     """
     lineage = Lineage.of(store)
-    if lineage is None or not has_catalog(home / lineage.earlier):
+    if lineage is None or _earlier(home, store.folder, lineage) is None:
         return
     with closing(CatalogReader(home / lineage.earlier)) as earlier:
         if earlier.sequence() > lineage.caught_up_to:
@@ -103,7 +129,116 @@ def switch(earlier: EmbeddedStore, later: EmbeddedStore, home: Path, add: Add, r
         catch_up(later, home, add)
         with earlier.retiring("the store was replaced by one of another encoder; try again"):
             catch_up(later, home, add)
+            take_up(later)
     later.inherit(earlier)
+
+
+def take_up(store: EmbeddedStore) -> None:
+    """Note that changes go to this generation from now on. It must have caught up. Durable when it returns."""
+    lineage = Lineage.of(store)
+    if lineage is not None and not lineage.served:
+        replace(lineage, served=True).save(store)
+
+
+def written(home: Path) -> Path:
+    """Return the folder of the generation that has every change.
+
+    This is the current generation, unless no process has opened it for changes since it was published: a service goes
+    on with the generation before it until SIGHUP.
+
+    Args:
+        home: the store's folder.
+
+    Raises:
+        InvalidStore: there is no store, or it is damaged.
+    """
+    folder = current(home)
+    if not has_catalog(folder):
+        raise no_store(home)
+    while (lineage := Lineage.read(folder)) is not None:
+        earlier = _earlier(home, folder, lineage)
+        if earlier is None or (lineage.served and not _behind(earlier, lineage)):
+            break
+        folder = earlier
+    return folder
+
+
+def replaced(home: Path) -> set[str]:
+    """Return the fingerprints of the encoders that a store had before its current one. Raises InvalidStore."""
+    meta = read_meta(current(home))
+    # Earlier versions did not note them.
+    older = [folder for number, folder in generations(home).items() if number < generation(home)]
+    found = {*meta.get(_REPLACED, "").split(), *(read_meta(folder)["fingerprint"] for folder in older)}
+    return found - {meta["fingerprint"]}
+
+
+def prune(home: Path) -> list[Removed]:
+    """Remove every generation but the current one, and with it the pictures that were deleted since.
+
+    A generation that another process is building stays; one whose building was interrupted is removed.
+
+    Args:
+        home: the store's folder. A service may use it.
+
+    Raises:
+        InvalidRequest: a service still writes to an earlier generation.
+        InvalidStore: there is no store, it is damaged, or a file cannot be removed.
+    """
+    kept, lineage = written(home), Lineage.read(current(home))
+    with ExitStack() as locks:
+        if kept != current(home):
+            assert lineage is not None
+            kept = current(home)
+            try:
+                locks.callback(os.close, lock(home))
+            except InvalidStore as error:
+                raise InvalidRequest(
+                    f"{home}: its service has not taken up {kept.name} yet; send it SIGHUP, then prune"
+                ) from error
+            if _behind(home / lineage.earlier, lineage):
+                raise InvalidRequest(
+                    f"{home}: {kept.name} lacks the last changes; start the service, which takes them over, then prune"
+                )
+        return [
+            Removed(number, remove(home, folder))
+            for number, folder in generations(home).items()
+            if number < generation(home) or (number > generation(home) and _locked(folder, locks))
+        ]
+
+
+def _locked(folder: Path, locks: ExitStack) -> bool:
+    """Lock a generation, and return whether that worked."""
+    try:
+        locks.callback(os.close, lock(folder))
+    except InvalidStore:
+        return False
+    return True
+
+
+def _earlier(home: Path, folder: Path, lineage: Lineage) -> Path | None:
+    """Return the folder of the generation that a generation follows; None if it is not there."""
+    earlier = home / lineage.earlier
+    return earlier if earlier != folder and has_catalog(earlier) else None
+
+
+def _behind(earlier: Path, lineage: Lineage) -> bool:
+    """Return whether an earlier generation has changes that the one of this lineage lacks."""
+    with closing(CatalogReader(earlier)) as reader:
+        return reader.sequence() > lineage.caught_up_to
+
+
+def _name(home: Path, folder: Path) -> str:
+    return "" if folder == home else folder.name
+
+
+def _remove_strangers(store: EmbeddedStore, earlier: CatalogReader) -> None:
+    """Remove the items that an earlier generation does not have, from a store that was begun with those of another."""
+    cursor: int | None = 0
+    while cursor is not None:
+        items, cursor = store.scan(_ITEMS_AT_ONCE, cursor)
+        for item in items:
+            if earlier.get(item.id) is None:
+                store.remove(item.id)
 
 
 def follow(
@@ -142,7 +277,10 @@ def follow(
             if have is None or have.digest != item.digest:
                 data = attempt(_picture, earlier, item)
                 if isinstance(data, LookalikeError):
-                    failed.append(f"{item.id}: {data}")
+                    # An item that a service removes or replaces meanwhile is a change that the next pass takes over.
+                    now = earlier.get(item.id)
+                    if now is not None and now.digest == item.digest:
+                        failed.append(f"{item.id}: {data}")
                 else:
                     pictures.append(NewPicture(item.id, data, item.metadata, item.source))
             else:

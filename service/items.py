@@ -36,8 +36,7 @@ def check_id(id: str, max_bytes: int) -> str:
     """Return an id in Unicode's composed form (NFC).
 
     Args:
-        id: 1 to `max_bytes` bytes of UTF-8 without control characters. It must not end like the route of an item's
-            picture.
+        id: 1 to `max_bytes` bytes of UTF-8 without control characters, other than "." and "..".
         max_bytes: the limit.
 
     Raises:
@@ -51,8 +50,9 @@ def check_id(id: str, max_bytes: int) -> str:
         raise InvalidRequest("id: expected text without control characters")
     if not 1 <= len(id.encode()) <= max_bytes:
         raise InvalidRequest(f"id: expected 1 to {max_bytes} bytes, got {len(id.encode())}")
-    if id.endswith(("/thumbnail", "/content")):
-        raise InvalidRequest("id: must not end in /thumbnail or /content, which name an item's pictures")
+    # Browsers and most HTTP clients take them out of an address, however they are spelt.
+    if id in (".", ".."):
+        raise InvalidRequest("id: must not be . or .., which no address can name")
     return id
 
 

@@ -22,6 +22,22 @@ _LOOK_S = 0.25
 _ORPHAN_S = 1.0
 
 
+def forward_hangups() -> None:
+    """Let BentoML's parent pass SIGHUP on to its workers.
+
+    Its process manager would start the workers again, which a store's lock and a port forbid, and end with exit code 0.
+    """
+    from circus.sighandler import SysHandler
+
+    def forward(handler: Any) -> None:
+        for watcher in handler.controller.arbiter.iter_watchers():
+            for pid in list(watcher.processes):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGHUP)
+
+    SysHandler.handle_hup = forward
+
+
 class Lifetime:
     """Ends one worker process in order, when it gets SIGTERM or when its parent is gone.
 

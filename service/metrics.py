@@ -21,6 +21,7 @@ batch_size: "Histogram"
 decode_seconds: "Histogram"
 inference_seconds: "Histogram"
 items: "Gauge"
+store_writable: "Gauge"
 ready: "Gauge"
 pictures_waiting: "Gauge"
 requests_at_work: "Gauge"
@@ -114,7 +115,7 @@ def report() -> bytes:
 def _make() -> None:
     """Register the metrics, once."""
     global errors, batch_size, decode_seconds, inference_seconds, items, ready, pictures_waiting, requests_at_work
-    global _requests, _seconds, _encoder, CONTENT_TYPE
+    global store_writable, _requests, _seconds, _encoder, CONTENT_TYPE
     with _making:
         if "_encoder" in globals():
             return
@@ -133,6 +134,9 @@ def _make() -> None:
         decode_seconds = Histogram("lookalike_decode_seconds", "Time to decode a picture.", buckets=_BUCKETS_S)
         inference_seconds = Histogram("lookalike_inference_seconds", "Time to embed a batch.", buckets=_BUCKETS_S)
         items = Gauge("lookalike_items", "Items in the store.", multiprocess_mode="mostrecent")
+        store_writable = Gauge(
+            "lookalike_store_writable", "1 while the store takes changes.", multiprocess_mode="mostrecent"
+        )
         ready = Gauge("lookalike_ready", "1 when the last look at readiness was well.", multiprocess_mode="livemin")
         pictures_waiting = Gauge(
             "lookalike_pictures_waiting", "Pictures that wait for a lane.", multiprocess_mode="livesum"

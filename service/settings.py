@@ -1,19 +1,32 @@
 """One frozen Settings, read once from LOOKALIKE_* variables; command-line flags override them."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from service.encoding.images import Limits
+from service.encoding.images import OWN_FILES, Limits
 from service.errors import InvalidRequest
 
 _PREFIX = "lookalike_"
+# Segments of unreserved characters that do not begin with a dot.
+PREFIX = r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*"
+
+
+def _without_brackets(host: Any) -> Any:
+    return host.strip("[]") if isinstance(host, str) else host
+
+
+def _with_slash(path: Any) -> Any:
+    return f"/{path.strip('/')}".rstrip("/") if isinstance(path, str) else path
 
 
 class Settings(BaseModel):
     """All settings of a service. Every field is an environment variable: LOOKALIKE_MODEL, LOOKALIKE_STORE …
+
+    A variable that is empty counts as one that is not set.
 
     Attributes:
         model: the encoder's folder; None means the encoder of the store, or for a new store the one for photographs.
@@ -23,6 +36,9 @@ class Settings(BaseModel):
         device: "auto", "cpu" or "cuda".
         variant: the encoder's variant: "fp32", "fp16" or "int8"; "auto" for the fastest here.
         host, port: where the service listens.
+        root_path: the path below which a proxy publishes the service, such as /lookalike.
+        trust_forwarded_prefix: whether X-Forwarded-Prefix names that path, request by request; only for a service that
+            nobody reaches but through a proxy which sets or removes this header.
         keep_originals: whether the store keeps the pictures' own bytes.
         read_only: open the store beside the process that changes it; every change is refused.
         exact_limit: up to this many items a search scans all; above it, a part of them with a measured recall.
@@ -32,7 +48,8 @@ class Settings(BaseModel):
         api_keys_file: a file of such keys, one a line.
         metrics_public: whether /metrics answers without a key.
         cors_origins: origins whose pages may call the API from a browser, separated by commas; "*" for all.
-        max_image_bytes, max_pixels, max_side, max_aspect: limits of a picture (images.Limits).
+        max_image_bytes, max_pixels, max_side, max_aspect, max_decode_s: limits of a picture (images.Limits). The
+            defaults are for strangers; `read_own_settings` has others for one's own files.
         max_images: pictures in a request; max_bulk_images: pictures in a POST /images.
         max_request_bytes: body of a request; max_buffered_bytes: all bodies that are being received.
         max_id_bytes, max_metadata_bytes: limits of an item, in UTF-8.
@@ -49,8 +66,10 @@ class Settings(BaseModel):
     workers: int = Field(default=1, ge=1, le=64)
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda)$")
     variant: str = Field(default="auto", pattern="^(auto|fp32|fp16|int8)$")
-    host: str = "127.0.0.1"
+    host: Annotated[str, BeforeValidator(_without_brackets)] = "127.0.0.1"
     port: int = Field(default=3000, ge=1, le=65535)
+    root_path: Annotated[str, BeforeValidator(_with_slash)] = Field(default="", pattern=f"^{PREFIX}$")
+    trust_forwarded_prefix: bool = False
     keep_originals: bool = True
     read_only: bool = False
     exact_limit: int = Field(default=100_000, ge=1000)
@@ -63,6 +82,7 @@ class Settings(BaseModel):
     max_pixels: int = Field(default=25_000_000, ge=1)
     max_side: int = Field(default=10_000, ge=1)
     max_aspect: int = Field(default=100, ge=1)
+    max_decode_s: float = Field(default=1.5, gt=0)
     max_images: int = Field(default=32, ge=1)
     max_bulk_images: int = Field(default=10_000, ge=1)
     max_request_bytes: int = Field(default=64_000_000, ge=1)
@@ -81,12 +101,12 @@ class Settings(BaseModel):
     def _over_environment(cls, given: dict[str, Any]) -> dict[str, Any]:
         variables = {name.lower(): value for name, value in os.environ.items()}
         found = {field: variables.get(_PREFIX + field) for field in cls.model_fields}
-        return {field: value for field, value in found.items() if value is not None} | given
+        return {field: value for field, value in found.items() if value is not None and value.strip()} | given
 
     @property
     def limits(self) -> Limits:
         """The limits of a picture."""
-        return Limits(self.max_image_bytes, self.max_pixels, self.max_side, self.max_aspect)
+        return Limits(self.max_image_bytes, self.max_pixels, self.max_side, self.max_aspect, self.max_decode_s)
 
 
 def read_settings(**flags: Any) -> Settings:
@@ -100,3 +120,15 @@ def read_settings(**flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidRequest(f"LOOKALIKE_{str(first['loc'][0]).upper()}: {first['msg']}") from error
+
+
+def read_own_settings(**flags: Any) -> Settings:
+    """Return settings for one's own files: limits of a picture that are not set are images.OWN_FILES.
+
+    Raises:
+        As `read_settings`.
+    """
+    settings = read_settings(**flags)
+    return settings.model_copy(
+        update={name: value for name, value in asdict(OWN_FILES).items() if name not in settings.model_fields_set}
+    )

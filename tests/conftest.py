@@ -105,11 +105,11 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def another_encoder(folder: Path) -> Path:
+def another_encoder(folder: Path, resample: int = 0) -> Path:
     """Write the shipped encoder with another preprocessing, which is another embedding space; return its folder."""
     shutil.copytree(MODEL, folder)
     config = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": resample}))
     facts = json.loads((folder / "card.json").read_text())
     (folder / "card.json").unlink()
     for variant in folder.glob("model.*.onnx"):

@@ -27,7 +27,7 @@ def build_backbone(name: str, channels: int, side: int, init: str | None = None)
         channels: C, 1 for grey or 3 for RGB.
         side: S in pixels; below 64 a ResNet gets a stem for small pictures.
         init: DEFAULT for torchvision's own weights (ImageNet), or a file with a state dict, with or without the last
-            layer; None for random weights.
+            layer, or the checkpoint of a run; None for random weights.
 
     Raises:
         InvalidRequest: no such backbone, or it cannot take such pictures; the weights are missing or do not fit.
@@ -42,11 +42,17 @@ def build_backbone(name: str, channels: int, side: int, init: str | None = None)
         module = build_network(name, side)
         if side < 64 and isinstance(module, torchvision.models.ResNet):
             _small_stem(module)
-        if init:
-            load_weights(module, read_weights(name, init), init)
+        state = read_weights(name, init) if init else {}
+        grey = _first_channels(module, state) == 1
+        if init and not grey:
+            load_weights(module, state, init)
         behead(module, name)
         if channels == 1:
             _take_grey(module)
+        if init and grey:
+            if channels != 1:
+                raise InvalidRequest(f"{init}: weights for grey pictures; this run has {channels} channels")
+            load_weights(module, state, init)
     try:
         with torch.inference_mode():
             dimension = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
@@ -106,6 +112,12 @@ def read_weights(name: str, origin: str) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
+    # The checkpoint of a run; its method has the backbone and a head for training.
+    if isinstance(state, dict) and isinstance(state.get("method"), dict):
+        found, prefix = state["identity"]["recipe"]["backbone"], "backbone."
+        if found != name:
+            raise InvalidRequest(f"{origin}: is of a run with the backbone {found}, not {name}")
+        state = {key.removeprefix(prefix): value for key, value in state["method"].items() if key.startswith(prefix)}
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InvalidRequest(f"{origin}: not a state dict: expected tensors by name")
     return state
@@ -164,6 +176,13 @@ def mlp(*widths: int, norm: bool = True, last_norm: bool = True) -> nn.Module:
         if not last:
             layers.append(nn.ReLU())
     return nn.Sequential(*layers)
+
+
+def _first_channels(network: nn.Module, state: dict[str, Tensor]) -> int | None:
+    """Return the input channels of the first convolution's weights in a state dict, or None if it has none."""
+    first = next((path for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), "")
+    weight = state.get(f"{first}.weight")
+    return None if weight is None or weight.ndim < 2 else weight.shape[1]
 
 
 def _last_linear(network: nn.Module) -> str | None:

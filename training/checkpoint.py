@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,55 @@ class Checkpoint:
 def run_folder(out: Path) -> Path:
     """Return the folder of the run that makes the model folder `out`: OUT.run, beside it."""
     return out.with_name(f"{out.name}.run")
+
+
+def earlier_run(folder: Path) -> Path:
+    """Return where a run's folder is kept while another run is to take its place: OUT.run.earlier."""
+    return folder.with_name(f"{folder.name}.earlier")
+
+
+def set_aside(folder: Path) -> None:
+    """Keep a run's folder until the run that overwrites it is whole. An unfinished one that does so is removed.
+
+    Raises:
+        InvalidOutput: the folder cannot be renamed or removed.
+    """
+    kept = earlier_run(folder)
+    try:
+        if kept.exists() and _finished(folder):
+            shutil.rmtree(kept)
+        if kept.exists() and folder.exists():
+            shutil.rmtree(folder)
+        elif folder.exists():
+            folder.rename(kept)
+    except OSError as error:
+        raise InvalidOutput(f"{folder}: cannot be set aside: {error.strerror}") from error
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        checkpoint = read_checkpoint(folder)
+    except InvalidRequest:
+        return False
+    return checkpoint is not None and checkpoint.progress.step == checkpoint.progress.total
+
+
+def weights_file(init: str) -> str:
+    """Return the file of weights that --init names: of a run's or a model's folder the run's checkpoint.
+
+    Raises:
+        InvalidRequest: the folder has no checkpoint, and no run beside it has.
+    """
+    path = Path(init)
+    if not path.is_dir():
+        return init
+    for folder in (path, run_folder(path)):
+        if (folder / FILE).exists():
+            return str(folder / FILE)
+    raise InvalidRequest(
+        f"{init}: has no {FILE}, and neither has {run_folder(path)}; an exported model alone cannot be trained "
+        "further: expected DEFAULT, a state file, the folder OUT.run of a run, or a model's folder beside it"
+    )
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

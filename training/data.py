@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from service import IntArray, PixelArray, cores
 from service.encoding.card import Preprocessing
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.files import write_file
 from service.jobs.account import printable
+from service.settings import read_own_settings
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
 from training.checkpoint import Cursor
@@ -108,7 +109,7 @@ class Canvas:
         self.bad: dict[int, str] = {}
         self.device = device
         self._preprocessing, self._channels = preprocessing, channels
-        self._limits = Limits()
+        self._limits = read_own_settings().limits
         self._state = np.zeros(len(source), np.uint8)
         shape = (len(source), channels, preprocessing.side, preprocessing.side)
         self._path = folder / "canvas.bin"

@@ -17,13 +17,14 @@ from tqdm import tqdm
 from service import FloatArray, IntArray, PixelArray, cores
 from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
 from service.encoding.variants import embed_pixels
 from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
 from service.jobs.account import Account
 from service.jobs.parquet_parts import Embeddings, open_embeddings
+from service.settings import read_own_settings
 from service.sources import origin_of
 from service.sources.compact import Labels, Names
 from service.sources.source import LeftOut, Source, select
@@ -101,9 +102,7 @@ class Evaluation:
             )
         if self.report["figures"]["weighted_k200"] is None:
             beside = " beside a query" if shared else ""
-            notes.append(
-                f"weighted_k200 is left out: it needs a bank of {MOST_K} pictures{beside}, this one has {count}"
-            )
+            notes.append(f"weighted_k200 is left out: it needs a bank of {MOST_K} pictures{beside}, not {count}")
         if unknown.any():
             names = [self.classes[label] for label in np.unique(self.queries.labels[unknown])]
             notes.append(
@@ -267,13 +266,14 @@ def read_pixels(source: Source, preprocessing: Preprocessing, digests: list[str]
             f"{have / 1e9:.0f}; embed both sides with `lookalike embed` and give those folders"
         )
     pixels = np.empty(shape, np.uint8)
+    limits = read_own_settings().limits
     found = [""] * len(source)
 
     def read(position: int) -> None:
         try:
             data = source.entry(position).data
             found[position] = hashlib.sha256(data).hexdigest()
-            pixels[position] = decode_pixels(data, preprocessing, Limits())
+            pixels[position] = decode_pixels(data, preprocessing, limits)
         except LookalikeError as error:
             raise type(error)(f"{source.name}: {source.ids[position]}: {error}") from error
 
@@ -411,7 +411,7 @@ def _labelled(side: Source | Embeddings, account: Account) -> Source | Embedding
     if side.labels is None or not side.labels.missing:
         return side
     missing = np.flatnonzero(side.labels.numbers < 0).tolist()
-    account.left_out += (LeftOut(side.ids[at], "without a label", False) for at in missing)
+    account.left_out.append([LeftOut(side.ids[at], "without a label", False) for at in missing])
     kept = np.flatnonzero(side.labels.numbers >= 0)
     if isinstance(side, Source):
         return select(side, kept)

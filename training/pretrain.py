@@ -1,6 +1,7 @@
 """The pretraining loop, in the open: pictures → views → loss → step, and out comes models/NAME."""
 
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -29,10 +30,13 @@ from training.checkpoint import (
     Identity,
     Progress,
     check_same,
+    earlier_run,
     random_states,
     read_checkpoint,
     run_folder,
+    set_aside,
     set_random_states,
+    weights_file,
     write_checkpoint,
 )
 from training.data import Canvas, Loaded, ahead, batches, open_training_source, resident_batches, spread
@@ -61,19 +65,21 @@ def pretrain(
     init: str | None = None,
     resume: bool = False,
     checkpoint_minutes: float = 3.0,
+    overwrite: bool = False,
 ) -> None:
     """Pretrain an encoder on a source and export it to the folder `out`; checkpoint and log lie in OUT.run.
 
     Args:
         source_name: SOURCE; its labels serve the methods that need them and online k-NN.
         recipe: the run's recipe.
-        out: a new or an earlier model folder; written whole or not at all.
+        out: the model folder; written whole or not at all.
         minutes: time for the steps, in place of the recipe's epochs.
         device: "auto", "cpu" or "cuda".
         data_root: folder of the named sets.
-        init: where the backbone's weights come from; see build_backbone.
-        resume: resume from the run's checkpoint, if it has one.
+        init: where the backbone's weights come from; see build_backbone and weights_file.
+        resume: resume from the run's checkpoint, if it has one. More `minutes` than before extend the run.
         checkpoint_minutes: between two checkpoints.
+        overwrite: replace an earlier encoder and its run; both stay until the new ones are whole.
 
     Raises:
         InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
@@ -82,21 +88,26 @@ def pretrain(
     on = choose_device(device)
     check_export(out)
     folder, identity = run_folder(out), Identity(source_name, recipe, init, minutes)
-    earlier = resumable(folder, identity, resume)
+    earlier = resumable(out, identity, resume, overwrite)
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root)
     check_labels(source, recipe)
-    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side, init), len(source))
+    weights = weights_file(init) if init else None
+    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side, weights), len(source))
+    if overwrite:
+        set_aside(folder)
     folder.mkdir(exist_ok=True)
-    material = prepare(source, recipe, folder, on, earlier)
+    material, untrained = prepare(source, recipe, folder, on, earlier), deepcopy(method.backbone)
     try:
         checkpoint = train(method, material, identity, folder, earlier, checkpoint_minutes * 60)
         run = checkpoint.progress
         print(f"{run.step} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
+        compare_with_untrained(untrained, method, material, checkpoint)
         finish(method, material, checkpoint, out)
     finally:
         material.canvas.list_bad(folder / "bad-pictures.txt")
         material.canvas.close()
+    shutil.rmtree(earlier_run(folder), ignore_errors=True)
     if material.canvas.bad:
         print(f"{len(material.canvas.bad)} bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}")
     material.canvas.remove()
@@ -132,20 +143,40 @@ def export_run(folder: Path, out: Path, data_root: Path) -> None:
     print(f"wrote {out}, the encoder of step {run.step} of {run.total or 'a total not fixed yet'}")
 
 
-def resumable(folder: Path, identity: Identity, resume: bool) -> Checkpoint | None:
+def resumable(out: Path, identity: Identity, resume: bool, overwrite: bool = False) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None to begin anew.
 
+    Args:
+        out: the model folder.
+        identity: settings of the run. More minutes than the earlier run had extend it.
+        resume, overwrite: as the user asked.
+
     Raises:
-        InvalidRequest: the folder holds an unfinished run and `resume` is False, or the run has other settings.
+        InvalidRequest: a finished encoder or an unfinished run is there, and neither `resume` nor `overwrite` says what
+            to do with it; both do; or the run to resume has other settings.
     """
+    folder = run_folder(out)
+    if resume and overwrite:
+        raise InvalidRequest("--resume goes on with a run, --overwrite begins another: expected one of them")
+    if overwrite:
+        return None
     earlier = read_checkpoint(folder)
     if earlier and resume:
-        check_same(earlier.identity, identity, folder)
+        before = earlier.identity
+        if before.minutes and identity.minutes and identity.minutes > before.minutes:
+            before = replace(before, minutes=identity.minutes)
+        check_same(before, identity, folder)
         return earlier
     if earlier and 0 < earlier.progress.step != earlier.progress.total:
         raise InvalidRequest(
             f"{folder} holds a run that stopped at step {earlier.progress.step}: "
-            "go on with --resume, or remove the folder"
+            "go on with --resume, or begin again with --overwrite"
+        )
+    # The first checkpoint of a run that overwrites another comes after minutes, and --resume is right until then, too.
+    if (out.exists() or earlier) and not (resume and earlier_run(folder).exists()):
+        raise InvalidRequest(
+            f"{out if out.exists() else folder}: an encoder was trained there already; train it longer with "
+            "--resume and more --minutes, replace it with --overwrite, or name another --out"
         )
     if resume:
         print(f"{folder}: no checkpoint there; starting from the beginning", file=sys.stderr)
@@ -162,6 +193,24 @@ def check_labels(source: Source, recipe: Recipe) -> None:
         raise InvalidSource(
             f"{source.name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
             "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
+        )
+
+
+def compare_with_untrained(untrained: nn.Module, method: Method, material: Material, checkpoint: Checkpoint) -> None:
+    """Warn if the backbone labels the held-out pictures worse than the one that the run began with."""
+    if not len(material.held_out):
+        return
+    recipe, precision = checkpoint.identity.recipe, checkpoint.precision
+    untrained.to(material.canvas.device).to(memory_format=torch.channels_last)
+    before, now = (
+        online_knn(backbone, material, precision, recipe.knn_bank) for backbone in (untrained, method.backbone)
+    )
+    if now < before:
+        what = "the weights that --init gave" if checkpoint.identity.init else "the random encoder that it began as"
+        print(
+            f"warning: k-NN of held-out pictures is {now:.4f}, below the {before:.4f} of {what}; "
+            "train longer, or with another method or learning_rate",
+            file=sys.stderr,
         )
 
 
@@ -204,7 +253,8 @@ def train(
 ) -> Checkpoint:
     """Run the loop to its end, and return its last checkpoint. The method's parameters change in place.
 
-    The first 50 steps of a run with a time limit, or those of a tenth of its time, fix the number of its steps.
+    The first 50 steps of a run with a time limit, or those of a tenth of its time, tell the number of its steps. It is
+    revised as the run goes on, so that the schedule ends with the time on a busy machine, too.
 
     Args:
         folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
@@ -221,25 +271,27 @@ def train(
     learner = Learner(method, material, recipe, earlier)
     progress, checkpoint = begin(material, identity, earlier), earlier
     log, loader = Log(folder, progress.step), load(material, recipe, progress)
+    reached, revised_s = part(progress, recipe.knn_times), progress.seconds
     bar = tqdm(total=progress.total, initial=progress.step, desc="pretraining", unit=" steps", mininterval=0.5)
     begun, seconds_before, saved = time.perf_counter(), progress.seconds, time.perf_counter()
     with StopSignal() as stop, bar, closing(loader), closing(log):
         while progress.step != progress.total:
             result = learner.step(loader, progress)
             progress.seconds = seconds_before + time.perf_counter() - begun
-            if minutes and not progress.total and (progress.step == _TIMED_STEPS or progress.seconds > minutes * 6):
+            if minutes and revising(progress, minutes * 60, revised_s):
                 # A GPU may still have queued steps.
-                progress.seconds = seconds_before + now(canvas.device) - begun
-                touched = progress.step * recipe.batch_size
-                bar.total = progress.total = fixed_total(progress, minutes * 60, touched, canvas)
+                progress.seconds = revised_s = seconds_before + now(canvas.device) - begun
+                touched = progress.step * recipe.batch_size * recipe.accumulate
+                bar.total = progress.total = planned_total(progress, minutes * 60, touched, canvas)
             # Read once: if a later signal counted already for this step, the run would end without saving it.
             last, asked = progress.step == progress.total, stop.asked
             stopping = bool(asked) or time.perf_counter() - begun >= session_s
             saving = last or stopping or time.perf_counter() - saved > checkpoint_s
             if progress.step % _WATCHED == 0 or saving:
                 watch(result, progress, learner, log, bar)
-            if due(progress, recipe.knn_times) and len(material.held_out):
+            if part(progress, recipe.knn_times) > reached and len(material.held_out):
                 classify_held_out(learner, material, progress, log, bar)
+            reached = max(reached, part(progress, recipe.knn_times))
             bar.update()
             if saving:
                 checkpoint = learner.checkpoint(material, identity, progress)
@@ -345,9 +397,19 @@ class Learner:
 
 def begin(material: Material, identity: Identity, earlier: Checkpoint | None) -> Progress:
     """Return the progress of a resumed run, or that of a new one; without a time limit the total is known at once."""
-    if earlier:
-        return replace(earlier.progress)
     recipe = identity.recipe
+    if earlier:
+        progress = replace(earlier.progress)
+        if identity.minutes != earlier.identity.minutes and identity.minutes and progress.total is not None:
+            touched = progress.step * recipe.batch_size * recipe.accumulate
+            progress.total = planned_total(progress, identity.minutes * 60, touched, material.canvas)
+            rate = recipe.learning_rate * schedule(progress.step, progress.total, 0)
+            print(
+                f"the run goes on from {earlier.identity.minutes:g} to {identity.minutes:g} minutes: the learning rate "
+                f"begins again at {rate:.2g}, where a run of that length would be by now, and falls to 0 at the end",
+                file=sys.stderr,
+            )
+        return progress
     batches_of_run = recipe.epochs * (len(material.trained) // recipe.batch_size)
     return Progress(total=None if identity.minutes else max(1, batches_of_run // recipe.accumulate))
 
@@ -382,10 +444,26 @@ def make_views(pixels: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, random
     return views.sub_(mean).div_(std)  # (V, N, C, S, S)
 
 
-def due(progress: Progress, times: int) -> bool:
-    """Return whether the last step crossed one of so many equal parts of the run."""
-    step, total = progress.step, progress.total
-    return total is not None and step * times // total > (step - 1) * times // total
+def part(progress: Progress, parts: int) -> int:
+    """Return how many of so many equal parts of the run are done."""
+    return 0 if progress.total is None else progress.step * parts // max(1, progress.total)
+
+
+def revising(progress: Progress, time_s: float, revised_s: float) -> bool:
+    """Return whether to revise the number of steps that fit a time.
+
+    The first time is after 50 steps or a tenth of the time; later ones come every 20 steps, every fiftieth of the time,
+    and when the time is over.
+
+    Args:
+        progress: of the run.
+        time_s: of the whole run, in seconds.
+        revised_s: seconds of the run when it was revised last.
+    """
+    step, seconds = progress.step, progress.seconds
+    if progress.total is None:
+        return step == _TIMED_STEPS or seconds > time_s / 10
+    return step % _WATCHED == 0 or seconds - revised_s > time_s / 50 or seconds >= time_s
 
 
 def watch(result: Step, progress: Progress, learner: Learner, log: Log, bar: "tqdm[Any]") -> None:
@@ -417,16 +495,16 @@ def classify_held_out(learner: Learner, material: Material, progress: Progress, 
     bar.write(f"step {progress.step}: k-NN of held-out pictures {accuracy:.4f}", file=sys.stderr)
 
 
-def fixed_total(progress: Progress, time_s: float, touched: int, canvas: Canvas) -> int:
+def planned_total(progress: Progress, time_s: float, touched: int, canvas: Canvas) -> int:
     """Return how many steps fit a time, judged by the steps that are done.
 
     The pace excludes the wait for pictures that are decoded once; the wait that is still to come is subtracted from the
     time.
 
     Args:
-        progress: of the timed steps.
+        progress: of the steps so far.
         time_s: for the whole run, in seconds.
-        touched: pictures that the timed steps used.
+        touched: pictures that these steps used.
         canvas: tells how many pictures are yet to be decoded.
     """
     left = canvas.untouched()

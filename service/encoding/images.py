@@ -1,32 +1,72 @@
 """Image bytes → picture (RGB) → pixels (S, S, 3) uint8: one way for HTTP, jobs, training and evaluation."""
 
 import io
+import threading
 import warnings
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, UnidentifiedImageError
 
 from service import PixelArray
+from service.encoding.apart import Budget, decode_apart
 from service.encoding.card import Preprocessing
+from service.encoding.colours import LARGE_PIXELS, raw_mode, to_rgb
+from service.encoding.containers import Parts, needed_parts
 from service.errors import EmptyPicture, TooLarge, UndecodablePicture, UnsupportedFormat
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# The formats that we decode, with the endings of their files.
+SUFFIXES_OF = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "HEIF": (".heic", ".heif", ".heics", ".heifs", ".hif"),
+}
+FORMATS = tuple(SUFFIXES_OF)
+SUFFIXES = tuple(suffix for suffixes in SUFFIXES_OF.values() for suffix in suffixes)
 THUMBNAIL_SIDE = 128
 
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves this many times the side that the encoder needs. The
 # rule is the same on every route, so the same bytes give the same pixels, with or without a thumbnail.
 _DRAFT_MARGIN = 2
 
-# An ordinary progressive JPEG has 10 scans, and an ordinary PNG of 10 MB a thousand chunks. A restart marker for every
-# block of 25 megapixels makes 390,000 markers.
-_MOST_SCANS = 64
-_MOST_CHUNKS = 50_000
-_MOST_MARKS = 500_000
+# A picture of one of these formats is decoded in a process of its own, with a limit on its work.
+_APART = ("TIFF", "AVIF", "HEIF")
+# A JPEG without an end mark is decoded twice to see that nothing else is missing; not where that takes seconds.
+_MOST_UNENDED_PIXELS = 150_000_000
 _RUN_LENGTHS = (1, 2)
+_ORIENTATION = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# More than one picture of LARGE_PIXELS at a time would not fit into 2 GB.
+_one_large = threading.Lock()
+
+_STARTS = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    # Little and big endian, with offsets of four and of eight bytes.
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+)
+_AVIF_BRANDS = {b"avif", b"avis"}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
 # Our own limits refuse a large picture before it is decoded, with a better message than Pillow's.
 Image.MAX_IMAGE_PIXELS = None
@@ -34,54 +74,135 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a picture: bytes of its file, pixels and sides in pixels when decoded, long side : short side."""
+    """Limits of a picture: the defaults are for strangers over HTTP, OWN_FILES for one's own files.
+
+    Attributes:
+        max_image_bytes: bytes of its file.
+        max_pixels, max_side: pixels, and pixels a side, as it is stored.
+        max_aspect: long side : short side.
+        max_decode_s: processor time of decoding a TIFF, AVIF or HEIF.
+    """
 
     max_image_bytes: int = 10_000_000
     max_pixels: int = 25_000_000
     max_side: int = 10_000
     max_aspect: int = 100
+    max_decode_s: float = 1.5
+
+
+OWN_FILES = Limits(1_000_000_000, 250_000_000, 65_535, 100, 60)
+
+
+def format_of(data: bytes) -> str | None:
+    """Return the format that a file's first bytes announce, one of FORMATS, or None. 64 bytes are enough."""
+    for start, format in _STARTS:
+        if data.startswith(start):
+            return format
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[4:8] != b"ftyp":
+        return None
+    # A file of the HEIF family names its brand, and then the brands that it is compatible with.
+    end = min(int.from_bytes(data[:4]), 64)
+    brands = {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
+    return "AVIF" if brands & _AVIF_BRANDS else "HEIF" if brands & _HEIF_BRANDS else None
 
 
 def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     """Decode image bytes to an upright RGB picture; transparent parts are laid on white.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF (first frame) or BMP file.
+        data: a JPEG, PNG, WebP, GIF (first frame), BMP, TIFF (first page), AVIF or HEIF (primary picture) file.
         side: the side in pixels that the caller needs. A JPEG may come back smaller than it is stored, but its short
-            edge is at least twice that side unless the stored one is shorter.
+            edge is at least twice that side unless the stored one is shorter. A picture of more than 50 megapixels
+            comes back at half its size.
         limits: checked on the header, before the pixels are decoded.
 
     Raises:
         EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
 
-    Cost: JPEG of 500×375, 108 KB: 0.8 ms for a side of 32, 1.8 ms at full size.
+    Cost: JPEG of 500×375, 108 KB: 0.8 ms for a side of 32, 1.8 ms at full size. One picture of more than 50
+    megapixels is decoded at a time.
     """
     if not data:
         raise EmptyPicture("expected the bytes of a picture, got none")
     if len(data) > limits.max_image_bytes:
-        raise TooLarge(f"the picture has {len(data)} bytes; the limit is {limits.max_image_bytes}")
-    _check_parts(data)
+        raise TooLarge(
+            f"the picture has {len(data)} bytes; the limit is {limits.max_image_bytes} (LOOKALIKE_MAX_IMAGE_BYTES)"
+        )
+    if format_of(data) not in _APART:
+        return decode_here(data, side, asdict(limits))
+    # A child tells by its refusal that a picture is large.
+    most = min(limits.max_pixels, LARGE_PIXELS)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _check_size(*picture.size, limits)
-            _check_scans(data, picture)
-            # Pillow unpacks run lengths in Python, pixel by pixel.
-            if picture.format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
-                raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
-            least = _DRAFT_MARGIN * side
-            # Only a JPEG has drafts; None accepts its mode as it is.
-            picture.draft(None, (least, least))
-            picture.load()
-            return _to_rgb(_upright(picture))
+        return _decode_apart(data, side, replace(limits, max_pixels=most))
+    except TooLarge:
+        if most == limits.max_pixels:
+            raise
+        with _one_large:
+            return _decode_apart(data, side, limits)
+
+
+def decode_here(data: bytes, side: int, limits: dict[str, Any]) -> Image.Image:
+    """Decode in this process: `decode` for some formats, and what a child process does for the others."""
+    format = format_of(data)
+    if format is None:
+        raise UnsupportedFormat(f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}")
+    parts = needed_parts(data, format)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return _load(parts.data, format, side, Limits(**limits))
     except (TooLarge, UnsupportedFormat):
         raise
     # A decoder may raise nearly anything on damaged bytes.
     except Exception as error:
-        if isinstance(error, UnidentifiedImageError) and not _begins_like_a_picture(data):
-            raise UnsupportedFormat(
-                f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"
-            ) from error
+        if format == "JPEG" and str(error).startswith("image file is truncated"):
+            picture = _load_without_end(parts, side, Limits(**limits))
+            if picture is not None:
+                return picture
         raise UndecodablePicture(f"the picture is damaged or cut short: {_reason(error)}") from error
+
+
+def _decode_apart(data: bytes, side: int, limits: Limits) -> Image.Image:
+    budget = Budget.of(limits.max_decode_s, limits.max_pixels)
+    return decode_apart(data, budget, side=side, limits=asdict(limits))
+
+
+def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=(format,)) as picture:
+        _check_size(*picture.size, limits)
+        # Pillow unpacks run lengths in Python, pixel by pixel.
+        if format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
+            raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
+        raw = raw_mode(picture)
+        # Pillow turns a TIFF while it loads it, and reads XMP for it.
+        picture.info.pop("xmp", None)
+        least = _DRAFT_MARGIN * side
+        # Only a JPEG has drafts; None accepts its mode as it is.
+        picture.draft(None, (least, least))
+        with _one_large if picture.width * picture.height > LARGE_PIXELS else nullcontext():
+            picture.load()
+            return _upright(to_rgb(picture, raw, data), picture)
+
+
+def _load_without_end(parts: Parts, side: int, limits: Limits) -> Image.Image | None:
+    """Return the picture of a JPEG that lacks nothing but its end mark, else None.
+
+    What stands behind the data of a whole picture does not change it. A decoder asks for a few bytes more than it
+    needs, and for the end mark after several scans, of which each may be the last.
+    """
+    if not parts.whole:
+        return None
+    data, end = parts.data.rstrip(b"\xff"), b"\xff\xd9" if parts.scans > 1 else b""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+            if parts.scans * header.width * header.height > _MOST_UNENDED_PIXELS:
+                return None
+        one, other = (_load(data + filling * 8 + end, "JPEG", side, limits) for filling in (b"\0", b"\x55"))
+    # The decoder needs more than it was given.
+    except Exception:
+        return None
+    return one if one.tobytes() == other.tobytes() else None
 
 
 def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
@@ -145,10 +266,7 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
 
 def media_type(data: bytes) -> str:
     """Return the media type of a file that was decoded before, by its first bytes."""
-    for start, kind in ((b"\xff\xd8", "jpeg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
-        if data.startswith(start):
-            return f"image/{kind}"
-    return "image/webp"
+    return f"image/{(format_of(data) or 'webp').lower()}"
 
 
 def tones(pixels: PixelArray) -> list[float]:
@@ -169,70 +287,31 @@ def tones(pixels: PixelArray) -> list[float]:
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
     if max(width, height) > limits.max_side:
-        raise TooLarge(f"the picture is {width}x{height}; the limit is {limits.max_side} pixels a side")
+        raise TooLarge(
+            f"the picture is {width}x{height}; the limit is {limits.max_side} pixels a side (LOOKALIKE_MAX_SIDE)"
+        )
     if width * height > limits.max_pixels:
-        raise TooLarge(f"the picture is {width}x{height}; the limit is {limits.max_pixels} pixels")
+        raise TooLarge(
+            f"the picture is {width}x{height}; the limit is {limits.max_pixels} pixels (LOOKALIKE_MAX_PIXELS)"
+        )
     if max(width, height) > limits.max_aspect * min(width, height):
-        raise TooLarge(f"the picture is {width}x{height}; the limit is {limits.max_aspect}:1 from side to side")
+        limit = f"{limits.max_aspect}:1 from side to side"
+        raise TooLarge(f"the picture is {width}x{height}; the limit is {limit} (LOOKALIKE_MAX_ASPECT)")
 
 
-def _check_parts(data: bytes) -> None:
-    """Refuse a small file that costs much work. Raises TooLarge.
+def _upright(picture: Image.Image, stored: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says, and nothing else: browsers do not read XMP for it.
 
-    Pillow reads the segments and fill bytes of a JPEG and the chunks of a PNG one by one in Python, and holds the
-    interpreter meanwhile. A JPEG's markers begin with ff; in the data of a scan, ff is written as ff 00.
+    Pillow and libheif have turned a TIFF and a HEIF.
     """
-    if data.startswith(b"\x89PNG"):
-        place = 8
-        for _ in range(_MOST_CHUNKS):
-            place += 12 + int.from_bytes(data[place : place + 4])
-            if place >= len(data):
-                return
-        raise TooLarge(f"the picture has more than {_MOST_CHUNKS} chunks")
-    if not data.startswith(b"\xff\xd8"):
-        return
-    if len(data) > _MOST_MARKS and data.count(b"\xff") - data.count(b"\xff\x00") > _MOST_MARKS:
-        raise TooLarge(f"the picture has more than {_MOST_MARKS} segments and fill bytes")
-
-
-def _check_scans(data: bytes, picture: Image.Image) -> None:
-    """Refuse a JPEG with too many scans, each of which decodes the whole picture again. Raises TooLarge.
-
-    Counting scan markers in a whole file costs a twentieth of its decoding, so the common case is recognised first: a
-    baseline JPEG whose first scan holds all components. libjpeg refuses a second scan there. Pillow has stopped reading
-    right after the header of the first scan.
-    """
-    if not isinstance(picture, JpegImageFile):
-        return
-    header = data[picture.fp.tell() - 8 - 2 * picture.layers :]  # type: ignore[union-attr]
-    alone = header[:2] == b"\xff\xda" and header[4] == picture.layers and "progressive" not in picture.info
-    if not alone and data.count(b"\xff\xda") > _MOST_SCANS:
-        raise TooLarge(f"the picture has more than {_MOST_SCANS} scans")
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    # 16-bit grey is scaled to 8 bits; convert() would clip it.
-    if picture.mode.startswith("I"):
-        grey = np.clip(np.rint(np.asarray(picture, dtype=np.float64) / 257), 0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        visible = picture.convert("RGBA")
-        white = Image.new("RGBA", visible.size, "white")
-        return Image.alpha_composite(white, visible).convert("RGB")
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    # A picture with unreadable metadata is taken to be upright.
-    with suppress(Exception):
-        ImageOps.exif_transpose(picture, in_place=True)
+    if stored.format not in ("TIFF", "HEIF") and "exif" in stored.info:
+        exif = Image.Exif()
+        # A picture with unreadable metadata is taken to be upright.
+        with suppress(Exception):
+            exif.load(stored.info["exif"])
+            how = _TRANSPOSITIONS.get(exif.get(_ORIENTATION, 1))
+            return picture if how is None else picture.transpose(how)
     return picture
-
-
-def _begins_like_a_picture(data: bytes) -> bool:
-    return data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM")) or (
-        data.startswith(b"RIFF") and data[8:12] == b"WEBP"
-    )
 
 
 def _reason(error: Exception) -> str:

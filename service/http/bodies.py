@@ -4,10 +4,12 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import AsyncGenerator, Callable
+import re
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from urllib.parse import unquote, unquote_to_bytes
 
 from fastapi import Request
 from python_multipart import MultipartParser
@@ -15,11 +17,15 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from service.errors import InvalidRequest, TooLarge, UnsupportedFormat
+from service.names import unknown
 from service.settings import Settings
 
 # curl --data-binary declares a form by default. The declared type does not count, the bytes do.
 _RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
-_MOST_FIELDS = 8
+_FROM_URL_SAFE = str.maketrans("-_", "+/")
+_EXTENDED_NAME = re.compile(rb"""(?i);\s*filename\*\s*=\s*"?(utf-8|iso-8859-1)'[^';]*'([^;"\s]*)""")
+# A text in quotes, which could hold anything, but not one that some clients put around an extended name.
+_QUOTED = re.compile(rb'(?<!\*=)"(?:[^"\\]|\\.)*"')
 # The metadata of many pictures is one text field.
 _MOST_TEXT_BYTES = 4_000_000
 
@@ -43,8 +49,16 @@ def content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def read_pictures(request: Request, settings: Settings) -> tuple[list[bytes], dict[str, str]]:
+async def read_pictures(
+    request: Request, settings: Settings, texts: Collection[str] = (), or_json: bool = True
+) -> tuple[list[bytes], dict[str, str]]:
     """Read a body that is a picture, or a form with pictures in the field `file`.
+
+    Args:
+        request: its body is read.
+        settings: the limits.
+        texts: names of the form's other fields.
+        or_json: whether the route takes JSON, too, which its refusal then tells.
 
     Returns:
         The bytes of one or more image files, not decoded, and the form's text fields by name.
@@ -52,22 +66,26 @@ async def read_pictures(request: Request, settings: Settings) -> tuple[list[byte
     Raises:
         UnsupportedFormat: a body of another type.
         TooLarge: the body, a picture or their number exceeds a limit; raised while the body streams in.
-        InvalidRequest: the form cannot be parsed, or has no picture. A text in a file field is not a picture.
+        InvalidRequest: the form cannot be parsed, has no picture or an unknown field. A text in a file field is not a
+            picture.
     """
     kind = content_type(request)
     if kind == "multipart/form-data":
-        form = await read_form(request, settings, settings.max_images)
+        form = await read_form(request, settings, settings.max_images, texts)
         return [data for _, data in form.files], form.texts
     if kind not in _RAW and not kind.startswith("image/"):
         raise UnsupportedFormat(
-            "expected a picture: a body of image/*, multipart/form-data with the field file, or application/json"
+            "expected a picture: a body of image/*, multipart/form-data with the field file"
+            + (", or application/json" if or_json else ", or application/octet-stream")
         )
     return [await read_body(request, settings.max_image_bytes)], {}
 
 
-async def read_one_picture(request: Request, settings: Settings) -> tuple[bytes, dict[str, str]]:
-    """Read a body with exactly one picture. Returns and raises like read_pictures."""
-    images, fields = await read_pictures(request, settings)
+async def read_one_picture(
+    request: Request, settings: Settings, texts: Collection[str] = (), or_json: bool = True
+) -> tuple[bytes, dict[str, str]]:
+    """Read a body with exactly one picture. Takes, returns and raises as read_pictures."""
+    images, fields = await read_pictures(request, settings, texts, or_json)
     if len(images) != 1:
         raise InvalidRequest(f"expected one picture, got {len(images)}")
     return images[0], fields
@@ -82,7 +100,8 @@ def check_count(images: int, settings: Settings) -> None:
 def parse_json_object(text: str, what: str) -> dict[str, Any]:
     """Parse a JSON object. Raises InvalidRequest, whose message begins with `what`, the name of the field."""
     try:
-        content = json.loads(text)
+        # Windows programs write a BOM.
+        content = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what}: not JSON") from error
     if not isinstance(content, dict):
@@ -98,19 +117,37 @@ def picture_of(picture: bytes | str, settings: Settings) -> bytes | Callable[[],
 def from_base64(text: str, most_bytes: int) -> bytes:
     """Decode base64, or a data URI of it. A URL is refused, and never fetched.
 
+    All spellings of RFC 4648 and of MIME are taken: wrapped in lines, with the alphabet for URLs, without padding; in a
+    data URI also with percent signs.
+
     Raises:
         InvalidRequest: not base64.
         TooLarge: more than `most_bytes`; raised before decoding.
     """
-    # 200 characters are enough for "data:image/…;base64,".
-    if len(text) > most_bytes * 4 // 3 + 200:
+    # Lines of 76 characters make it longer by a 38th; 200 characters are enough for "data:image/…;base64,".
+    if len(text) > most_bytes * 3 // 2 + 200:
         raise TooLarge(f"the picture has more than {most_bytes} bytes, which is the limit")
-    if text.startswith("data:"):
+    if text[:20].lstrip()[:5].lower() == "data:":
         head, _, text = text.partition(",")
-        if not head.endswith(";base64"):
+        if not head.rstrip().lower().endswith(";base64"):
             raise InvalidRequest("expected a data URI of the form data:image/…;base64,…")
+        text = unquote(text) if "%" in text else text
     try:
         return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return _from_other_base64(text)
+
+
+def _from_other_base64(text: str) -> bytes:
+    # A space may have been a plus sign, before somebody took the text for a part of an address.
+    plain = "".join(line.strip() for line in text.splitlines())
+    if not ("+" in plain or "/" in plain):
+        plain = plain.translate(_FROM_URL_SAFE)
+    digits = plain.rstrip("=")
+    try:
+        if len(plain) > len(digits) and len(plain) % 4:
+            raise ValueError("padding that does not fill the last four characters")
+        return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest("expected base64 or a data URI") from error
 
@@ -136,15 +173,21 @@ async def _stream(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
         yield chunk
 
 
-async def read_form(request: Request, settings: Settings, most_files: int) -> Form:
-    """Read a multipart form with one or more files in the field `file`, and texts in all others.
+async def read_form(request: Request, settings: Settings, most_files: int, texts: Collection[str]) -> Form:
+    """Read a multipart form with one or more files in the field `file`, and texts in the others.
+
+    Args:
+        request: its body is read.
+        settings: the limits.
+        most_files: how many files there may be.
+        texts: names of the other fields.
 
     Raises:
-        InvalidRequest: the form cannot be parsed, or has another shape.
+        InvalidRequest: the form cannot be parsed, or has another shape or an unknown field.
         TooLarge: too many files, or too large a file, text or form; raised while the form streams in.
     """
     _, options = parse_options_header(request.headers.get("content-type", ""))
-    reader = _FormReader(options.get(b"boundary", b""), most_files, settings.max_image_bytes)
+    reader = _FormReader(options.get(b"boundary", b""), texts, most_files, settings.max_image_bytes)
     async for chunk in _stream(request, settings.max_request_bytes):
         reader.write(chunk)
     return reader.finish()
@@ -153,7 +196,8 @@ async def read_form(request: Request, settings: Settings, most_files: int) -> Fo
 class _FormReader:
     """Collects the files and texts of a multipart form while it streams in. The form stays in memory, never on disk."""
 
-    def __init__(self, boundary: bytes, most_files: int, most_file_bytes: int) -> None:
+    def __init__(self, boundary: bytes, texts: Collection[str], most_files: int, most_file_bytes: int) -> None:
+        self._known = {"file", *texts}
         self._most_files, self._most_file_bytes = most_files, most_file_bytes
         self._form = Form()
         self._ended = False
@@ -207,21 +251,26 @@ class _FormReader:
         self._header = (bytearray(), bytearray())
 
     def _open(self) -> None:
-        disposition, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        header = self._headers.get(b"content-disposition", b"")
+        disposition, options = parse_options_header(header)
         if disposition != b"form-data" or b"name" not in options:
             raise InvalidRequest("not a multipart form that can be read: a part has no name")
         self._name, self._file_name = _text(options[b"name"]), None
         is_picture = self._headers.get(b"content-type", b"").lower().startswith(b"image/")
-        if self._name == "file" and (b"filename" in options or is_picture):
-            self._file_name = _text(options.get(b"filename", b""))
+        name = _extended_name(header)
+        if name is None and b"filename" in options:
+            name = _text(options[b"filename"])
+        if self._name == "file" and (name is not None or is_picture):
+            self._file_name = name or ""
             if len(self._form.files) == self._most_files:
                 raise TooLarge(f"expected at most {self._most_files} pictures")
-        elif self._name == "file" or b"filename" in options:
+        elif self._name == "file" or name is not None:
             raise InvalidRequest("expected pictures in the form field file, each with a filename, and texts elsewhere")
+        elif self._name not in self._known:
+            told = unknown("a field", self._name, self._known)
+            raise InvalidRequest(f"the form: {told}; parameters belong in the address")
         elif self._name in self._form.texts:
             raise InvalidRequest("expected each text field once")
-        elif len(self._form.texts) == _MOST_FIELDS:
-            raise InvalidRequest(f"expected at most {_MOST_FIELDS} text fields")
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         self._content += memoryview(data)[start:end]
@@ -240,6 +289,21 @@ class _FormReader:
 
     def _end(self) -> None:
         self._ended = True
+
+
+def _extended_name(disposition: bytes) -> str | None:
+    """Return the name in `filename*=charset'language'percent-encoded` (RFC 8187), which parsers of forms pass over.
+
+    Some clients send it for a name that is not ASCII, alone or beside a replacement in `filename`.
+    """
+    found = _EXTENDED_NAME.search(_QUOTED.sub(b'""', disposition))
+    if found is None:
+        return None
+    charset, name = found.groups()
+    try:
+        return unquote_to_bytes(name).decode("utf-8" if charset.lower() == b"utf-8" else "latin-1")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("not a multipart form that can be read: a filename* is not UTF-8") from error
 
 
 def _text(data: bytes) -> str:

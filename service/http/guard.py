@@ -16,6 +16,7 @@ from service import metrics
 from service.errors import HeadersTooLarge, InvalidRequest, LookalikeError, Overloaded, SlowBody
 from service.http import logs
 from service.http.keys import read_keys
+from service.http.prefix import Prefix, route_path
 from service.http.problems import answer, failure
 from service.settings import Settings
 
@@ -33,6 +34,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._settings = settings
         self._keys = read_keys(settings)
+        self._prefix = Prefix(settings)
         # Bytes of all bodies whose requests are not answered yet.
         self._buffered = 0
         self._app: ASGIApp = app
@@ -42,7 +44,7 @@ class Guard:
             self._inner = CORSMiddleware(
                 self._serve,
                 allow_origins=origins,
-                allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+                allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
                 allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
                 expose_headers=["X-Request-ID", "Retry-After"],
             )
@@ -52,6 +54,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if self._prefix.may_be:
+            scope = self._prefix.place(scope)
         exchange = _Exchange(scope, receive, send, self._settings, self)
         started = time.perf_counter()
         try:
@@ -70,7 +74,7 @@ class Guard:
         # Without an answer the client has disconnected; nginx logs that as 499.
         status = exchange.status or 499
         metrics.count(scope["method"], scope["state"].get("route", "other"), status, seconds)
-        if scope["path"] in _QUIET and status == 200:
+        if exchange.path in _QUIET and status == 200:
             return
         logs.request(
             {
@@ -85,6 +89,15 @@ class Guard:
             }
         )
 
+    def reread_keys(self) -> None:
+        """Read the API keys again. If they cannot be read, the earlier ones stay, and the log says why."""
+        try:
+            self._keys = read_keys(self._settings)
+        except LookalikeError as error:
+            logs.access.error("the API keys stay as they were: %s", error)
+            return
+        logs.access.info("%d API keys", len(self._keys))
+
     def take(self, size: int) -> None:
         """Add to the bytes that are buffered. Raises Overloaded above max_buffered_bytes."""
         self._buffered += size
@@ -96,13 +109,16 @@ class Guard:
             _check_path(scope)
             if sum(len(name) + len(value) for name, value in scope["headers"]) > _MOST_HEADER_BYTES:
                 raise HeadersTooLarge(f"expected headers of at most {_MOST_HEADER_BYTES} bytes")
-            path, method = scope["path"], scope["method"]
+            path, method = route_path(scope), scope["method"]
             if not (_OPEN.fullmatch(path) or (path == "/metrics" and self._settings.metrics_public)):
                 reads = method in ("GET", "HEAD", "OPTIONS") or (method == "POST" and path in _READING_POSTS)
                 self._keys.check(Headers(scope=scope).get("authorization", ""), writes=not reads)
         except LookalikeError as error:
             await answer(scope, error)(scope, receive, send)
             return
+        if method == "HEAD":
+            # No route has to know: `_Exchange.send` drops the body of its answer.
+            scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
 
@@ -114,8 +130,10 @@ class _Exchange:
         given = headers.get("x-request-id", "")
         self.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = self.request_id
+        self.path = route_path(scope)
         self.status: int | None = None
         self.received = self.sent = 0
+        self._is_head = scope["method"] == "HEAD"
         self._receive, self._send, self._guard = receive, send, guard
         self._timeout_s = settings.body_timeout_s
         self._most_drained = settings.max_request_bytes
@@ -147,6 +165,8 @@ class _Exchange:
             if not self._complete:
                 headers["Connection"] = "close"
         else:
+            if self._is_head:
+                message = {**message, "body": b""}
             self.sent += len(message.get("body", b""))
             if not message.get("more_body", False) and not self._complete:
                 await self._send({**message, "more_body": True})

@@ -1,5 +1,6 @@
 """API keys: some may read, some may also write."""
 
+import codecs
 import hashlib
 import hmac
 from pathlib import Path
@@ -71,7 +72,10 @@ def read_keys(settings: Settings) -> Keys:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        data = path.read_bytes()
+        # Windows marks UTF-8 with a BOM, and PowerShell writes UTF-16.
+        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: API keys cannot be read from there: {error}") from error
     if not lines:

@@ -7,6 +7,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from service.encoding.images import FORMATS
 from service.gallery import Gallery
 from service.http import schemas
 from service.http.keys import read_keys
@@ -16,7 +17,7 @@ from service.store.filters import json_schemas
 
 _PREFIX = "#/components/schemas/"
 
-PICTURE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "application/octet-stream")
+PICTURE_TYPES = (*(f"image/{format.lower()}" for format in FORMATS), "application/octet-stream")
 
 _DOT = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -41,10 +42,10 @@ STATUSES = {
     408: ("slow_body", f"the body did not come in full within {_default('body_timeout_s'):g} s"),
     409: ("fingerprint_mismatch", "the request names another encoder than the one that runs here"),
     413: ("too_large", f"the picture is 9000x9000; the limit is {_default('max_pixels')} pixels"),
-    415: ("unsupported_format", "not a picture that we take: expected the bytes of one of JPEG, PNG, WEBP, GIF, BMP"),
+    415: ("unsupported_format", "not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
     429: ("busy", f"{_default('max_waiting')} requests are waiting already; try again in a second"),
-    503: ("invalid_store", "the store cannot be written: database or disk is full"),
+    503: ("store_paused", "the store cannot be written: database or disk is full; it is read-only until there is room"),
     504: ("timed_out", f"the work took longer than {_default('work_timeout_s'):g} s"),
 }
 WORK = (401, 429, 503, 504)
@@ -76,12 +77,12 @@ _ANSWERS: dict[type[BaseModel], Any] = {
 }
 
 
-def json_body(*models: type[BaseModel], types: tuple[str, ...] = ("application/json",)) -> dict[str, Any]:
+def json_body(*models: type[BaseModel]) -> dict[str, Any]:
     """Return the content of a JSON body that is one of these models."""
     choices = [_reference(model) for model in models]
     examples = {model.__name__: {"value": _BODIES[model]} for model in models}
     schema = choices[0] if len(choices) == 1 else {"oneOf": choices}
-    return {kind: {"schema": schema, "examples": examples} for kind in types}
+    return {"application/json": {"schema": schema, "examples": examples}}
 
 
 def picture_body(several: bool = False, metadata: str = "", raw: bool = True) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def picture_body(several: bool = False, metadata: str = "", raw: bool = True) ->
     encoding = {"file": {"contentType": ", ".join(PICTURE_TYPES[:-1])}}
     content: dict[str, Any] = {"multipart/form-data": {"schema": form, "encoding": encoding}}
     if raw:
-        example = {"examples": {"digit": {"externalValue": "/page/example.png"}}}
+        example = {"examples": {"digit": {"externalValue": "page/example.png"}}}
         content |= {kind: {"schema": picture} | (example if kind == "image/png" else {}) for kind in PICTURE_TYPES}
     return content
 
@@ -108,7 +109,7 @@ def picture_body(several: bool = False, metadata: str = "", raw: bool = True) ->
 def zip_body() -> dict[str, Any]:
     """Return the content of a body that is a zip file of pictures."""
     schema = {"type": "string", "format": "binary"}
-    return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "/page/example.zip"}}}}
+    return {"application/zip": {"schema": schema, "examples": {"digits": {"externalValue": "page/example.zip"}}}}
 
 
 def body(content: dict[str, Any]) -> dict[str, Any]:
@@ -117,8 +118,9 @@ def body(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def answers(
-    ok: type[BaseModel] | tuple[type[BaseModel], ...] | str | None,
+    ok: type[BaseModel] | tuple[type[BaseModel], ...] | None,
     *statuses: int,
+    media: tuple[str, ...] = (),
     success: tuple[int, ...] = (200,),
     more: dict[str, Any] | None = None,
     openai: bool = False,
@@ -126,16 +128,15 @@ def answers(
     """Return the responses of a route.
 
     Args:
-        ok: the model of a good answer, several of which it is one, a media type of bytes, or None for an empty answer.
+        ok: the model of a good answer, several of which it is one, or None for none.
         statuses: the errors that the route can answer, each a key of STATUSES.
+        media: the media types of a good answer that is bytes.
         success: the statuses of a good answer.
         more: further media types of a good answer.
         openai: whether errors have OpenAI's shape.
     """
-    content: dict[str, Any] = {}
-    if isinstance(ok, str):
-        content = {ok: {"schema": {"type": "string", "format": "binary"}}}
-    elif ok is not None:
+    content: dict[str, Any] = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in media}
+    if ok is not None:
         models = ok if isinstance(ok, tuple) else (ok,)
         choices = [_reference(model) for model in models]
         examples = {model.__name__: {"value": _ANSWERS[model]} for model in models if model in _ANSWERS}

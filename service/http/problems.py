@@ -12,8 +12,7 @@ from starlette.types import Scope
 
 from service import metrics
 from service.errors import LookalikeError
-
-_RETRY_AFTER_S = {429: "1", 503: "5"}
+from service.http.prefix import route_path
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -29,8 +28,8 @@ def add_handlers(app: FastAPI) -> None:
 def answer(scope: Scope, error: LookalikeError) -> JSONResponse:
     """Return the answer to a request that ended in one of our errors."""
     headers = {}
-    if error.status in _RETRY_AFTER_S:
-        headers["Retry-After"] = _RETRY_AFTER_S[error.status]
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     parts = [{"index": index, "code": part.code, "detail": str(part)} for index, part in error.parts]
@@ -53,7 +52,7 @@ def problem(
     """Return an error answer, and count it. `detail` must not repeat text of the client."""
     metrics.errors.labels(code).inc()
     request_id = scope.get("state", {}).get("request_id", "")
-    if scope["path"].startswith("/v1/"):
+    if route_path(scope).startswith("/v1/"):
         kind = "server_error" if status >= 500 else "invalid_request_error"
         body: dict[str, Any] = {"error": {"message": detail, "type": kind, "param": None, "code": code}}
         return JSONResponse(body, status, headers)
@@ -87,16 +86,23 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code != 405:
         code = "unknown_route" if error.status_code == 404 else "http_error"
-        return problem(request.scope, error.status_code, code, f"{error.detail}; /docs lists the routes")
+        return problem(
+            request.scope, error.status_code, code, f"{error.detail}; {_docs(request.scope)} lists the routes"
+        )
     methods = {
         method
         for route in request.app.routes
         if route.matches(request.scope)[0] is not Match.NONE
         for method in getattr(route, "methods", None) or ()
     }
-    allowed = ", ".join(sorted(methods))
-    detail = f"expected one of the methods {allowed}; /docs lists the routes"
+    # The guard answers HEAD wherever GET is.
+    allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    detail = f"expected one of the methods {allowed}; {_docs(request.scope)} lists the routes"
     return problem(request.scope, 405, "method_not_allowed", detail, headers={"Allow": allowed})
+
+
+def _docs(scope: Scope) -> str:
+    return f"{scope.get('app_root_path', scope.get('root_path', ''))}/docs"
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import codecs
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
@@ -20,6 +21,7 @@ from pydantic import (
 from service import FloatArray
 from service.errors import InvalidRequest
 from service.http.bodies import picture_of, read_body
+from service.names import unknown
 from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
 from service.store.filters import DESCRIPTION
@@ -129,9 +131,16 @@ def _kind(content: Any) -> str | None:
     return f"by {names[0]}" if len(names) == 1 else None
 
 
+def _kind_of_one(content: Any) -> str | None:
+    kind = _kind(content)
+    return None if kind is None else f"one {kind}"
+
+
 AnyQuery = Annotated[
-    Annotated[ByImage, Tag("by image")] | Annotated[ByVector, Tag("by vector")] | Annotated[ById, Tag("by id")],
-    Discriminator(_kind),
+    Annotated[ByImage, Tag("one by image")]
+    | Annotated[ByVector, Tag("one by vector")]
+    | Annotated[ById, Tag("one by id")],
+    Discriminator(_kind_of_one),
 ]
 
 
@@ -303,11 +312,20 @@ SEARCH: TypeAdapter[SearchByImage | SearchByVector | SearchById | SearchMany] = 
 PATCH = TypeAdapter(PatchBody)
 OPENAI = TypeAdapter(OpenAIBody)
 
-_FIELDS = {
-    name
-    for model in (EmbedBody, SearchByImage, SearchByVector, SearchById, SearchMany, PatchBody, OpenAIBody)
-    for name in model.model_fields
+# By the tag of a union, else by the name of the model itself: pydantic's errors have no other mark of the model.
+_MODELS: dict[Any, type[Body]] = {
+    "by image": SearchByImage,
+    "by vector": SearchByVector,
+    "by id": SearchById,
+    "by queries": SearchMany,
+    "one by image": ByImage,
+    "one by vector": ByVector,
+    "one by id": ById,
+    "EmbedBody": EmbedBody,
+    "PatchBody": PatchBody,
+    "OpenAIBody": OpenAIBody,
 }
+_FIELDS = {name for model in _MODELS.values() for name in model.model_fields}
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -351,7 +369,8 @@ def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
 
 def _parse(form: TypeAdapter[M], body: bytes) -> M:
     try:
-        return form.validate_json(body)
+        # Some clients send a BOM.
+        return form.validate_json(body.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise InvalidRequest(_sentence(error)) from error
 
@@ -373,7 +392,8 @@ def _sentence(error: ValidationError) -> str:
             also = "" if "[" in place else ' or "queries"'
             return f'{place}: expected an object with exactly one of "image", "vector", "id"{also}'
         case "extra_forbidden":
-            return f"{place}: has a field that is not known here; /docs shows those that are"
+            *_, model = [_MODELS[tag] for tag in (error.title, *first["loc"][:-1]) if tag in _MODELS]
+            return f"{place}: {unknown('a field', str(first['loc'][-1]), model.model_fields)}"
         case "missing":
             return f"{place}: is missing" if place != "the body" else "the body: a field is missing"
     value = first["input"]

@@ -3,8 +3,9 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Account:
         replaced: taken now, in place of another picture of the same id.
         known: there already.
         failures: what could not be read, embedded or stored.
-        left_out: what the source or the job saw and did not take for another reason.
+        left_out: what the sources saw and did not take for another reason.
         notes: sentences for the user.
         listed_in: the file that `save` wrote; None before, and if nothing was left out.
     """
@@ -64,7 +65,7 @@ class Account:
     replaced: int = 0
     known: int = 0
     failures: list[Failure] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
+    left_out: list[Sequence[LeftOut]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     listed_in: Path | None = None
 
@@ -74,7 +75,7 @@ class Account:
         notes = list(source.notes)
         if source.labels is not None and source.labels.missing:
             notes.append(f"{source.name}: {source.labels.missing} of {len(source)} pictures have no label")
-        return cls(left_out=list(source.left_out), notes=notes)
+        return cls(left_out=[source.left_out], notes=notes)
 
     def __add__(self, other: "Account") -> "Account":
         """Return the account of two sources together."""
@@ -95,7 +96,7 @@ class Account:
     @property
     def lost(self) -> int:
         """The number of pictures, or what may be pictures, that the user wanted and did not get."""
-        return self.bad + sum(one.lost for one in self.left_out)
+        return self.bad + sum(one.lost for one in chain(*self.left_out))
 
     def facts(self) -> dict[str, Any]:
         """Return the account as `--json` prints it."""
@@ -103,16 +104,17 @@ class Account:
             "added": self.added,
             "replaced": self.replaced,
             "known": self.known,
-            "left_out": {reason: len(names) for reason, names in self._by_reason().items()},
+            "left_out": dict(self._counts().most_common()),
             "lost": self.lost,
             "listed_in": None if self.listed_in is None else str(self.listed_in),
         }
 
     def report(self) -> None:
         """Print on stderr what was left out, by reason, and the notes."""
-        for reason, names in self._by_reason().items():
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            print(f"left out, {reason}: {len(names)} ({', '.join(names[:_SHOWN])}{more})", file=sys.stderr)
+        for reason, count in self._counts().most_common():
+            names = islice((row["id"] for row in self._rows() if row["reason"] == reason), _SHOWN)
+            more = f" and {count - _SHOWN} more" if count > _SHOWN else ""
+            print(f"left out, {reason}: {count} ({', '.join(names)}{more})", file=sys.stderr)
         if self.listed_in is not None:
             print(f"what was left out is listed in {self.listed_in}", file=sys.stderr)
         for note in self.notes:
@@ -127,7 +129,7 @@ class Account:
             InvalidOutput: the file cannot be written.
         """
         try:
-            if not self.failures and not self.left_out:
+            if not self.failures and not any(self.left_out):
                 path.unlink(missing_ok=True)
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,17 +143,12 @@ class Account:
         for failure in self.failures:
             error = printable(failure.error)
             yield {"id": printable(failure.id), "reason": failure.reason, "error": error, "lost": True}
-        for one in self.left_out:
+        for one in chain(*self.left_out):
             yield {"id": printable(one.name), "reason": one.reason, "error": None, "lost": one.lost}
 
-    def _by_reason(self) -> dict[str, list[str]]:
-        """Return the names of what was left out, by reason, the most frequent reason first."""
-        pairs = [(failure.reason, failure.id) for failure in self.failures]
-        pairs += [(one.reason, one.name) for one in self.left_out]
-        names: dict[str, list[str]] = {reason: [] for reason, _ in Counter(reason for reason, _ in pairs).most_common()}
-        for reason, name in pairs:
-            names[reason].append(printable(name))
-        return names
+    def _counts(self) -> "Counter[str]":
+        """Return the number of what was left out by reason."""
+        return Counter(row["reason"] for row in self._rows())
 
 
 def printable(name: str) -> str:

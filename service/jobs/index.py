@@ -4,7 +4,6 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
-from unicodedata import is_normalized, normalize
 
 from service.errors import LookalikeError, Outcome
 from service.gallery import Gallery, ReadPicture
@@ -12,7 +11,7 @@ from service.items import NewPicture
 from service.jobs.account import LEFT_OUT, Account, Failure, printable
 from service.jobs.naming import Naming, choose_names, owner_of
 from service.jobs.reading import in_two_stages, progress, read_ahead, use_good
-from service.sources.source import LeftOut, Source
+from service.sources.source import Source
 from service.store import Item, NewItem
 
 
@@ -44,18 +43,14 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
         InvalidRequest: the prefix cannot begin an id.
     """
     account = Account.of(source)
-    twins = _twins(source)
     naming = choose_names(source, gallery, prefix)
     account.notes += naming.notes
     earlier: dict[int, Item] = {}
     replaced: list[int] = []
 
-    def read(position: int) -> NewPicture[ReadPicture] | _Known | LeftOut:
+    def read(position: int) -> NewPicture[ReadPicture] | _Known:
         entry = source.entry(position)
         digest = hashlib.sha256(entry.data).hexdigest()
-        if position in twins and source.entry(twins[position]).data != entry.data:
-            first = printable(source.ids[twins[position]])
-            return LeftOut(entry.id, f"same name as {first} in another Unicode composition", lost=True)
         id = naming.id_of(entry.id, digest, gallery)
         item = gallery.store.get(id)
         if item is not None and item.digest == digest:
@@ -65,8 +60,7 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
         metadata = {} if entry.label is None else {"label": entry.label}
         return NewPicture(id, gallery.read(entry.data), metadata, naming.source_of(entry.id), keep_metadata=True)
 
-    def embed(chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | _Known | LeftOut]]]) -> _Chunk[NewItem]:
-        account.left_out += [outcome for _, outcome in chunk if isinstance(outcome, LeftOut)]
+    def embed(chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | _Known]]]) -> _Chunk[NewItem]:
         known = [outcome for _, outcome in chunk if isinstance(outcome, _Known)]
         fresh = [(at, outcome) for at, outcome in chunk if isinstance(outcome, NewPicture | LookalikeError)]
         return known, use_good(fresh, gallery.embed_read)
@@ -95,17 +89,6 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
     account.notes += _replaced_from_elsewhere(source, naming, {at: earlier[at] for at in replaced if at in earlier})
     account.save(gallery.settings.store / LEFT_OUT)
     return account
-
-
-def _twins(source: Source) -> dict[int, int]:
-    """Return the positions whose ids are those of earlier positions once they are composed (NFC), and the latter."""
-    composed = {normalize("NFC", id) for id in source.ids if not is_normalized("NFC", id)}
-    first: dict[str, int] = {}
-    twins = {}
-    for position, id in enumerate(source.ids) if composed else ():
-        if (own := normalize("NFC", id)) in composed and first.setdefault(own, position) != position:
-            twins[position] = first[own]
-    return twins
 
 
 def _replaced_from_elsewhere(source: Source, naming: Naming, replaced: dict[int, Item]) -> list[str]:

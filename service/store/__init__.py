@@ -129,6 +129,11 @@ class Store(Protocol):
         """Return the number of items."""
         ...
 
+    @property
+    def writable(self) -> bool:
+        """Whether changes are taken now: not on a full or failed disk, nor in a store that was opened read-only."""
+        ...
+
     def settle(self) -> None:
         """Do pending background work now, so that later searches run at full speed."""
         ...

@@ -46,7 +46,7 @@ CREATE INDEX items_by_sequence ON items (sequence);
 """
 # Each script brings a catalog to the next schema. In schema 1 model.onnx had made every vector, so there were no
 # variants. Schema 2 had no tombstones, and numbered only the changes of vectors.
-_MIGRATIONS = {
+MIGRATIONS = {
     "1": """
 ALTER TABLE items ADD COLUMN variant TEXT NOT NULL DEFAULT 'fp32';
 UPDATE meta SET value = '2' WHERE name = 'schema';
@@ -99,7 +99,7 @@ class CatalogWriter:
         try:
             with _opening(self.path):
                 self._prepare(meta)
-                self.meta = checked_meta(folder, _meta(self._database))
+                self.meta = checked_meta(self.path, _meta(self._database))
                 self._sequence = int(one(self._database, LATEST))
         except BaseException:
             self._database.close()
@@ -116,9 +116,7 @@ class CatalogWriter:
             if empty:
                 database.execute(_TABLES)
                 database.executemany("INSERT INTO meta VALUES (?, ?)", {"schema": str(SCHEMA), **meta}.items())
-            while (
-                script := _MIGRATIONS.get(one(database, "SELECT value FROM meta WHERE name = 'schema'"))
-            ) is not None:
+            while (script := MIGRATIONS.get(one(database, "SELECT value FROM meta WHERE name = 'schema'"))) is not None:
                 database.execute(script)
 
     @contextmanager
@@ -243,7 +241,11 @@ def read_meta(folder: Path) -> dict[str, str]:
     Raises:
         InvalidStore: the catalog is damaged.
     """
-    path = folder / FILE
+    return meta_of(folder / FILE)
+
+
+def meta_of(path: Path) -> dict[str, str]:
+    """Return the facts in the table meta of a catalog's file, as `read_meta` does for a store's."""
     with _opening(path):
         database = connect(path)
         try:
@@ -266,15 +268,19 @@ def connect(path: Path, writable: bool = False, mapped: bool = False) -> apsw.Co
     return connection
 
 
-def checked_meta(folder: Path, meta: dict[str, str]) -> dict[str, str]:
+def checked_meta(path: Path, meta: dict[str, str]) -> dict[str, str]:
     """Return the facts of the table meta unchanged.
+
+    Args:
+        path: the catalog's file, for messages.
+        meta: its facts.
 
     Raises:
         InvalidStore: another schema, or a fact that is missing or cannot be used.
     """
-    path, schema = folder / FILE, meta.get("schema")
+    schema = meta.get("schema")
     if schema != str(SCHEMA):
-        hint = "; `lookalike index` or `serve` brings it up to date" if schema in _MIGRATIONS else ""
+        hint = "; `lookalike index` or `serve` brings it up to date" if schema in MIGRATIONS else ""
         raise InvalidStore(f"{path}: schema {schema}, this version reads {SCHEMA}{hint}")
     wrong = sorted(_META - meta.keys())
     wrong += ["vector_type"] if meta.get("vector_type") not in VECTOR_TYPES else []

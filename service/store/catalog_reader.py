@@ -102,7 +102,7 @@ class CatalogReader:
         self.path = folder / FILE
         if not self.path.exists():
             raise no_store(folder)
-        self.meta = checked_meta(folder, read_meta(folder))
+        self.meta = checked_meta(self.path, read_meta(folder))
         self.connections = Connections(self.path)
         self._dtype = np.dtype(VECTOR_TYPES[self.meta["vector_type"]])
         self._dimension = int(self.meta["dimension"])

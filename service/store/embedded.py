@@ -11,7 +11,7 @@ import numpy as np
 
 from service import FloatArray
 from service.encoding.card import Card
-from service.errors import InvalidQuery, InvalidStore, StoreMismatch
+from service.errors import InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
 from service.store import Hit, Item, NewItem
 from service.store.catalog import FILE, CatalogWriter, Change, read_meta
 from service.store.catalog_reader import CatalogReader
@@ -101,12 +101,12 @@ class EmbeddedStore:
                 self._live.apply(changes, sequence)
                 self._maintenance.count(len(changes))
 
-            self._commits = Commits(self._writer, apply)
+            self._commits = Commits(self._writer, apply, self._live.catch_up)
             self._maintenance = Maintenance(
                 self.folder, self._reader, self._commits, self._live, loaded.unsaved, exact_limit
             )
             if self._read_only:
-                self._commits.refuse("the store cannot be written: it was opened read-only")
+                self._commits.refuse(ReadOnlyStore("the store was opened read-only; send changes to its writer"))
             else:
                 self._maintenance.start()
             opened.pop_all()
@@ -208,6 +208,11 @@ class EmbeddedStore:
         self._catch_up()
         return len(self._live.index)
 
+    @property
+    def writable(self) -> bool:
+        """See Store.writable."""
+        return not self._commits.refused
+
     # The index, generations, the end -----------------------------------------------------------------
 
     @property
@@ -224,7 +229,7 @@ class EmbeddedStore:
         """Hold changes back during the block, and refuse them from then on if it ends well. Searches go on."""
         with self._commits.paused():
             yield
-            self._commits.refuse(reason)
+            self._commits.refuse(StorePaused(reason))
 
     def inherit(self, earlier: "EmbeddedStore") -> None:
         """Take over the locks of the store that this one succeeds. That one must refuse changes."""
@@ -236,7 +241,7 @@ class EmbeddedStore:
             return
         self._maintenance.close()
         with self._commits.paused(), self._live.lock.writing():
-            self._commits.refuse("the store is closed")
+            self._commits.refuse(InvalidStore("the store is closed"))
             self._reader.close()
             if self._writer is not None:
                 self._writer.close()

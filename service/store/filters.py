@@ -1,22 +1,57 @@
 """Filters on metadata: JSON as users of vector databases write it → a condition that SQLite can answer.
 
     {"label": "7"}                        equal; also {"label": {"$eq": "7"}}
+    {"place.city": "Rome"}                the field city of the object, or of an object in the list, in the field place
     {"label": {"$in": ["7", "8"]}}        one of them
     {"year": {"$gte": 2000, "$lt": 2010}} a range: of numbers, or of texts by code point
     {"$and": […]}, {"$or": […]}, {"$not": …}
 
-All fields of an object must match. A field that an item lacks matches no value, not even null, and no range. Types
-never mix: 7, "7" and true are three different values, 7 and 7.0 are the same.
+All fields of an object must match. As in MongoDB, a field that is a list matches a condition if the list has a member
+that does, and a number in a name, as in "tags.0", is a place in a list. A field that an item lacks matches no value,
+not even null, and no range. Types never mix: 7, "7" and true are three different values, 7 and 7.0 are the same. Texts
+and names are equal however Unicode composes them.
 """
 
+import json
+import unicodedata
 from typing import Any, NamedTuple
 
 from service.errors import InvalidQuery
+from service.names import unknown
 
 _MAX_CONDITIONS = 100
 _MAX_VALUES = 1000
 _RANGES = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
+_FOR_FIELDS = ("$eq", "$in", *_RANGES)
+_FOR_FILTERS = ("$and", "$or", "$not")
+# Operators of MongoDB and of vector databases. A message may name them: they are words of ours, not a client's.
+_OTHERS = (
+    "$ne $neq $nin $notIn $not_in $nor $exists $type $isNull $is_null $expr $jsonSchema $mod $regex $options $text "
+    "$search $where $geoIntersects $geoWithin $near $nearSphere $all $any $elemMatch $size $bitsAllClear $bitsAllSet "
+    "$bitsAnyClear $bitsAnySet $comment $rand $sampleRate $contains $not_contains $containsAny $contains_any "
+    "$containsAll $contains_all $like $ilike $between $startsWith $endsWith $overlap $range $xor"
+)
+_NEGATIONS = "$not $ne $neq $nin $notIn $not_in $nor $exists $isNull $is_null $not_contains"
 _MAX_INTEGER = 2**63 - 1
+# The nodes along a name with dots: each has the rest of the name that is still to be found in it, null at its end.
+# Keys may contain dots themselves, so a key matches if the rest is that key, or begins with it and a dot.
+_WALK = """
+    WITH RECURSIVE node(value, type, rest) AS (
+        SELECT items.metadata, 'object', start.value FROM json_each(?) AS start
+        UNION ALL
+        SELECT inner.value, inner.type, substr(node.rest, length(inner.key) + 2)
+        FROM node, json_each(iif(node.type IN ('object', 'array'), node.value, '[]')) AS inner
+        WHERE substr(node.rest, 1, length(inner.key) + 1) = inner.key || '.'
+        UNION ALL
+        SELECT inner.value, inner.type, NULL
+        FROM node, json_each(iif(node.type IN ('object', 'array'), node.value, '[]')) AS inner
+        WHERE node.rest = CAST(inner.key AS TEXT)
+        UNION ALL
+        SELECT inner.value, 'object', node.rest
+        FROM node, json_each(iif(node.type = 'array', node.value, '[]')) AS inner
+        WHERE inner.type = 'object' AND node.rest IS NOT NULL
+    )
+    SELECT 1 FROM node WHERE rest IS NULL AND """
 
 
 class Filter(NamedTuple):
@@ -58,7 +93,7 @@ def _member(name: str, wanted: Any, budget: list[int]) -> Filter:
         inner = _parse(wanted, budget)
         return Filter(f"NOT ({inner.sql})", inner.values)
     if name.startswith("$"):
-        raise InvalidQuery("filter: expected $and, $or, $not or the name of a field")
+        raise InvalidQuery(_refusal(name, _FOR_FILTERS, "$and, $or, $not or the name of a field"))
     if not isinstance(wanted, dict):
         wanted = {"$eq": wanted}
     if not wanted:
@@ -75,9 +110,9 @@ def _condition(operator: str, wanted: Any, budget: list[int]) -> Filter:
     if operator == "$in":
         if not isinstance(wanted, list) or not 1 <= len(wanted) <= _MAX_VALUES:
             raise InvalidQuery(f"filter: $in expects a list of 1 to {_MAX_VALUES} values")
-        return _join("OR", [_equal(value) for value in wanted])
+        return _one_of(wanted)
     if operator not in _RANGES:
-        raise InvalidQuery("filter: expected $eq, $in, $gt, $gte, $lt or $lte in the object of a field")
+        raise InvalidQuery(_refusal(operator, _FOR_FIELDS, "$eq, $in, $gt, $gte, $lt or $lte in the object of a field"))
     if isinstance(wanted, str):
         return Filter(f"(type = 'text' AND value {_RANGES[operator]} ?)", (_text(wanted),))
     if isinstance(wanted, bool) or not isinstance(wanted, int | float):
@@ -85,25 +120,64 @@ def _condition(operator: str, wanted: Any, budget: list[int]) -> Filter:
     return Filter(f"(type IN ('integer', 'real') AND value {_RANGES[operator]} ?)", (_number(wanted),))
 
 
+def _refusal(name: str, known: tuple[str, ...], expected: str) -> str:
+    """Return what to say about an operator that does not exist in its place."""
+    lacking = name in _OTHERS.split()
+    if lacking or name in (*_FOR_FIELDS, *_FOR_FILTERS):
+        place = "is not an operator here" if lacking else "belongs in another place"
+        negated = '; {"$not": {…}} around a filter negates it' if name in _NEGATIONS.split() else ""
+        return f"filter: {name} {place}; expected {expected}{negated}"
+    if name.startswith("$"):
+        return f"filter: {unknown('an operator', name, known)}"
+    return f'filter: expected {expected}; "a.b" is the name of the field b inside the field a'
+
+
 def _equal(value: Any) -> Filter:
-    match value:
-        case None:
-            return Filter("type = 'null'", ())
-        case bool():
-            return Filter("type = ?", ("true" if value else "false",))
-        case int() | float():
-            return Filter("(type IN ('integer', 'real') AND value = ?)", (_number(value),))
-        case str():
-            return Filter("(type = 'text' AND value = ?)", (_text(value),))
-    raise InvalidQuery("filter: expected a text, a number, true, false or null as value")
+    return _one_of([value])
+
+
+def _one_of(values: list[Any]) -> Filter:
+    """Return the condition that a value is one of these, on the columns `type` and `value`."""
+    texts: list[str] = []
+    numbers: list[int | float] = []
+    conditions = []
+    for value in values:
+        match value:
+            case None | True | False:
+                conditions.append(Filter("type = ?", (json.dumps(value),)))
+            case int() | float():
+                numbers.append(_number(value))
+            case str():
+                texts += _spellings(value)
+            case _:
+                raise InvalidQuery(
+                    "filter: expected a text, a number, true, false or null as value, or $in with a list of them"
+                )
+    # A list is one parameter, whatever its length: SQLite has a limit for them.
+    if texts:
+        conditions.append(Filter("(type = 'text' AND value IN (SELECT value FROM json_each(?)))", (json.dumps(texts),)))
+    if numbers:
+        sql = "(type IN ('integer', 'real') AND value IN (SELECT value FROM json_each(?)))"
+        conditions.append(Filter(sql, (json.dumps(numbers),)))
+    return _join("OR", list(dict.fromkeys(conditions)))
 
 
 def _field(name: str, conditions: list[Filter]) -> Filter:
     # The name is compared as a value, because as a part of a JSON path it could name another field. So the SQL text is
     # ours alone.
-    inner = _join("AND", conditions)
-    sql = f"EXISTS (SELECT 1 FROM json_each(items.metadata) WHERE key = ? AND {inner.sql})"  # noqa: S608
-    return Filter(sql, (_text(name), *inner.values))
+    names = json.dumps(_spellings(name))
+    one_leaf = "SELECT 1 FROM json_each(items.metadata) WHERE key IN (SELECT value FROM json_each(?)) AND "
+    # Through a list, a name with dots leads to several values, of which each condition may have its own.
+    walk, groups = (_WALK, [[each] for each in conditions]) if "." in name else (one_leaf, [conditions])
+    tests = [_join("AND", [_of_list_or_value(each) for each in group]) for group in groups]
+    return _join("AND", [Filter(f"EXISTS ({walk} {test.sql})", (names, *test.values)) for test in tests])
+
+
+def _of_list_or_value(condition: Filter) -> Filter:
+    """Return the condition that a value matches or, if it is a list, that one of its members does."""
+    # The innermost table is the one that `type` and `value` name. CASE evaluates no branch but the one it takes.
+    members = f"EXISTS (SELECT 1 FROM (SELECT value AS list) JOIN json_each(list) WHERE {condition.sql})"  # noqa: S608
+    return Filter(f"CASE type WHEN 'array' THEN {members} ELSE {condition.sql} END", condition.values * 2)
 
 
 def _join(word: str, filters: list[Filter]) -> Filter:
@@ -125,6 +199,12 @@ def _number(value: int | float) -> int | float:
         raise InvalidQuery("filter: a number is too large") from error
 
 
+def _spellings(text: str) -> list[str]:
+    """Return a text as it is, composed and decomposed: metadata may have come in either form."""
+    composed, decomposed = (unicodedata.normalize(form, _text(text)) for form in ("NFC", "NFD"))
+    return list(dict.fromkeys([text, composed, decomposed]))
+
+
 def _text(value: str) -> str:
     try:
         value.encode()
@@ -135,7 +215,7 @@ def _text(value: str) -> str:
 
 DESCRIPTION = (
     'Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, {"year": {"$gte": 2000, "$lt": 2010}}, '
-    "joined by $and, $or, $not."
+    '{"place.city": "Rome"}, joined by $and, $or, $not. A list matches by any of its members.'
 )
 
 
@@ -155,8 +235,8 @@ def json_schemas(prefix: str) -> dict[str, Any]:
             "type": "object",
             "minProperties": 1,
             "properties": {"$and": filters, "$or": filters, "$not": filter},
-            "patternProperties": {"^[^$]": {"anyOf": [scalar, condition]}},
-            "additionalProperties": False,
+            "propertyNames": {"pattern": r"^([^$]|$|\$(and|or|not)$)"},
+            "additionalProperties": {"anyOf": [scalar, condition]},
             "examples": [{"year": {"$gte": 2000}, "$not": {"label": "7"}}],
         },
         "Condition": {

@@ -8,11 +8,13 @@ that file it is the first.
 import fcntl
 import os
 import re
+import shutil
 from pathlib import Path
 
 from service.errors import InvalidStore
-from service.files import sync, write_file
+from service.files import sync, temporary_path, write_file
 from service.store.catalog import FILE
+from service.store.snapshot import SNAPSHOT
 
 _LOCK = "LOCK"
 _CURRENT = "CURRENT"
@@ -48,9 +50,51 @@ def following(folder: Path) -> Path:
     return _folder_of(folder, generation(folder) + 1)
 
 
+def generations(folder: Path) -> dict[int, Path]:
+    """Return the folders of all generations that are there, finished or not, by their numbers."""
+    found = {1: folder} if (folder / FILE).exists() else {}
+    for path in folder.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match is not None and (path / FILE).exists():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def remove(home: Path, folder: Path) -> int:
+    """Remove a generation that is not the current one, and return the bytes of its files.
+
+    Its catalog goes first: a removal that is interrupted leaves no generation.
+
+    Raises:
+        InvalidStore: a file cannot be removed.
+    """
+    owned = (FILE, f"{FILE}-wal", f"{FILE}-shm", SNAPSHOT, temporary_path(Path(SNAPSHOT)).name)
+    paths = [folder / name for name in owned if (folder / name).exists()]
+    size = sum(path.stat().st_size for path in paths)
+    try:
+        for path in paths:
+            path.unlink()
+            sync(folder)
+        if folder != home:
+            shutil.rmtree(folder)
+            sync(home)
+    except OSError as error:
+        raise InvalidStore(f"{folder}: cannot be removed: {error.strerror}") from error
+    return size
+
+
+def is_store(folder: Path) -> bool:
+    """Return whether a folder holds a store, or one of its generations."""
+    return ((folder / FILE).exists() and (folder / _LOCK).exists()) or (folder / _CURRENT).exists()
+
+
 def publish(folder: Path, new: Path) -> None:
     """Make a generation the current one. Durable when it returns. Raises OSError."""
-    write_file(folder / _CURRENT, f"{new.name}\n".encode())
+    if new == folder:
+        (folder / _CURRENT).unlink(missing_ok=True)
+        sync(folder)
+    else:
+        write_file(folder / _CURRENT, f"{new.name}\n".encode())
 
 
 def _folder_of(folder: Path, number: int) -> Path:
@@ -68,7 +112,9 @@ def lock(folder: Path) -> int:
     """
     try:
         _make(folder)
-        strangers = [path.name for path in folder.iterdir() if path.name != _LOCK]
+        # A copy of a catalog that was interrupted leaves its temporary file.
+        ours = (_LOCK, temporary_path(folder / FILE).name)
+        strangers = [path.name for path in folder.iterdir() if path.name not in ours]
         if strangers and not (folder / FILE).exists() and not (folder / _CURRENT).exists():
             raise InvalidStore(f"{folder}: is not a store and not empty (it has {strangers[0]}); name another --store")
         guard = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -128,7 +128,8 @@ def test_every_verb_is_in_the_readme() -> None:
         for command in store_cli.registered_commands
         if command.callback
     }
-    assert {"store check", "store export", "store import"} <= names
+    verbs = {"check", "export", "import", "backup", "restore", "rollback", "prune"}
+    assert {f"store {verb}" for verb in verbs} <= names
     for name in names:
         assert re.search(rf"`lookalike {name} ", README), name
 

@@ -2,7 +2,6 @@
 
 from tests.proofs.removal import Removal, code, refusal
 
-_CATALOG = "the store cannot be written: {error}; it is read-only until the service starts again"
 _SNAPSHOT = "test_a_snapshot_that_is_not_the_stores_is_replaced"
 
 REMOVALS: list[Removal] = [
@@ -34,7 +33,7 @@ REMOVALS: list[Removal] = [
     code(
         "from_base64", "base64.b64decode(text, validate=True)", "base64.b64decode(text + '==')", "test_refused[base64"
     ),
-    refusal("expected at most {} text fields", "test_a_form_of_many_texts_is_refused"),
+    refusal("the form: {}; parameters belong in the address", "test_a_form_of_many_texts_is_refused"),
     # The guard before every route.
     code("_serve", "_check_path(scope)", "None", "test_refused[id "),
     refusal("expected headers of at most {} bytes", "test_headers_have_a_limit"),
@@ -122,13 +121,19 @@ REMOVALS: list[Removal] = [
     ),
     code(
         "_commit",
-        "raise InvalidStore(self._refusal)",
+        "raise type(self._refusal)(str(self._refusal))",
         "pass",
         "test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on",
     ),
     code(
         "_commit",
-        f"self.refuse(f'{_CATALOG}')",
+        "self.refuse(InvalidStore(said))",
+        "None",
+        "test_what_cannot_reach_the_index_is_an_error_of_the_store",
+    ),
+    code(
+        "_pause",
+        "self.refuse(StorePaused(reason))",
         "None",
         "test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on",
     ),

@@ -32,6 +32,8 @@ from starlette.testclient import TestClient
 from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
+from tests.heif import heic
+from tests.heif import turned as turned_boxes
 
 pytestmark = pytest.mark.proof
 
@@ -56,13 +58,23 @@ _SIDES = {
     "WEBP": [(rb"VP8X", at, 3) for at in (12, 15)]
     + [(rb"VP8 ", at, 2) for at in (14, 16)]
     + [(rb"VP8L", at, 2) for at in (9, 11)],
+    "TIFF": [(rb"[\0\1]\1[\3\4]\0", 8, 4)],
+    "AVIF": [(rb".{4}ispe", at, 4) for at in (12, 16)],
+    "HEIF": [(rb".{4}ispe", at, 4) for at in (12, 16)],
 }
+_BOXES = [(rb".{4}iloc", at, size) for at, size in ((14, 2), (22, 2), (24, 4), (28, 4))]
+_BOXES += [(rb".{4}(irot|imir|auxC|pixi|pitm|clap)", at, 1) for at in (8, 11, 12, 15)]
+_BOXES += [(rb".{4}(hvcC|av1C)", at, 1) for at in (8, 9, 10, 11)] + [(rb".{4}grid", at, 1) for at in (9, 10, 11)]
 _OTHERS = {
     "PNG": [(rb".{4}IHDR", at, 1) for at in (16, 17, 18, 19, 20)],
     "JPEG": [(rb"\xff[\xc0-\xc2]", at, 1) for at in (4, 9, 11)] + [(rb"\xff\xda", at, 1) for at in (4, 5, 6)],
     "GIF": [(rb"GIF8", at, 1) for at in (10, 11)]
     + [(rb",", at, size) for at, size in ((1, 2), (3, 2), (5, 2), (7, 2), (9, 1), (10, 1))],
     "BMP": [(rb"BM", at, size) for at, size in ((10, 4), (14, 4), (28, 2), (30, 4), (46, 4))],
+    # Bits, compression, photometric, offsets, samples, rows, byte counts, predictor: each with its type, count, value.
+    "TIFF": [(rb"[\2\3\6\x11\x15\x16\x17\x3d\x42\x43]\1", at, size) for at, size in ((2, 2), (4, 4), (8, 4), (8, 2))],
+    "AVIF": _BOXES,
+    "HEIF": _BOXES,
     "WEBP": [(rb"VP8X", 8, 1), (rb"VP8 ", 8, 3)] + [(rb"ANMF", at, 3) for at in (8, 11, 14, 17)],
 }
 
@@ -81,7 +93,7 @@ class Whole:
 
 @cache
 def wholes() -> dict[str, Whole]:
-    """Return intact pictures by name: every kind of the five formats that this file can write."""
+    """Return intact pictures by name: every kind of the formats that this file can write."""
     colour, grey = scene(96, 64), scene(96, 64, 1).convert("L")
     digit = Image.open(io.BytesIO(open_source("digits").entry(3).data))
     see_through = colour.convert("RGBA")
@@ -116,6 +128,21 @@ def wholes() -> dict[str, Whole]:
         "BMP 1 bit": encoded(grey.convert("1"), "BMP"),
         "BMP alpha": encoded(see_through, "BMP"),
         "BMP run lengths": run_lengths(palette),
+        "TIFF": encoded(colour, "TIFF"),
+        "TIFF lzw": encoded(colour, "TIFF", compression="tiff_lzw", tiffinfo={0x0112: 6}),
+        "TIFF deflate": encoded(palette, "TIFF", compression="tiff_adobe_deflate"),
+        "TIFF jpeg": encoded(colour, "TIFF", compression="jpeg"),
+        "TIFF fax": encoded(grey.convert("1"), "TIFF", compression="group4"),
+        "TIFF packbits alpha": encoded(see_through, "TIFF", compression="packbits"),
+        "TIFF 16 bit": encoded(sixteen, "TIFF"),
+        "TIFF pages": encoded(colour, "TIFF", **film),
+        "AVIF": encoded(colour, "AVIF"),
+        "AVIF alpha, Exif": encoded(see_through, "AVIF", exif=turned),
+        "AVIF animated": encoded(colour, "AVIF", **film),
+        "HEIF": heic(),
+        "HEIF turned, Exif": heic(turned_boxes(6), turned.tobytes()[6:]),
+        "HEIF alpha": heic(alpha=True),
+        "HEIF grid": heic(grid=(2, 3, 130, 100)),
     }
     return {name: Whole(name, name.split()[0], _SPLITTERS[name.split()[0]](data)) for name, data in files.items()}
 
@@ -199,6 +226,21 @@ def _split_bmp(data: bytes) -> tuple[bytes, ...]:
     return _split(data, int.from_bytes(data[10:14], "little"), lambda at: at + 1_000)
 
 
+def _split_tiff(data: bytes) -> tuple[bytes, ...]:
+    directory = int.from_bytes(data[4:8], "little")
+    entries = directory + 2 + 12 * int.from_bytes(data[directory : directory + 2], "little")
+    return _split(data, directory + 2, lambda at: at + (12 if at < entries else 1_000))
+
+
+def _split_boxes(data: bytes) -> tuple[bytes, ...]:
+    def end(at: int) -> int:
+        # The boxes within these become parts of their own.
+        within = {b"meta": 12, b"iprp": 8, b"ipco": 8}.get(data[at + 4 : at + 8])
+        return at + (within or int.from_bytes(data[at : at + 4]))
+
+    return _split(data, end(0), end)
+
+
 def _split(data: bytes, head: int, end: Callable[[int], int]) -> tuple[bytes, ...]:
     parts, at = [data[:head]], head
     while at < len(data):
@@ -209,6 +251,7 @@ def _split(data: bytes, head: int, end: Callable[[int], int]) -> tuple[bytes, ..
 
 
 _SPLITTERS = {"PNG": _split_png, "JPEG": _split_jpeg, "WEBP": _split_webp, "GIF": _split_gif, "BMP": _split_bmp}
+_SPLITTERS |= {"TIFF": _split_tiff, "AVIF": _split_boxes, "HEIF": _split_boxes}
 
 
 # Mutations ----------------------------------------------------------------------------------------
@@ -273,7 +316,7 @@ def _set_sides(parts: list[bytes], format: str, side: int) -> None:
 
 def _set(parts: list[bytes], format: str, field: tuple[bytes, int, int], number: int) -> None:
     begin, at, size = field
-    value = (number % 256**size).to_bytes(size, "big" if format in ("PNG", "JPEG") else "little")
+    value = (number % 256**size).to_bytes(size, "little" if format in ("GIF", "BMP", "WEBP", "TIFF") else "big")
     for position, part in enumerate(parts):
         if re.match(begin, part, re.DOTALL) and len(part) >= at + size:
             parts[position] = part[:at] + value + part[at + size :]
@@ -395,13 +438,40 @@ def bombs() -> dict[str, bytes]:
     _set_sides(rows, "BMP", 5_000)
     film = list(wholes()["GIF"].parts)
     _set_sides(film, "GIF", 5_000)
+    page = Image.new("L", (8, 8))
+    cropped = encoded(Image.new("L", (8_000, 8_000)), "AVIF", speed=10)
+    cropped = cropped.replace(struct.pack(">2I", 8_000, 8_000), struct.pack(">2I", 64, 64))
     return {
         "a JPEG of 5,000 scans": b"".join([*scans[:-1], *[first_scan] * 5_000, scans[-1]]),
         "a JPEG of two million empty segments": b"".join([segments[0], b"\xff\xe5\0\2" * 2_000_000, *segments[1:]]),
         "a JPEG of nine million fill bytes": b"".join([segments[0], b"\xff" * 9_000_000, *segments[1:]]),
         "a BMP of 5,000 rows that end after a pixel": rows[0] + b"\1\0\0\0" * 5_000,
         "a GIF of 25 million pixels that are not there": b"".join(film),
+        "a TIFF of 50,000 tags that hold the same megabytes": tiff_of_tags(50_000),
+        "a TIFF of a tile of 1.6 billion pixels": tiff_of_one_tile(40_000),
+        "a TIFF of 5,000 pages": encoded(Image.new("L", (8, 8)), "TIFF", save_all=True, append_images=[page] * 5_000),
+        "an AVIF whose frame has 64 megapixels more than its header says": cropped,
+        "a HEIF of 990 tiles": heic(grid=(30, 33, 64 * 33, 64 * 30)),
     }
+
+
+def tiff_of_tags(count: int) -> bytes:
+    """Return a TIFF of 64×64 pixels with tags that nobody knows, each of the same 5 MB of bytes."""
+    return _tiff({259: (3, 1, 1), 273: (4, 1, 8), 279: (4, 1, 4096)}, dict.fromkeys(range(1_000, 1_000 + count), 0))
+
+
+def tiff_of_one_tile(side: int) -> bytes:
+    """Return a TIFF of 64×64 pixels that is cut from a tile of `side` pixels a side."""
+    return _tiff({259: (3, 1, 8), 322: (4, 1, side), 323: (4, 1, side), 324: (4, 1, 400), 325: (4, 1, 4_000_000)}, {})
+
+
+def _tiff(entries: dict[int, tuple[int, int, int]], unknown: dict[int, int]) -> bytes:
+    fixed = {256: (4, 1, 64), 257: (4, 1, 64), 258: (3, 1, 8), 262: (3, 1, 1), 277: (3, 1, 1)}
+    tags = fixed | entries | {tag: (1, 5_000_000, offset) for tag, offset in unknown.items()}
+    written = b"".join(struct.pack("<HHII", tag, *tags[tag]) for tag in sorted(tags))
+    data = b"" if unknown else zlib.compress(bytes(400_000_000), 1)
+    start = b"II*\0" + struct.pack("<IH", 8, len(tags)) + written + bytes(4)
+    return start.ljust(400, b"\0") + data + bytes(max(0, 5_000_000 - len(data)))
 
 
 def test_small_files_that_ask_for_much_work(client: TestClient) -> None:

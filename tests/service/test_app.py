@@ -10,10 +10,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import MODEL, another_encoder
-from tests.serving import LOOKALIKE, free_port, serving, wait_until_ready
+from tests.serving import LOOKALIKE, free_port, running, serving, wait_until_ready
 
 
 def get(address: str) -> tuple[int, bytes]:
@@ -79,7 +80,8 @@ def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) ->
         done = run("reindex", "--model", other)
         assert done.returncode == 0, done.stderr
         assert b'"model":"mnist"' in get(f"{url}/info")[1]
-        os.kill(worker, signal.SIGHUP)
+        # The parent passes it on.
+        os.kill(psutil.Process(worker).ppid(), signal.SIGHUP)
         deadline = time.monotonic() + 30
         while b'"model":"other"' not in get(f"{url}/info")[1]:
             assert time.monotonic() < deadline, (tmp_path / "serve.log").read_text()
@@ -89,6 +91,11 @@ def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) ->
         request = urllib.request.Request(f"{url}/images/added", picture, {"Content-Type": "image/png"}, method="PUT")
         assert urllib.request.urlopen(request, timeout=10).status == 201
         assert b'"count":21' in get(f"{url}/info")[1]
+    # A unit that names the old encoder starts, on the store's own.
+    with serving(tmp_path) as url:
+        assert b'"model":"other","' in get(f"{url}/info")[1]
+        log = (tmp_path / "serve.log").read_text()
+        assert f"warning: {tmp_path / 'store'}: a reindex has replaced the encoder {MODEL} by {other}" in log
 
 
 @pytest.mark.slow("starts two services")
@@ -98,7 +105,7 @@ def test_a_reader_serves_beside_the_writer_and_sees_its_changes(tmp_path: Path) 
         (tmp_path / "reader" / "store").symlink_to(tmp_path / "store")
         with serving(tmp_path / "reader", read_only="true") as reader:
             picture = get(f"{url}/images/digits/00007/content")[1]
-            for address, status in ((reader, 503), (url, 201)):
+            for address, status in ((reader, 403), (url, 201)):
                 request = urllib.request.Request(f"{address}/images/new", picture, method="PUT")
                 request.add_header("Content-Type", "image/png")
                 try:
@@ -109,3 +116,36 @@ def test_a_reader_serves_beside_the_writer_and_sees_its_changes(tmp_path: Path) 
             search = urllib.request.Request(f"{reader}/search?k=2", picture, {"Content-Type": "image/png"})
             hits = json.loads(urllib.request.urlopen(search, timeout=10).read())["hits"]
             assert [hit["id"] for hit in hits] == ["digits/00007", "new"]
+
+
+@pytest.mark.slow("starts a service")
+def test_keys_change_on_sighup_to_the_main_process(tmp_path: Path) -> None:
+    keys, old, new = tmp_path / "keys", "an-old-key-of-ours", "a-new-key-of-ours!"
+    keys.write_text(f"read:{old}\n")
+
+    def status(address: str, key: str) -> int:
+        request = urllib.request.Request(f"{address}/info", headers={"Authorization": f"Bearer {key}"})
+        try:
+            return int(urllib.request.urlopen(request, timeout=5).status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    flags = ["--model", str(MODEL), "--no-store", "--workers", "2"]
+    with running(tmp_path, *flags, api_keys_file=str(keys)) as (server, address, log):
+        # Ready means that one of the workers is.
+        deadline = time.monotonic() + 60
+        while log.read_text().count("serving without a store") < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert (status(address, old), status(address, new)) == (200, 401)
+        keys.write_text(f"read:{new}\n")
+        server.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        # Each request may come to either worker.
+        assert {(status(address, old), status(address, new)) for _ in range(20)} == {(401, 200)}
+        keys.write_text("nonsense\n")
+        server.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert (status(address, old), status(address, new)) == (401, 200)
+        assert "the API keys stay as they were: API key 1: expected read:KEY or write:KEY" in log.read_text()
+        assert server.poll() is None

@@ -188,6 +188,10 @@ class ArrayStore:
     def count(self) -> int:
         return len(self.items)
 
+    @property
+    def writable(self) -> bool:
+        return True
+
     def settle(self) -> None:
         pass
 

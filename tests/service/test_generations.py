@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import InvalidStore, Outcome, UndecodablePicture
-from service.generations import Add, Lineage, build, catch_up, switch
+from service.errors import InvalidRequest, InvalidStore, Outcome, UndecodablePicture
+from service.generations import Add, Lineage, build, catch_up, prune, switch, take_up, written
 from service.items import NewPicture
 from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
@@ -70,7 +70,7 @@ def test_a_generation_catches_up_and_takes_the_place_of_the_first(home: Path, op
     first.remove("p7")
     second = built(opened, home, first)
     assert contents(second) == contents(first)
-    assert Lineage.of(second) == Lineage("", 151)
+    assert Lineage.of(second) == Lineage("", 151, served=False)
     assert Lineage.of(first) is None
 
     put(first, "new", b"new")
@@ -79,7 +79,7 @@ def test_a_generation_catches_up_and_takes_the_place_of_the_first(home: Path, op
     first.remove("p5")
     catch_up(second, home, adding(second))
     assert contents(second) == contents(first)
-    assert Lineage.of(second) == Lineage("", 155)
+    assert Lineage.of(second) == Lineage("", 155, served=False)
 
     put(first, "last", b"last")
 
@@ -136,7 +136,7 @@ def test_a_bad_picture_is_named_and_the_others_are_taken_over(home: Path, opened
         build(second, earlier, home, adding(second), lambda _: None)
     assert list(contents(second)) == ["a", "c"]
     # The lineage is reset, so that the next run compares all items again.
-    assert Lineage.of(second) == Lineage("", -1)
+    assert Lineage.of(second) == Lineage("", -1, served=False)
 
 
 @pytest.mark.parametrize(
@@ -165,3 +165,87 @@ def test_a_store_whose_earlier_generation_was_deleted_stays_as_it_is(home: Path)
     catch_up(store, home, adding(store))
     assert Lineage.of(store) == Lineage("generation-2", 5)
     store.close()
+
+
+def test_changes_go_to_the_earlier_generation_until_the_next_is_taken_up(home: Path, opened: ExitStack) -> None:
+    first = opened.enter_context(closing(EmbeddedStore(home, card("first"), D)))
+    with pytest.raises(InvalidStore, match="no store there"):
+        written(home / "elsewhere")
+    put(first, "a", b"a")
+    assert written(home) == home
+    second = built(opened, home, first)
+    publish(home, second.folder)
+    # Both hold the same items, and yet the next change goes to the first.
+    assert written(home) == home
+    switch(first, second, home, adding(second), read_only=False)
+    assert written(home) == home / "generation-2"
+    assert Lineage.of(second) == Lineage("", 1)
+
+
+def test_an_item_that_is_removed_during_a_build_does_not_end_it(home: Path, opened: ExitStack) -> None:
+    first = opened.enter_context(closing(EmbeddedStore(home, card("first"), D)))
+    put(first, "a", b"a")
+    put(first, "b", b"b")
+    second = opened.enter_context(closing(EmbeddedStore(home / "generation-2", card("second"), D)))
+
+    class Shrinking(CatalogReader):
+        """A service removes each item right after it was listed."""
+
+        def original(self, id: str) -> bytes | None:
+            first.remove(id)
+            return super().original(id)
+
+    with closing(Shrinking(home)) as earlier:
+        build(second, earlier, home, adding(second), lambda _: None)
+    assert second.count() == 0
+
+
+def test_prune_leaves_the_current_generation_alone(home: Path, opened: ExitStack) -> None:
+    secret = b"deleted later " * 5000
+    first = EmbeddedStore(home, card("first"), D)
+    put(first, "a", b"a")
+    put(first, "gone", secret)
+    second = built(opened, home, first)
+    publish(home, second.folder)
+    with pytest.raises(InvalidRequest, match="has not taken up generation-2 yet; send it SIGHUP"):
+        prune(home)
+    put(first, "b", b"bb")
+    first.close()
+    with pytest.raises(InvalidRequest, match="generation-2 lacks the last changes; start the service"):
+        prune(home)
+    catch_up(second, home, adding(second))
+    take_up(second)
+    second.remove("gone")
+    # Nobody builds this one any more, and a process holds that one.
+    EmbeddedStore(home / "generation-3", card("third"), D).close()
+    opened.enter_context(closing(EmbeddedStore(home / "generation-4", card("fourth"), D)))
+    removed = prune(home)
+    assert [one.number for one in removed] == [1, 3]
+    assert removed[0].size > len(secret)
+    assert sorted(path.name for path in home.iterdir()) == ["CURRENT", "LOCK", "generation-2", "generation-4"]
+    assert sorted(contents(second)) == ["a", "b"]
+    put(second, "c", b"c")
+    second.close()
+    with closing(EmbeddedStore(home, card("second"), D)) as again:
+        assert sorted(contents(again)) == ["a", "b", "c"]
+        catch_up(again, home, adding(again))
+    assert prune(home) == []
+
+
+def test_a_store_of_one_generation_has_nothing_to_prune(home: Path) -> None:
+    with pytest.raises(InvalidStore, match="no store there"):
+        prune(home)
+    EmbeddedStore(home, card("first"), D).close()
+    assert prune(home) == []
+    assert current(home) == home
+
+
+def test_a_published_generation_that_no_process_has_opened_is_pruned_to(home: Path, opened: ExitStack) -> None:
+    first = EmbeddedStore(home, card("first"), D)
+    put(first, "a", b"a")
+    second = built(opened, home, first)
+    publish(home, second.folder)
+    first.close()
+    # No process holds the store, and nothing has changed since.
+    assert [one.number for one in prune(home)] == [1]
+    assert contents(second) == {"a": {}}

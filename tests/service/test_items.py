@@ -12,7 +12,7 @@ def test_ids() -> None:
     assert check_id("folder/a b%#?.png", 256) == "folder/a b%#?.png"
     assert check_id("cafe\u0301", 256) == "café"
     assert check_id("👩‍👧", 256) == "👩‍👧"
-    for bad in ("", "a\nb", "a\0", "\ud800", "x" * 257, "a/content", "a/thumbnail"):
+    for bad in ("", "a\nb", "a\0", "\ud800", "x" * 257, ".", ".."):
         with pytest.raises(InvalidRequest, match="id:"):
             check_id(bad, 256)
 

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -37,17 +39,28 @@ from training import material as materials
 from training import pretrain as loop
 from training.augment import augment
 from training.backbones import build_backbone
-from training.checkpoint import Cursor, Identity, Progress, read_checkpoint
+from training.checkpoint import (
+    Cursor,
+    Identity,
+    Progress,
+    earlier_run,
+    read_checkpoint,
+    set_aside,
+    weights_file,
+)
 from training.data import Canvas, batches
 from training.material import Material, prepare, statistics
 from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.simclr import SimCLR
 from training.pretrain import (
     check_health,
-    fixed_total,
+    compare_with_untrained,
     online_knn,
+    part,
     per_dimension_std,
+    planned_total,
     pretrain,
+    resumable,
     schedule,
     train,
 )
@@ -163,14 +176,14 @@ def test_what_fits_a_time_is_the_pace_and_what_is_left_to_decode(tmp_path: Path)
     canvas.take(np.arange(100))
     assert canvas.untouched() == 400
     # 50 s are left, 20 of them for 400 pictures.
-    assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 300
+    assert planned_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 300
     canvas.take(np.arange(500))
-    assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 500
-    assert fixed_total(Progress(50, None, 10.0, 0.0), 60.0, 100, canvas) == 50 + 250
+    assert planned_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 500
+    assert planned_total(Progress(50, None, 10.0, 0.0), 60.0, 100, canvas) == 50 + 250
     # The time is over.
-    assert fixed_total(Progress(50, None, 70.0, 0.0), 60.0, 100, canvas) == 50
+    assert planned_total(Progress(50, None, 70.0, 0.0), 60.0, 100, canvas) == 50
     # 53 s at 2 s a step leave half a step, which is not begun.
-    assert fixed_total(Progress(3, None, 7.0, 1.0), 60.0, 100, canvas) == 3 + 26
+    assert planned_total(Progress(3, None, 7.0, 1.0), 60.0, 100, canvas) == 3 + 26
     canvas.close()
 
 
@@ -180,7 +193,7 @@ def test_what_is_decoded_at_every_epoch_is_part_of_the_pace(tmp_path: Path, monk
     source = Source("more than memory", names, open_source("digits[:1]").read, None)
     canvas = Canvas(source, square_preprocessing(512), 3, tmp_path, CPU)
     assert canvas.residence == "nowhere"
-    assert fixed_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 250
+    assert planned_total(Progress(50, None, 10.0, 5.0), 60.0, 100, canvas) == 50 + 250
     canvas.close()
 
 
@@ -641,31 +654,157 @@ def test_bad_pictures_and_a_canvas_on_disk_go_on_to_the_last_bit(
     assert len([line for line in lines(tmp_path / "broken") if "knn" in line]) == 5
 
 
-@pytest.mark.slow("trains by the clock twice")
-def test_a_total_fixed_by_the_clock_is_kept_and_the_run_goes_on_to_the_last_bit(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def slowly(seconds: float, after: int) -> Any:
+    """Make every step of an optimizer but the first few take so much longer, as on a machine that becomes busy."""
+    done = count(1)
+    return register_optimizer_step_post_hook(lambda *_: time.sleep(seconds if next(done) > after else 0))
+
+
+def test_a_deadline_holds_on_a_machine_that_becomes_busy(
+    recipe: Recipe, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_TIMED_STEPS", 4)
-    source, minutes = open_source("digits[:240]"), 0.04
-    recipe = changed(recipe, batch_size=32)
-    once, twice = tmp_path / "once", tmp_path / "twice"
+    monkeypatch.setattr(loop, "_TIMED_STEPS", 5)
+    source = open_source("digits[:80]")
+    hook = slowly(0.05, after=20)
+    try:
+        identity = Identity("digits", recipe, minutes=0.03)
+        run = train(method_for(recipe, source), prepared(source, recipe), identity, tmp_path).progress
+    finally:
+        hook.remove()
+    # Of 1.8 s; the pace of the first steps, kept, would take ten times as long.
+    assert run.seconds < 2.1
+    assert run.step == run.total
+    rates = [line["learning_rate"] for line in lines(tmp_path) if "learning_rate" in line]
+    assert rates[-1] < 0.1 * recipe.learning_rate
+
+
+def test_a_part_of_the_run_is_reached_once_however_often_the_plan_changes() -> None:
+    assert [part(Progress(step, 10), 5) for step in (0, 1, 2, 9, 10)] == [0, 0, 1, 4, 5]
+    assert part(Progress(7, None), 5) == 0
+    assert part(Progress(0, 0), 5) == 0
+
+
+def test_more_minutes_extend_a_run_and_other_settings_do_not(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_TIMED_STEPS", 2)
+    source, folder = open_source("digits[:80]"), tmp_path / "out.run"
+    first = work(recipe, source, folder, 0.01)
+    assert first.step == first.total
+    one, two = Identity("digits", recipe, minutes=0.01), Identity("digits", recipe, minutes=0.02)
+    assert resumable(tmp_path / "out", two, True) is not None
+    with pytest.raises(InvalidRequest, match=r"begun with minutes 0\.01, now it is 0\.005"):
+        resumable(tmp_path / "out", replace(one, minutes=0.005), True)
+    with pytest.raises(InvalidRequest, match=r"begun with minutes 0\.01, now it is None"):
+        resumable(tmp_path / "out", replace(one, minutes=None), True)
+    second = work(recipe, source, folder, 0.02)
+    assert second.step == second.total
+    assert second.step > first.step
+    assert first.seconds + 0.3 < second.seconds < 1.5
+    assert "goes on from 0.01 to 0.02 minutes: the learning rate begins again at" in capsys.readouterr().err
+    assert checkpoint(folder)["identity"]["minutes"] == 0.02
+
+
+# What is there already
+
+
+def test_a_finished_encoder_is_not_replaced_without_a_word(tiny_model: Path, recipe: Recipe) -> None:
+    identity = Identity("digits", recipe)
+    before = (tiny_model / "model.onnx").read_bytes()
+    with pytest.raises(InvalidRequest, match="an encoder was trained there already; train it longer with --resume"):
+        pretrain("digits", recipe, tiny_model, None, "cpu", Path("data"))
+    assert (tiny_model / "model.onnx").read_bytes() == before
+    assert resumable(tiny_model, identity, True) is not None
+    assert resumable(tiny_model, identity, False, overwrite=True) is None
+    with pytest.raises(InvalidRequest, match="expected one of them"):
+        resumable(tiny_model, identity, True, overwrite=True)
+
+
+def test_an_encoder_without_its_run_is_not_replaced_by_resume(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for resume in (False, True):
+        with pytest.raises(InvalidRequest, match="an encoder was trained there already"):
+            resumable(tmp_path / "out", Identity("digits", recipe), resume)
+
+
+def test_a_run_that_overwrites_keeps_the_earlier_one_until_it_is_whole(recipe: Recipe, tmp_path: Path) -> None:
+    source, out, folder = open_source("digits[:128]"), tmp_path / "out", tmp_path / "out.run"
+    kept = earlier_run(folder)
+    out.mkdir()
+    work(recipe, source, folder)
+    whole = (folder / "checkpoint.pt").read_bytes()
+    set_aside(folder)
+    assert (kept / "checkpoint.pt").read_bytes() == whole
+    assert not folder.exists()
     with ctrl_c_after(2):
-        work(recipe, source, once, minutes=1000)
-    # The run is still being timed.
-    assert checkpoint(once)["total"] is None
-    with ctrl_c_after(3):
-        work(recipe, source, once, minutes)
-    stopped = checkpoint(once)
-    assert stopped["step"] == 5
-    assert stopped["total"] > 6
-    shutil.copytree(once, twice)
-    assert work(recipe, source, once, minutes).step == stopped["total"]
-    with ctrl_c_after(1):
-        work(recipe, source, twice, minutes)
-    assert work(recipe, source, twice, minutes).step == stopped["total"]
-    first, second = checkpoint(once), checkpoint(twice)
-    for key in ("step", "total", "cursor", "loss", "method", "optimizer", "random"):
-        assert_same(first[key], second[key], key)
+        work(recipe, source, folder)
+    # Before its first checkpoint and after it, the new run may be resumed.
+    identity = Identity("digits", recipe)
+    found = resumable(out, identity, True)
+    assert found is not None
+    assert found.progress.step == 2
+    (folder / "checkpoint.pt").unlink()
+    assert resumable(out, identity, True) is None
+    # It may also be overwritten, which costs the unfinished one alone.
+    set_aside(folder)
+    assert (kept / "checkpoint.pt").read_bytes() == whole
+    # One that was finished and not cleared away is the one to keep.
+    work(recipe, source, folder)
+    newer = (folder / "checkpoint.pt").read_bytes()
+    set_aside(folder)
+    assert (kept / "checkpoint.pt").read_bytes() == newer
+
+
+def test_weights_of_a_run_are_taken_as_they_stand(tiny_model: Path, recipe: Recipe, tmp_path: Path) -> None:
+    run = tiny_model.with_name(f"{tiny_model.name}.run")
+    trained = checkpoint(run)["method"]
+    for init in (tiny_model, run, run / "checkpoint.pt"):
+        file = weights_file(str(init))
+        module = build_backbone(recipe.backbone, recipe.channels, recipe.side, file).module
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, trained[f"backbone.{key}"]), key
+    with pytest.raises(InvalidRequest, match="is of a run with the backbone small-cnn, not resnet18"):
+        build_backbone("resnet18", 1, 64, str(run / "checkpoint.pt"))
+    with pytest.raises(InvalidRequest, match="an exported model alone cannot be trained further"):
+        weights_file(str(tmp_path))
+    assert weights_file("DEFAULT") == "DEFAULT"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weights_of_a_torchvision_run_are_taken_as_they_stand(channels: int, tmp_path: Path) -> None:
+    trained = build_backbone("resnet18", channels, 16).module.state_dict()
+    method = {f"backbone.{key}": value for key, value in trained.items()}
+    content = {"identity": {"recipe": {"backbone": "resnet18"}}, "method": method}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    file = weights_file(str(tmp_path))
+    for key, value in build_backbone("resnet18", channels, 16, file).module.state_dict().items():
+        assert torch.equal(value, trained[key]), key
+    if channels == 1:
+        with pytest.raises(InvalidRequest, match="weights for grey pictures; this run has 3 channels"):
+            build_backbone("resnet18", 3, 16, file)
+
+
+def test_a_run_that_makes_it_worse_says_so(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folder = open_source("digits[:640]"), tmp_path / "run"
+    recipe = changed(recipe, epochs=1)
+    work(recipe, source, folder)
+    done = read_checkpoint(folder)
+    assert done is not None
+    material = prepare(source, recipe, folder, CPU, done)
+    good, bad = method_for(recipe, source), method_for(recipe, source)
+    good.load_state_dict(done.method)
+    with torch.no_grad():
+        for weight in bad.backbone.parameters():
+            weight.fill_(0.001)
+    capsys.readouterr()
+    compare_with_untrained(bad.backbone, good, material, done)
+    assert capsys.readouterr().err == ""
+    compare_with_untrained(good.backbone, bad, material, done)
+    material.canvas.close()
+    assert re.search(
+        r"warning: k-NN of held-out pictures is 0\.\d+, below the 0\.\d+ of the random encoder that it began as",
+        capsys.readouterr().err,
+    )
 
 
 # The whole command
@@ -738,7 +877,7 @@ def test_a_run_with_nothing_to_resume_starts_from_the_beginning_and_a_finished_o
     )
     assert card["data"]["pictures"] == 61
     assert card["run"]["steps"] == 2
-    for options in ({}, {"resume": True}):
+    for options in ({"overwrite": True}, {"resume": True}):
         again, printed = run(**options)
         assert "no checkpoint there" not in printed
         assert (again["run"]["loss"], again["fingerprint"]) == (card["run"]["loss"], card["fingerprint"])
@@ -992,7 +1131,8 @@ def unfinished(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_an_unfinished_run_is_not_begun_again(unfinished: Path, refused: Refused) -> None:
     assert refused(unfinished / "pictures", out=unfinished / "out") == (
-        f"{unfinished / 'out.run'} holds a run that stopped at step 3: go on with --resume, or remove the folder"
+        f"{unfinished / 'out.run'} holds a run that stopped at step 3: "
+        "go on with --resume, or begin again with --overwrite"
     )
 
 

@@ -1,6 +1,5 @@
 """The HTTP app and its routes, one APIRouter module for each subject."""
 
-import fastapi_swagger
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
@@ -19,10 +18,16 @@ def create_app() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         # Not include_router: it matches every request twice, once for the router and once for the route.
-        routes=[*embed.direct.routes, *search.direct.routes, *items.router.routes, *info.router.routes],
+        routes=[
+            *embed.direct.routes,
+            *search.direct.routes,
+            *items.pictures.routes,
+            *items.router.routes,
+            *info.router.routes,
+        ],
     )
-    # /docs, with its scripts from the package instead of a CDN.
-    fastapi_swagger.patch_fastapi(app, redirect_from_root_to_docs=False)
+    # The scripts of /docs, from a package instead of another host.
+    app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
     app.mount("/page", StaticFiles(directory=info.PAGE), name="page")
     openapi.describe(app)
     problems.add_handlers(app)

@@ -10,9 +10,11 @@ from fastapi.routing import APIRoute
 from pydantic.fields import FieldInfo
 from starlette.types import Receive, Scope, Send
 
+from service.http.routes.strict import StrictRoute
 
-class DirectRoute(APIRoute):
-    """An APIRoute that calls `endpoint(request)` if the URL has no query string.
+
+class DirectRoute(StrictRoute):
+    """A StrictRoute that calls `endpoint(request)` if the URL has no query string.
 
     FastAPI solves dependencies and parameters for every request, which takes a tenth of the time of a small encoder.
     The endpoint of a direct route takes a Request, returns a Response, and gives every query parameter a default in its

@@ -19,7 +19,7 @@ from service.http.schemas import EncodingFormat, read_json
 
 _NPY = "application/x-npy"
 
-direct = APIRouter(route_class=DirectRoute)
+direct = APIRouter(route_class=DirectRoute, tags=["embeddings"])
 
 
 @direct.post(

@@ -1,4 +1,4 @@
-"""GET /info, GET /metrics and the demo page."""
+"""GET /info, GET /metrics, the demo page and /docs."""
 
 import asyncio
 import importlib.metadata
@@ -9,15 +9,18 @@ from typing import Any
 import faiss
 import onnxruntime
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
 
 from service import metrics
 from service.gallery import Gallery
 from service.http import schemas
 from service.http.openapi import WORK, answers
 from service.http.routes.state import gallery_of, stored_gallery_of, work
+from service.http.routes.strict import StrictRoute
 
 PAGE = Path(__file__).parents[2] / "page"
+_PAGE = (PAGE / "index.html").read_text()
 VERSIONS = {
     name: importlib.metadata.version(name) for name in ("lookalike", "bentoml", "pillow", "fastapi", "apsw")
 } | {
@@ -25,14 +28,28 @@ VERSIONS = {
     "faiss": faiss.__version__,
 }
 
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute, tags=["service"])
 
 
 @router.get("/", include_in_schema=False)
-async def page(request: Request) -> FileResponse:
-    """Return the demo page."""
+async def page(request: Request) -> Response:
+    """Return the demo page. Its links are relative; below a proxy's path they do not depend on a slash at its end."""
     stored_gallery_of(request)
-    return FileResponse(PAGE / "index.html")
+    root = request.scope.get("root_path", "")
+    return HTMLResponse(_PAGE.replace("<head>", f'<head>\n  <base href="{root}/">') if root else _PAGE)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """Return Swagger's page. Its links are relative, so a proxy may publish it below any path."""
+    return get_swagger_ui_html(
+        title="Lookalike",
+        openapi_url="openapi.json",
+        swagger_js_url="swagger/swagger-ui-bundle.js",
+        swagger_css_url="swagger/swagger-ui.css",
+        swagger_favicon_url="swagger/favicon-32x32.png",
+        swagger_ui_parameters={"tryItOutEnabled": True, "persistAuthorization": True, "displayRequestDuration": True},
+    )
 
 
 @router.get("/metrics", include_in_schema=False)
@@ -41,11 +58,12 @@ async def prometheus(request: Request) -> Response:
     gallery = gallery_of(request)
     if not gallery.settings.no_store:
         metrics.items.set(await asyncio.to_thread(gallery.store.count))
+        metrics.store_writable.set(gallery.store.writable)
     return Response(await asyncio.to_thread(metrics.report), headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 @router.get("/info", responses=answers(schemas.Info, *WORK))
-async def info(request: Request) -> Response:
+async def get_info(request: Request) -> Response:
     """Describe this service: encoder, embedding space, gallery, limits, versions."""
     return await work(request, lambda: JSONResponse(_info(gallery_of(request))))
 

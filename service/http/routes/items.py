@@ -2,16 +2,18 @@
 
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.routing import Match
+from starlette.types import Scope
 
 from service.encoding.images import media_type
-from service.errors import InvalidRequest, UnsupportedFormat
+from service.errors import UnsupportedFormat
 from service.http import schemas, uploads
 from service.http.bodies import content_type, parse_json_object, read_body, read_form, read_one_picture
-from service.http.openapi import BODY, WORK, answers, body, json_body, ndjson, picture_body, zip_body
+from service.http.openapi import BODY, PICTURE_TYPES, WORK, answers, body, json_body, ndjson, picture_body, zip_body
 from service.http.routes.parameters import Cursor, Fingerprint, ItemId, Limit, Metadata
 from service.http.routes.state import (
     check_content_type,
@@ -21,26 +23,27 @@ from service.http.routes.state import (
     stored_gallery_of,
     work,
 )
+from service.http.routes.strict import StrictRoute
 from service.http.schemas import read_json
 from service.store import Item
 
 _MERGE_PATCH = "application/merge-patch+json"
 
 
-class _IdConvertor(Convertor[str]):
-    """An id in a path: any text but one that ends like the routes of an item's pictures."""
+class _PictureRoute(StrictRoute):
+    """The route of an item's picture, whose last slash is a slash in the address: a %2F belongs to the id."""
 
-    regex = r"(?s:.*)(?<!/thumbnail)(?<!/content)"
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return whether the address is that of a picture, and not of an item whose id ends in the same word."""
+        last = scope.get("raw_path", scope["path"].encode()).rpartition(b"/")[2]
+        if unquote_to_bytes(last) != self.path.rpartition("/")[2].encode():
+            return Match.NONE, {}
+        return super().matches(scope)
 
-    def convert(self, value: str) -> str:
-        return value
 
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("item", _IdConvertor())
-router = APIRouter()
+router = APIRouter(route_class=StrictRoute, tags=["images"])
+# These come first: their addresses match the routes of an item, too.
+pictures = APIRouter(route_class=_PictureRoute, tags=["images"])
 
 
 @router.get("/images", responses=answers(schemas.Page, 400, 404, *WORK))
@@ -58,6 +61,7 @@ async def list_images(request: Request, limit: Limit = 100, cursor: Cursor = Non
 @router.post(
     "/images",
     openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
+    response_class=Response,
     responses=answers(None, *BODY, *WORK, 403, 404, 409)
     | {200: {"description": "One line per picture.", "content": ndjson()}},
 )
@@ -73,7 +77,9 @@ async def add_images(request: Request, fingerprint: Fingerprint = None) -> Respo
     kind = content_type(request)
     pictures: uploads.Archive | uploads.Uploads
     if kind == "multipart/form-data":
-        pictures = uploads.Uploads(await read_form(request, gallery.settings, gallery.settings.max_bulk_images))
+        pictures = uploads.Uploads(
+            await read_form(request, gallery.settings, gallery.settings.max_bulk_images, {"metadata"})
+        )
     elif kind in ("application/zip", "application/x-zip-compressed"):
         content = await read_body(request, gallery.settings.max_request_bytes)
         pictures = await work(request, lambda: uploads.Archive(content, gallery.settings))
@@ -83,16 +89,24 @@ async def add_images(request: Request, fingerprint: Fingerprint = None) -> Respo
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
-@router.get("/images/{id:item}/thumbnail", response_class=Response, responses=answers("image/webp", 400, 404, *WORK))
-async def image_thumbnail(request: Request, id: ItemId) -> Response:
+@pictures.get(
+    "/images/{id:path}/thumbnail",
+    response_class=Response,
+    responses=answers(None, 400, 404, *WORK, media=("image/webp",)),
+)
+async def get_thumbnail(request: Request, id: ItemId) -> Response:
     """A small WebP of an item."""
     gallery = gallery_of(request)
     data = await work(request, lambda: gallery.thumbnail(gallery.check_id(id)))
     return Response(data, media_type="image/webp")
 
 
-@router.get("/images/{id:item}/content", response_class=Response, responses=answers("image/*", 400, 404, *WORK))
-async def image_content(request: Request, id: ItemId) -> Response:
+@pictures.get(
+    "/images/{id:path}/content",
+    response_class=Response,
+    responses=answers(None, 400, 404, *WORK, media=PICTURE_TYPES[:-1]),
+)
+async def get_content(request: Request, id: ItemId) -> Response:
     """The picture's own bytes, if the store keeps them."""
     gallery = gallery_of(request)
     data = await work(request, lambda: gallery.original(gallery.check_id(id)))
@@ -101,7 +115,7 @@ async def image_content(request: Request, id: ItemId) -> Response:
 
 
 @router.put(
-    "/images/{id:item}",
+    "/images/{id:path}",
     openapi_extra=body(picture_body(metadata="metadata")),
     responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404, 409, 422, success=(200, 201)),
 )
@@ -115,9 +129,7 @@ async def put_image(
     gallery = stored_gallery_of(request)
     id = gallery.check_id(id)
     check_fingerprint(gallery, fingerprint)
-    image, form_fields = await read_one_picture(request, gallery.settings)
-    if form_fields.keys() - {"metadata"}:
-        raise InvalidRequest("expected the form fields file and metadata, no others")
+    image, form_fields = await read_one_picture(request, gallery.settings, {"metadata"}, or_json=False)
     text = form_fields.get("metadata", metadata)
     checked = None if text is None else gallery.check_metadata(parse_json_object(text, "metadata"))
 
@@ -131,7 +143,7 @@ async def put_image(
     return await work(request, put)
 
 
-@router.get("/images/{id:item}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
+@router.get("/images/{id:path}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
 async def get_image(request: Request, id: ItemId) -> Response:
     """An item's id and metadata, and the variant of the encoder that embedded it."""
     gallery = gallery_of(request)
@@ -140,12 +152,16 @@ async def get_image(request: Request, id: ItemId) -> Response:
 
 
 @router.patch(
-    "/images/{id:item}",
-    openapi_extra=body(json_body(schemas.PatchBody, types=("application/json", _MERGE_PATCH))),
+    "/images/{id:path}",
+    # A second media type with the same schema breaks generators of clients; it is taken all the same.
+    openapi_extra=body(json_body(schemas.PatchBody)),
     responses=answers(schemas.ItemAnswer, *WORK, *BODY, 403, 404),
 )
 async def patch_image(request: Request, id: ItemId) -> Response:
-    """Change an item's metadata by a merge patch: a field given as null is removed, others are set."""
+    """Change an item's metadata by a merge patch: a field given as null is removed, others are set.
+
+    `application/merge-patch+json` is taken, too.
+    """
     gallery = gallery_of(request)
     id = gallery.check_id(id)
     check_content_type(request, "application/json", _MERGE_PATCH)
@@ -154,7 +170,7 @@ async def patch_image(request: Request, id: ItemId) -> Response:
     return JSONResponse(_shown(item))
 
 
-@router.delete("/images/{id:item}", status_code=204, responses=answers(None, 400, 403, 404, *WORK, success=(204,)))
+@router.delete("/images/{id:path}", status_code=204, responses=answers(None, 400, 403, 404, *WORK, success=(204,)))
 async def delete_image(request: Request, id: ItemId) -> Response:
     """Remove an item."""
     gallery = gallery_of(request)

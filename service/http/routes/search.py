@@ -20,7 +20,7 @@ from service.queries import PictureQuery, Query
 from service.store import Hit
 from service.store.filters import Filter, parse_filter
 
-direct = APIRouter(route_class=DirectRoute)
+direct = APIRouter(route_class=DirectRoute, tags=["search"])
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from service.encoding.card import Preprocessing
-from service.encoding.images import FORMATS, Limits, decode, thumbnail, to_pixels, tones
+from service.encoding.images import FORMATS, Limits, decode, format_of, media_type, thumbnail, to_pixels, tones
 from service.errors import EmptyPicture, LookalikeError, TooLarge, UndecodablePicture, UnsupportedFormat
 from tests.conftest import encoded, scene
+from tests.heif import heic, turned
 
 LIMITS = Limits()
 
@@ -33,7 +34,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [format for format in FORMATS if format != "HEIF"])
 def test_every_format_decodes_to_the_same_picture(format: str) -> None:
     picture = scene()
     decoded = decode(encoded(picture, format), 28, LIMITS)
@@ -48,10 +49,11 @@ def test_every_format_decodes_to_the_same_picture(format: str) -> None:
     ("data", "error", "says"),
     [
         (b"", EmptyPicture, "got none"),
-        (b"this is a text and no picture at all", UnsupportedFormat, "JPEG, PNG, WEBP, GIF, BMP"),
+        (b"this is a text and no picture at all", UnsupportedFormat, "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", UnsupportedFormat, "not a picture"),
         (b"\x80\x04\x95pickle", UnsupportedFormat, "not a picture"),
-        (encoded(scene(), "TIFF"), UnsupportedFormat, "not a picture"),
+        (encoded(scene(), "ICO"), UnsupportedFormat, "not a picture"),
+        (encoded(scene(), "JPEG2000"), UnsupportedFormat, "not a picture"),
         (encoded(scene(), "JPEG")[:-200], UndecodablePicture, "cut short"),
         (encoded(scene())[:-300], UndecodablePicture, "damaged or cut short"),
         (encoded(scene(), "WEBP")[:60], UndecodablePicture, "damaged or cut short"),
@@ -67,9 +69,30 @@ def test_what_is_refused(data: bytes, error: type[LookalikeError], says: str) ->
         decode(data, 28, LIMITS)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_heif() -> None:
+    difference = np.abs(np.asarray(decode(heic(), 28, LIMITS), int) - np.asarray(scene(), int))
+    assert difference.mean() < 4
+    grey = np.asarray(scene().convert("L"), float)[..., None] / 255
+    on_white = np.asarray(scene(), float) * grey + 255 * (1 - grey)
+    assert np.abs(np.asarray(decode(heic(alpha=True), 28, LIMITS), int) - on_white).mean() < 5
+    tiled = decode(heic(grid=(2, 3, 130, 100)), 28, LIMITS)
+    assert tiled.size == (130, 100)
+    assert np.array_equal(np.asarray(tiled)[:48, :64], np.asarray(tiled)[:48, 64:128])
+
+
+def test_formats_are_told_by_their_first_bytes() -> None:
+    for format in FORMATS:
+        data = heic() if format == "HEIF" else encoded(scene(), format)
+        assert format_of(data[:64]) == format
+        assert media_type(data) == f"image/{format.lower()}"
+    # A film and a picture that names only the family's brand.
+    assert format_of(b"\0\0\0\x18ftypisom\0\0\0\0isommp42") is None
+    assert format_of(b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif") == "AVIF"
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_picture_cut_anywhere_is_refused_with_our_own_error(format: str) -> None:
-    data = encoded(scene(), format)
+    data = heic() if format == "HEIF" else encoded(scene(), format)
     for cut in range(0, len(data) * 9 // 10, max(1, len(data) // 40)):
         with pytest.raises(LookalikeError):
             decode(data[:cut], 28, LIMITS)
@@ -106,6 +129,23 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
     for format in ("PNG", "WEBP"):
         decoded = decode(encoded(stored, format, exif=exif, lossless=True), 28, LIMITS)
         assert np.array_equal(np.asarray(decoded), np.asarray(upright)), format
+    tagged = decode(encoded(stored, "TIFF", tiffinfo={0x0112: orientation}), 28, LIMITS)
+    assert np.array_equal(np.asarray(tagged), np.asarray(upright))
+    # The containers of AVIF and HEIF say how to turn a picture; EXIF repeats it.
+    repeated = exif.tobytes()
+    for data in (encoded(stored, "AVIF", exif=repeated), encoded(stored, "JPEG", exif=repeated)):
+        assert np.abs(np.asarray(decode(data, 28, LIMITS), int) - np.asarray(upright, int)).mean() < 4
+    shown = np.asarray(decode(heic(turned(orientation), repeated[6:]), 28, LIMITS), int)
+    how = (None, 0, 3, 1, 5, 4, 6, 2)[orientation - 1]
+    expected = scene() if how is None else scene().transpose(Image.Transpose(how))
+    assert np.abs(shown - np.asarray(expected, int)).mean() < 4
+
+
+def test_only_exif_turns_a_picture() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    for format in ("JPEG", "PNG", "WEBP", "AVIF", "TIFF"):
+        options = {"tiffinfo": {700: xmp}} if format == "TIFF" else {"xmp": xmp}
+        assert decode(encoded(scene(), format, **options), 28, LIMITS).size == (64, 48), format
 
 
 def test_exif_that_makes_no_sense_is_passed_over() -> None:

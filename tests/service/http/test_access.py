@@ -1,6 +1,7 @@
 """API keys and origins, over HTTP."""
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +138,24 @@ def test_named_origins_are_let_in(served: Served) -> None:
         answer = client.get("/info", headers={"origin": origin, "authorization": f"Bearer {READ}"})
         assert answer.status_code == 200
         assert "access-control-allow-origin" not in answer.headers, origin
+
+
+def test_keys_are_read_again(served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"read:{READ}\n")
+    client = served(api_keys_file=str(file))
+
+    def status(key: str) -> int:
+        return client.get("/info", headers={"authorization": f"Bearer {key}"}).status_code
+
+    assert (status(READ), status(WRITE)) == (200, 401)
+    file.write_text(f"write:{WRITE}\n")
+    assert (status(READ), status(WRITE)) == (200, 401)
+    client.app.reread_keys()  # type: ignore[attr-defined]
+    assert (status(READ), status(WRITE)) == (401, 200)
+    # Without a key in the file everybody would be let in, so what was read last stays.
+    for text in ("", "nonsense", None):
+        file.unlink() if text is None else file.write_text(text)
+        client.app.reread_keys()  # type: ignore[attr-defined]
+        assert (status(READ), status(WRITE)) == (401, 200)
+    assert caplog.text.count("the API keys stay as they were") == 3

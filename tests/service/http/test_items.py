@@ -1,6 +1,7 @@
 """Ids and metadata at their limits."""
 
 import json
+from urllib.parse import quote
 
 import pytest
 from starlette.testclient import TestClient
@@ -56,3 +57,53 @@ def test_metadata_at_its_limits_is_taken(client: TestClient) -> None:
     assert_refused(deeper, 400, "invalid_request")
     larger = client.patch("/images/limits", json={"metadata": {"b": "x"}})
     assert_refused(larger, 400, "invalid_request")
+
+
+LIKE_ROUTES = [
+    "thumbnail",
+    "content",
+    "a/thumbnail",
+    "a/content",
+    "a/b/thumbnail/thumbnail",
+    "/thumbnail",
+    "thumbnail/",
+]
+LIKE_ROUTES += ["content/thumbnail", "../thumbnail", "a//b", "/", "a/", "a\\b", "?#&+;=", "..."]
+
+
+@pytest.mark.parametrize("id", LIKE_ROUTES)
+@pytest.mark.parametrize("by", ["address", "form"])
+def test_every_id_that_can_be_added_can_be_read_changed_and_removed(client: TestClient, id: str, by: str) -> None:
+    """The spelling of the docs: every character but letters, digits and - . _ ~ with percent signs, the slash, too."""
+    url = f"/images/{quote(id, safe='')}"
+    if by == "address":
+        assert client.put(url, content=PICTURE).status_code == 201
+    else:
+        name = id.replace("\\", "\\\\")
+        content = form((name, PICTURE))
+        assert '"status": 201' in client.post("/images", content=content, headers={"content-type": FORM}).text
+    found = client.get(url)
+    assert (found.status_code, found.json().get("id")) == (200, id)
+    assert client.patch(url, json={"metadata": {"label": "7"}}).json() == {"id": id, "metadata": {"label": "7"}}
+    assert client.get(url + "/thumbnail").content[8:12] == b"WEBP"
+    assert client.get(url + "/content").content == PICTURE
+    assert client.delete(url).status_code == 204
+    assert client.get(url).status_code == 404
+
+
+def test_an_item_is_not_the_picture_of_another(client: TestClient) -> None:
+    assert client.put("/images/x", content=PICTURE).status_code == 201
+    assert client.put("/images/x%2Fcontent", content=OTHER).status_code == 201
+    assert client.get("/images/x/content").content == PICTURE
+    assert client.get("/images/x%2Fcontent").json()["id"] == "x/content"
+    assert client.get("/images/x%2Fcontent/content").content == OTHER
+    assert client.get("/images/x/content/content").content == OTHER
+    # Only GET has a route for the picture of an item, so every other method means the whole id.
+    assert client.delete("/images/x/content").status_code == 204
+    assert client.delete("/images/x").status_code == 204
+
+
+@pytest.mark.parametrize("id", [".", ".."])
+def test_an_id_that_no_address_can_name_is_not_added(client: TestClient, id: str) -> None:
+    answer = client.post("/images", content=form((id, PICTURE)), headers={"content-type": FORM})
+    assert json.loads(answer.text)["code"] == "invalid_request"

@@ -209,9 +209,8 @@ IDS = [
         ("of nothing", ""),
     )
 ] + [
-    Row("id like a route", 405, "method_not_allowed", path="/images/some%20name/thumbnail", method="PUT"),
-    Row("id like another route", 405, "method_not_allowed", path="/images/some%20name/content", method="PUT"),
-    Row("id in a search that is like a route", 400, "invalid_request", as_json(id="a/thumbnail"), JSON, "/search"),
+    Row("id that no address can name", 400, "invalid_request", as_json(id=".."), JSON, "/search"),
+    Row("id in a search that is like a route", 404, "not_found", as_json(id="a/thumbnail"), JSON, "/search"),
     Row("id in a search", 404, "not_found", as_json(id="zebra number nine"), JSON, "/search"),
     Row("long id in a search", 400, "invalid_request", as_json(id="name" * 75), JSON, "/search"),
     Row("control characters in a search", 400, "invalid_request", as_json(id="some name\nand more"), JSON, "/search"),

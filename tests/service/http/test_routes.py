@@ -178,8 +178,8 @@ def test_docs_carry_their_scripts(client: TestClient) -> None:
     addresses = re.findall(r'(?:src|href)="([^"]+)"', text)
     assert len(addresses) >= 2
     for address in addresses:
-        assert address.startswith("http://testserver/")
-        assert client.get(address).status_code == 200
+        assert address.startswith("swagger/")
+        assert client.get(f"/{address}").status_code == 200
 
 
 VECTOR = [0.0] * 128
@@ -345,8 +345,9 @@ def test_nothing_of_a_refused_picture_is_kept(client: TestClient) -> None:
         ("GET", "/page/../api.py", 404),
         ("GET", "/embed", 405),
         ("PATCH", "/images", 405),
-        ("PUT", "/images/a/thumbnail", 405),
-        ("DELETE", "/images/a/content", 405),
+        ("POST", "/images/a/thumbnail", 405),
+        ("PATCH", "/images/a/content", 415),
+        ("DELETE", "/images/a/content", 404),
         ("GET", "/images/a/content/thumbnail", 404),
         ("GET", "/images/nobody", 404),
         ("GET", "/images/nobody/content", 404),

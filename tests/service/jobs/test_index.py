@@ -133,18 +133,6 @@ def test_a_new_picture_of_a_known_source_that_collides_gets_the_prefix_alone(tmp
     assert second.name == str(tmp_path / "b")
 
 
-def test_names_that_differ_in_composition_alone_are_told(gallery: Gallery) -> None:
-    pictures = [encoded(scene(seed=n)) for n in range(2)]
-    names = ["\u00e9.png", "e\u0301.png"]
-    source = Source("twins", names, pictures.__getitem__, None)
-    account = index_source(source, gallery)
-    assert counts(account) == (1, 0, 0, 0)
-    assert (account.left_out[0].name, account.lost) == (names[1], 1)
-    assert counts(index_source(source, gallery)) == (0, 0, 1, 0)
-    same = index_source(Source("twins", names, lambda _: pictures[0], None), gallery)
-    assert (counts(same), same.lost) == ((0, 0, 2, 0), 0)
-
-
 def test_what_the_source_left_out_is_counted_and_listed(gallery: Gallery) -> None:
     left_out = [LeftOut(".git/a.png", "hidden", False), LeftOut("b.heic", "HEIC", True)]
     source = Source(

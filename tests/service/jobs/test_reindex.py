@@ -9,8 +9,9 @@ from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import InvalidRequest, InvalidStore, StoreMismatch
 from service.gallery import open_gallery, succeed
+from service.generations import prune
 from service.jobs.index import index_source
-from service.jobs.reindex import reindex
+from service.jobs.reindex import reindex, rollback
 from service.queries import PictureQuery
 from service.settings import Settings
 from service.sources import open_source
@@ -148,3 +149,66 @@ def test_a_current_that_names_nothing_is_said(settings: Settings, encoder: Encod
         with pytest.raises(InvalidStore, match="CURRENT: damaged: it names no generation that is there"):
             EmbeddedStore(settings.store, encoder.card, encoder.dimension)
         assert (settings.store / "CURRENT").read_text() == text
+
+
+def test_a_rollback_keeps_what_changed_since(settings: Settings, other: Path) -> None:
+    served = open_gallery(settings.model_copy(update={"model": MODEL}))
+    with pytest.raises(InvalidRequest, match="has no earlier generation"):
+        rollback(settings)
+    for n in range(3):
+        served.add(f"p{n}", encoded(scene(seed=n)), {})
+    before = served.store.embedding("p0")
+    assert reindex(other, settings) == 3
+    # The service has not taken it up, so there is nothing to bring back.
+    assert rollback(settings) == ("mnist", 3)
+    assert current(settings.store) == settings.store
+    served.add("late", encoded(scene(seed=7)), {})
+    assert reindex(other, settings) == 4
+    following = succeed(served)
+    served.close()
+    following.add("new", encoded(scene(seed=8)), {})
+    following.remove("p1")
+    following.change_metadata("p2", {"seen": True})
+
+    assert rollback(settings) == ("mnist", 4)
+    following.add("newest", encoded(scene(seed=9)), {})
+    back = succeed(following)
+    following.close()
+    assert back.card.name == "mnist"
+    assert sorted(item.id for item in back.store.scan(9)[0]) == ["late", "new", "newest", "p0", "p2"]
+    assert back.get("p2").metadata == {"seen": True}
+    now = back.store.embedding("p0")
+    assert before is not None
+    assert now is not None
+    assert (before == now).all()
+    for n, id in ((0, "p0"), (8, "new"), (9, "newest")):
+        assert back.find([PictureQuery(encoded(scene(seed=n)))], 1)[0][0].id == id
+    assert [one.number for one in prune(settings.store)] == [1, 2]
+    back.close()
+
+
+def test_a_second_reindex_before_the_service_knows_of_the_first_loses_nothing(settings: Settings, other: Path) -> None:
+    served = open_gallery(settings.model_copy(update={"model": MODEL}))
+    served.add("a", encoded(scene(seed=1)), {})
+    reindex(other, settings)
+    third = another_encoder(other.with_name("third"), resample=1)
+    reindex(third, settings)
+    served.add("b", encoded(scene(seed=2)), {})
+    served.remove("a")
+    following = succeed(served)
+    served.close()
+    assert [item.id for item in following.store.scan(9)[0]] == ["b"]
+    following.close()
+
+
+def test_an_unfinished_generation_of_a_third_encoder_is_named(settings: Settings, other: Path) -> None:
+    gallery = open_gallery(settings.model_copy(update={"model": MODEL}))
+    gallery.add("a", encoded(scene(seed=1)), {})
+    gallery.close()
+    left = Encoder(read_card(other), "cpu")
+    EmbeddedStore(settings.store / "generation-2", left.card, left.dimension).close()
+    third = another_encoder(other.with_name("third"), resample=1)
+    with pytest.raises(StoreMismatch, match=r"unfinished reindex with the encoder other .* `lookalike store prune`"):
+        reindex(third, settings)
+    assert [one.number for one in prune(settings.store)] == [2]
+    assert reindex(third, settings) == 1

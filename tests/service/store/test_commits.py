@@ -8,7 +8,8 @@ from pathlib import Path
 import apsw
 import pytest
 
-from service.errors import InvalidRequest, InvalidStore
+from service.errors import InvalidRequest, InvalidStore, StorePaused
+from service.store import commits
 from service.store.catalog import FILE, CatalogWriter, Change
 from service.store.commits import Commits
 from service.store.embedded import EmbeddedStore
@@ -91,27 +92,69 @@ def test_an_answer_is_given_after_the_commit(store: EmbeddedStore, tmp_path: Pat
     store.close()
 
 
-def test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on(store: EmbeddedStore, tmp_path: Path) -> None:
-    store.add([item("there", unit(D))])
+def full(store: EmbeddedStore) -> None:
+    """Let SQLite find no room, as on a full disk."""
     pages = next(writer_of(store)._database.execute("PRAGMA page_count"))[0]
-    # The limit stands for a full disk.
     writer_of(store)._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()
-    with pytest.raises(InvalidStore, match=r"the store cannot be written: .*full"):
-        store.add([item(f"p{n}", unit(D, seed=n)) for n in range(1000)])
+
+
+def roomy(store: EmbeddedStore) -> None:
     writer_of(store)._database.execute("PRAGMA max_page_count = 1000000").fetchall()
-    with pytest.raises(InvalidStore, match="full; it is read-only until the service starts again"):
-        store.remove("there")
-    with pytest.raises(InvalidStore, match="read-only until"):
+
+
+MANY = [item(f"p{n}", unit(D, seed=n)) for n in range(1000)]
+
+
+def test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on(
+    store: EmbeddedStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.add([item("there", unit(D))])
+    full(store)
+    with pytest.raises(StorePaused, match=r"the store cannot be written: .*full"):
+        store.add(MANY)
+    assert not store.writable
+    for _ in range(3):
+        with pytest.raises(StorePaused, match="full; it is read-only until there is room"):
+            store.remove("there")
+    with pytest.raises(StorePaused, match="read-only until"):
         store.set_metadata("there", lambda metadata: metadata)
+    assert [record.levelname for record in caplog.records if "cannot be written" in record.getMessage()] == ["ERROR"]
     assert store.count() == 1
     assert store.search(unit(1, D), 5)[0][0].id == "there"
     assert store.get("there") is not None
     assert store.get("p0") is None
     store.close()
+    with pytest.raises(InvalidStore, match="the store is closed"):
+        store.remove("there")
     store = EmbeddedStore(tmp_path / "store", card(), D)
     assert store.add([item("p0", unit(D))]) == [True]
     assert store.count() == 2
     store.close()
+
+
+def test_a_store_takes_changes_again_when_a_full_disk_has_room(
+    store: EmbeddedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "_PROBE_S", 0.02)
+    store.add([item("there", unit(D))])
+    for _ in range(2):
+        full(store)
+        with pytest.raises(StorePaused):
+            store.add(MANY)
+        assert not store.writable
+        roomy(store)
+        deadline = time.monotonic() + 10
+        while not store.writable:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert store.add(MANY) == [True] * 1000
+    assert store.remove("there")
+    for found in (store.search(unit(1, D, seed=7), 1)[0][0].id, store.search(MANY[7].embedding[None], 1)[0][0].id):
+        assert found == "p7"
+    store.close()
+    again = EmbeddedStore(tmp_path / "store", card(), D)
+    assert again.count() == 1000
+    again.close()
 
 
 def test_a_store_that_could_not_be_replaced_takes_changes_again(store: EmbeddedStore) -> None:
@@ -133,11 +176,11 @@ def test_what_cannot_reach_the_index_is_an_error_of_the_store(store: EmbeddedSto
     def apply(changes: list[Change], sequence: int) -> None:
         raise MemoryError("no room")
 
-    commits = Commits(store._writer, apply)
+    group = Commits(store._writer, apply)
     with pytest.raises(MemoryError):
-        commits.run(lambda *_: None)
+        group.run(lambda *_: None)
     with pytest.raises(InvalidStore, match="cannot be written: no room; it is read-only until"):
-        commits.run(lambda *_: None)
+        group.run(lambda *_: None)
     store.close()
 
 

@@ -1,6 +1,8 @@
 """Filters: SQLite gives the same answer as a plain implementation of the rules, for any metadata."""
 
 import json
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import apsw
@@ -15,14 +17,29 @@ from service.store.embedded import EmbeddedStore
 from service.store.filters import parse_filter
 
 _names = st.sampled_from(["a", "b", "label", 'x"y', "$.a", "", "é", "a.b"])
+_asked_names = _names | st.sampled_from(
+    ["a.a", "a.b.a", "b.a.b", "a.0", "a.1.b", "a.0.a", "b.a.b.a", ".", "a.", "e\u0301"]
+)
 _numbers = st.integers(-3, 3) | st.sampled_from([0.5, 2.0, -1e300, 2**53, 2**63, -(2**63)])
-_scalars: Any = st.none() | st.booleans() | _numbers | st.sampled_from(["", "a", "b", "7", "1", "true", "é", "a\0b"])
-_metadata = st.dictionaries(_names, _scalars | st.lists(_scalars, max_size=2) | st.just({"a": 1}), max_size=4)
+_scalars: Any = (
+    st.none() | st.booleans() | _numbers | st.sampled_from(["", "a", "b", "7", "1", "true", "é", "e\u0301", "a\0b"])
+)
+_inside = st.dictionaries(
+    st.sampled_from(["a", "b", "a.b", "0", ""]), _scalars | st.lists(_scalars, max_size=2), max_size=3
+)
+_values = st.recursive(
+    _scalars | _inside,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2),
+    max_leaves=4,
+)
+_metadata = st.dictionaries(_names, _values, max_size=4)
 _bounds = _numbers | st.sampled_from(["", "a", "b", "é"])
 _conditions: Any = st.dictionaries(
     st.sampled_from(["$gt", "$gte", "$lt", "$lte"]), _bounds, min_size=1, max_size=2
 ) | st.fixed_dictionaries({"$in": st.lists(_scalars, min_size=1, max_size=3)})
-_fields = st.dictionaries(_names.filter(lambda name: not name.startswith("$")), _scalars | _conditions, min_size=1)
+_fields = st.dictionaries(
+    _asked_names.filter(lambda name: not name.startswith("$")), _scalars | _conditions, min_size=1
+)
 _filters = st.recursive(
     _fields,
     lambda inner: (
@@ -44,7 +61,23 @@ def kind(value: Any) -> str:
 def equal(have: Any, wanted: Any) -> bool:
     if kind(have) != kind(wanted) or kind(have) == "other":
         return False
+    if kind(have) == "text":
+        return unicodedata.normalize("NFC", have) == unicodedata.normalize("NFC", wanted)
     return bool(float(have) == float(wanted)) if kind(have) == "number" and abs(have) >= 2**53 else bool(have == wanted)
+
+
+def found(node: Any, name: str) -> Iterator[Any]:
+    """All values to which a name with dots leads."""
+    if isinstance(node, list):
+        for part in node:
+            if isinstance(part, dict):
+                yield from found(part, name)
+        node = {str(place): part for place, part in enumerate(node)}
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if unicodedata.normalize("NFC", key) == unicodedata.normalize("NFC", name):
+            yield value
+        if name.startswith(key + "."):
+            yield from found(value, name[len(key) + 1 :])
 
 
 def meets(metadata: dict[str, Any], content: dict[str, Any]) -> bool:
@@ -56,14 +89,19 @@ def meets(metadata: dict[str, Any], content: dict[str, Any]) -> bool:
             good = any(meets(metadata, each) for each in wanted)
         elif name == "$not":
             good = not meets(metadata, wanted)
-        elif name not in metadata:
-            good = False
         else:
             conditions = wanted if isinstance(wanted, dict) else {"$eq": wanted}
-            good = all(holds(metadata[name], operator, value) for operator, value in conditions.items())
+            good = all(
+                any(holds_for(have, operator, value) for have in found(metadata, name))
+                for operator, value in conditions.items()
+            )
         if not good:
             return False
     return True
+
+
+def holds_for(have: Any, operator: str, wanted: Any) -> bool:
+    return any(holds(each, operator, wanted) for each in (have if isinstance(have, list) else [have]))
 
 
 def holds(have: Any, operator: str, wanted: Any) -> bool:
@@ -87,8 +125,50 @@ def test_sqlite_answers_as_the_rules_say(rows: list[dict[str, Any]], content: di
         [(number, json.dumps(row, ensure_ascii=False)) for number, row in enumerate(rows)],
     )
     where = parse_filter(content)
-    found = {key for (key,) in database.execute("SELECT key FROM items WHERE " + where.sql, where.values)}
-    assert found == {number for number, row in enumerate(rows) if meets(row, content)}
+    matching = {key for (key,) in database.execute("SELECT key FROM items WHERE " + where.sql, where.values)}
+    assert matching == {number for number, row in enumerate(rows) if meets(row, content)}
+
+
+TAGGED = {"tags": ["red", "blue"], "place": {"city": "Rome"}, "years": [1990, 2020], "a.b": 1, "label": "Mu\u0308ller"}
+TAGGED |= {"shots": [{"lens": "50mm", "iso": [100, 200]}, {"lens": "35mm"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "matches"),
+    [
+        ({"tags": "red"}, True),
+        ({"tags": "green"}, False),
+        ({"tags": {"$in": ["green", "blue"]}}, True),
+        ({"years": {"$gt": 2000}}, True),
+        ({"years": {"$gt": 2000, "$lt": 2000}}, True),
+        ({"years": {"$gt": 2020}}, False),
+        ({"tags.1": "blue"}, True),
+        ({"tags.1": "red"}, False),
+        ({"place.city": "Rome"}, True),
+        ({"place.city": "Oslo"}, False),
+        ({"place.city.name": "Rome"}, False),
+        ({"$not": {"place.city": "Oslo"}}, True),
+        ({"a.b": 1}, True),
+        ({"shots.lens": "35mm"}, True),
+        ({"shots.lens": {"$in": ["85mm", "50mm"]}}, True),
+        ({"shots.0.lens": "35mm"}, False),
+        ({"shots.iso": 200}, True),
+        ({"label": "Müller"}, True),
+        ({"label": {"$in": ["M\u00fcller"]}}, True),
+    ],
+)
+def test_lists_and_names_with_dots_match_as_in_mongodb(content: Any, matches: bool) -> None:
+    assert meets(TAGGED, content) is matches
+    where = parse_filter(content)
+    database = apsw.Connection(":memory:")
+    database.execute("CREATE TABLE items AS SELECT ? AS metadata", (json.dumps(TAGGED),))
+    assert database.execute("SELECT " + where.sql + " FROM items", where.values).fetchall() == [(int(matches),)]
+
+
+def test_the_largest_filter_is_answered(store: EmbeddedStore) -> None:
+    content = {"$or": [{f"a.{n}": {"$in": [f"é{value}" for value in range(1000)]}} for n in range(33)]}
+    (hits,) = store.search(np.eye(1, store_dimension(store), dtype=np.float32), 3, parse_filter(content))
+    assert hits == []
 
 
 @pytest.mark.parametrize(
@@ -96,12 +176,21 @@ def test_sqlite_answers_as_the_rules_say(rows: list[dict[str, Any]], content: di
     [
         ({}, "expected an object such as"),
         ([], "expected an object such as"),
-        ({"$nor": []}, "expected $and, $or, $not"),
+        ({"$nor": []}, '$nor is not an operator here; expected $and, $or, $not or the name of a field; {"$not"'),
+        ({"$nott": {"a": 1}}, "an operator that is not known here; the nearest is $not"),
+        ({"$gt": 3}, "$gt belongs in another place"),
+        ({"a": {"$not": {"$eq": 1}}}, "$not belongs in another place; expected $eq, $in"),
+        ({"a": {"$ne": 1}}, "$ne is not an operator here; expected $eq, $in, $gt, $gte, $lt or $lte"),
+        ({"a": {"$regex": "^x"}}, "$regex is not an operator here; expected $eq, $in"),
+        ({"a": {"$exists": True}}, "$exists is not an operator here; expected $eq, $in"),
+        ({"a": {"$gt": 1, "$elemMatch": {}}}, "$elemMatch is not an operator here"),
+        ({"a": {"$gtee": 1}}, "the nearest is $gte"),
+        ({"a": {"city": "Rome"}}, '"a.b" is the name of the field b inside the field a'),
         ({"$and": []}, "$and expects a list"),
         ({"$or": {}}, "$or expects a list"),
         ({"$not": 3}, "expected an object such as"),
         ({"a": {}}, "expected a value"),
-        ({"a": {"$like": "x"}}, "expected $eq, $in"),
+        ({"a": {"$like": "x"}}, "$like is not an operator here; expected $eq, $in"),
         ({"a": {"$in": []}}, "$in expects a list of 1 to 1000"),
         ({"a": {"$in": [1] * 1001}}, "$in expects a list of 1 to 1000"),
         ({"a": {"$gt": True}}, "$gt expects a number or a text"),
