@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from service.encoding.images import FORMATS
+from service.encoding.images import FORMATS, SUFFIXES, SUFFIXES_OF, format_of
 from service.errors import InvalidSource
 from service.sources.source import LeftOut, count_reasons
 
@@ -16,15 +16,14 @@ _SYSTEM = {
     "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "recycler", "system volume information",
     "lost+found", "__macosx", "thumbs.db", "desktop.ini",
 }  # fmt: skip
+# Endings of other formats; the decoder has those of its own.
 _ENDINGS = {
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".jfi": "JPEG", ".jif": "JPEG",
-    ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".dib": "BMP",
-    ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF", ".avifs": "AVIF", ".heic": "HEIF", ".heif": "HEIF",
-    ".heics": "HEIF", ".hif": "HEIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpx": "JPEG2000", ".j2c": "JPEG2000",
-    ".jxl": "JPEG XL", ".jxr": "JPEG XR", ".psd": "PSD", ".psb": "PSD", ".svg": "SVG", ".ico": "ICO", ".tga": "TGA",
-    ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".exr": "OpenEXR", ".hdr": "HDR", ".dds": "DDS",
-    ".pcx": "PCX", ".qoi": "QOI", ".xcf": "XCF", ".dcm": "DICOM",
+    ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpx": "JPEG2000", ".j2c": "JPEG2000", ".jxl": "JPEG XL",
+    ".jxr": "JPEG XR", ".psd": "PSD", ".psb": "PSD", ".svg": "SVG", ".ico": "ICO", ".tga": "TGA", ".ppm": "PPM",
+    ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".exr": "OpenEXR", ".hdr": "HDR", ".dds": "DDS", ".pcx": "PCX",
+    ".qoi": "QOI", ".xcf": "XCF", ".dcm": "DICOM",
 }  # fmt: skip
+_ENDINGS |= {ending: format for format, endings in SUFFIXES_OF.items() for ending in endings}
 _RAW_ENDINGS = {
     ".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".k25", ".kdc", ".mef", ".mos",
     ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f",
@@ -33,27 +32,17 @@ _RAW_ENDINGS = {
 _RAW = "camera RAW"
 _ENDINGS |= dict.fromkeys(_RAW_ENDINGS, _RAW)
 # Names of formats as people write them, where Pillow's are others.
-_SPOKEN = {"HEIF": "HEIC", "WEBP": "WebP", "JPEG2000": "JPEG 2000"}
+_SPOKEN = {"JPEG2000": "JPEG 2000"}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # Files of other kinds that stand beside each picture in many a set, and that are not worth opening.
 _TEXTS = (".txt", ".json", ".cls", ".csv", ".tsv", ".xml", ".md", ".yaml", ".yml", ".html", ".xmp", ".aae", ".log")
 _STARTS = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0", "TIFF"),
-    (b"MM\0+", "TIFF"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG2000"),
     (b"\xff\x4f\xff\x51", "JPEG2000"),
     (b"8BPS", "PSD"),
 )
-_AVIF_BRANDS = {b"avif", b"avis"}
-_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 # The sizes of the headers that a BMP may have.
 _BMP_HEADERS = {12, 16, 40, 52, 56, 64, 108, 124}
 _ENDING = re.compile(r"[^.].*(\.[A-Za-z0-9_~-]{1,10})")
@@ -82,7 +71,7 @@ def judge(path: str, read_start: Callable[[], bytes]) -> LeftOut | None:
         return None
     if format != _RAW and ending not in _TEXTS:
         try:
-            content = format_of(read_start())
+            content = content_format(read_start())
         except OSError as error:
             return LeftOut(path, f"unreadable: {error.strerror or error}", True)
         if content in FORMATS:
@@ -95,25 +84,18 @@ def judge(path: str, read_start: Callable[[], bytes]) -> LeftOut | None:
     return LeftOut(path, f"not a picture: {ending or 'no ending'}", False)
 
 
-def format_of(start: bytes) -> str | None:
+def content_format(start: bytes) -> str | None:
     """Return the format of a picture by its first 64 bytes, as Pillow names it; None for anything else."""
-    for signature, format in _STARTS:
-        if start.startswith(signature):
-            return format
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
-        return "WEBP"
-    if start[:2] == b"BM" and start[6:10] == bytes(4) and int.from_bytes(start[14:18], "little") in _BMP_HEADERS:
-        return "BMP"
-    if start[4:8] == b"ftyp":
-        size = min(int.from_bytes(start[:4]), len(start))
-        brands = {start[8:12]} | {start[at : at + 4] for at in range(16, size - 3, 4)}
-        return "AVIF" if brands & _AVIF_BRANDS else "HEIF" if brands & _HEIF_BRANDS else None
-    return None
+    format = format_of(start)
+    # Two letters are too few to take a text for a picture.
+    if format == "BMP" and (start[6:10] != bytes(4) or int.from_bytes(start[14:18], "little") not in _BMP_HEADERS):
+        return None
+    return format or next((format for signature, format in _STARTS if start.startswith(signature)), None)
 
 
 def holds_none(name: str, left_out: Iterable[LeftOut], then: str = "") -> InvalidSource:
     """Return the error of a source without a picture, which says what it holds instead."""
-    looked = " ".join(ending for ending, format in _ENDINGS.items() if format in FORMATS)
+    looked = " ".join(SUFFIXES)
     reasons = count_reasons(left_out)
     return InvalidSource(
         f"{name}: holds no picture; looked for {looked} at any depth{then}{'; found ' if reasons else ''}{reasons}"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from service.encoding.images import FORMATS
+from service.encoding.images import SUFFIXES
 from service.sources import open_source
-from service.sources.kinds import format_of, judge
+from service.sources.kinds import content_format, judge
 from tests.conftest import scene
 from tests.service.sources.test_source import PICTURE
 
@@ -21,7 +21,7 @@ def start(format: str) -> bytes:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 def test_the_content_of_a_picture_tells_its_format(format: str) -> None:
-    assert format_of(start(format)) == format
+    assert content_format(start(format)) == format
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,13 @@ def test_the_content_of_a_picture_tells_its_format(format: str) -> None:
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIF"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "AVIF"),
         (b"\0\0\0\x18ftypisom\0\0\0\0mp41mp42", None),
-        (b"\0\0\0\x10ftypisom\0\0\0\0heic", None),
         (b"BM is how this letter begins", None),
         (b"GIF is a format", None),
         (b"", None),
     ],
 )
 def test_boxes_and_texts(data: bytes, format: str | None) -> None:
-    assert format_of(data) == format
+    assert content_format(data) == format
 
 
 @pytest.mark.parametrize(
@@ -50,7 +49,7 @@ def test_pictures_of_odd_endings_and_of_none(tmp_path: Path, name: str) -> None:
     assert not source.left_out
 
 
-@pytest.mark.parametrize("name", ["a.tif", "b.avif", "c.heic"])
+@pytest.mark.parametrize("name", ["a.jp2", "b.psd", "c.jxl"])
 def test_a_wrong_ending_does_not_hide_a_picture(name: str) -> None:
     assert judge(name, lambda: start("JPEG")) is None
 
@@ -81,6 +80,6 @@ def test_an_odd_file_that_cannot_be_read_may_have_been_a_picture() -> None:
     assert judge("a", refuse) == ("a", "unreadable: Permission denied", True)
 
 
-def test_formats_are_named_as_the_decoder_names_them() -> None:
-    for format in FORMATS:
-        assert judge(f"a.{format.lower()}", lambda: b"") is None
+def test_every_ending_of_the_decoder_is_one_of_a_picture() -> None:
+    for ending in SUFFIXES:
+        assert judge(f"a{ending}", lambda: b"") is None
