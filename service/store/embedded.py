@@ -142,10 +142,6 @@ class EmbeddedStore:
         """See Store.set_metadata."""
         return self._commits.run(lambda writer, _: writer.change_metadata(id, change))
 
-    def facts(self) -> dict[str, str]:
-        """Return the facts that the store holds about itself: fingerprint, model, and those that `note` wrote."""
-        return read_meta(self.folder)
-
     def note(self, facts: dict[str, str]) -> None:
         """Write facts into the store; facts of the same names are replaced. Durable when it returns."""
         self._commits.run(lambda writer, _: writer.note(facts))
