@@ -259,10 +259,7 @@ def train(
     checkpoint_s: float = 180.0,
     session_s: float = math.inf,
 ) -> Checkpoint:
-    """Run the loop to its end, and return its last checkpoint. The method's parameters change in place.
-
-    The first 50 steps of a run with a time limit, or those of a tenth of its time, tell the number of its steps. It is
-    revised as the run goes on, so that the schedule ends with the time on a busy machine, too.
+    """Run the loop to its end and return its last checkpoint; the method changes in place, `revising` a timed plan.
 
     Args:
         folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
@@ -287,7 +284,6 @@ def train(
             result = learner.step(loader, progress)
             progress.seconds = seconds_before + time.perf_counter() - begun
             if minutes and revising(progress, minutes * 60, revised_s):
-                # A GPU may still have queued steps.
                 progress.seconds = revised_s = seconds_before + now(canvas.device) - begun
                 touched = progress.step * recipe.batch_size * recipe.accumulate
                 bar.total = progress.total = planned_total(progress, minutes * 60, touched, canvas)
@@ -299,7 +295,7 @@ def train(
                 watch(result, progress, learner, log, bar)
             if part(progress, recipe.knn_times) > reached and len(material.held_out):
                 classify_held_out(learner, material, progress, log, bar)
-            reached = max(reached, part(progress, recipe.knn_times))
+                reached = part(progress, recipe.knn_times)
             bar.update()
             if saving:
                 checkpoint = learner.checkpoint(material, identity, progress)
@@ -461,7 +457,7 @@ def revising(progress: Progress, time_s: float, revised_s: float) -> bool:
     """Return whether to revise the number of steps that fit a time.
 
     The first time is after 50 steps or a tenth of the time; later ones come every 20 steps, every fiftieth of the time,
-    and when the time is over.
+    and when the time is over. So the schedule ends with the time on a busy machine, too.
 
     Args:
         progress: of the run.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
 
 from service import PixelArray
 from service.encoding.apart import Budget, decode_apart
@@ -182,7 +183,17 @@ def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
         picture.draft(None, (least, least))
         with _one_large if picture.width * picture.height > LARGE_PIXELS else nullcontext():
             picture.load()
-            return _upright(to_rgb(picture, raw, data), picture)
+            return _upright(_on_canvas(to_rgb(picture, raw, data), picture), picture)
+
+
+def _on_canvas(rgb: Image.Image, picture: Image.Image) -> Image.Image:
+    """Leave white what the first frame of a GIF does not cover; Pillow fills it with a colour of the palette."""
+    box = picture.dispose_extent if isinstance(picture, GifImageFile) else None
+    if box is None or box == (0, 0, *rgb.size):
+        return rgb
+    canvas = Image.new("RGB", rgb.size, "white")
+    canvas.paste(rgb.crop(box), box[:2])
+    return canvas
 
 
 def _load_without_end(parts: Parts, side: int, limits: Limits) -> Image.Image | None:

@@ -795,14 +795,14 @@ def test_a_run_that_makes_it_worse_says_so(recipe: Recipe, tmp_path: Path, capsy
     good.load_state_dict(done.method)
     with torch.no_grad():
         for weight in bad.backbone.parameters():
-            weight.fill_(0.001)
+            weight.fill_(0.0)
     capsys.readouterr()
     compare_with_untrained(bad.backbone, good, material, done)
     assert capsys.readouterr().err == ""
     compare_with_untrained(good.backbone, bad, material, done)
     material.canvas.close()
     assert re.search(
-        r"warning: k-NN of held-out pictures is 0\.\d+, below the 0\.\d+ of the random encoder that it began as",
+        r"warning: k-NN of held-out pictures is [01]\.\d+, below the [01]\.\d+ of the random encoder that it began as",
         capsys.readouterr().err,
     )
 
