@@ -167,7 +167,7 @@ async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -
         for number, line in zip(group, lines, strict=True):
             yield json.dumps({"index": number} | line) + "\n"
     for number, (name, reason, lost) in enumerate(pictures.left_out, len(pictures.sizes)):
-        line = {"id": name, "status": 415 if lost else 204, "code": "left_out", "detail": reason}
+        line = {"id": compose(name), "status": 415 if lost else 204, "code": "left_out", "detail": reason}
         yield json.dumps({"index": number} | line) + "\n"
 
 

@@ -140,7 +140,6 @@ class EmbeddedStore:
         """See Store.set_metadata."""
         return self._commits.run(lambda writer, _: writer.change_metadata(id, change))
 
-<<<<<<< HEAD
     def set_sources(self, sources: dict[str, str]) -> None:
         """See Store.set_sources."""
         self._commits.run(lambda writer, _: writer.set_sources(sources))
@@ -149,8 +148,6 @@ class EmbeddedStore:
         """See Store.facts."""
         return read_meta(self.folder)
 
-=======
->>>>>>> e82700f57448673e170e0769451ab9db50f961c4
     def note(self, facts: dict[str, str]) -> None:
         """See Store.note."""
         self._commits.run(lambda writer, _: writer.note(facts))
