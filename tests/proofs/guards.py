@@ -55,7 +55,7 @@ REMOVALS: list[Removal] = [
     code("check", "not known", "False", "test_no_key_that_is_known"),
     refusal("this API key may read only", "test_keys_that_are_known"),
     code("answer", 'headers["WWW-Authenticate"] = "Bearer"', "pass", "test_no_key_that_is_known"),
-    code("_forwarded", "not self._trusting", "False", "test_a_prefix_that_is_forwarded_is_not_trusted_by_itself"),
+    code("_forwarded", "not self._trusting", "False", "test_a_prefix_that_is_forwarded_does_not_replace_that"),
     code("_forwarded", "re.fullmatch(PREFIX, prefix)", "True", "test_a_prefix_that_is_no_path_is_none"),
     code("_serve", "route_path(scope)", "scope['path']", "test_no_prefix_opens_what_needs_a_key"),
     # Bounds on work.

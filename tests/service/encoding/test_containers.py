@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from service.encoding.containers import needed_parts
 from service.encoding.images import Limits, decode
 from service.errors import LookalikeError, TooLarge, UndecodablePicture
 from tests.conftest import encoded, scene
@@ -82,5 +83,8 @@ def test_work_stays_bounded() -> None:
         tags = magic + struct.pack(order + counter, start, 1_001) + bytes(30_000)
         with pytest.raises(TooLarge, match="more than 1000 tags"):
             decode(tags, 28, LIMITS)
+        # A TIFF is decoded in a child process, which a proof of the guard cannot reach.
+        with pytest.raises(TooLarge, match="more than 1000 tags"):
+            needed_parts(tags, "TIFF")
     with pytest.raises(UndecodablePicture):
         decode(encoded(scene())[:-40], 28, LIMITS)

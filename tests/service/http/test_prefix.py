@@ -54,6 +54,13 @@ def test_a_prefix_that_is_forwarded_is_not_trusted_by_itself(served: Served) -> 
     assert "servers" not in client.get("/openapi.json", headers=TRAEFIK).json()
 
 
+def test_a_prefix_that_is_forwarded_does_not_replace_that_of_the_settings(served: Served) -> None:
+    client = served(root_path="/of/settings")
+    assert (
+        client.get("/openapi.json", headers=TRAEFIK).json()["servers"] == client.get("/openapi.json").json()["servers"]
+    )
+
+
 @pytest.mark.parametrize("bad", ['/"><script>', "//elsewhere.example", "/..", "https://elsewhere.example", "/a b", ""])
 def test_a_prefix_that_is_no_path_is_none(served: Served, bad: str) -> None:
     client = served(trust_forwarded_prefix="true")

@@ -201,7 +201,7 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(store_folder: Path) -> N
         EmbeddedStore(store_folder, card(), D)
     reader = EmbeddedStore(store_folder, card(), D, read_only=True)
     assert reader.count() == 1
-    with pytest.raises(InvalidStore, match="the store cannot be written"):
+    with pytest.raises(InvalidStore, match="the store was opened read-only"):
         reader.remove("a")
     reader.close()
     store.close()
