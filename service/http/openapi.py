@@ -47,7 +47,7 @@ STATUSES = {
     408: ("slow_body", f"the body did not come in full within {_default('body_timeout_s'):g} s"),
     409: ("fingerprint_mismatch", "the request names another encoder than the one that runs here"),
     413: ("too_large", f"the picture is 9000x9000; the limit is {_default('max_pixels')} pixels"),
-    415: ("unsupported_format", "not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"),
+    415: ("unsupported_format", f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
     429: ("busy", f"{_default('max_waiting')} requests are waiting already; try again in a second"),
     503: ("store_paused", "the store cannot be written: database or disk is full; it is read-only until there is room"),

@@ -102,7 +102,7 @@ def test_names_stay_text(page: Page, evaluation: Evaluation, tmp_path: Path) -> 
     ids = [f"{HOSTILE[number % len(HOSTILE)]}/{number}" for number in range(50)]
     queries = replace(evaluation.queries, ids=ids)
     bank = replace(evaluation.bank, ids=[f"{HOSTILE[0]}/{id}" for id in evaluation.bank.ids])
-    source = {"source": HOSTILE[1], "pictures": 50}
+    source = {"source": HOSTILE[1], "pictures": 50, "left_out": {}, "in_bank": 0}
     report = evaluation.report | {"model": HOSTILE[0], "queries": source}
     write_report(tmp_path / "r", replace(evaluation, classes=classes, bank=bank, queries=queries, report=report))
     page.on("dialog", lambda dialog: pytest.fail(f"a name was run: {dialog.message}"))

@@ -17,15 +17,19 @@ _PICTURES = {
     "image/webp": [encoded(scene(width, 40, seed=width), "WEBP") for width in (44, 45)],
     "image/gif": [encoded(scene(width, 40, seed=width), "GIF") for width in (46, 47)],
     "image/bmp": [encoded(scene(width, 40, seed=width), "BMP") for width in (48, 49)],
+    "image/tiff": [encoded(scene(width, 40, seed=width), "TIFF") for width in (50, 51)],
+    "image/avif": [encoded(scene(width, 40, seed=width), "AVIF") for width in (52, 53)],
 }
 _ALL = [data for pictures in _PICTURES.values() for data in pictures]
+# What lies in a folder whose name begins with a dot is hidden.
+_NO_FOLDERS = str.maketrans("", "", "/\\")
 
 
 def _zip(names: list[str]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for number, name in enumerate(names):
-            archive.writestr(f"p{name.replace('/', '')}.png", _ALL[number % len(_ALL)])
+            archive.writestr(f"p{name.translate(_NO_FOLDERS)}.png", _ALL[number % len(_ALL)])
     return buffer.getvalue()
 
 

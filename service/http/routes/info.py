@@ -43,7 +43,7 @@ async def page(request: Request) -> Response:
 async def docs() -> HTMLResponse:
     """Return Swagger's page. Its links are relative, so a proxy may publish it below any path."""
     return get_swagger_ui_html(
-        title="Lookalike",
+        title="Lookalike: Swagger UI",
         openapi_url="openapi.json",
         swagger_js_url="swagger/swagger-ui-bundle.js",
         swagger_css_url="swagger/swagger-ui.css",
