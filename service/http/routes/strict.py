@@ -26,7 +26,7 @@ class StrictRoute(APIRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Raises InvalidRequest for an unknown parameter."""
-        if scope["query_string"] and self.include_in_schema and scope["method"] in self.methods:
+        if scope["query_string"] and self.include_in_schema and scope["method"] in (self.methods or ()):
             for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
                 if name not in self._known:
                     raise InvalidRequest(f"the address: {unknown('a parameter', name, self._known)}")
