@@ -147,14 +147,17 @@ def test_a_batch_without_memory_is_halved_once_and_later_ones_are_smaller() -> N
 
 
 def test_no_memory_for_the_halves_either_is_told_to_all() -> None:
-    small = Small(0)
+    small = Small(1)
     batcher = Batcher([small.encode], max_batch=16)
-    futures = [submit(batcher, value) for value in range(17)]
+    first = occupy(batcher, small)
+    futures = [submit(batcher, value) for value in range(16)]
     small.free.set()
+    assert first.result(10)[0] == 99
     for future in futures:
         with pytest.raises(OutOfMemory):
             future.result(10)
-    assert len(small.batches) <= 6
+    # The halves are not halved again.
+    assert small.batches == [1, 16, 8, 8]
     batcher.close()
 
 
