@@ -10,7 +10,7 @@ import typer
 from service.errors import InvalidRequest, LookalikeError
 
 if TYPE_CHECKING:
-    from service.jobs.account import Account
+    from service.account import Account
 
 # Packages that only an extra of the project installs.
 _EXTRAS = {
@@ -164,7 +164,7 @@ def evaluate(
 ) -> None:
     """Report how good an encoder is as it is served, beside raw pixels and a random encoder."""
     _need_torch()
-    from service.jobs.account import LEFT_OUT
+    from service.account import LEFT_OUT
     from training.evaluate import evaluate as run
     from training.evaluate import print_table
 

@@ -16,11 +16,11 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from service import IntArray, PixelArray, cores
+from service.account import printable
 from service.encoding.card import Preprocessing
 from service.encoding.images import decode_pixels
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.files import write_file
-from service.jobs.account import printable
 from service.settings import read_own_settings
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from tqdm import tqdm
 
 from service import FloatArray, IntArray, PixelArray, cores
+from service.account import Account
 from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import decode_pixels
@@ -22,7 +23,6 @@ from service.encoding.variants import embed_pixels
 from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
 from service.errors import InvalidModel, InvalidSource, LookalikeError
-from service.jobs.account import Account
 from service.jobs.parquet_parts import Embeddings, open_embeddings
 from service.settings import read_own_settings
 from service.sources import origin_of

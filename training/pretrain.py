@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from service import FloatArray, IntArray
+from service.account import LEFT_OUT, Account, Failure
 from service.encoding.card import square_preprocessing
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
-from service.jobs.account import LEFT_OUT, Account, Failure
 from service.sources.source import Source
 from training.augment import augment
 from training.backbones import build_backbone
@@ -259,7 +259,7 @@ def train(
     checkpoint_s: float = 180.0,
     session_s: float = math.inf,
 ) -> Checkpoint:
-    """Run the loop to its end and return its last checkpoint; the method changes in place, `revising` a timed plan.
+    """Run the loop to its end and return its last checkpoint. The method's parameters change in place.
 
     Args:
         folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.

@@ -254,7 +254,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         shipped = sorted(file.stem for file in SHIPPED.glob("*.toml"))
         raise InvalidRequest(f"{name}: no such recipe; expected a .toml file or one of: {', '.join(shipped)}")
     try:
-        content: dict[str, Any] = tomllib.loads(path.read_text())
+        content: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path}: not TOML: {error}") from error
     if "name" in content:

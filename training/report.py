@@ -19,10 +19,10 @@ from PIL import Image
 from sklearn.manifold import TSNE
 
 from service import FloatArray, IntArray, PixelArray
+from service.account import LEFT_OUT
 from service.encoding.voting import HEADLINE_TEMPERATURE
 from service.errors import InvalidOutput
 from service.files import write_folder
-from service.jobs.account import LEFT_OUT
 from training.evaluate import Evaluation, Rows
 from training.knn import DoubleArray
 

@@ -139,7 +139,8 @@ def from_base64(text: str, most_bytes: int) -> bytes:
 
 
 def _from_other_base64(text: str) -> bytes:
-    # A space may have been a plus sign, before somebody took the text for a part of an address.
+    # Lines lose the spaces at their ends alone: one inside may be a plus sign that was decoded as a part of an address,
+    # and is refused.
     plain = "".join(line.strip() for line in text.splitlines())
     if not ("+" in plain or "/" in plain):
         plain = plain.translate(_FROM_URL_SAFE)

@@ -11,12 +11,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from service import FloatArray, PixelArray
+from service.account import Account, Failure, printable
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import decode_pixels
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, Outcome
-from service.jobs.account import Account, Failure, printable
 from service.jobs.parquet_parts import FAILURES, META, part_path, read_facts, write_parquet
 from service.jobs.reading import progress, read_ahead, use_good
 from service.settings import Settings

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+from service.account import LEFT_OUT, Account, Failure, printable
 from service.errors import LookalikeError, Outcome
 from service.gallery import Gallery, ReadPicture
 from service.items import NewPicture
-from service.jobs.account import LEFT_OUT, Account, Failure, printable
 from service.jobs.naming import Naming, choose_names, owner_of
 from service.jobs.reading import in_two_stages, progress, read_ahead, use_good
 from service.sources.source import Source
@@ -68,8 +68,7 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
     def commit(embedded: _Chunk[NewItem]) -> _Chunk[bool]:
         known, outcomes = embedded
         if naming.moved:
-            moved = {one.item.id: naming.source_of(one.id) for one in known}
-            gallery.store.set_sources(moved)
+            gallery.store.set_sources({one.item.id: naming.source_of(one.id) for one in known})
         return known, use_good(outcomes, gallery.store.add)
 
     with progress("indexing", len(source), 0) as bar:

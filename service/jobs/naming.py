@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
+from service.account import printable
 from service.errors import LookalikeError, attempt
 from service.gallery import Gallery
-from service.jobs.account import printable
 from service.jobs.reading import read_ahead
 from service.sources import origin_of
 from service.sources.source import Source

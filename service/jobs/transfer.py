@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from service.account import LEFT_OUT, Account, Failure
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, StoreMismatch, attempt
 from service.gallery import Gallery
-from service.jobs.account import LEFT_OUT, Account, Failure
 from service.jobs.parquet_parts import EARLIER_FAILURES, META, part_path, read_facts, write_parquet
 from service.store import Item, NewItem
 

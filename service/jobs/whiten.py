@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service import FloatArray, IntArray, PixelArray
+from service.account import Account, Failure, printable
 from service.encoding.batcher import Batcher
 from service.encoding.card import MODEL_FILE, TEXT_FILE, Card, fingerprint, read_card
 from service.encoding.encoder import Encoder
@@ -22,7 +23,6 @@ from service.encoding.whitening import (
     without_whitening,
 )
 from service.errors import InvalidModel, InvalidRequest, InvalidSource, LookalikeError
-from service.jobs.account import Account, Failure, printable
 from service.jobs.reading import progress, read_ahead, use_good
 from service.settings import Settings
 from service.sources.source import Source

@@ -17,7 +17,7 @@ from service.names import unknown
 class StrictRoute(APIRoute):
     """An APIRoute that answers 400 to an unknown query parameter, with the name of the nearest one.
 
-    Routes outside the OpenAPI document are pages and metrics: whoever links to a page may add parameters of their own.
+    Routes outside the OpenAPI document are pages and metrics. A link to a page may have parameters of its own.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:

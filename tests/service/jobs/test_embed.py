@@ -17,11 +17,11 @@ from onnx import TensorProto
 from PIL import Image
 
 from service import FloatArray, PixelArray
+from service.account import Account
 from service.encoding.batcher import Batcher
 from service.encoding.encoder import Encoder
 from service.errors import InvalidOutput
 from service.gallery import open_gallery
-from service.jobs.account import Account
 from service.jobs.embed import embed_source
 from service.jobs.index import index_source
 from service.settings import Settings

@@ -133,7 +133,7 @@ class Account:
                 path.unlink(missing_ok=True)
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(path) as temporary, temporary.open("w") as file:
+            with replace_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows())
         except OSError as error:
             raise InvalidOutput(f"{path}: cannot be written: {error.strerror or error}") from error
