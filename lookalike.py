@@ -218,6 +218,9 @@ def index(
             help="Begins the ids; '' to replace other sources' pictures. Chosen where ids collide if left out."
         ),
     ] = None,
+    keep_originals: Annotated[
+        bool, typer.Option("--keep-originals", help="Copy a folder's pictures into the store, so that it stands alone.")
+    ] = False,
     image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     as_json: Json = False,
@@ -230,13 +233,14 @@ def index(
     from service.sources import open_source
 
     pictures = open_source(source, data_root, image_key)
-    settings = read_own_settings(model=model, store=store)
+    settings = read_own_settings(model=model, store=store, keep_originals=keep_originals or None)
     chosen, choice = choose_model(settings, source)
     if choice:
         print(choice, file=sys.stderr)
     gallery = open_gallery(settings.model_copy(update={"model": chosen}))
     try:
-        done = index_source(pictures, gallery, prefix)
+        keep = settings.keep_originals and "keep_originals" in settings.model_fields_set
+        done = index_source(pictures, gallery, prefix, keep)
         gallery.store.settle()
         notice = gallery.notice()
     finally:
@@ -351,8 +355,15 @@ def backup(
     """Write a store into one file, checked and safe on the disk; a service may keep running and changing it."""
     from service.generations import written
     from service.store.backup import backup as run
+    from service.store.backup import count_in_files
 
     print(f"{out}: {run(written(store), out)} items backed up", file=sys.stderr)
+    if count := count_in_files(out):
+        print(
+            f"{count} of them keep their pictures in the files that were indexed: back these up, too, "
+            "or index them with --keep-originals",
+            file=sys.stderr,
+        )
 
 
 @store_cli.command()
@@ -402,10 +413,12 @@ def export_store(
 
     gallery = open_gallery(read_settings(store=store, read_only=True))
     try:
-        count = run(gallery, out)
+        count, bare = run(gallery, out)
     finally:
         gallery.close()
     print(f"{out}: {count} items written", file=sys.stderr)
+    if bare:
+        print(f"{len(bare)} of them without their pictures, such as {bare[0].id}: {bare[0].error}", file=sys.stderr)
 
 
 @store_cli.command("import")

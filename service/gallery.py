@@ -29,6 +29,7 @@ from service.errors import (
 )
 from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
+from service.originals import read_source
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, VectorQuery
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
@@ -156,7 +157,8 @@ class Gallery:
         reading = [self._decoders.submit(self.read, one.picture) for one in pictures]
 
         def read(one: NewPicture[bytes], picture: Future[ReadPicture]) -> NewPicture[ReadPicture]:
-            return NewPicture(one.id, picture.result(), one.metadata, one.source, one.keep_metadata)
+            fields = (one.metadata, one.source, one.keep_metadata, one.keep_original)
+            return NewPicture(one.id, picture.result(), *fields)
 
         def store(items: list[NewItem]) -> list[Outcome[bool]]:
             stored = attempt(self.store.add, items)
@@ -183,7 +185,7 @@ class Gallery:
                 variant=self.encoder.variant,
                 embedding=embedding,
                 thumbnail=one.picture.thumbnail,
-                original=one.picture.data if self.settings.keep_originals else None,
+                original=one.picture.data if one.keep_original and self.settings.keep_originals else None,
                 keep_metadata=one.keep_metadata,
             )
             for one, embedding in zip(pictures, embeddings, strict=True)
@@ -205,12 +207,13 @@ class Gallery:
         return data
 
     def original(self, id: str) -> bytes:
-        """Return the bytes of an item's image file. Raises ItemNotFound, also if the store does not keep them."""
+        """Return the bytes of an item's image file, as the store keeps them or from where the picture came.
+
+        Raises:
+            ItemNotFound: no item has this id, or its bytes were not kept and are not where it came from.
+        """
         data = self.store.original(id)
-        if data is None:
-            self.get(id)
-            raise ItemNotFound("the store does not keep this item's own bytes (keep_originals is off)")
-        return data
+        return read_source(self.get(id)) if data is None else data
 
     def change_metadata(self, id: str, patch: dict[str, Any]) -> Item:
         """Apply a merge patch to an item's metadata (see items.merge_patch) and return the item.

@@ -5,7 +5,6 @@ before it by that one's sequence numbers: first all of them, later only the chan
 which embeds pictures with the new encoder and stores them, as `Gallery.add_many` does.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -13,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from service.errors import InvalidRequest, InvalidStore, ItemNotFound, LookalikeError, Outcome, attempt
+from service.errors import InvalidRequest, InvalidStore, LookalikeError, Outcome, attempt
 from service.items import NewPicture
-from service.store import Item, Store
+from service.originals import read_source
+from service.store import Store
 from service.store.catalog import has_catalog, no_store, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
@@ -275,14 +275,16 @@ def follow(
         for _, item in rows:
             have = store.get(item.id)
             if have is None or have.digest != item.digest:
-                data = attempt(_picture, earlier, item)
+                kept = earlier.original(item.id)
+                data = attempt(read_source, item) if kept is None else kept
                 if isinstance(data, LookalikeError):
                     # An item that a service removes or replaces meanwhile is a change that the next pass takes over.
                     now = earlier.get(item.id)
                     if now is not None and now.digest == item.digest:
                         failed.append(f"{item.id}: {data}")
                 else:
-                    pictures.append(NewPicture(item.id, data, item.metadata, item.source))
+                    whether = kept is not None
+                    pictures.append(NewPicture(item.id, data, item.metadata, item.source, keep_original=whether))
             else:
                 if have.metadata != item.metadata:
                     store.set_metadata(item.id, lambda _, new=item.metadata: new)  # type: ignore[misc]
@@ -294,17 +296,3 @@ def follow(
     if failed:
         raise InvalidStore(f"{len(failed)} items cannot be embedded anew; {failed[0]}")
     return latest
-
-
-def _picture(catalog: CatalogReader, item: Item) -> bytes:
-    """Return the bytes of an item's picture, as the store kept them or from its source. Raises ItemNotFound."""
-    data = catalog.original(item.id)
-    if data is not None:
-        return data
-    try:
-        data = Path(item.source or "").read_bytes()
-    except OSError:
-        raise ItemNotFound(f"its picture was not kept and cannot be read from {item.source}") from None
-    if hashlib.sha256(data).hexdigest() != item.digest:
-        raise ItemNotFound(f"its picture was not kept, and {item.source} has another by now")
-    return data

@@ -23,6 +23,7 @@ class NewPicture(Generic[P]):
         metadata: a JSON object that `check_metadata` accepts.
         source: where the picture came from, such as a path; None for a picture sent over HTTP.
         keep_metadata: an item that is replaced keeps its metadata, except the fields that `metadata` has.
+        keep_original: the store keeps the bytes of the image file, unless its settings forbid it.
     """
 
     id: str
@@ -30,6 +31,7 @@ class NewPicture(Generic[P]):
     metadata: dict[str, Any]
     source: str | None = None
     keep_metadata: bool = False
+    keep_original: bool = True
 
 
 def check_id(id: str, max_bytes: int) -> str:

@@ -39,7 +39,8 @@ class Settings(BaseModel):
         root_path: the path below which a proxy publishes the service, such as /lookalike.
         trust_forwarded_prefix: whether X-Forwarded-Prefix names that path, request by request; only for a service that
             nobody reaches but through a proxy which sets or removes this header.
-        keep_originals: whether the store keeps the pictures' own bytes.
+        keep_originals: whether the store keeps the pictures' own bytes. `lookalike index` keeps those of a folder's
+            files only if this is set to true: it has their paths.
         read_only: open the store beside the process that changes it; every change is refused.
         exact_limit: up to this many items a search scans all; above it, a part of them with a measured recall.
         vector_type: float32 or float16, the type of vectors on disk in a new store.

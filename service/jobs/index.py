@@ -27,7 +27,7 @@ T = TypeVar("T")
 _Chunk = tuple[list[_Known], list[tuple[int, Outcome[T]]]]
 
 
-def index_source(source: Source, gallery: Gallery, prefix: str | None = None) -> Account:
+def index_source(source: Source, gallery: Gallery, prefix: str | None = None, keep_originals: bool = False) -> Account:
     """Add a source's pictures to a store, except those that the store has with the same bytes.
 
     A label of the source becomes the item's metadata; other metadata of an item whose picture has changed stay. Every
@@ -37,6 +37,8 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
         source: the pictures.
         gallery: its store gets them.
         prefix: begins their ids, and keeps them apart from other sources; see `naming.choose_names`.
+        keep_originals: the store keeps the bytes of all pictures, also of those that it has already. Otherwise it
+            keeps path and digest, not the bytes, of pictures that are files of their own.
 
     Raises:
         InvalidModel, OutOfMemory, InvalidStore: the encoder or the store failed. Bad pictures are counted instead.
@@ -45,35 +47,12 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
     account = Account.of(source)
     naming = choose_names(source, gallery, prefix)
     account.notes += naming.notes
-    earlier: dict[int, Item] = {}
+    indexing = _Indexing(source, gallery, naming, keep_originals)
     replaced: list[int] = []
-
-    def read(position: int) -> NewPicture[ReadPicture] | _Known:
-        entry = source.entry(position)
-        digest = hashlib.sha256(entry.data).hexdigest()
-        id = naming.id_of(entry.id, digest, gallery)
-        item = gallery.store.get(id)
-        if item is not None and item.digest == digest:
-            return _Known(item, entry.id)
-        if item is not None:
-            earlier[position] = item
-        metadata = {} if entry.label is None else {"label": entry.label}
-        return NewPicture(id, gallery.read(entry.data), metadata, naming.source_of(entry.id), keep_metadata=True)
-
-    def embed(chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | _Known]]]) -> _Chunk[NewItem]:
-        known = [outcome for _, outcome in chunk if isinstance(outcome, _Known)]
-        fresh = [(at, outcome) for at, outcome in chunk if isinstance(outcome, NewPicture | LookalikeError)]
-        return known, use_good(fresh, gallery.embed_read)
-
-    def commit(embedded: _Chunk[NewItem]) -> _Chunk[bool]:
-        known, outcomes = embedded
-        if naming.moved:
-            gallery.store.set_sources({one.item.id: naming.source_of(one.id) for one in known})
-        return known, use_good(outcomes, gallery.store.add)
-
     with progress("indexing", len(source), 0) as bar:
+        stages = in_two_stages(read_ahead(range(len(source)), indexing.read), indexing.embed, indexing.commit)
         # A commit waits for the disk; the next chunk is embedded meanwhile.
-        for known, outcomes in in_two_stages(read_ahead(range(len(source)), read), embed, commit):
+        for known, outcomes in stages:
             account.known += len(known)
             for position, outcome in outcomes:
                 if isinstance(outcome, LookalikeError):
@@ -81,13 +60,64 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None) ->
                     bar.write(f"skipped {printable(source.ids[position])}: {outcome}", file=sys.stderr)
                 elif outcome:
                     account.added += 1
+                elif position in indexing.completed:
+                    account.known += 1
                 else:
                     replaced.append(position)
             bar.update(len(known) + len(outcomes))
     account.replaced = len(replaced)
-    account.notes += _replaced_from_elsewhere(source, naming, {at: earlier[at] for at in replaced if at in earlier})
+    earlier = {at: indexing.earlier[at] for at in replaced if at in indexing.earlier}
+    account.notes += _replaced_from_elsewhere(source, naming, earlier)
     account.save(gallery.settings.store / LEFT_OUT)
     return account
+
+
+class _Indexing:
+    """The three steps of indexing a chunk: read, embed, commit. Several threads read.
+
+    Attributes:
+        earlier: items whose pictures are replaced, by the position of the new picture in the source.
+        completed: positions of pictures that the store has, and whose bytes it gets now.
+    """
+
+    def __init__(self, source: Source, gallery: Gallery, naming: Naming, keep_originals: bool) -> None:
+        self._source, self._gallery, self._naming, self._keep_originals = source, gallery, naming, keep_originals
+        self.earlier: dict[int, Item] = {}
+        self.completed: set[int] = set()
+
+    def read(self, position: int) -> NewPicture[ReadPicture] | _Known:
+        """Return the picture at a position, or the item that the store has for it."""
+        entry = self._source.entry(position)
+        digest = hashlib.sha256(entry.data).hexdigest()
+        id = self._naming.id_of(entry.id, digest, self._gallery)
+        item = self._gallery.store.get(id)
+        if item is not None and item.digest == digest:
+            if not self._keep_originals or self._gallery.store.original(id) is not None:
+                return _Known(item, entry.id)
+            self.completed.add(position)
+        elif item is not None:
+            self.earlier[position] = item
+        return NewPicture(
+            id,
+            self._gallery.read(entry.data),
+            {} if entry.label is None else {"label": entry.label},
+            self._naming.source_of(entry.id),
+            keep_metadata=True,
+            keep_original=self._keep_originals or not self._source.in_files,
+        )
+
+    def embed(self, chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | _Known]]]) -> _Chunk[NewItem]:
+        """Embed the pictures that the store does not have."""
+        known = [outcome for _, outcome in chunk if isinstance(outcome, _Known)]
+        fresh = [(at, outcome) for at, outcome in chunk if isinstance(outcome, NewPicture | LookalikeError)]
+        return known, use_good(fresh, self._gallery.embed_read)
+
+    def commit(self, embedded: _Chunk[NewItem]) -> _Chunk[bool]:
+        """Store the embedded pictures, and record where those of a source that has moved are now."""
+        known, outcomes = embedded
+        if self._naming.moved:
+            self._gallery.store.set_sources({one.item.id: self._naming.source_of(one.id) for one in known})
+        return known, use_good(outcomes, self._gallery.store.add)
 
 
 def _replaced_from_elsewhere(source: Source, naming: Naming, replaced: dict[int, Item]) -> list[str]:

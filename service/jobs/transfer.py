@@ -24,12 +24,15 @@ _ROWS_PER_COMMIT = 1024
 _BUFFER_BYTES = 1 << 20
 
 
-def export_store(gallery: Gallery, out: Path) -> int:
-    """Write all items into a folder of Parquet parts, and return their number.
+def export_store(gallery: Gallery, out: Path) -> tuple[int, list[Failure]]:
+    """Write all items into a folder of Parquet parts.
 
     Each row has `id`, `label` (if the metadata has a label that is text), `embedding`, `metadata` (JSON), `source`,
     `digest`, `variant`, `thumbnail` and `original`. The parts of `lookalike embed` have the first three and `digest`,
     so programs that read those parts can read an export.
+
+    Returns:
+        The number of items, and those whose `original` is missing because its bytes are not where they were.
 
     Raises:
         InvalidOutput: `out` exists and is not empty, or cannot be written.
@@ -43,23 +46,30 @@ def export_store(gallery: Gallery, out: Path) -> int:
     facts = {"source": str(gallery.settings.store), "fingerprint": gallery.card.fingerprint, "failures": []}
     cursor: int | None = 0
     written = number = 0
+    failures: list[Failure] = []
     rows_a_part = _ROWS_PER_PICTURE_PART if gallery.settings.keep_originals else _ROWS_PER_PART
     while cursor is not None:
         items, cursor = gallery.store.scan(rows_a_part, cursor)
-        rows = [row for row in (_row(gallery, item) for item in items) if row is not None]
+        rows = [row for row in (_row(gallery, item, failures) for item in items) if row is not None]
         own = facts | {"read": len(rows), "variant": ", ".join(sorted({item.variant for item in items}))}
         own |= {"last": cursor is None}
         meta = {META: json.dumps(own).encode()}
         write_parquet(pa.Table.from_pylist(rows, schema.with_metadata(meta)), part_path(out, number))
         written, number = written + len(rows), number + 1
-    return written
+    return written, failures
 
 
-def _row(gallery: Gallery, item: Item) -> dict[str, Any] | None:
-    """Return an item as a row; None if it was removed meanwhile."""
-    embedding = gallery.store.embedding(item.id)
+def _row(gallery: Gallery, item: Item, failures: list[Failure]) -> dict[str, Any] | None:
+    """Return an item as a row; None if it was removed meanwhile. A picture that cannot be read is a failure."""
+    embedding, thumbnail = gallery.store.embedding(item.id), gallery.store.thumbnail(item.id)
     if embedding is None:
         return None
+    original = attempt(gallery.original, item.id) if thumbnail else None
+    if isinstance(original, LookalikeError):
+        if gallery.store.get(item.id) is None:
+            return None
+        failures.append(Failure.of(item.id, original))
+        original = None
     label = item.metadata.get("label")
     return {
         "id": item.id,
@@ -69,8 +79,8 @@ def _row(gallery: Gallery, item: Item) -> dict[str, Any] | None:
         "source": item.source,
         "digest": item.digest,
         "variant": item.variant,
-        "thumbnail": gallery.store.thumbnail(item.id),
-        "original": gallery.store.original(item.id),
+        "thumbnail": thumbnail,
+        "original": original,
     }
 
 

@@ -39,6 +39,7 @@ def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
         lambda position: (root / stored.get(position, ids[position])).read_bytes(),
         path_labels(pictures),
         left_out=Omissions(gathered.left_out),
+        in_files=True,
     )
 
 

@@ -89,6 +89,7 @@ class Source:
             group is read whole. None when every picture costs the same alone.
         left_out: what the whole source holds beside the pictures, with reasons. A slice has all of it.
         notes: sentences about the whole source that its user should read, such as which column was no label.
+        in_files: whether each picture is a file of its own, at its id below the folder that the name names.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Source:
     blocks: Sequence[int] | None = None
     left_out: Sequence[LeftOut] = ()
     notes: Sequence[str] = ()
+    in_files: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -136,14 +138,14 @@ def slice_source(source: Source, text: str) -> Source:
         raise InvalidSource(f"{source.name}: the slice {text} of {count} pictures holds none")
     blocks = source.blocks
     labels = source.labels[kept.start : kept.stop] if source.labels is not None else None
-    return Source(
-        source.name,
-        source.ids[kept.start : kept.stop],
-        lambda position: source.read(kept[position]),
-        labels if labels is not None and labels.used() else None,
-        None if blocks is None else [0] + [block - kept.start for block in blocks if kept.start < block < kept.stop],
-        source.left_out,
-        source.notes,
+    return replace(
+        source,
+        ids=source.ids[kept.start : kept.stop],
+        read=lambda position: source.read(kept[position]),
+        labels=labels if labels is not None and labels.used() else None,
+        blocks=None
+        if blocks is None
+        else [0] + [block - kept.start for block in blocks if kept.start < block < kept.stop],
     )
 
 

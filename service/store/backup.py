@@ -90,6 +90,19 @@ def copy_catalog(source: Path, target: Path) -> int:
         raise InvalidOutput(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
+def count_in_files(file: Path) -> int:
+    """Return how many items of a backup have a picture whose bytes are not in it. Raises InvalidStore."""
+    query = "SELECT count(*) FROM pictures WHERE original IS NULL AND length(thumbnail) > 0"
+    try:
+        database = connect(file)
+        try:
+            return int(one(database, query))
+        finally:
+            database.close()
+    except apsw.Error as error:
+        raise InvalidStore(f"{file}: {described(error)}") from error
+
+
 def _write_copy(source: Path, temporary: Path) -> None:
     """Write a copy of a catalog. Raises InvalidStore, InvalidOutput, and apsw.FullError for a full disk."""
     # SQLite does not tell which of two files it cannot open.

@@ -119,7 +119,7 @@ async def get_thumbnail(request: Request, id: ItemId) -> Response:
     responses=answers(None, 400, 404, *WORK, media=PICTURE_TYPES[:-1]),
 )
 async def get_content(request: Request, id: ItemId) -> Response:
-    """The picture's own bytes, if the store keeps them."""
+    """The picture's own bytes: as the store keeps them, or from the indexed file if that has not changed since."""
     gallery = gallery_of(request)
     data = await work(request, lambda: gallery.original(gallery.check_id(id)))
     # A client sent these bytes. We decide their type, and the guard forbids a browser to guess another.

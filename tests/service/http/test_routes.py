@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from service.encoding.encoder import Encoder
+from service.gallery import open_gallery
+from service.jobs.index import index_source
 from service.settings import Settings
 from service.sources import open_source
 from tests.conftest import MODEL, encoded, scene
@@ -390,6 +393,20 @@ def test_originals_that_are_not_kept_are_404_with_the_reason(served: Served) -> 
     assert client.put("/images/a", content=PICTURE, headers=PNG).status_code == 201
     assert_problem(client.get("/images/a/content"), 404, "keep_originals is off")
     assert client.get("/images/a/thumbnail").status_code == 200
+
+
+def test_content_is_the_indexed_file_while_it_is_unchanged(served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "pictures" / "a.png"
+    file.parent.mkdir()
+    file.write_bytes(PICTURE)
+    gallery = open_gallery(Settings(store=tmp_path / "store", model=MODEL))
+    index_source(open_source(str(file.parent)), gallery)
+    gallery.close()
+    client = served()
+    assert client.get("/images/a.png/content").content == PICTURE
+    file.write_bytes(encoded(scene(seed=1)))
+    assert_problem(client.get("/images/a.png/content"), 404, "a.png has another by now; index that file again")
+    assert client.get("/images/a.png/thumbnail").status_code == 200
 
 
 def test_the_ztxt_bomb_and_other_chunks_are_harmless(client: TestClient) -> None:

@@ -1,12 +1,16 @@
 """`lookalike index`: a source into a store."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from unicodedata import normalize
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, ItemNotFound
 from service.gallery import Gallery
 from service.jobs.index import index_source
 from service.queries import PictureQuery
@@ -46,6 +50,50 @@ def test_indexing_is_idempotent_and_sees_changes(tmp_path: Path, gallery: Galler
     assert item.metadata == {"label": "scenes", "mine": 1}
     assert item.source == f"{tmp_path}/pictures/scenes/1.png"
     assert gallery.find([PictureQuery(encoded(scene(seed=9)))], 1)[0][0].id == "scenes/1.png"
+
+
+def test_a_folder_keeps_its_pictures_and_the_store_their_paths(tmp_path: Path, gallery: Gallery) -> None:
+    source = folder_of(tmp_path / "pictures", 1, 2, 3)
+    index_source(source, gallery)
+    assert [gallery.store.original(id) for id in ids(gallery)] == [None] * 3
+    first, second, third = (tmp_path / "pictures" / id for id in ids(gallery))
+    assert gallery.original(first.name) == first.read_bytes()
+    second.write_bytes(encoded(scene(seed=9)))
+    with pytest.raises(ItemNotFound, match=f"{second} has another by now"):
+        gallery.original(second.name)
+    third.unlink()
+    with pytest.raises(ItemNotFound, match=f"cannot be read from {third}: No such file"):
+        gallery.original(third.name)
+    # A pipe would block the thread that opens it for reading.
+    os.mkfifo(third)
+    with pytest.raises(ItemNotFound, match="not an ordinary file"):
+        gallery.original(third.name)
+
+
+def test_a_path_is_found_in_whatever_form_the_disk_spells_it(tmp_path: Path, gallery: Gallery) -> None:
+    folder = tmp_path / "pictures" / normalize("NFD", "Müller")
+    folder.mkdir(parents=True)
+    (folder / normalize("NFD", "é.png")).write_bytes(encoded(scene()))
+    index_source(open_source(str(tmp_path / "pictures")), gallery)
+    assert gallery.original(normalize("NFC", "Müller/é.png")) == encoded(scene())
+
+
+def test_a_store_that_stands_alone_keeps_the_bytes(tmp_path: Path, gallery: Gallery) -> None:
+    source = folder_of(tmp_path / "pictures", 1, 2)
+    index_source(source, gallery)
+    gallery.change_metadata("IMG_0000.png", {"mine": 1})
+    assert counts(index_source(source, gallery, keep_originals=True)) == (0, 0, 2, 0)
+    kept = [source.entry(position).data for position in range(2)]
+    shutil.rmtree(tmp_path / "pictures")
+    assert [gallery.original(id) for id in source.ids] == kept
+    assert gallery.get("IMG_0000.png").metadata == {"mine": 1}
+
+
+def test_an_archive_has_no_files_so_its_bytes_are_kept(tmp_path: Path, gallery: Gallery) -> None:
+    with ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("a.png", encoded(scene()))
+    index_source(open_source(str(tmp_path / "pictures.zip")), gallery)
+    assert gallery.store.original("a.png") == encoded(scene())
 
 
 def test_every_digit_finds_itself(gallery: Gallery) -> None:

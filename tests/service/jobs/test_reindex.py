@@ -127,9 +127,10 @@ def test_pictures_that_were_not_kept_are_read_where_they_came_from(tmp_path: Pat
     pictures.mkdir()
     for n in range(4):
         (pictures / f"{n}.png").write_bytes(encoded(scene(seed=n)))
-    settings = Settings(store=tmp_path / "store", device="cpu", variant="fp32", keep_originals=False)
+    settings = Settings(store=tmp_path / "store", device="cpu", variant="fp32")
     served = open_gallery(settings)
     index_source(open_source(str(pictures), Path("data")), served)
+    served.add("sent", encoded(scene(seed=5)), {})
     (pictures / "1.png").write_bytes(encoded(scene(seed=9)))
     (pictures / "2.png").unlink()
     with pytest.raises(InvalidStore, match=r"2 items cannot be embedded anew; 1.png: .* has another by now"):
@@ -140,8 +141,11 @@ def test_pictures_that_were_not_kept_are_read_where_they_came_from(tmp_path: Pat
     with pytest.raises(InvalidStore, match=r"1 items cannot be embedded anew; 2.png: .* cannot be read from"):
         reindex(other, settings)
     served.remove("2.png")
-    assert reindex(other, settings) == 3
+    assert reindex(other, settings) == 4
     served.close()
+    again = open_gallery(settings)
+    assert [again.store.original(id) is None for id in ("0.png", "1.png", "3.png", "sent")] == [True, True, True, False]
+    again.close()
 
 
 def test_a_current_that_names_nothing_is_said(settings: Settings, encoder: Encoder) -> None:

@@ -30,7 +30,7 @@ def test_a_store_comes_back_as_it_went(gallery: Gallery, copy: Gallery, tmp_path
     index_source(open_source("digits[:20]", Path("data")), gallery)
     gallery.add("é/photo", encoded(scene()), {"n": 1, "nested": {"ü": None}})
     gallery.remove("digits/00003")
-    assert export_store(gallery, tmp_path / "out") == 20
+    assert export_store(gallery, tmp_path / "out") == (20, [])
     assert counts(import_items(tmp_path / "out", copy)) == (20, 0, 0, 0)
     assert counts(import_items(tmp_path / "out", copy)) == (0, 0, 20, 0)
     assert copy.store.scan(99) == gallery.store.scan(99)
@@ -47,6 +47,22 @@ def test_a_store_comes_back_as_it_went(gallery: Gallery, copy: Gallery, tmp_path
     assert (len(embeddings), embeddings.fingerprint) == (20, gallery.card.fingerprint)
     with pytest.raises(InvalidOutput, match="is there and not empty"):
         export_store(gallery, tmp_path / "out")
+
+
+def test_an_export_has_the_pictures_that_lie_in_files(gallery: Gallery, copy: Gallery, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.png").write_bytes(encoded(scene(seed=ord(name))))
+    index_source(open_source(str(folder)), gallery)
+    (folder / "a.png").unlink()
+    count, bare = export_store(gallery, tmp_path / "out")
+    assert (count, [one.id for one in bare]) == (2, ["a.png"])
+    assert "cannot be read from" in bare[0].error
+    import_items(tmp_path / "out", copy)
+    assert copy.store.original("b.png") == (folder / "b.png").read_bytes()
+    assert copy.store.original("a.png") is None
+    copy.close()
 
 
 def test_what_embed_wrote_is_taken_in_with_its_labels(copy: Gallery, tmp_path: Path) -> None:

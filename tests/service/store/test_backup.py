@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from service.errors import InvalidOutput, InvalidRequest, InvalidStore
+from service.gallery import Gallery
 from service.generations import build, switch, written
+from service.jobs.index import index_source
+from service.sources import open_source
 from service.store import NewItem
-from service.store.backup import backup, restore
+from service.store.backup import backup, count_in_files, restore
 from service.store.catalog import FILE, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.check import examine
 from service.store.embedded import EmbeddedStore
 from service.store.layout import current, publish
-from tests.conftest import ROOT
+from tests.conftest import ROOT, encoded, scene
 from tests.service.store.test_embedded import D, card, item, unit
 from tests.service.test_generations import adding, put
 
@@ -102,6 +105,15 @@ def test_a_backup_under_writes_with_a_reindex_in_between(tmp_path: Path) -> None
         writer.join()
     # A restored store stands alone.
     assert "earlier" not in read_meta(tmp_path / "backup.second.store")
+
+
+def test_pictures_in_files_are_counted(tmp_path: Path, gallery: Gallery) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(encoded(scene()))
+    index_source(open_source(str(tmp_path / "pictures")), gallery)
+    gallery.add("sent", encoded(scene(seed=1)), {})
+    assert backup(tmp_path / "store", tmp_path / "backup") == 2
+    assert count_in_files(tmp_path / "backup") == 1
 
 
 def test_removed_pictures_are_not_in_the_file(tmp_path: Path) -> None:
