@@ -42,6 +42,9 @@ ImageKey = Annotated[
     str | None,
     typer.Option(metavar="KEY", help="The picture to take of a WebDataset sample that has several, as in input.jpg."),
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the encoder in OUT, which stays until the new one is whole.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -68,31 +71,49 @@ def pretrain(
     ] = False,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Time between two checkpoints.")] = 3,
     device: Device = "auto",
+    image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
+    as_json: Json = False,
 ) -> None:
     """Train an encoder on your own pictures and export it. The run's checkpoint and log lie in OUT.run."""
     _need_torch()
+    from service.settings import read_own_settings
     from training.pretrain import pretrain as run
     from training.recipe import read_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
     chosen = read_recipe(recipe, change or ())
-    done = run(source, chosen, out, minutes, device, data_root, init, resume, checkpoint_minutes, overwrite)
-    _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done)
+    done = run(
+        source,
+        chosen,
+        out,
+        minutes,
+        device,
+        data_root,
+        init,
+        resume,
+        checkpoint_minutes,
+        overwrite,
+        image_key,
+        read_own_settings().limits,
+    )
+    _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done, as_json)
 
 
 @cli.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a pretraining run, OUT.run.")],
     out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
+    overwrite: Overwrite = False,
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Export the encoder of a run's checkpoint again, with its variants; the run's source must be where it was."""
     _need_torch()
+    from service.settings import read_own_settings
     from training.pretrain import export_run
 
-    export_run(run_folder, out, data_root)
+    export_run(run_folder, out, data_root, overwrite, read_own_settings().limits)
 
 
 @cli.command("import")
@@ -136,6 +157,8 @@ def whiten(
         int | None,
         typer.Option(min=1, help="Numbers of the new embeddings; as many as suit the pictures if left out."),
     ] = None,
+    overwrite: Overwrite = False,
+    image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
 ) -> None:
     """Write a copy of an encoder that ends in a whitening: better matches, and scores near 0 for strangers.
@@ -146,7 +169,8 @@ def whiten(
     from service.settings import read_own_settings
     from service.sources import open_source
 
-    done = run(model, open_source(calibrate, data_root), out, read_own_settings(), power, dimension)
+    pictures = open_source(calibrate, data_root, image_key)
+    done = run(model, pictures, out, read_own_settings(), power, dimension, overwrite)
     _finish(f"{out}: learnt on {done.added} pictures; {done.bad} could not be read", done)
 
 
@@ -155,6 +179,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of the encoder.")],
     bank: Annotated[str, typer.Option(help="The pictures that vote: SOURCE with labels, or a folder of `embed`.")],
     queries: Annotated[str, typer.Option(help="The pictures to name: SOURCE with labels, or a folder of `embed`.")],
+    image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     variant: Annotated[
         Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="Of the encoder; the fastest if auto.")
@@ -164,24 +189,25 @@ def evaluate(
 ) -> None:
     """Report how good an encoder is as it is served, beside raw pixels and a random encoder."""
     _need_torch()
-    from service.account import LEFT_OUT
+    from service.settings import read_own_settings
     from training.evaluate import evaluate as run
-    from training.evaluate import print_table
+    from training.evaluate import list_left_out, print_table
 
     if report is not None:
         from training.report import check_folder, write_report
 
         check_folder(report)
-    evaluation = run(model, bank, queries, data_root, variant)
+    evaluation = run(model, bank, queries, data_root, variant, image_key, read_own_settings().limits)
     account = evaluation.account
     if report is not None:
         write_report(report, evaluation)
-        account.save(report / LEFT_OUT)
+    list_left_out(account, report)
     account.report()
     for note in evaluation.notes():
         print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print(json.dumps(evaluation.report))
+        facts = account.facts()
+        print(json.dumps(evaluation.report | {key: facts[key] for key in ("lost", "listed_in")}))
     else:
         print_table(evaluation, bank, queries)
     raise typer.Exit(1 if account.lost else 0)

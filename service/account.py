@@ -29,6 +29,11 @@ _REASONS = {
 _OTHERWISE = "not valid"
 
 
+def left_out_beside(out: Path) -> Path:
+    """Return the list of what a job left out that made the model folder `out`: OUT.left_out.jsonl, beside it."""
+    return out.with_name(f"{out.name}.{LEFT_OUT}")
+
+
 class Failure(NamedTuple):
     """A picture or row that could not be taken: its id in the source, the error's sentence and its code."""
 

@@ -156,8 +156,12 @@ def test_refusals(store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
     assert "holds no picture" in refused("embed", tmp_path, "--model", MODEL, "--out", tmp_path / "o.parquet")
     tar = tarred(tmp_path / "set.tar", [("1.input.jpg", b""), ("1.mask.png", b""), ("1.cls", b"a")])
-    for verb, out in (("index", "--store"), ("embed", "--out")):
-        said = refused(verb, tar, "--model", MODEL, out, tmp_path / "s", "--image-key", "depth")
+    for command in (
+        ("index", tar, "--model", MODEL, "--store"),
+        ("embed", tar, "--model", MODEL, "--out"),
+        ("whiten", MODEL, "--calibrate", tar, "--out"),
+    ):
+        said = refused(*command, tmp_path / "s", "--image-key", "depth")
         assert "no picture under the key depth; found input.jpg, mask.png" in said
     assert "no such model folder" in refused("index", "digits", "--model", "models/none", "--store", tmp_path / "s")
     assert "no such model folder" in refused("info", "models/none")

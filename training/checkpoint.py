@@ -54,16 +54,18 @@ class Identity:
         recipe: the run's recipe.
         init: where the backbone's weights came from, or None for random ones.
         minutes: time for the steps in place of the recipe's epochs, or None.
+        image_key: which picture of a WebDataset sample is taken, or None for the usual one.
     """
 
     source: str
     recipe: Recipe
     init: str | None = None
     minutes: float | None = None
+    image_key: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return the settings as plain values, without the tables of other methods."""
-        return {"source": self.source, "recipe": self.recipe.facts(), "init": self.init, "minutes": self.minutes}
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"recipe": self.recipe.facts()}
 
 
 @dataclass(frozen=True)

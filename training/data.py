@@ -16,12 +16,11 @@ from torchvision import datasets
 from tqdm import tqdm
 
 from service import IntArray, PixelArray, cores
-from service.account import printable
+from service.account import Failure, printable
 from service.encoding.card import Preprocessing
-from service.encoding.images import decode_pixels
+from service.encoding.images import OWN_FILES, Limits, decode_pixels
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.files import write_file
-from service.settings import read_own_settings
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
 from training.checkpoint import Cursor
@@ -43,8 +42,8 @@ _BLOCKS_MIXED = 16
 _UNKNOWN, _GOOD, _BAD, _SEEN = 0, 1, 2, 3
 
 
-def open_training_source(name: str, data_root: Path) -> Source:
-    """Open a SOURCE for training: as in serving, plus cifar10/train and cifar10/test, and downloads.
+def open_training_source(name: str, data_root: Path, image_key: str | None = None) -> Source:
+    """Open a SOURCE for training: as open_source, plus cifar10/train and cifar10/test, and downloads.
 
     Raises:
         InvalidSource: as open_source, or the download failed.
@@ -52,7 +51,7 @@ def open_training_source(name: str, data_root: Path) -> Source:
     set_name, bracket, slicing = name.partition("[")
     known = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}.get(set_name.split("/")[0])
     if known is None or set_name.split("/")[1:] not in (["train"], ["test"]):
-        return open_source(name, data_root)
+        return open_source(name, data_root, image_key)
     train = set_name.endswith("/train")
     try:
         data = known(str(data_root), train=train)
@@ -87,14 +86,20 @@ class Canvas:
         source: the pictures.
         residence: "memory"; "disk", a file in the run's folder; or "nowhere": each take decodes again.
         on_device: whether the pixels are kept on the device as well.
-        bad: the reason why a picture cannot be used, by position.
+        bad: what is wrong with a picture that cannot be used, by position.
         device: on which take returns pixels.
 
     Cost: count · C · S · S bytes where the pixels reside, and 1 byte of memory a picture.
     """
 
     def __init__(
-        self, source: Source, preprocessing: Preprocessing, channels: int, folder: Path, device: torch.device
+        self,
+        source: Source,
+        preprocessing: Preprocessing,
+        channels: int,
+        folder: Path,
+        device: torch.device,
+        limits: Limits = OWN_FILES,
     ) -> None:
         """Choose by size where the pixels reside, and report it in one line on stderr.
 
@@ -104,12 +109,13 @@ class Canvas:
             channels: 1 keeps luminance only, 3 keeps RGB.
             folder: of the run; a canvas on disk is its canvas.bin.
             device: on which batches are needed.
+            limits: of a picture.
         """
         self.source = source
-        self.bad: dict[int, str] = {}
+        self.bad: dict[int, Failure] = {}
         self.device = device
         self._preprocessing, self._channels = preprocessing, channels
-        self._limits = read_own_settings().limits
+        self._limits = limits
         self._state = np.zeros(len(source), np.uint8)
         shape = (len(source), channels, preprocessing.side, preprocessing.side)
         self._path = folder / "canvas.bin"
@@ -192,11 +198,14 @@ class Canvas:
             self._pixels.flush()
         else:
             state[state == _GOOD] = _SEEN
-        return {"state": torch.from_numpy(state), "bad": dict(self.bad), "residence": self.residence}
+        bad = {position: (failure.error, failure.code) for position, failure in self.bad.items()}
+        return {"state": torch.from_numpy(state), "bad": bad, "residence": self.residence}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from the state of an earlier session of the run."""
-        self.bad = dict(state["bad"])
+        # Checkpoints of earlier versions have no codes of errors.
+        told = {position: (one, "") if isinstance(one, str) else one for position, one in state["bad"].items()}
+        self.bad = {position: Failure(self.source.ids[position], *one) for position, one in told.items()}
         self._state = state["state"].numpy().copy()
         if self.residence != "disk" or state["residence"] != "disk" or not self._kept_file:
             self._state[self._state == _GOOD] = _SEEN
@@ -205,8 +214,7 @@ class Canvas:
         """Write ids and reasons of the bad pictures, a line each; without bad pictures, write nothing."""
         if self.bad:
             lines = [
-                f"{printable(self.source.ids[position])}\t{printable(reason)}\n"
-                for position, reason in sorted(self.bad.items())
+                f"{printable(failure.id)}\t{printable(failure.error)}\n" for _, failure in sorted(self.bad.items())
             ]
             write_file(path, "".join(lines).encode())
 
@@ -256,7 +264,7 @@ class Canvas:
         good = np.array([not isinstance(result, LookalikeError) for result in results], bool)
         for position, result in zip(positions.tolist(), results, strict=True):
             if isinstance(result, LookalikeError):
-                self.bad[position] = str(result)
+                self.bad[position] = Failure.of(self.source.ids[position], result)
                 self._state[position] = _BAD
         side = self._preprocessing.side
         pixels = [result for result in results if not isinstance(result, LookalikeError)]
@@ -277,10 +285,10 @@ class Canvas:
             return
         touched = int((self._state != _UNKNOWN).sum())
         if len(self.bad) > _MOST_BAD * max(touched, min(len(self.source), _JUDGED)):
-            position, reason = next(iter(self.bad.items()))
+            first = next(iter(self.bad.values()))
             raise InvalidSource(
                 f"{self.source.name}: {len(self.bad)} of {touched} pictures are bad, more than {_MOST_BAD:.0%}; mend "
-                f"or remove them. The first: {self.source.ids[position]}: {reason}"
+                f"or remove them. The first: {first.id}: {first.error}"
             )
 
 

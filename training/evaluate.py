@@ -15,16 +15,15 @@ from onnx import numpy_helper
 from tqdm import tqdm
 
 from service import FloatArray, IntArray, PixelArray, cores
-from service.account import Account
+from service.account import LEFT_OUT, Account, left_out_beside
 from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import decode_pixels
+from service.encoding.images import OWN_FILES, Limits, decode_pixels
 from service.encoding.variants import embed_pixels
 from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening
-from service.errors import InvalidModel, InvalidSource, LookalikeError
+from service.errors import InvalidModel, InvalidOutput, InvalidSource, LookalikeError
 from service.jobs.parquet_parts import Embeddings, open_embeddings
-from service.settings import read_own_settings
 from service.sources import origin_of
 from service.sources.compact import Labels, Names
 from service.sources.source import LeftOut, Source, select
@@ -114,6 +113,24 @@ class Evaluation:
         return notes
 
 
+def list_left_out(account: Account, report: Path | None) -> None:
+    """List what was left out: in the report's folder, or without one in .lookalike/evaluate.left_out.jsonl.
+
+    A report comes with its list. Without one, figures do not depend on a working folder that can be written to; that
+    the list is missing becomes a note of the account.
+
+    Raises:
+        InvalidOutput: the list of a report cannot be written.
+    """
+    if report is not None:
+        account.save(report / LEFT_OUT)
+        return
+    try:
+        account.save(left_out_beside(Path(".lookalike", "evaluate")))
+    except InvalidOutput as error:
+        account.notes.append(str(error))
+
+
 def print_table(evaluation: Evaluation, bank: str, queries: str) -> None:
     """Print the figures and those of the baselines side by side; `bank` and `queries` are named as the user did."""
     found = evaluation.report
@@ -136,7 +153,15 @@ class Measured(NamedTuple):
     predicted: IntArray  # (N,)
 
 
-def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, variant: str = "auto") -> Evaluation:
+def evaluate(
+    model: Path,
+    bank_name: str,
+    queries_name: str,
+    data_root: Path,
+    variant: str = "auto",
+    image_key: str | None = None,
+    limits: Limits = OWN_FILES,
+) -> Evaluation:
     """Measure an encoder: classify each query by its nearest bank pictures, and examine the embeddings' distribution.
 
     Raw pixels are compared as rows minus each picture's mean, scaled to length 1; their k5 is by Euclidean distance on
@@ -147,6 +172,8 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
         bank_name, queries_name: SOURCEs with labels, or folders of `lookalike embed`, whose embeddings are used.
         data_root: folder of the named sets.
         variant: of the encoder, "auto" for the one that serves here; the random encoder derives from model.onnx.
+        image_key: as in open_source, for both sides.
+        limits: of a picture.
 
     Raises:
         InvalidModel, InvalidSource: no such encoder, variant or source; no labels or one alone; fewer than 20 bank
@@ -156,7 +183,7 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
     Cost: mnist/train against mnist/test 2 minutes on 2 cores. Beside the pictures, 8 bytes for each value of a pixel.
     """
     card = read_card(model)
-    opened = [_open(name, data_root, card) for name in (bank_name, queries_name)]
+    opened = [_open(name, data_root, card, image_key) for name in (bank_name, queries_name)]
     accounts = [Account.of(side) if isinstance(side, Source) else Account() for side in opened]
     sides = [_labelled(side, account) for side, account in zip(opened, accounts, strict=True)]
     _check(*sides)
@@ -166,25 +193,16 @@ def evaluate(model: Path, bank_name: str, queries_name: str, data_root: Path, va
         encoder = Encoder(card, variant=variant)
         made.add(encoder.variant)
     classes = sorted({label for side in sides for label in _names(side)})
-    bank, queries = (_rows(side, classes, card, encoder) for side in sides)
-    if bank.embeddings.shape[1] != queries.embeddings.shape[1]:
-        raise InvalidSource(
-            f"embeddings of one length are expected, got {bank.embeddings.shape[1]} numbers from {bank.name} "
-            f"and {queries.embeddings.shape[1]} from {queries.name}"
-        )
+    bank, queries = (_rows(side, classes, card, encoder, limits) for side in sides)
+    _check_lengths(bank, queries)
     overlap = _overlap(bank, queries)
     ours = measure(card.name, bank.embeddings, bank.labels, queries.embeddings, queries.labels, overlap)
     report = {
         "model": card.name,
         "fingerprint": card.fingerprint,
         "variant": ", ".join(sorted(made)),
-        "bank": {"source": bank.name, "pictures": len(bank.ids), "left_out": accounts[0].facts()["left_out"]},
-        "queries": {
-            "source": queries.name,
-            "pictures": len(queries.ids),
-            "left_out": accounts[1].facts()["left_out"],
-            "in_bank": len(overlap),
-        },
+        "bank": _counts(bank, accounts[0]),
+        "queries": _counts(queries, accounts[1]) | {"in_bank": len(overlap)},
         "figures": ours.figures,
         "baselines": _baselines(card, encoder.variant if encoder else "fp32", bank, queries, overlap),
     }
@@ -246,13 +264,16 @@ def _baselines(card: Card, variant: str, bank: Rows, queries: Rows, overlap: Ove
     return figures
 
 
-def read_pixels(source: Source, preprocessing: Preprocessing, digests: list[str] | None = None) -> PixelArray:
+def read_pixels(
+    source: Source, preprocessing: Preprocessing, digests: list[str] | None = None, limits: Limits = OWN_FILES
+) -> PixelArray:
     """Return all of a source's pixels (N, S, S, 3), decoded as in the service.
 
     Args:
         source: N pictures.
         preprocessing: of the encoder.
         digests: gets the sha256 (hex) of the N image files, if given.
+        limits: of a picture.
 
     Raises:
         InvalidSource: they do not fit into memory.
@@ -266,7 +287,6 @@ def read_pixels(source: Source, preprocessing: Preprocessing, digests: list[str]
             f"{have / 1e9:.0f}; embed both sides with `lookalike embed` and give those folders"
         )
     pixels = np.empty(shape, np.uint8)
-    limits = read_own_settings().limits
     found = [""] * len(source)
 
     def read(position: int) -> None:
@@ -361,11 +381,11 @@ def randomised(card: Card) -> bytes:
     return bytes(graph.SerializeToString())
 
 
-def _open(name: str, data_root: Path, card: Card) -> Source | Embeddings:
+def _open(name: str, data_root: Path, card: Card, image_key: str | None) -> Source | Embeddings:
     """Open a SOURCE or a folder of embeddings, which must be of the card's encoder."""
     embeddings = open_embeddings(name)
     if embeddings is None:
-        return open_training_source(name, data_root)
+        return open_training_source(name, data_root, image_key)
     if embeddings.fingerprint != card.fingerprint:
         raise InvalidSource(
             f"{name}: holds embeddings of the encoder {embeddings.fingerprint}, not of {card.name}, {card.fingerprint}"
@@ -384,6 +404,20 @@ def _check(bank: Source | Embeddings, queries: Source | Embeddings) -> None:
         names = _names(side)
         if len(names) == 1:
             raise InvalidSource(f"{side.name}: expected pictures of two classes or more, all are of {names[0]!r}")
+
+
+def _check_lengths(bank: Rows, queries: Rows) -> None:
+    lengths = [side.embeddings.shape[1] for side in (bank, queries)]
+    if lengths[0] != lengths[1]:
+        raise InvalidSource(
+            f"embeddings of one length are expected, got {lengths[0]} numbers from {bank.name} "
+            f"and {lengths[1]} from {queries.name}"
+        )
+
+
+def _counts(side: Rows, account: Account) -> dict[str, Any]:
+    """Return the facts of a side for the report."""
+    return {"source": side.name, "pictures": len(side.ids), "left_out": account.facts()["left_out"]}
 
 
 def _names(side: Source | Embeddings) -> list[str]:
@@ -420,7 +454,7 @@ def _labelled(side: Source | Embeddings, account: Account) -> Source | Embedding
     return replace(side, ids=ids, labels=labels, rows=side.rows[kept], digests=digests)
 
 
-def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: Encoder | None) -> Rows:
+def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: Encoder | None, limits: Limits) -> Rows:
     assert side.labels is not None
     codes = {name: code for code, name in enumerate(classes)}
     labels = np.asarray([codes.get(name, -1) for name in side.labels.names], np.int64)[side.labels.numbers]
@@ -428,7 +462,7 @@ def _rows(side: Source | Embeddings, classes: list[str], card: Card, encoder: En
         return Rows(side.name, side.ids, labels, side.rows, None, side.digests, origin_of(side.origin))
     assert encoder is not None
     digests: list[str] = []
-    pixels = read_pixels(side, card.preprocessing, digests)
+    pixels = read_pixels(side, card.preprocessing, digests, limits)
     rows = embed_pixels(encoder, pixels, "embedding")
     return Rows(side.name, side.ids, labels, rows, pixels, digests, origin_of(side.name))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from service.encoding.card import MODEL_FILE, Card, Preprocessing, fingerprint
-from service.encoding.model_folder import check_out, write_model
+from service.encoding.model_folder import check_new, check_out, write_model
 from service.encoding.variants import Pictures, embed_pixels, keep_good
 from service.encoding.voting import headline_accuracy
 from service.encoding.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
@@ -63,12 +63,16 @@ def export(
     write_model(out, graphs, preprocessing, facts, quality)
 
 
-def check_export(out: Path) -> None:
+def check_export(out: Path, overwrite: bool = True) -> None:
     """Make sure, before hours of training, that a model can be exported to `out`.
+
+    Args:
+        out: the model folder.
+        overwrite: whether an earlier model may be replaced.
 
     Raises:
         InvalidRequest: a package that the export needs is not installed.
-        InvalidOutput: as check_out.
+        InvalidOutput: as check_new.
     """
     for package, extra in (("onnxruntime", "cpu or gpu"), ("onnxscript", "train")):
         try:
@@ -77,7 +81,7 @@ def check_export(out: Path) -> None:
             raise InvalidRequest(
                 f"the export needs {package}, which is not installed here: install the extra {extra} of lookalike"
             ) from error
-    check_out(out)
+    check_new(out, overwrite)
 
 
 def choose_whitening(card: Card, pictures: Pictures) -> tuple[Whitening, dict[str, Any]] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from service import IntArray, PixelArray
 from service.encoding.card import square_preprocessing
-from service.encoding.images import tones
+from service.encoding.images import OWN_FILES, Limits, tones
 from service.encoding.variants import Pictures
 from service.errors import InvalidSource, LookalikeError
 from service.sources.source import Source
@@ -64,6 +64,7 @@ def prepare(
     on: torch.device,
     earlier: Checkpoint | None = None,
     held_out: IntArray | None = None,
+    limits: Limits = OWN_FILES,
 ) -> Material:
     """Decode a sample, compute its statistics, and hold pictures out for online k-NN.
 
@@ -74,6 +75,7 @@ def prepare(
         on: device on which batches are wanted.
         earlier: the checkpoint of the run to resume.
         held_out: positions to hold out; if None, up to 1,000 and a twentieth of 400 labelled pictures or more.
+        limits: of a picture.
 
     Raises:
         InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
@@ -86,24 +88,8 @@ def prepare(
             f"{len(source)} now); export or --resume needs the same"
         )
     labels = source.labels.numbers if source.labels is not None else None
-    everything = np.arange(len(source))
-    labelled = everything if labels is None else np.flatnonzero(labels >= 0)
-    if held_out is None:
-        held_out = everything[:0]
-        if labels is not None and len(labelled) >= _LEAST_HELD_FROM and len(np.unique(labels[labelled])) > 1:
-            held_out = spread(labelled, min(_HELD_OUT, len(labelled) // 20))
-    if len(held_out):
-        print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
-    if METHODS[recipe.method].needs_labels and len(labelled) < len(source):
-        print(f"{len(source) - len(labelled)} pictures without a label are left out", file=sys.stderr)
-        everything = labelled
-    trained: IntArray = np.setdiff1d(everything, held_out)
-    if len(trained) < recipe.batch_size:
-        raise InvalidSource(
-            f"{source.name}: {len(trained)} pictures to train on make no batch of {recipe.batch_size}; "
-            f"add pictures or lower batch_size, as in --set batch_size={max(2, len(trained) // 8)}"
-        )
-    canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on)
+    trained, held_out = _split(source, labels, recipe, held_out)
+    canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on, limits)
     if earlier:
         canvas.load_state(earlier.canvas)
     try:
@@ -118,6 +104,34 @@ def prepare(
             canvas.remove()
         raise
     return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
+
+
+def _split(
+    source: Source, labels: IntArray | None, recipe: Recipe, held_out: IntArray | None
+) -> tuple[IntArray, IntArray]:
+    """Return the positions to train on and those to hold out, as `prepare` says.
+
+    A method that needs labels trains on pictures that have one.
+
+    Raises:
+        InvalidSource: those to train on are fewer than a batch.
+    """
+    everything = np.arange(len(source))
+    labelled = everything if labels is None else np.flatnonzero(labels >= 0)
+    if held_out is None:
+        held_out = everything[:0]
+        if labels is not None and len(labelled) >= _LEAST_HELD_FROM and len(np.unique(labels[labelled])) > 1:
+            held_out = spread(labelled, min(_HELD_OUT, len(labelled) // 20))
+    if len(held_out):
+        print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
+    usable = labelled if METHODS[recipe.method].needs_labels else everything
+    trained: IntArray = np.setdiff1d(usable, held_out)
+    if len(trained) < recipe.batch_size:
+        raise InvalidSource(
+            f"{source.name}: {len(trained)} pictures to train on make no batch of {recipe.batch_size}; "
+            f"add pictures or lower batch_size, as in --set batch_size={max(2, len(trained) // 8)}"
+        )
+    return trained, held_out
 
 
 def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from service import FloatArray, IntArray
-from service.account import LEFT_OUT, Account, Failure
+from service.account import LEFT_OUT, Account
 from service.encoding.card import square_preprocessing
+from service.encoding.images import OWN_FILES, Limits
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
-from service.sources.source import Source
+from service.sources.source import LeftOut, Source
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import (
@@ -67,10 +68,10 @@ def pretrain(
     resume: bool = False,
     checkpoint_minutes: float = 3.0,
     overwrite: bool = False,
+    image_key: str | None = None,
+    limits: Limits = OWN_FILES,
 ) -> Account:
     """Pretrain an encoder on a source and export it to the folder `out`; checkpoint and log lie in OUT.run.
-
-    It returns an account of the source: how many of its pictures were good, and what was left out.
 
     Args:
         source_name: SOURCE; its labels serve the methods that need them and online k-NN.
@@ -83,6 +84,11 @@ def pretrain(
         resume: resume from the run's checkpoint, if it has one. More `minutes` than before extend the run.
         checkpoint_minutes: between two checkpoints.
         overwrite: replace an earlier encoder and its run; both stay until the new ones are whole.
+        image_key: as in open_source.
+        limits: of a picture.
+
+    Returns:
+        As `account_of`; what was left out is listed in the run's folder.
 
     Raises:
         InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
@@ -90,60 +96,88 @@ def pretrain(
     """
     on = choose_device(device)
     check_export(out)
-    folder, identity = run_folder(out), Identity(source_name, recipe, init, minutes)
+    folder, identity = run_folder(out), Identity(source_name, recipe, init, minutes, image_key)
     earlier = resumable(out, identity, resume, overwrite)
     torch.manual_seed(recipe.seed)
-    source = open_training_source(source_name, data_root)
+    source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
     weights = weights_file(init) if init else None
     method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side, weights), len(source))
     if overwrite:
         set_aside(folder)
     folder.mkdir(exist_ok=True)
-    material, untrained = prepare(source, recipe, folder, on, earlier), deepcopy(method.backbone)
+    material = prepare(source, recipe, folder, on, earlier, limits=limits)
+    train_and_export(method, material, identity, out, earlier, checkpoint_minutes * 60)
+    shutil.rmtree(earlier_run(folder), ignore_errors=True)
+    material.canvas.remove()
+    print(f"wrote {out}; checkpoint and log are in {folder}", file=sys.stderr)
+    account = account_of(material)
+    account.save(folder / LEFT_OUT)
+    return account
+
+
+def train_and_export(
+    method: Method,
+    material: Material,
+    identity: Identity,
+    out: Path,
+    earlier: Checkpoint | None,
+    checkpoint_s: float,
+) -> None:
+    """Train to the end, warn if that made it worse, and export; however it ends, the bad pictures have been listed.
+
+    Args:
+        out: the model folder.
+        earlier, checkpoint_s: as in `train`.
+    """
+    folder, untrained = run_folder(out), deepcopy(method.backbone)
     try:
-        checkpoint = train(method, material, identity, folder, earlier, checkpoint_minutes * 60)
+        checkpoint = train(method, material, identity, folder, earlier, checkpoint_s)
         run = checkpoint.progress
-        print(f"{run.step} steps in {run.seconds:.0f} s, loss {run.loss:.4f}")
+        print(f"{run.step} steps in {run.seconds:.0f} s, loss {run.loss:.4f}", file=sys.stderr)
         compare_with_untrained(untrained, method, material, checkpoint)
         finish(method, material, checkpoint, out)
     finally:
         material.canvas.list_bad(folder / "bad-pictures.txt")
         material.canvas.close()
-    shutil.rmtree(earlier_run(folder), ignore_errors=True)
-    if material.canvas.bad:
-        print(f"{len(material.canvas.bad)} bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}")
-    material.canvas.remove()
-    print(f"wrote {out}; checkpoint and log are in {folder}")
+
+
+def account_of(material: Material) -> Account:
+    """Return what became of a run's pictures: how many were used, which could not be, and which lacked a label."""
+    source, bad = material.canvas.source, material.canvas.bad
+    used = np.concatenate([material.trained, material.held_out, np.array(list(bad), np.int64)])
+    unlabelled = np.setdiff1d(np.arange(len(source)), used).tolist()
     account = Account.of(source)
-    account.failures = [Failure(source.ids[at], reason) for at, reason in sorted(material.canvas.bad.items())]
-    account.added = len(source) - account.bad
-    account.save(folder / LEFT_OUT)
+    account.failures = [failure for _, failure in sorted(bad.items())]
+    account.left_out.append([LeftOut(source.ids[at], "without a label", False) for at in unlabelled])
+    account.added = len(source) - account.bad - len(unlabelled)
     return account
 
 
-def export_run(folder: Path, out: Path, data_root: Path) -> None:
+def export_run(folder: Path, out: Path, data_root: Path, overwrite: bool = False, limits: Limits = OWN_FILES) -> None:
     """Export the encoder of a run's checkpoint, finished or not, as `pretrain` does in the end.
 
     Args:
         folder: of the run, OUT.run; its source must be where it was.
         out: the model folder.
         data_root: folder of the named sets.
+        overwrite: replace an encoder that is there; it stays until the new one is whole.
+        limits: of a picture.
 
     Raises:
         InvalidSource, InvalidRequest, InvalidOutput, InvalidModel.
     """
-    check_export(out)
+    check_export(out, overwrite)
     earlier = read_checkpoint(folder)
     if earlier is None:
         raise InvalidRequest(f"{folder}: holds no checkpoint; expected the folder OUT.run of a pretraining run")
     recipe, run = earlier.identity.recipe, earlier.progress
-    source = open_training_source(earlier.identity.source, data_root)
+    source = open_training_source(earlier.identity.source, data_root, earlier.identity.image_key)
     method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
     method.load_state_dict(earlier.method)
     # In a folder of its own: the run itself may be using its canvas.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier)
+        material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier, limits=limits)
         try:
             finish(method, material, earlier, out)
         finally:
@@ -232,6 +266,7 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
         "recipe": recipe.facts(),
         "data": {
             "source": identity.source,
+            **({"image_key": identity.image_key} if identity.image_key else {}),
             "pictures": len(material.canvas.source) - len(material.canvas.bad),
             "held_out": len(material.held_out),
             "tones": material.tones,

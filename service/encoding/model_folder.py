@@ -27,11 +27,17 @@ def check_out(out: Path) -> None:
         raise InvalidOutput(f"{out}: the folder it is to lie in cannot be made: {error.strerror}") from error
 
 
-def check_new(out: Path) -> None:
-    """As check_out, for a verb that replaces nothing: raises InvalidOutput also if `out` exists."""
-    if out.exists() or out.is_symlink():
-        raise InvalidOutput(f"{out}: is there already; remove it, or choose another --out")
+def check_new(out: Path, overwrite: bool = False) -> None:
+    """As check_out, but `out` may only be there if the user asked to `overwrite` it.
+
+    The earlier model stays until `write_model` has the new one whole.
+
+    Raises:
+        InvalidOutput: as check_out; or `out` is there, and it was not asked to overwrite it.
+    """
     check_out(out)
+    if not overwrite and (out.exists() or out.is_symlink()):
+        raise InvalidOutput(f"{out}: is there already; replace it with --overwrite, or choose another --out")
 
 
 def write_model(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from service import FloatArray, IntArray, PixelArray
-from service.account import Account, Failure, printable
+from service.account import Account, Failure, left_out_beside, printable
 from service.encoding.batcher import Batcher
 from service.encoding.card import MODEL_FILE, TEXT_FILE, Card, fingerprint, read_card
 from service.encoding.encoder import Encoder
@@ -17,6 +17,7 @@ from service.encoding.model_folder import check_new, write_model
 from service.encoding.variants import Pictures, keep_good
 from service.encoding.whitening import (
     LEAST_LEARNT,
+    Whitening,
     append_whitening,
     default_whitening,
     learn_whitening,
@@ -50,19 +51,27 @@ class Sample(NamedTuple):
 
 
 def whiten(
-    model: Path, source: Source, out: Path, settings: Settings, power: float | None = None, dimension: int | None = None
+    model: Path,
+    source: Source,
+    out: Path,
+    settings: Settings,
+    power: float | None = None,
+    dimension: int | None = None,
+    overwrite: bool = False,
 ) -> Account:
     """Learn a whitening on a source's pictures, without their labels, and write a new encoder that ends in it.
 
     It replaces an earlier whitening. One picture in ten, up to 1,000, is held out: the variants are compared on these,
-    and if there are labels, up to 2,000 of the others vote on them.
+    and if there are labels, up to 2,000 of the others vote on them. What was left out is listed in
+    OUT.left_out.jsonl, if there is any.
 
     Args:
         model: the encoder's folder.
         source: pictures like those that will be searched; if there are more than 20,000, that many, evenly spread.
-        out: the new model folder; it must not exist.
+        out: the new model folder.
         settings: device and picture limits.
         power, dimension: as in learn_whitening; None for values that suit the number of pictures.
+        overwrite: replace an encoder that is there; it stays until the new one is whole.
 
     Returns:
         What became of the pictures: added are those learnt on, known those held out.
@@ -71,46 +80,56 @@ def whiten(
         InvalidModel: no such encoder, one with a text tower, or one that embeds all pictures alike.
         InvalidRequest: the dimension is larger than the encoder's.
         InvalidSource: too few pictures.
-        InvalidOutput: `out` exists, or cannot be written.
+        InvalidOutput: `out` is there, and `overwrite` is not set; or it cannot be written.
 
     Cost: embeds each picture once, and those that judge variants once more with each variant; then O(N · D²).
     """
-    check_new(out)
-    card = read_card(model)
-    if (model / TEXT_FILE).exists():
-        raise InvalidModel(
-            f"{model}: has a text tower; a whitening would take pictures out of the space that they share with texts"
-        )
+    check_new(out, overwrite)
+    card = _card_of_pictures(model)
     bare = without_whitening(card)
     encoder = Encoder(bare, settings.device, "fp32")
     if dimension is not None and not 1 <= dimension <= encoder.dimension:
         raise InvalidRequest(f"--dimension: expected 1 to {encoder.dimension}, got {dimension}")
     rows, pictures, failures = _take_sample(source, encoder, settings)
-    usual = default_whitening(len(rows), encoder.dimension)
-    power, dimension = usual[0] if power is None else power, usual[1] if dimension is None else dimension
-    if dimension >= len(rows) and (power, dimension) != (0, encoder.dimension):
-        raise InvalidSource(
-            f"{source.name}: {len(rows)} pictures to learn on do not show {dimension} directions; give more pictures, "
-            "or lower --dimension"
-        )
-    whitening = learn_whitening(rows, power, dimension)
+    whitening, told = _learn(source.name, rows, power, dimension)
     whitened = append_whitening(bare.model, whitening)
     named = Card(out, out.name, fingerprint(whitened, card.preprocessing), whitened, card.preprocessing, {})
     quality: dict[str, dict[str, Any]] = {MODEL_FILE: {"pictures": len(pictures.held_out)}}
     variants = {name: append_whitening(graph, whitening) for name, graph in bare.variants.items()}
     graphs = keep_good(named, variants, pictures, quality)
     facts = {key: value for key, value in card.facts.items() if key not in _COMPUTED}
-    facts["whitening"] = {
-        "of": card.facts.get("whitening", {}).get("of", card.fingerprint),
-        "source": source.name,
-        "pictures": len(rows),
-        "power": power,
-        "dimension": dimension,
-    }
+    facts["whitening"] = {"of": card.facts.get("whitening", {}).get("of", card.fingerprint), **told}
     write_model(out, graphs, card.preprocessing, facts, quality)
     account = Account.of(source)
     account.added, account.known, account.failures = len(rows), len(pictures.held_out), failures
+    account.save(left_out_beside(out))
     return account
+
+
+def _card_of_pictures(model: Path) -> Card:
+    """Return the card of an encoder. Raises InvalidModel if it encodes texts, too."""
+    if (model / TEXT_FILE).exists():
+        raise InvalidModel(
+            f"{model}: has a text tower; a whitening would take pictures out of the space that they share with texts"
+        )
+    return read_card(model)
+
+
+def _learn(name: str, rows: FloatArray, power: float | None, dimension: int | None) -> tuple[Whitening, dict[str, Any]]:
+    """Learn a whitening on embeddings (N, D) of the source `name`; return it with its facts for the card.
+
+    Raises:
+        InvalidSource: the rows are too few for the dimension.
+    """
+    usual = default_whitening(*rows.shape)
+    power, dimension = usual[0] if power is None else power, usual[1] if dimension is None else dimension
+    if dimension >= len(rows) and (power, dimension) != (0, rows.shape[1]):
+        raise InvalidSource(
+            f"{name}: {len(rows)} pictures to learn on do not show {dimension} directions; give more pictures, "
+            "or lower --dimension"
+        )
+    told = {"source": name, "pictures": len(rows), "power": power, "dimension": dimension}
+    return learn_whitening(rows, power, dimension), told
 
 
 def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample:
@@ -139,11 +158,13 @@ def _take_sample(source: Source, encoder: Encoder, settings: Settings) -> Sample
     with closing(Batcher(encoder.lanes, encoder.max_batch)) as batcher, progress("embedding", len(positions), 0) as bar:
         for chunk in read_ahead(range(len(positions)), read):
             for (number, pixels), (_, row) in zip(chunk, use_good(chunk, batcher.embed), strict=True):
-                if isinstance(row, LookalikeError) or isinstance(pixels, LookalikeError):
+                if isinstance(row, LookalikeError):
                     id = source.ids[int(positions[number])]
-                    failures.append(Failure(id, str(row)))
+                    failures.append(Failure.of(id, row))
                     bar.write(f"skipped {printable(id)}: {row}", file=sys.stderr)
-                elif number in kept_out:
+                    continue
+                assert not isinstance(pixels, LookalikeError)
+                if number in kept_out:
                     held_out[number] = pixels
                 else:
                     rows.append(row)

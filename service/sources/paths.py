@@ -9,6 +9,7 @@ from service.sources.source import LeftOut
 
 P = TypeVar("P")
 
+_REPLACED = "replaced by a later one of the same path"
 _SPLITS = {"train", "val", "valid", "validation", "test", "dev"}
 
 
@@ -16,14 +17,14 @@ class Gathered(Generic[P]):
     """The pictures of one source while it is scanned, by composed id, and what was left out.
 
     Args:
-        same: whether the pictures at two paths and places are the same, to the byte; None where that is not known.
+        same: whether the pictures at two paths and places are the same, to the byte.
 
     Attributes:
         found: the path as it is stored, and its place, by id; in the order of the last addition.
         left_out: what was not taken.
     """
 
-    def __init__(self, same: Callable[[tuple[str, P], tuple[str, P]], bool] | None = None) -> None:
+    def __init__(self, same: Callable[[tuple[str, P], tuple[str, P]], bool]) -> None:
         self._same = same
         self.found: dict[str, tuple[str, P]] = {}
         self.left_out: list[LeftOut] = []
@@ -36,14 +37,16 @@ class Gathered(Generic[P]):
         """
         id = compose(path)
         earlier = self.found.get(id)
+        same = earlier is not None and self._same(earlier, (path, place))
         if earlier is None or earlier[0] == path:
             if earlier is not None:
-                self.left_out.append(LeftOut(path, "replaced by a later one of the same path", False))
+                reason = "there already: the same picture under the same path" if same else _REPLACED
+                self.left_out.append(LeftOut(path, reason, False))
             self.found.pop(id, None)
             self.found[id] = path, place
             return
         loser = path if earlier[0] == id or path != id else earlier[0]
-        if self._same is not None and self._same(earlier, (path, place)):
+        if same:
             reason, lost = "the same picture under a name that differs only in how its characters are composed", False
         else:
             reason = "another path differs from this one only in how its characters are composed: rename one of them"

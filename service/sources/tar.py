@@ -22,6 +22,8 @@ from service.sources.source import LeftOut, Omissions, Source
 
 _MAX_LABEL_BYTES = 1000
 _TAR_BLOCK_BYTES = 512
+# Two members are compared so many bytes at a time.
+_COMPARED_BYTES = 1 << 20
 _CLASS = ".cls"
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -43,16 +45,16 @@ class _Shard:
 
     Attributes:
         path: of the file.
-        pictures: by id, with the row in `places`; in archive order.
         places: offset and size in bytes, two numbers a row.
+        pictures: by id, with the row in `places`; in archive order.
         classes: the text of each .cls member by its path without that ending.
         beside: paths without ending of members that are no pictures.
         notes: what its user should know.
     """
 
     path: Path
-    pictures: Gathered[int] = field(default_factory=Gathered)
-    places: "array[int]" = field(default_factory=lambda: array("q"))
+    places: "array[int]"
+    pictures: Gathered[int]
     classes: dict[str, str] = field(default_factory=dict)
     beside: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
@@ -111,13 +113,14 @@ def _left_out(prefixes: Sequence[str], shards: Sequence[_Shard]) -> Iterator[Lef
 
 def _scan(path: Path) -> _Shard:
     """Read every header of a .tar once."""
-    shard = _Shard(path)
-    pictures, rows = shard.pictures, dict[str, int]()
+    places, rows = array("q"), dict[str, int]()
     with path.open("rb") as file:
+        pictures: Gathered[int] = Gathered(lambda one, other: _same(file, places, one[1], other[1]))
+        shard = _Shard(path, places, pictures)
         for member in _members(shard, file):
             inside = _relative(member.name)
             # A hard link names an earlier member by another path.
-            row = rows.get(_relative(member.linkname), -1) if member.islnk() else len(shard.places) // 2
+            row = rows.get(_relative(member.linkname), -1) if member.islnk() else len(places) // 2
             left_out = None if member.isdir() else _judge(inside, member, row, file, shard)
             if left_out is not None:
                 pictures.left_out.append(left_out)
@@ -126,11 +129,21 @@ def _scan(path: Path) -> _Shard:
             elif inside.lower().endswith(_CLASS):
                 _read_class(inside, member, file, shard)
             elif not member.isdir():
+                if member.isreg():
+                    places.extend((member.offset_data, member.size))
                 pictures.add(inside, row)
                 rows[inside] = row
-                if member.isreg():
-                    shard.places.extend((member.offset_data, member.size))
     return shard
+
+
+def _same(file: BinaryIO, places: "array[int]", one: int, other: int) -> bool:
+    """Return whether two rows of `places` hold the same bytes."""
+    (start, size), (other_start, other_size) = places[2 * one : 2 * one + 2], places[2 * other : 2 * other + 2]
+    return size == other_size and all(
+        os.pread(file.fileno(), min(_COMPARED_BYTES, size - at), start + at)
+        == os.pread(file.fileno(), min(_COMPARED_BYTES, size - at), other_start + at)
+        for at in range(0, size, _COMPARED_BYTES)
+    )
 
 
 def _judge(inside: str, member: tarfile.TarInfo, row: int, file: BinaryIO, shard: _Shard) -> LeftOut | None:

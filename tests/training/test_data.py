@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from service import IntArray, PixelArray
 from service.encoding.card import square_preprocessing
 from service.encoding.images import Limits, decode_pixels
-from service.errors import InvalidSource, LookalikeError
+from service.errors import InvalidSource
 from service.sources import open_source
 from service.sources.compact import Labels
 from service.sources.source import Source
@@ -40,7 +40,6 @@ from training.data import (
     spread,
     to_luminance,
 )
-from training.evaluate import read_pixels
 
 Paint = Callable[..., bytes]
 Lay = Callable[..., Canvas]
@@ -440,7 +439,7 @@ def test_a_bad_picture_is_passed_over_and_named(tmp_path: Path, paint: Paint, la
     canvas.list_bad(run_folder / "bad.txt")
     lines = (run_folder / "bad.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["07.png", "31.png", "44.png"]
-    assert [line.split("\t")[1] for line in lines] == [canvas.bad[7], canvas.bad[31], canvas.bad[44]]
+    assert [line.split("\t")[1] for line in lines] == [canvas.bad[at].error for at in (7, 31, 44)]
     assert lines[0].startswith("07.png\tthe picture is damaged or cut short: ")
     assert lines[1] == "31.png\texpected the bytes of a picture, got none"
     assert lines[2].startswith("44.png\tcannot be read: ")
@@ -715,15 +714,3 @@ def test_too_few_good_pictures_for_a_batch_are_one_sentence(lay: Lay) -> None:
         next(taken(canvas, 20, 20))
     assert str(caught.value) == "digits[:20]: 19 pictures can be used, a batch needs 20"
     assert len(next(taken(canvas, 20, 19)).positions) == 19
-
-
-def test_a_limit_that_is_set_counts_in_training_and_evaluation(
-    lay: Lay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    odd_pictures(tmp_path)
-    source = open_source(str(tmp_path))
-    monkeypatch.setenv("LOOKALIKE_MAX_PIXELS", "10")
-    with pytest.raises(LookalikeError, match="LOOKALIKE_MAX_PIXELS"):
-        lay(source, 16).take(np.arange(9))
-    with pytest.raises(LookalikeError, match="LOOKALIKE_MAX_PIXELS"):
-        read_pixels(source, square_preprocessing(16))

@@ -1,6 +1,7 @@
 """The offline job: figures against plain NumPy and scikit-learn, correct baselines, refusals."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from service.errors import InvalidModel, InvalidSource, UndecodablePicture
 from service.jobs.embed import embed_source
 from service.settings import Settings
 from service.sources import open_source
+from tests.service.sources.test_files import tarred
 from training.backbones import build_backbone
 from training.data import open_training_source
 from training.encoder import Encoder
@@ -335,6 +337,62 @@ def test_the_command_says_what_is_left_out(
     found = json.loads(run(*command, "--json")[1])
     assert found["baselines"] is found["figures"]["weighted_k200"] is None
     assert set(found["figures"]) == FIGURES
+
+
+def test_the_command_lists_what_is_left_out_beside_its_figures(
+    run: Callable[..., tuple[int, str, str]],
+    tiny_model: Path,
+    tmp_path: Path,
+    paint: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number in range(48):
+        folder = tmp_path / ("bank", "queries")[number // 24] / "ab"[number % 2]
+        paint(folder / f"{number:02}.png", height=9, width=9, seed=number)
+    raw = [tmp_path / side / "a" / "raw.cr2" for side in ("bank", "queries")]
+    for file in raw:
+        file.write_bytes(b"a camera's own format")
+    monkeypatch.chdir(tmp_path)
+    command = ("evaluate", tiny_model, "--bank", "bank", "--queries", "queries", "--json")
+    code, printed, said = run(*command)
+    listed = Path(".lookalike", "evaluate.left_out.jsonl")
+    found = json.loads(printed)
+    assert (code, found["lost"], found["listed_in"]) == (1, 2, str(listed))
+    assert f"what was left out is listed in {listed}\n" in said
+    assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == ["a/raw.cr2"] * 2
+    # Where nothing can be written, the figures are printed all the same.
+    shutil.rmtree(".lookalike")
+    Path(".lookalike").write_text("a file")
+    code, printed, said = run(*command)
+    assert (code, json.loads(printed)["listed_in"]) == (1, None)
+    assert f"note: {listed}: cannot be written: " in said
+    Path(".lookalike").unlink()
+    for file in raw:
+        file.unlink()
+    assert json.loads(run(*command)[1])["lost"] == 0
+    assert not Path(".lookalike").exists()
+
+
+def test_the_command_takes_the_picture_under_a_key_within_limits(
+    run: Callable[..., tuple[int, str, str]],
+    tiny_model: Path,
+    tmp_path: Path,
+    paint: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = []
+    for number in range(48):
+        data = [paint(tmp_path / f"{at}.png", height=9, width=9, seed=2 * number + at) for at in (0, 1)]
+        files += [(f"{number:02}.{key}", one) for key, one in zip(("input.png", "mask.png"), data, strict=True)]
+        files.append((f"{number:02}.cls", b"ab"[number % 2 : number % 2 + 1]))
+    tar = tarred(tmp_path / "set.tar", files)
+    command = ("evaluate", tiny_model, "--bank", f"{tar}[:24]", "--queries", f"{tar}[24:]")
+    assert "no picture under the key depth" in run(*command, "--image-key", "depth")[2]
+    assert "another picture of its sample: input.png: 96 (" in run(*command, "--image-key", "mask")[2]
+    monkeypatch.setenv("LOOKALIKE_MAX_PIXELS", "10")
+    code, _, said = run(*command)
+    assert (code, "the limit is 10 pixels (LOOKALIKE_MAX_PIXELS)" in said) == (2, True)
 
 
 def test_the_command_refuses_in_one_sentence(

@@ -29,11 +29,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import lookalike
 from service.encoding.card import square_preprocessing
 from service.encoding.images import tones
-from service.errors import InvalidOutput, InvalidRequest, LookalikeError
+from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError
 from service.sources import open_source
 from service.sources.compact import Labels
 from service.sources.source import Source
 from tests.conftest import ROOT, some_slow
+from tests.service.sources.test_files import tarred
+from tests.test_json import assert_as_promised
 from training import data
 from training import material as materials
 from training import pretrain as loop
@@ -45,6 +47,7 @@ from training.checkpoint import (
     Progress,
     earlier_run,
     read_checkpoint,
+    run_folder,
     set_aside,
     weights_file,
 )
@@ -53,8 +56,10 @@ from training.material import Material, prepare, statistics
 from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.simclr import SimCLR
 from training.pretrain import (
+    account_of,
     check_health,
     compare_with_untrained,
+    export_run,
     online_knn,
     part,
     per_dimension_std,
@@ -864,15 +869,15 @@ def test_a_run_with_nothing_to_resume_starts_from_the_beginning_and_a_finished_o
     def run(**options: Any) -> tuple[dict[str, Any], str]:
         account = pretrain(str(tmp_path / "digits"), recipe, out, None, "cpu", tmp_path, **options)
         rows = [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
-        assert (account.added, account.lost, len(rows)) == (61, 3, 3)
+        assert (account.added, account.facts()["left_out"], account.lost, len(rows)) == (61, {"empty": 3}, 3, 3)
         printed = capsys.readouterr()
-        assert f"wrote {out}; checkpoint and log are in {folder}" in printed.out
+        assert printed.out == ""
+        assert f"wrote {out}; checkpoint and log are in {folder}" in printed.err
         assert not (folder / "canvas.bin").exists()
-        return json.loads((out / "card.json").read_text()), printed.out + printed.err
+        return json.loads((out / "card.json").read_text()), printed.err
 
     card, printed = run(resume=True)
     assert f"{folder}: no checkpoint there; starting from the beginning" in printed
-    assert f"3 bad pictures were passed over, listed in {folder / 'bad-pictures.txt'}" in printed
     listed = (folder / "bad-pictures.txt").read_text()
     assert listed == "".join(
         f"{name}.png\texpected the bytes of a picture, got none\n" for name in ("00007", "00008", "00030")
@@ -1112,6 +1117,72 @@ def test_a_folder_without_a_name_cannot_be_a_model(
         pretrain("digits", recipe, Path(out), None, "cpu", tmp_path)
 
 
+# The pictures of a run
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .tar of WebDataset samples: 64 digits as input.png, each with its mask.png, and one that is no picture."""
+    digits = open_source("digits[:128]")
+    files = [
+        (f"{n:02}.{key}.png", digits.read(2 * n + at)) for n in range(64) for at, key in enumerate(("input", "mask"))
+    ]
+    return tarred(tmp_path_factory.mktemp("samples") / "set.tar", [*files, ("99.mask.png", b"no picture")])
+
+
+@pytest.mark.slow("exports an encoder")
+def test_a_run_remembers_which_picture_of_a_sample_it_takes(
+    samples: Path, refused: Refused, tmp_path: Path, recipe: Recipe
+) -> None:
+    with ctrl_c_after(1):
+        pretrain(str(samples), recipe, tmp_path / "out", None, "cpu", tmp_path, image_key="mask")
+    earlier = read_checkpoint(tmp_path / "out.run")
+    assert earlier is not None
+    assert (earlier.identity.image_key, earlier.pictures) == ("mask", 65)
+    assert "begun with image_key mask, now it is None" in refused(samples, "--resume")
+    export_run(tmp_path / "out.run", tmp_path / "exported", tmp_path)
+    assert json.loads((tmp_path / "exported" / "card.json").read_text())["data"]["image_key"] == "mask"
+
+
+def test_a_key_that_no_sample_has_is_refused(samples: Path, refused: Refused) -> None:
+    said = refused(samples, "--image-key", "depth")
+    assert "holds no picture under the key depth; found input.png, mask.png" in said
+
+
+def test_pictures_without_a_label_are_accounted_for(recipe: Recipe, tmp_path: Path, paint: Paint) -> None:
+    for number in range(32):
+        paint(tmp_path / "set" / ("", "a", "b")[number % 3] / f"{number:02}.png", seed=number)
+    (tmp_path / "set" / "a" / "bad.png").write_bytes(b"")
+    source = open_source(str(tmp_path / "set"))
+    material = prepare(source, changed(recipe, method="supcon", batch_size=8), tmp_path, CPU)
+    account = account_of(material)
+    assert (account.added, account.bad, account.lost) == (21, 1, 1)
+    assert account.facts()["left_out"] == {"without a label": 11, "empty": 1}
+    assert account_of(prepare(source, changed(recipe, batch_size=8), tmp_path, CPU)).added == 32
+
+
+@pytest.mark.slow("exports an encoder")
+def test_the_command_prints_its_account_as_json_and_nothing_else(
+    tiny_recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = open_source("digits[:128]")
+    (tmp_path / "set").mkdir()
+    for position in range(128):
+        data = digits.read(position) if position % 64 else b"no picture"
+        (tmp_path / "set" / f"{position:03}.png").write_bytes(data)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["lookalike", *command(tiny_recipe_file, out, tmp_path / "set", "--json")[3:]])
+    with pytest.raises(SystemExit) as ended:
+        lookalike.main()
+    printed = capsys.readouterr()
+    content = json.loads(printed.out)
+    assert_as_promised("pretrain", content)
+    assert (ended.value.code, content["lost"]) == (1, 2)
+    assert (content["added"], content["left_out"]) == (126, {"not a picture that we take": 2})
+    assert content["listed_in"] == str(run_folder(out) / "left_out.jsonl")
+    assert f"wrote {out}; checkpoint and log are in {run_folder(out)}" in printed.err
+
+
 # Refusals to resume
 
 
@@ -1148,6 +1219,7 @@ def test_an_unfinished_run_is_not_begun_again(unfinished: Path, refused: Refused
         (("--set", "projection=[32, 8]"), "projection [32, 16], now it is [32, 8]"),
         (("--init", "some.pt"), "init None, now it is some.pt"),
         (("--minutes", "2"), "minutes None, now it is 2.0"),
+        (("--image-key", "mask"), "image_key None, now it is mask"),
     ],
     ids=lambda value: value.partition(" ")[0] if isinstance(value, str) else "",
 )
@@ -1158,6 +1230,17 @@ def test_another_run_is_not_gone_on_with(
         f"{unfinished / 'out.run'}: the run was begun with {what}; --resume goes on with the same, "
         "another run wants another --out"
     )
+
+
+def test_a_limit_that_is_set_counts_in_training(
+    unfinished: Path, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKALIKE_MAX_PIXELS", "10")
+    assert "the limit is 10 pixels (LOOKALIKE_MAX_PIXELS)" in refused(unfinished / "pictures")
+    monkeypatch.setattr(sys, "argv", ["lookalike", "export", str(unfinished / "out.run"), "--out", str(tmp_path / "o")])
+    with pytest.raises(InvalidSource, match="LOOKALIKE_MAX_PIXELS"):
+        lookalike.cli(standalone_mode=False)
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_run_is_not_gone_on_with_by_other_pictures(unfinished: Path, refused: Refused) -> None:

@@ -1,6 +1,7 @@
 """Variants compute the same embeddings as model.onnx; those that do not are found and left out."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,20 @@ def test_a_run_is_exported_anew_as_it_was(run: Path, tmp_path: Path) -> None:
     assert again.facts | without == first.facts | without
     assert again.variants == first.variants
     assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.slow("exports an encoder")
+def test_an_encoder_is_exported_over_another_only_when_asked(run: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(run.parent / "tiny", tmp_path / "tiny"))
+    (out / "README.md").write_text("a description of mine")
+    with pytest.raises(InvalidOutput, match="tiny: is there already; replace it with --overwrite"):
+        export_run(run, out, tmp_path)
+    with pytest.raises(InvalidRequest, match="holds no checkpoint"):
+        export_run(tmp_path, out, tmp_path, overwrite=True)
+    assert (out / "README.md").read_text() == "a description of mine"
+    export_run(run, out, tmp_path, overwrite=True)
+    assert (out / "README.md").read_text() != "a description of mine"
+    assert read_card(out).fingerprint == read_card(run.parent / "tiny").fingerprint
 
 
 @pytest.mark.slow("exports an encoder of unlabelled pictures")

@@ -122,6 +122,21 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(whitened: Path, digits: So
     assert not (tmp_path / "out").exists()
 
 
+def test_an_encoder_is_overwritten_only_when_asked(digits: Source, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(MODEL, tmp_path / "out"))
+    before = (out / "model.onnx").read_bytes()
+    with pytest.raises(InvalidOutput, match="out: is there already; replace it with --overwrite"):
+        whiten(MODEL, digits, out, SETTINGS)
+    with pytest.raises(InvalidSource, match="too few"):
+        whiten(MODEL, open_source("digits[:10]"), out, SETTINGS, overwrite=True)
+    assert (out / "model.onnx").read_bytes() == before
+    whiten(MODEL, open_source("digits[:100]"), out, SETTINGS, overwrite=True)
+    assert read_card(out).facts["whitening"]["source"] == "digits[:100]"
+    with pytest.raises(InvalidOutput, match="is not a model folder"):
+        whiten(MODEL, digits, tmp_path, SETTINGS, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_pictures_that_are_all_alike_teach_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -141,3 +156,7 @@ def test_pictures_that_cannot_be_read_are_counted_and_named(tmp_path: Path, caps
     assert "skipped 20.png: not a picture that we take" in capsys.readouterr().err
     told = json.loads((tmp_path / "out" / "card.json").read_text())["whitening"]
     assert told["pictures"] == 32
+    rows = [json.loads(line) for line in (tmp_path / "out.left_out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["reason"]) for row in rows] == [
+        (f"{n}0.png", "not a picture that we take") for n in range(4)
+    ]

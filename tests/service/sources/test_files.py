@@ -76,6 +76,28 @@ def test_of_two_members_of_one_name_the_later_counts(tmp_path: Path) -> None:
         assert list(open_source(str(tmp_path / name)).left_out) == [replaced]
 
 
+@pytest.mark.parametrize("size", [3, 1_500_000])
+def test_a_second_copy_in_an_archive_is_no_loss(size: int, tmp_path: Path) -> None:
+    same, other = b"a" * size, b"a" * (size - 1) + b"b"
+    twin = "cafe\u0301.png"
+    files = [("1.png", same), ("1.png", same), ("caf\u00e9.png", same), (twin, same), ("2.png", same), ("2.png", other)]
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        zipped(tmp_path / "set.zip", files)
+    tarred(tmp_path / "set.tar", files)
+    for name in ("set.zip", "set.tar"):
+        source = open_source(str(tmp_path / name))
+        assert sorted(source.ids) == ["1.png", "2.png", "caf\u00e9.png"]
+        assert list(source.left_out) == [
+            ("1.png", "there already: the same picture under the same path", False),
+            (twin, "the same picture under a name that differs only in how its characters are composed", False),
+            ("2.png", "replaced by a later one of the same path", False),
+        ]
+    tarred(tmp_path / "set.tar", [("caf\u00e9.png", same), (twin, other)])
+    ((_, reason, lost),) = open_source(str(tmp_path / "set.tar")).left_out
+    assert lost
+    assert "rename one of them" in reason
+
+
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
