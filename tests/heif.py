@@ -1,11 +1,17 @@
-"""HEIC files for tests. No encoder for them comes in a package that we want, so the coded pictures are kept here.
+"""HEIC files for tests: whole ones by an encoder, and odd ones around two coded pictures that are kept here.
 
-They are `tests.conftest.scene()` in colour, and its grey as a second picture for transparency: 64×48 pixels each, HEVC
-of 4:2:0 and 4:0:0, written by x265. The boxes around them are written here.
+Those two are `tests.conftest.scene()` in colour, and its grey for transparency: 64×48 pixels each, HEVC of 4:2:0 and
+4:0:0, written by x265. The boxes around them are written here.
 """
 
 import base64
+import io
 import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pillow_heif import HeifFile, options
 
 _COLOUR_CONFIG = base64.b64decode(
     "AQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq"
@@ -100,6 +106,39 @@ def heic(properties: bytes = b"", exif: bytes = b"", alpha: bool = False, grid: 
         box(b"idat", data),
     )
     return box(b"ftyp", b"heic", bytes(4), b"mif1heic") + meta
+
+
+def coded(
+    pictures: list[NDArray[Any]], depth: int = 8, primary: int = 0, chroma: int = 444, **blocks: bytes | int | None
+) -> bytes:
+    """Return a HEIC file of an encoder, at a quality that leaves a mean difference of less than a level of 8 bits.
+
+    Args:
+        pictures: (H, W, C) samples of `depth` bits: grey, grey and alpha, RGB, or RGB and alpha.
+        depth: 8, 10 or 12.
+        primary: the picture to show.
+        chroma: 444, 422 or 420.
+        blocks: `exif`, whose orientation becomes a property of the picture; `xmp`, `icc_profile`, `tile_size`.
+    """
+    file = HeifFile()
+    for samples in pictures:
+        mode = ("L", "LA", "RGB", "RGBA")[samples.shape[2] - 1]
+        data = (samples << 16 - depth).astype("<u2") if depth > 8 else samples.astype(np.uint8)
+        added = file.add_frombytes(mode + (";16" if depth > 8 else ""), samples.shape[1::-1], data.tobytes())
+        added.info.update({name: value for name, value in blocks.items() if name != "tile_size"})
+    # The encoder has no argument for it.
+    options.SAVE_HDR_TO_12_BIT = depth == 12
+    buffer = io.BytesIO()
+    tiles = {"tile_size": blocks["tile_size"]} if "tile_size" in blocks else {}
+    file.save(
+        buffer,
+        primary_index=primary,
+        quality=98,
+        chroma=chroma,
+        enc_params={"preset": "ultrafast", "x265:pools": "1"},
+        **tiles,
+    )
+    return buffer.getvalue()
 
 
 def _spans(boxes: bytes) -> list[tuple[int, int]]:

@@ -10,7 +10,17 @@ import apsw
 
 from service.errors import InvalidOutput, InvalidRequest, InvalidStore
 from service.files import replace_file
-from service.store.catalog import FILE, MIGRATIONS, checked_meta, connect, described, has_catalog, meta_of, one
+from service.store.catalog import (
+    FILE,
+    MIGRATIONS,
+    checked_meta,
+    connect,
+    described,
+    full_error,
+    has_catalog,
+    meta_of,
+    one,
+)
 from service.store.layout import is_store, lock
 
 # A copy stands alone, so it follows no earlier generation (see generations.Lineage).
@@ -85,7 +95,7 @@ def copy_catalog(source: Path, target: Path) -> int:
             _write_copy(source, temporary)
             return checked(temporary)
     except apsw.FullError as error:
-        raise InvalidOutput(f"{target}: cannot be written: the disk is full") from error
+        raise InvalidOutput(f"{target}: cannot be written: {error}") from error
     except OSError as error:
         raise InvalidOutput(f"{target}: cannot be written: {error.strerror or error}") from error
 
@@ -111,7 +121,8 @@ def _write_copy(source: Path, temporary: Path) -> None:
         database = connect(source)
         try:
             # One read transaction: unlike the steps of SQLite's backup interface it is not restarted by each change.
-            database.execute("VACUUM INTO ?", (str(temporary),)).fetchall()
+            with full_error(database):
+                database.execute("VACUUM INTO ?", (str(temporary),)).fetchall()
         finally:
             database.close()
         copy = connect(temporary, writable=True)

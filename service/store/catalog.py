@@ -5,7 +5,9 @@ kind, `vectors.sequence` that of the last change of its vector, and `removed` ke
 reader that knows every change up to a number can ask for the changes after it.
 """
 
+import errno
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,11 +123,17 @@ class CatalogWriter:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all changes of the block, or none of them. They are on disk when it ends. Raises apsw.Error."""
-        self._database.execute("BEGIN IMMEDIATE").fetchall()
+        """Commit all changes of the block, or none of them. They are on disk when it ends.
+
+        Raises:
+            apsw.FullError: the disk or a quota has no room.
+            apsw.Error: any other failure.
+        """
         try:
-            yield
-            self._database.execute("COMMIT").fetchall()
+            with full_error(self._database):
+                self._database.execute("BEGIN IMMEDIATE").fetchall()
+                yield
+                self._database.execute("COMMIT").fetchall()
         except BaseException:
             # SQLite itself rolls back on some errors.
             if self._database.in_transaction:
@@ -311,6 +319,20 @@ def described(error: apsw.Error) -> str:
     """Return an error of SQLite in words."""
     damaged = isinstance(error, apsw.CorruptError | apsw.NotADBError)
     return f"damaged: {error}" if damaged else f"cannot be used: {error}"
+
+
+@contextmanager
+def full_error(database: apsw.Connection) -> Iterator[None]:
+    """Raise FullError where a write of the block found no room. SQLite itself tells only a full disk, not a quota."""
+    try:
+        yield
+    except apsw.IOError as error:
+        # After a sync that failed it is uncertain how much the disk holds, whatever the reason.
+        writes = (apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_SHMSIZE)
+        reason = database.system_errno
+        if error.extendedresult not in writes or reason not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise apsw.FullError(os.strerror(reason)) from error
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Odd pictures of every format, each with the pixels that a person sees, computed from the arrays they were made of.
 
 PNG, BMP and TIFF are written here, byte by byte, because Pillow writes only a few of their kinds. JPEG, WebP, GIF and
-AVIF are written by Pillow and then changed. `picture(number)` returns the same bytes on every run.
+AVIF are written by Pillow and HEIC by pillow-heif, and then changed. `picture(number)` returns the same bytes on every run.
 """
 
 import io
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+
+from tests.heif import coded
 
 SEED = 16
 # Levels of 255. A lossless format may differ by the rounding of one level.
@@ -580,5 +582,34 @@ def _avif(generator: Generator) -> Picture:
     return Picture(f"AVIF {mode}{words}{behind}", data, turned(on_white(pixels[:, :, :3], alpha), counts), LOSSY)
 
 
+def _heic(generator: Generator) -> Picture:
+    channels, depth = int(generator.integers(1, 5)), int(generator.choice([8, 8, 10, 12]))
+    most = 2**depth - 1
+    pixels = np.rint(_drawn(generator, channels, smooth=True) * (most / 255)).astype(np.int64)
+    if channels in (2, 4):
+        pixels[:, :, -1] = _alpha(generator, pixels.shape[:2], most)
+    counts, blocks, words = _metadata(generator)
+    seen, alpha = pixels[:, :, : 3 if channels > 2 else 1] * (255 / most), np.ones(pixels.shape[:2])
+    if channels in (2, 4):
+        alpha = pixels[:, :, -1] / most
+    if channels > 2 and generator.random() < 0.3:
+        space = any_space(generator)
+        blocks["icc_profile"], seen, words = profile(space), in_srgb(seen, space), f"{words}, {space}"
+    # The encoder turns a picture by XMP where EXIF does not.
+    if not 2 <= counts <= 8 and blocks.pop("xmp", None):
+        words += ", left out"
+    options: dict[str, Any] = {"chroma": int(generator.choice([420, 422, 444]))}
+    # A phone writes a picture as tiles, and may add others of its burst.
+    if generator.random() < 0.2:
+        options["tile_size"], words = 64, f"{words}, tiles"
+    pictures = [pixels]
+    if generator.random() < 0.3:
+        pictures = [pixels[::-1, ::-1] // 2, pixels]
+        options["primary"], words = 1, f"{words}, second of two"
+    data, behind = _behind(generator, coded(pictures, depth, **options, **blocks))
+    name = f"HEIC of {channels} channels, {depth} bits, {options['chroma']}{words}{behind}"
+    return Picture(name, data, turned(on_white(seen, alpha), counts), LOSSY)
+
+
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-_WRITERS = (_png, _bmp, _jpeg, _webp, _png, _gif, _tiff, _avif)
+_WRITERS = (_png, _bmp, _jpeg, _webp, _png, _gif, _tiff, _avif, _heic)

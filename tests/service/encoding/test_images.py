@@ -3,17 +3,21 @@
 import io
 import struct
 import zlib
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from service.encoding import images
 from service.encoding.card import Preprocessing
 from service.encoding.images import FORMATS, Limits, decode, format_of, media_type, thumbnail, to_pixels, tones
 from service.errors import EmptyPicture, LookalikeError, TooLarge, UndecodablePicture, UnsupportedFormat
 from tests.conftest import encoded, scene
-from tests.heif import heic, turned
+from tests.heif import coded, heic, turned
+from tests.proofs.wild.pictures import in_srgb, profile
+from tests.proofs.wild.pictures import turned as turned_pixels
 
 LIMITS = Limits()
 
@@ -78,6 +82,50 @@ def test_heif() -> None:
     tiled = decode(heic(grid=(2, 3, 130, 100)), 28, LIMITS)
     assert tiled.size == (130, 100)
     assert np.array_equal(np.asarray(tiled)[:48, :64], np.asarray(tiled)[:48, 64:128])
+
+
+@pytest.mark.parametrize("depth", [8, 10, 12])
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_heic_of_every_depth_and_channels(mode: str, depth: int) -> None:
+    samples = np.asarray(scene().convert(mode), int).reshape(48, 64, -1)
+    alpha = np.ones((48, 64, 1))
+    if mode.endswith("A"):
+        alpha[:, :32] = 0.25
+        samples = np.dstack([samples[:, :, :-1], np.rint(255 * alpha).astype(int)])
+    most = 2**depth - 1
+    data = coded([np.rint(samples * (most / 255)).astype(int)], depth)
+    expected = samples[:, :, : 3 if "RGB" in mode else 1] * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(decode(data, 28, LIMITS)) - expected).mean() < 1
+
+
+def test_heic_of_several_pictures_and_of_tiles() -> None:
+    large = np.asarray(scene(150, 100), int)
+    for data in (coded([large[::-1], large], primary=1), coded([large], tile_size=64)):
+        assert np.abs(np.asarray(decode(data, 28, LIMITS), int) - large).mean() < 1
+
+
+def test_heic_shows_display_p3_and_exif_once() -> None:
+    samples, exif = np.asarray(scene(), int), Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        data = coded([samples], exif=exif.tobytes(), icc_profile=profile("Display P3"))
+        expected = turned_pixels(in_srgb(samples.astype(float), "Display P3"), orientation)
+        assert np.abs(np.asarray(decode(data, 28, LIMITS)) - expected).mean() < 1.5, orientation
+
+
+def test_one_large_picture_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two threads would take a gigabyte for a picture of 250 megapixels."""
+    monkeypatch.setattr(images, "LARGE_PIXELS", 64 * 48)
+    small, large = [[encoded(scene(*size), format) for format in ("PNG", "TIFF")] for size in ((64, 48), (65, 48))]
+    # A child that runs already decodes within milliseconds.
+    decode(small[1], 28, LIMITS)
+    with ThreadPoolExecutor(3) as pool:
+        with images._one_large:
+            waiting = [pool.submit(decode, data, 28, LIMITS) for data in large]
+            assert not wait(waiting, 1, FIRST_COMPLETED).done
+            for data in small:
+                assert pool.submit(decode, data, 28, LIMITS).result(20).size == (64, 48)
+        assert [one.result(20).size for one in waiting] == [(65, 48)] * 2
 
 
 def test_formats_are_told_by_their_first_bytes() -> None:

@@ -1,5 +1,6 @@
 """A store that takes no changes, over HTTP: what a writer is told, and what an operator sees."""
 
+import errno
 import time
 from typing import Any
 
@@ -13,6 +14,7 @@ from service.store import commits
 from service.store.embedded import EmbeddedStore
 from tests.service.conftest import Served
 from tests.service.http.rows import PICTURE
+from tests.service.store.quota import no_room
 from tests.service.store.test_commits import writer_of
 
 
@@ -39,7 +41,14 @@ def writable(client: TestClient) -> float:
     return float(next(line for line in lines if line.startswith("lookalike_store_writable ")).split()[1])
 
 
-def test_a_full_disk_is_told_and_passes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def wait_until_writable(client: TestClient) -> None:
+    deadline = time.monotonic() + 10
+    while writable(client) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_full_disk_or_quota_is_told_and_passes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commits, "_PROBE_S", 0.3)
     client = served()
     assert put(client, "a") == (201, "", None)
@@ -54,11 +63,12 @@ def test_a_full_disk_is_told_and_passes(served: Served, monkeypatch: pytest.Monk
     assert writable(client) == 0
     assert client.post("/search", content=PICTURE).status_code == 200
     database.execute("PRAGMA max_page_count = 1000000").fetchall()
-    deadline = time.monotonic() + 10
-    while writable(client) == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_writable(client)
     assert put(client, "c") == (201, "", None)
+    with no_room(errno.EDQUOT):
+        assert put(client, "d") == (503, "store_paused", "5")
+        assert writable(client) == 0
+    wait_until_writable(client)
     assert client.get("/info").json()["count"] == number + 2
 
 

@@ -1,5 +1,6 @@
 """A backup is one complete file, whenever it is made and whatever interrupts it; a restored store has what it had."""
 
+import errno
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from service.store.check import examine
 from service.store.embedded import EmbeddedStore
 from service.store.layout import current, publish
 from tests.conftest import ROOT, encoded, scene
+from tests.service.store.quota import no_room
 from tests.service.store.test_embedded import D, card, item, unit
 from tests.service.test_generations import adding, put
 
@@ -225,3 +227,13 @@ def test_a_file_with_its_log_beside_it_is_restored_whole(tmp_path: Path) -> None
         (tmp_path / name).write_bytes((store.folder / name).read_bytes())
     store.close()
     assert restore(tmp_path / FILE, tmp_path / "new") == 1
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT], ids=["a full disk", "a quota"])
+def test_a_backup_without_room_names_its_file(tmp_path: Path, reason: int) -> None:
+    with closing(EmbeddedStore(tmp_path / "store", card(), D)) as store:
+        store.add([item("a", unit(D))])
+        with no_room(reason), pytest.raises(InvalidOutput, match=r"out: cannot be written: .*(full|[Qq]uota)"):
+            backup(tmp_path / "store", tmp_path / "out")
+        assert [path.name for path in tmp_path.iterdir()] == ["store"]
+        assert backup(tmp_path / "store", tmp_path / "out") == 1

@@ -1,5 +1,6 @@
 """Group commit: which callers share a commit, and which caller gets which error."""
 
+import errno
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from service.store import commits
 from service.store.catalog import FILE, CatalogWriter, Change
 from service.store.commits import Commits
 from service.store.embedded import EmbeddedStore
+from tests.service.store.quota import no_room
 from tests.service.store.test_embedded import D, card, item, unit
 
 
@@ -155,6 +157,40 @@ def test_a_store_takes_changes_again_when_a_full_disk_has_room(
     again = EmbeddedStore(tmp_path / "store", card(), D)
     assert again.count() == 1000
     again.close()
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT], ids=["a full disk", "a quota"])
+def test_a_write_without_room_pauses_the_store(
+    store: EmbeddedStore, reason: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(commits, "_PROBE_S", 0.02)
+    store.add([item("there", unit(D))])
+    with no_room(reason):
+        with pytest.raises(StorePaused, match=r"the store cannot be written: .*(full|[Qq]uota)"):
+            store.add([item("late", unit(D, seed=1))])
+        with pytest.raises(StorePaused, match="it is read-only until there is room"):
+            store.remove("there")
+        # Long enough for trial writes that find no room either.
+        time.sleep(0.2)
+        assert not store.writable
+        assert store.search(unit(1, D), 5)[0][0].id == "there"
+    assert [record.levelname for record in caplog.records if "cannot be written" in record.getMessage()] == ["ERROR"]
+    deadline = time.monotonic() + 10
+    while not store.writable:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert store.add([item("late", unit(D, seed=1))]) == [True]
+    assert store.count() == 2
+    store.close()
+
+
+def test_another_failed_write_still_wants_a_restart(store: EmbeddedStore) -> None:
+    with no_room(errno.EIO), pytest.raises(InvalidStore, match="cannot be written") as raised:
+        store.add([item("a", unit(D))])
+    assert not isinstance(raised.value, StorePaused)
+    with pytest.raises(InvalidStore, match="read-only until the service starts again"):
+        store.add([item("a", unit(D))])
+    store.close()
 
 
 def test_a_store_that_could_not_be_replaced_takes_changes_again(store: EmbeddedStore) -> None:
