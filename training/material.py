@@ -125,6 +125,8 @@ def _split(
     if len(held_out):
         print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
     usable = labelled if METHODS[recipe.method].needs_labels else everything
+    if len(usable) < len(source):
+        print(f"{len(source) - len(usable)} pictures without a label are left out", file=sys.stderr)
     trained: IntArray = np.setdiff1d(usable, held_out)
     if len(trained) < recipe.batch_size:
         raise InvalidSource(

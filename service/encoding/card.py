@@ -209,7 +209,7 @@ def read_card(folder: Path) -> Card:
         if not _belongs(VARIANTS[name], facts):
             raise InvalidModel(
                 f"{folder / VARIANTS[name]}: {CARD_FILE} has not measured it to be {MODEL_FILE} in other arithmetic; "
-                "remove it, or write the encoder anew with `lookalike export`"
+                "remove it, or write the encoder anew with `lookalike export --overwrite`"
             )
     name = str(facts.get("name") or folder.resolve().name)
     return Card(folder.resolve(), name, own, files[MODEL_FILE], preprocessing, facts, variants)

@@ -20,6 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from service import IntArray, PixelArray
+from service.account import Failure
 from service.encoding.card import square_preprocessing
 from service.encoding.images import Limits, decode_pixels
 from service.errors import InvalidSource
@@ -551,6 +552,13 @@ def test_in_memory_a_resumed_run_decodes_anew_and_knows_the_bad_ones(lay: Lay) -
     assert second.bad == first.bad
     assert second.take(np.arange(100))[1].tolist() == [n for n in range(100) if n not in (30, 60)]
     assert sorted(reads) == [n for n in range(100) if n != 30]
+
+
+def test_bad_pictures_of_earlier_versions_are_taken_over(lay: Lay) -> None:
+    canvas = lay(open_source("digits[:10]"))
+    # They had the reasons alone.
+    canvas.load_state(canvas.state() | {"bad": {3: "no picture"}})
+    assert canvas.bad == {3: Failure("digits/00003", "no picture", "")}
 
 
 def test_a_canvas_that_was_on_disk_and_is_in_memory_now_is_decoded_anew(
