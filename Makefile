@@ -31,6 +31,10 @@ $(PHOTOS): requirements/serve-cpu.txt service/encoding/pretrained.json | setup-s
 	@rm -rf $@
 	.venv-serve/bin/lookalike import efficientnet-lite0 --out $@
 
+# Each worker of pytest has one core, so the threads of FAISS, scikit-learn and torch would only wait for one another.
+test: export OMP_NUM_THREADS = 1
+test-all: export OMP_NUM_THREADS = 1
+
 test: setup ## run the tests that find most faults, in a few minutes
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile -m "not proof and not slow"
 

@@ -15,10 +15,28 @@ if TYPE_CHECKING:
 # Packages that only an extra of the project installs.
 _EXTRAS = {
     "onnxruntime": "cpu (or gpu, for CUDA)",
-    **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "torch", "torchvision"), "train"),
+    **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "timm", "torch", "torchvision"), "train"),
 }
 
-cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"lookalike {version('lookalike')}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train an image encoder on your own pictures, and serve similarity search with it."""
+
 
 store_cli = typer.Typer(
     no_args_is_help=True,

@@ -130,14 +130,8 @@ def coded(
     options.SAVE_HDR_TO_12_BIT = depth == 12
     buffer = io.BytesIO()
     tiles = {"tile_size": blocks["tile_size"]} if "tile_size" in blocks else {}
-    file.save(
-        buffer,
-        primary_index=primary,
-        quality=98,
-        chroma=chroma,
-        enc_params={"preset": "ultrafast", "x265:pools": "1"},
-        **tiles,
-    )
+    tuning = {"preset": "ultrafast", "x265:pools": "1"}
+    file.save(buffer, primary_index=primary, quality=98, chroma=chroma, enc_params=tuning, **tiles)
     return buffer.getvalue()
 
 

@@ -1,5 +1,6 @@
 """The command line as a user sees it: exit codes, one sentence on stderr, never a traceback."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -11,6 +12,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import lookalike
 from service.sources import open_source
@@ -121,6 +123,10 @@ def test_help_imports_none_of_what_the_verbs_need() -> None:
     assert not imported & heavy
 
 
+def test_version() -> None:
+    assert run("--version").stdout == f"lookalike {importlib.metadata.version('lookalike')}\n"
+
+
 def test_search_imports_no_server_and_no_tool_of_other_verbs(store: Path, tmp_path: Path) -> None:
     (tmp_path / "seven.png").write_bytes(open_source("digits").entry(7).data)
     imported = imported_by("search", tmp_path / "seven.png", "--store", store, "--json")
@@ -134,6 +140,25 @@ def test_info() -> None:
     assert facts["name"] == "mnist"
     assert facts["dimension"] == 128
     assert "fingerprint" in run("info", MODEL).stdout
+
+
+def test_a_limit_that_is_set_counts_in_every_verb(store: Path, tmp_path: Path) -> None:
+    """One's own pictures may be larger than those of strangers, as long as no limit is set."""
+    folder, limit = tmp_path / "pictures", {"LOOKALIKE_MAX_PIXELS": "25000000"}
+    folder.mkdir()
+    (folder / "large.png").write_bytes(encoded(Image.new("1", (5001, 5000))))
+    commands = {
+        "index": ("index", folder, "--model", MODEL, "--store", tmp_path / "store"),
+        "embed": ("embed", folder, "--model", MODEL, "--out", tmp_path / "out"),
+        "search": ("search", folder / "large.png", "--store", store),
+    }
+    for verb, command in commands.items():
+        done = run(*command, environment=limit)
+        assert done.returncode == (2 if verb == "search" else 1), done.stderr
+        named = (tmp_path / "out" / "_failures.jsonl").read_text() if verb == "embed" else done.stderr
+        assert "5001x5000; the limit is 25000000 pixels (LOOKALIKE_MAX_PIXELS)" in named, verb
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert run(*command).returncode == 0, verb
 
 
 def test_bad_pictures_end_with_1(tmp_path: Path) -> None:

@@ -279,6 +279,7 @@ def test_a_picture_that_comes_before_the_info_is_asked_for_once(page: Page, digi
     assert len(asked) == 1
 
 
+@pytest.mark.slow("starts a service of its own")
 def test_an_empty_gallery_says_how_to_fill_it_and_shows_what_comes(page: Page, empty_url: str) -> None:
     page.goto(empty_url)
     expect(page.locator("#facts")).to_contain_text("0 pictures")

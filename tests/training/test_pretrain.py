@@ -310,7 +310,7 @@ def sklearns_accuracy(backbone: torch.nn.Module, source: Source, material: Mater
 
 
 def test_online_knn_is_scikit_learns_figure(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
-    source = open_source("digits")
+    source = open_source("digits[:900]")
     material = prepared(source, recipe)
     method = method_for(recipe, source)
     train(method, material, Identity("digits", recipe), tmp_path)

@@ -1,7 +1,7 @@
 """Odd pictures of every format, each with the pixels that a person sees, computed from the arrays they were made of.
 
 PNG, BMP and TIFF are written here, byte by byte, because Pillow writes only a few of their kinds. JPEG, WebP, GIF and
-AVIF are written by Pillow and HEIC by pillow-heif, and then changed. `picture(number)` returns the same bytes on every run.
+AVIF are written by Pillow and HEIC by pillow-heif, and then changed. `picture(number)` is the same on every run.
 """
 
 import io

@@ -73,6 +73,17 @@ def test_bad_pictures_are_listed_and_the_others_are_embedded(tmp_path: Path) -> 
     assert again.facts()["left_out"] == {"not a picture that we take": 1, "damaged or unreadable": 1}
 
 
+def test_what_the_source_left_out_is_listed_too(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(encoded(scene()))
+    (folder / "2.jxl").write_bytes(b"\xff\x0a")
+    account = embed_source(open_source(str(folder)), MODEL, tmp_path / "out", Settings())
+    assert (counts(account), account.lost) == ((1, 0, 0, 0), 1)
+    (row,) = (tmp_path / "out" / "_failures.jsonl").read_text().splitlines()
+    assert json.loads(row)["id"] == "2.jxl"
+
+
 def test_a_name_that_is_not_utf8_is_one_failure(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -1,5 +1,6 @@
 """Stores as Parquet: an export is imported unchanged, and so are embeddings made elsewhere."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from service.account import LEFT_OUT
 from service.encoding.encoder import Encoder
 from service.errors import InvalidOutput, InvalidSource, ItemNotFound, StoreMismatch
 from service.gallery import Gallery, open_gallery
@@ -100,6 +102,8 @@ def test_rows_are_taken_one_by_one_and_counted_as_they_are(copy: Gallery, tmp_pa
         account = import_items(tmp_path / "made.parquet", copy)
         assert [failure.id.removesuffix(".0") for failure in account.failures] == ["5", "made.parquet, row 5", "7"]
         assert account.failures[1].error == "id: expected text or a whole number, got null"
+        listed = (tmp_path / "copy" / LEFT_OUT).read_text().splitlines()
+        assert [json.loads(line)["id"].removesuffix(".0") for line in listed] == ["5", "made.parquet, row 5", "7"]
     # The second time three are there, and the id that comes twice replaces itself twice.
     assert counts(account) == (0, 2, 3, 3)
     assert sorted(item.id for item in copy.store.scan(9)[0]) == ["1", "2", "3", "4"]

@@ -111,8 +111,7 @@ def test_equal_scores_come_in_the_order_of_adding(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path, card(), D)
     same, other = unit(2, D)
     # There are more items than a search takes as candidates first.
-    for n in range(500):
-        store.add([item(f"{n}", same if n % 5 else other)])
+    store.add([item(f"{n}", same if n % 5 else other) for n in range(500)])
     # An item that is replaced twice keeps its place.
     store.add([item("1", other)])
     store.add([item("1", same)])
