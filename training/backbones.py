@@ -1,64 +1,129 @@
 """Backbones f: normalised pixels (N, C, S, S) → (N, D). The projection head is no part of them."""
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from service.errors import InvalidModel, InvalidRequest
+from training.timm_networks import TIMM, build_timm_network, read_timm_weights
+from training.weights import Normalisation, State, Weights, load_weights, read_weights
 
 _OWN = ("small-cnn", "mid-cnn")
 
 
 class Backbone(NamedTuple):
-    """A network and the dimension D of its output."""
+    """A network and the dimension D of its output.
+
+    Attributes:
+        module: the network.
+        dimension: D.
+        normalisation: of the pixels that its weights were trained with; None for random weights, and where it is not
+            known.
+    """
 
     module: nn.Module
     dimension: int
+    normalisation: Normalisation | None = None
 
 
-def build_backbone(name: str, channels: int, side: int, init: str | None = None) -> Backbone:
+def build_backbone(
+    name: str, channels: int, side: int, init: str | None = None, frozen: Sequence[str] = ()
+) -> Backbone:
     """Build a backbone.
 
     Args:
-        name: small-cnn, mid-cnn, or a classification backbone of torchvision.models, whose last layer is removed.
+        name: small-cnn, mid-cnn; a classification backbone of torchvision.models, whose last layer is removed; or
+            timm:NAME, whose output is timm's pooled features.
         channels: C, 1 for grey or 3 for RGB.
-        side: S in pixels; below 64 a ResNet gets a stem for small pictures.
-        init: DEFAULT for torchvision's own weights (ImageNet), or a file with a state dict, with or without the last
-            layer, or the checkpoint of a run; None for random weights.
+        side: S in pixels; below 64 a ResNet of torchvision gets a stem for small pictures.
+        init: DEFAULT for the own weights of torchvision or timm; efficientnet-lite0 for those of the serving set's
+            package; a file with a state dict, with or without the last layer; the checkpoint of a run; or None for
+            random weights.
+        frozen: paths of modules and parameters that do not learn, as in conv_stem or blocks.0.
 
     Raises:
-        InvalidRequest: no such backbone, or it cannot take such pictures; the weights are missing or do not fit.
+        InvalidRequest: no such backbone or path, or it cannot take such pictures; the weights are missing or do not
+            fit.
+        InvalidModel: the package with the weights of efficientnet-lite0 is missing or damaged.
     """
     if name in _OWN:
         if init == "DEFAULT":
             raise InvalidRequest(f"{name}: torchvision has no weights of it; --init DEFAULT is for its own backbones")
         module = {"small-cnn": _small_cnn, "mid-cnn": _mid_cnn}[name](channels)
-        if init:
-            load_weights(module, read_weights(name, init), init)
+        weights = read_weights(name, init) if init else None
+        if init and weights:
+            load_weights(module, weights.state, init)
     else:
-        module = build_network(name, side)
-        if side < 64 and isinstance(module, torchvision.models.ResNet):
-            _small_stem(module)
-        state = read_weights(name, init) if init else {}
-        grey = _first_channels(module, state) == 1
-        if init and not grey:
-            load_weights(module, state, init)
-        behead(module, name)
-        if channels == 1:
-            _take_grey(module)
-        if init and grey:
-            if channels != 1:
-                raise InvalidRequest(f"{init}: weights for grey pictures; this run has {channels} channels")
-            load_weights(module, state, init)
+        module, weights = _build_pretrained(name, channels, side, init)
     try:
         with torch.inference_mode():
             dimension = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InvalidRequest(f"{name} cannot take pictures of {side}x{side}: {' '.join(str(error).split())}") from error
-    return Backbone(module.train(), dimension)
+    for path in dict.fromkeys(frozen):
+        freeze(module, path)
+    return Backbone(module.train(), dimension, weights.normalisation if weights else None)
+
+
+def _build_pretrained(name: str, channels: int, side: int, init: str | None) -> tuple[nn.Module, Weights | None]:
+    """Return a network of torchvision or timm without its last layer, with the weights that were read for it, if any.
+
+    Weights for grey pictures fit a network that takes them already; others become so with the network.
+    """
+    of_timm, weights = name.startswith(TIMM), None
+    module = build_timm_network(name, side) if of_timm else build_network(name, side)
+    if init:
+        weights = read_timm_weights(name, side, init) if of_timm else read_weights(name, init)
+    if side < 64 and isinstance(module, torchvision.models.ResNet):
+        _small_stem(module)
+    head = None if of_timm else last_linear(module)
+    grey = weights is not None and _first_channels(module, weights.state) == 1
+    if grey and channels != 1:
+        raise InvalidRequest(f"{init}: weights for grey pictures; this run has {channels} channels")
+    if init and weights and not grey:
+        load_weights(module, weights.state, init, head)
+    if not of_timm:
+        behead(module, name)
+    if channels == 1:
+        _take_grey(module)
+    if init and weights and grey:
+        load_weights(module, weights.state, init)
+    return module, weights
+
+
+class Frozen(nn.Module):
+    """A module that stays in eval mode: its batch norms keep their statistics, its dropout is off."""
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+        """Set eval mode, whatever the mode of the network that it is part of."""
+        return super().train(False)
+
+
+def freeze(network: nn.Module, path: str) -> None:
+    """Keep the module or parameter at a path of a network as it is: no gradient, and eval mode for good.
+
+    Raises:
+        InvalidRequest: the network has neither at this path.
+    """
+    parameters = dict(network.named_parameters())
+    if path in parameters:
+        parameters[path].requires_grad_(False)
+        return
+    modules = dict(network.named_modules())
+    if not path or path not in modules:
+        known = ", ".join(name for name, _ in network.named_children())
+        raise InvalidRequest(f"frozen: {path!r}: the backbone has no such part; expected paths in one of: {known}")
+    mix_in(modules[path].requires_grad_(False), Frozen)
+
+
+def mix_in(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Put a class in front of a module's own, in place: its methods take precedence."""
+    own = type(module)
+    module.__class__ = type(f"{kind.__name__}{own.__name__}", (kind, own), {})
 
 
 def build_network(name: str, side: int) -> nn.Module:
@@ -71,7 +136,7 @@ def build_network(name: str, side: int) -> nn.Module:
     if name not in names:
         raise InvalidRequest(
             f"{name}: no such backbone; expected {', '.join(_OWN)} or a classification backbone of torchvision "
-            "such as resnet18, resnet50 or convnext_tiny"
+            "such as resnet18, resnet50 or convnext_tiny, or timm:NAME"
         )
     options: dict[str, Any] = {"weights": None}
     if name.startswith("vit_"):
@@ -85,74 +150,13 @@ def build_network(name: str, side: int) -> nn.Module:
     return network
 
 
-def read_weights(name: str, origin: str) -> dict[str, Tensor]:
-    """Read a state dict: torchvision's own for a backbone ("DEFAULT", downloaded once), or a file's.
-
-    Raises:
-        InvalidRequest: no network, no such file, or a file of another kind.
-    """
-    if origin == "DEFAULT":
-        try:
-            state: Any = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True)
-        # urllib, ssl and sockets each raise their own exceptions.
-        except Exception as error:
-            raise InvalidRequest(
-                f"{name}: torchvision cannot download its weights here: {error}; "
-                "fetch the file where there is a network and name it instead of DEFAULT"
-            ) from error
-        return dict(state)
-    try:
-        state = torch.load(origin, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InvalidRequest(f"{origin}: no such file; expected DEFAULT or a file with a state dict") from error
-    # torch raises nearly any exception on a file of another kind.
-    except Exception as error:
-        raise InvalidRequest(
-            f"{origin}: not a state dict that torch can read safely: {type(error).__name__}"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    # The checkpoint of a run; its method has the backbone and a head for training.
-    if isinstance(state, dict) and isinstance(state.get("method"), dict):
-        found, prefix = state["identity"]["recipe"]["backbone"], "backbone."
-        if found != name:
-            raise InvalidRequest(f"{origin}: is of a run with the backbone {found}, not {name}")
-        state = {key.removeprefix(prefix): value for key, value in state["method"].items() if key.startswith(prefix)}
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InvalidRequest(f"{origin}: not a state dict: expected tensors by name")
-    return state
-
-
-def load_weights(network: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Load a state dict. It may lack the last layer, which is removed anyway.
-
-    Raises:
-        InvalidRequest: weights are missing, too many or of another shape.
-    """
-    head = _last_linear(network)
-    try:
-        found = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        lines = " ".join(line.strip() for line in str(error).splitlines()[:2])
-        hint = (
-            "; below 64 pixels a ResNet has a stem of its own: use a side of 64 or more"
-            if "conv1.weight" in lines
-            else ""
-        )
-        raise InvalidRequest(f"{origin}: does not fit the backbone: {lines[:300]}{hint}") from error
-    missing = [key for key in found.missing_keys if not (head and key.startswith(f"{head}."))]
-    if missing or found.unexpected_keys:
-        wrong = f"it lacks {missing[0]}" if missing else f"it has {found.unexpected_keys[0]}, the backbone does not"
-        raise InvalidRequest(f"{origin}: does not fit the backbone: {wrong}")
-
-
 def behead(network: nn.Module, name: str) -> None:
     """Replace the last linear layer by the identity: its input is the embedding.
 
     Raises:
         InvalidModel: the network has no linear layer.
     """
-    head = _last_linear(network)
+    head = last_linear(network)
     if head is None:
         raise InvalidModel(f"{name}: has no linear layer at its end to take off")
     parent, _, leaf = head.rpartition(".")
@@ -178,14 +182,15 @@ def mlp(*widths: int, norm: bool = True, last_norm: bool = True) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _first_channels(network: nn.Module, state: dict[str, Tensor]) -> int | None:
+def _first_channels(network: nn.Module, state: State) -> int | None:
     """Return the input channels of the first convolution's weights in a state dict, or None if it has none."""
     first = next((path for path, module in network.named_modules() if isinstance(module, nn.Conv2d)), "")
     weight = state.get(f"{first}.weight")
     return None if weight is None or weight.ndim < 2 else weight.shape[1]
 
 
-def _last_linear(network: nn.Module) -> str | None:
+def last_linear(network: nn.Module) -> str | None:
+    """Return the path of a network's last linear layer, or None if it has none."""
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear and not isinstance(network, nn.Sequential) else None
 

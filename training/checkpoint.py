@@ -82,6 +82,7 @@ class Checkpoint:
         source_checksum, pictures: checksum and number of the source's ids.
         statistics: mean (C,), std (C,) and tones of the pictures.
         compiled: whether the backbone was compiled, as chosen when the run began.
+        average: state dict of the average of the backbone's weights, or None without `ema`.
     """
 
     identity: Identity
@@ -96,6 +97,7 @@ class Checkpoint:
     pictures: int
     statistics: dict[str, Any]
     compiled: bool = False
+    average: dict[str, Any] | None = None
 
 
 def run_folder(out: Path) -> Path:

@@ -7,9 +7,10 @@ import torch
 import torchvision
 
 from service.encoding.card import square_preprocessing
-from training.backbones import behead, build_network, load_weights, read_weights
+from training.backbones import behead, build_network, last_linear
 from training.encoder import Encoder
 from training.export import check_export, export
+from training.weights import load_weights, read_weights
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,7 +42,7 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
         resample = {"bilinear": 2, "bicubic": 3}[recipe.interpolation.value]
         origin = f"torchvision {default}"
         network = build_network(name, side)
-    load_weights(network, read_weights(name, weights), weights)
+    load_weights(network, read_weights(name, weights).state, weights, last_linear(network))
     behead(network, name)
     encoder = Encoder(network, torch.tensor(mean), torch.tensor(std), 3)
     facts = {"method": "imported", "backbone": name, "data": {"source": f"whatever {origin} was trained on"}}

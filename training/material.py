@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from service import IntArray, PixelArray
-from service.encoding.card import square_preprocessing
 from service.encoding.images import OWN_FILES, Limits, tones
 from service.encoding.variants import Pictures
 from service.errors import InvalidSource, LookalikeError
@@ -18,6 +17,7 @@ from training.checkpoint import Checkpoint
 from training.data import Canvas, names_checksum, sample, spread
 from training.methods import METHODS
 from training.recipe import Recipe
+from training.weights import Normalisation
 
 # All counts are of pictures.
 _SAMPLED = 2048
@@ -56,6 +56,16 @@ class Material:
         """Positions of the training pictures that may vote in k-NN: those with a label, or all if none has one."""
         return self.trained if self.labels is None else self.trained[self.labels[self.trained] >= 0]
 
+    def drawn(self, recipe: Recipe) -> IntArray:
+        """Return the positions that batches are drawn from: all training pictures, those with a label so many times
+        that they are the share of a batch that supcon.labelled names."""
+        voters, share = self.voters, recipe.supcon.labelled
+        if recipe.method != "supcon" or not share or len(voters) == len(self.trained):
+            return self.trained
+        others = len(self.trained) - len(voters)
+        wanted = max(len(voters), round(others * share / (1 - share)))
+        return np.concatenate([self.trained, np.resize(voters, wanted - len(voters))])
+
 
 def prepare(
     source: Source,
@@ -65,6 +75,7 @@ def prepare(
     earlier: Checkpoint | None = None,
     held_out: IntArray | None = None,
     limits: Limits = OWN_FILES,
+    normalisation: Normalisation | None = None,
 ) -> Material:
     """Decode a sample, compute its statistics, and hold pictures out for online k-NN.
 
@@ -76,6 +87,7 @@ def prepare(
         earlier: the checkpoint of the run to resume.
         held_out: positions to hold out; if None, up to 1,000 and a twentieth of 400 labelled pictures or more.
         limits: of a picture.
+        normalisation: of the weights that the run begins with; None for that of the pictures.
 
     Raises:
         InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
@@ -89,11 +101,11 @@ def prepare(
         )
     labels = source.labels.numbers if source.labels is not None else None
     trained, held_out = _split(source, labels, recipe, held_out)
-    canvas = Canvas(source, square_preprocessing(recipe.side), recipe.channels, folder, on, limits)
+    canvas = Canvas(source, recipe.preprocessing, recipe.channels, folder, on, limits)
     if earlier:
         canvas.load_state(earlier.canvas)
     try:
-        mean, std, shares = _look_at(canvas)
+        measured, shares = _look_at(canvas)
         if recipe.resident:
             canvas.load_all()
     except LookalikeError:
@@ -103,6 +115,9 @@ def prepare(
         else:
             canvas.remove()
         raise
+    mean, std = _normalisation(recipe, measured, normalisation)
+    if earlier:
+        mean, std = earlier.statistics["mean"], earlier.statistics["std"]
     return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
 
 
@@ -111,7 +126,7 @@ def _split(
 ) -> tuple[IntArray, IntArray]:
     """Return the positions to train on and those to hold out, as `prepare` says.
 
-    A method that needs labels trains on pictures that have one.
+    A method that needs a label for every picture trains on those that have one.
 
     Raises:
         InvalidSource: those to train on are fewer than a batch.
@@ -124,7 +139,7 @@ def _split(
             held_out = spread(labelled, min(_HELD_OUT, len(labelled) // 20))
     if len(held_out):
         print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
-    usable = labelled if METHODS[recipe.method].needs_labels else everything
+    usable = labelled if METHODS[recipe.method].needs_labels == "all" else everything
     if len(usable) < len(source):
         print(f"{len(source) - len(usable)} pictures without a label are left out", file=sys.stderr)
     trained: IntArray = np.setdiff1d(usable, held_out)
@@ -136,8 +151,19 @@ def _split(
     return trained, held_out
 
 
-def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
-    """Return mean and standard deviation (C,) and tones of a sample; refuse pictures that are all flat or identical."""
+def _normalisation(recipe: Recipe, measured: tuple[Tensor, Tensor], own: Normalisation | None) -> tuple[Tensor, Tensor]:
+    """Return mean and std (C,): the recipe's, or those that the run's weights were trained with, or the measured."""
+    if recipe.mean and recipe.std:
+        own = Normalisation(recipe.mean, recipe.std)
+    if own is None:
+        return measured
+    mean, std = torch.tensor(own.mean), torch.tensor(own.std)
+    # A network for RGB takes grey pictures by the sum of its weights, so it has one mean and one deviation then.
+    return (mean, std) if len(mean) == recipe.channels else (mean.mean(0, keepdim=True), std.mean(0, keepdim=True))
+
+
+def _look_at(canvas: Canvas) -> tuple[tuple[Tensor, Tensor], list[float]]:
+    """Return mean and deviation (C,) of a sample, and its tones; refuse pictures that are all flat or identical."""
     name = canvas.source.name
     seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
     if not len(seen):
@@ -149,7 +175,7 @@ def _look_at(canvas: Canvas) -> tuple[Tensor, Tensor, list[float]]:
         raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
     # One channel may be empty, as in two-colour microscopy.
     std = std.clamp(min=1 / 255)
-    return mean, std, tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
+    return (mean, std), tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
 
 
 def check_pictures(material: Material) -> Pictures:

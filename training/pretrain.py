@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from service import FloatArray, IntArray
 from service.account import LEFT_OUT, Account
-from service.encoding.card import square_preprocessing
 from service.encoding.images import OWN_FILES, Limits
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
@@ -48,6 +47,7 @@ from training.export import check_export, export
 from training.log import Log
 from training.material import Material, check_pictures, prepare
 from training.methods import METHODS, Batch, Method, Step, build_method
+from training.optimizers import build_optimizer, follow_weights
 from training.recipe import Recipe
 from training.stopping import StopSignal
 
@@ -102,11 +102,12 @@ def pretrain(
     source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
     weights = weights_file(init) if init else None
-    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side, weights), len(source))
+    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, recipe.frozen)
+    method = build_method(recipe, backbone, len(source))
     if overwrite:
         set_aside(folder)
     folder.mkdir(exist_ok=True)
-    material = prepare(source, recipe, folder, on, earlier, limits=limits)
+    material = prepare(source, recipe, folder, on, earlier, limits=limits, normalisation=backbone.normalisation)
     train_and_export(method, material, identity, out, earlier, checkpoint_minutes * 60)
     shutil.rmtree(earlier_run(folder), ignore_errors=True)
     material.canvas.remove()
@@ -175,6 +176,8 @@ def export_run(folder: Path, out: Path, data_root: Path, overwrite: bool = False
     source = open_training_source(earlier.identity.source, data_root, earlier.identity.image_key)
     method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
     method.load_state_dict(earlier.method)
+    if earlier.average:
+        method.backbone.load_state_dict(earlier.average)
     # In a folder of its own: the run itself may be using its canvas.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier, limits=limits)
@@ -282,7 +285,7 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
     }
     # A copy of a compiled backbone is not compiled, and only such a one can be exported.
     encoder = Encoder(deepcopy(method.backbone), material.mean, material.std, recipe.channels)
-    export(encoder, pictures, square_preprocessing(recipe.side), facts, out)
+    export(encoder, pictures, recipe.preprocessing, facts, out)
 
 
 def train(
@@ -295,6 +298,8 @@ def train(
     session_s: float = math.inf,
 ) -> Checkpoint:
     """Run the loop to its end and return its last checkpoint. The method's parameters change in place.
+
+    Where the recipe averages the weights, the method's backbone has the average in the end.
 
     Args:
         folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
@@ -343,6 +348,7 @@ def train(
             if stopping:
                 break
     assert checkpoint is not None
+    method.backbone.load_state_dict(learner.encoder.state_dict())
     return checkpoint
 
 
@@ -353,7 +359,8 @@ class Learner:
         method, recipe: as given.
         precision: "float32" or "bfloat16".
         compiled: whether the backbone is compiled.
-        learning_rate: of the last step.
+        learning_rate: of the last step, before the scale of a group.
+        average: the average of the backbone's weights over the steps, or None.
     """
 
     learning_rate: float = 0.0
@@ -363,6 +370,8 @@ class Learner:
         self._on, self.method, self.recipe = material.canvas.device, method, recipe
         method.to(self._on).to(memory_format=torch.channels_last).train()
         self._optimizer = build_optimizer(method, recipe)
+        self._scales = [group["scale"] for group in self._optimizer.param_groups]
+        self.average = deepcopy(method.backbone).requires_grad_(False) if recipe.ema else None
         self._randomness = Generator(self._on).manual_seed(recipe.seed)
         self._mean, self._std = (value.to(self._on).view(-1, 1, 1) for value in (material.mean, material.std))
         self._labels = None if material.labels is None else torch.from_numpy(material.labels).to(self._on)
@@ -370,6 +379,8 @@ class Learner:
             self.precision, self.compiled = earlier.precision, earlier.compiled
             method.load_state_dict(earlier.method)
             self._optimizer.load_state_dict(earlier.optimizer)
+            if self.average is not None and earlier.average:
+                self.average.load_state_dict(earlier.average)
             set_random_states(earlier.random, self._randomness)
             if self.compiled:
                 method.backbone.compile()
@@ -377,14 +388,19 @@ class Learner:
             self.precision = choose_precision(recipe, method.backbone, self._on)
             self.compiled = recipe.compile and self._try_compiling(material)
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The network that is exported in the end: the backbone, or the average of its weights."""
+        return self.method.backbone if self.average is None else self.average
+
     def step(self, loader: Batches[Loaded], progress: Progress) -> Step:
         """Make one optimizer step from the loader's next batches; return the result of the last one."""
         # The total is unknown while the first steps are timed, so the rate stays at its peak after the warm-up.
         horizon = progress.total or 10**9
         share = schedule(progress.step, horizon, min(self.recipe.warmup, horizon // 10))
         self.learning_rate = self.recipe.learning_rate * share
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
+        for group, scale in zip(self._optimizer.param_groups, self._scales, strict=True):
+            group["lr"] = self.learning_rate * scale
         for _ in range(self.recipe.accumulate):
             waiting = time.perf_counter()
             pixels, positions, progress.cursor = next(loader)
@@ -394,6 +410,8 @@ class Learner:
         self._optimizer.zero_grad()
         progress.step += 1
         self.method.update(progress.step / horizon)
+        if self.average is not None:
+            follow_weights(self.average, self.method.backbone, self.recipe.ema, progress.step)
         return result
 
     def checkpoint(self, material: Material, identity: Identity, progress: Progress) -> Checkpoint:
@@ -411,6 +429,7 @@ class Learner:
             pictures=len(material.canvas.source),
             statistics={"mean": material.mean, "std": material.std, "tones": material.tones},
             compiled=self.compiled,
+            average=None if self.average is None else self.average.state_dict(),
         )
 
     def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator) -> Step:
@@ -449,23 +468,14 @@ def begin(material: Material, identity: Identity, earlier: Checkpoint | None) ->
                 file=sys.stderr,
             )
         return progress
-    batches_of_run = recipe.epochs * (len(material.trained) // recipe.batch_size)
+    batches_of_run = recipe.epochs * (len(material.drawn(recipe)) // recipe.batch_size)
     return Progress(total=None if identity.minutes else max(1, batches_of_run // recipe.accumulate))
 
 
 def load(material: Material, recipe: Recipe, progress: Progress) -> Batches[Loaded]:
     """Yield the run's batches without end, from its cursor on."""
-    order = material.canvas, material.trained, recipe.batch_size, recipe.seed, progress.cursor
+    order = material.canvas, material.drawn(recipe), recipe.batch_size, recipe.seed, progress.cursor
     return resident_batches(*order) if recipe.resident else ahead(batches(*order))
-
-
-def build_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer of all weights that learn."""
-    weights = [weight for weight in method.parameters() if weight.requires_grad]
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(weights, lr=rate, momentum=0.9, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)
 
 
 def make_views(pixels: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, randomness: Generator) -> Tensor:
@@ -529,7 +539,7 @@ def watch(result: Step, progress: Progress, learner: Learner, log: Log, bar: "tq
 
 def classify_held_out(learner: Learner, material: Material, progress: Progress, log: Log, bar: "tqdm[Any]") -> None:
     """Write the k-NN accuracy of the held-out pictures to the log and to stderr."""
-    accuracy = online_knn(learner.method.backbone, material, learner.precision, learner.recipe.knn_bank)
+    accuracy = online_knn(learner.encoder, material, learner.precision, learner.recipe.knn_bank)
     log.write(progress.step, knn=accuracy)
     bar.write(f"step {progress.step}: k-NN of held-out pictures {accuracy:.4f}", file=sys.stderr)
 
@@ -565,7 +575,7 @@ def online_knn(backbone: nn.Module, material: Material, precision: str, voters: 
 def embed(backbone: nn.Module, material: Material, positions: IntArray, precision: str) -> tuple[FloatArray, IntArray]:
     """Return unit embeddings (n, D) of the good pictures among these, without augmentation, and their positions (n,).
 
-    The backbone is in eval mode meanwhile and in train mode afterwards.
+    The backbone is in eval mode meanwhile and in train mode afterwards, but for its frozen parts.
     """
     on = material.canvas.device
     mean, std = (value.to(on).view(-1, 1, 1) for value in (material.mean, material.std))

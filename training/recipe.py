@@ -4,10 +4,11 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from service.encoding.card import Preprocessing, square_preprocessing
 from service.errors import InvalidRequest
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -144,9 +145,11 @@ class VICReg(_Section):
 
 
 class SupCon(_Section):
-    """temperature: τ. Needs labels."""
+    """temperature: τ. labelled: share of each batch that is drawn from the pictures with a label, again and again if
+    they are few; 0 draws each picture once an epoch. Needs labels of some pictures."""
 
     temperature: _Positive = 0.1
+    labelled: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Clusters(_Section):
@@ -182,15 +185,25 @@ class Recipe(_Section):
     Attributes:
         name: the recipe's name, from its file.
         method: the paper. Its settings are the table of the same name; tables of other methods are ignored.
-        backbone: small-cnn, mid-cnn, or a classification backbone of torchvision.models by name.
+        backbone: small-cnn, mid-cnn, a classification backbone of torchvision.models by name, or timm:NAME.
+        frozen: paths of the backbone's modules and parameters that do not learn; their batch norms stay in eval mode.
         side: S in pixels.
+        shortest_edge: of a picture after resizing, before the crop of S; None for S. The exported encoder does the
+            same.
         channels: 1 trains on luminance alone, 3 on RGB.
+        mean, std: subtracted from pixels in 0..1, and divided by, for each channel. None takes those that the
+            backbone's weights were trained with, and for random weights those of the pictures.
         epochs: passes over the pictures; a time given at the command line replaces it.
         batch_size: N pictures, which are compared with one another.
         views: V of each picture.
         accumulate: batches whose gradients make one step.
-        optimizer: adamw, or sgd with momentum 0.9.
+        optimizer: adamw, sgd or lars.
+        momentum: of sgd and lars. nesterov: of sgd.
         learning_rate: the optimizer's peak, after `warmup` steps (a tenth of a short run) and before the cosine to 0.
+        backbone_rate: share of the learning rate for the backbone's last layer.
+        layer_decay: share of the next layer's learning rate for each layer before it.
+        decay_norms: weight decay acts on biases and on scales and shifts of norms, too; never under lars.
+        ema: momentum of an average of the backbone's weights, which is exported in their place; 0 for none.
         projection: hidden and output width of the projection head.
         precision: auto takes bfloat16 if it is measured to be faster.
         compile: compile the backbone if a trial measures that to be faster.
@@ -203,15 +216,25 @@ class Recipe(_Section):
     name: str
     method: MethodName
     backbone: str
+    frozen: tuple[str, ...] = ()
     side: Annotated[int, Field(ge=8, le=512)]
+    shortest_edge: Annotated[int, Field(ge=8, le=1024)] | None = None
     channels: Literal[1, 3]
+    mean: tuple[float, ...] | None = None
+    std: tuple[_Positive, ...] | None = None
     epochs: _Count
     batch_size: Annotated[int, Field(ge=2)]
     views: Annotated[int, Field(ge=2, le=16)] = 2
     accumulate: _Count = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
+    momentum: _Momentum = 0.9
+    nesterov: bool = False
     learning_rate: _Positive
+    backbone_rate: _Positive = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight_decay: _Weight
+    decay_norms: bool = True
+    ema: _Momentum = 0.0
     warmup: Annotated[int, Field(ge=0)]
     projection: tuple[_Count, _Count]
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -232,6 +255,23 @@ class Recipe(_Section):
     triplet: Triplet = Triplet()
     margin: Margin = Margin()
     infonce: InfoNCE = InfoNCE()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes pixels, in training and of the exported encoder."""
+        return square_preprocessing(self.side, self.shortest_edge)
+
+    @model_validator(mode="after")
+    def _check_pixels(self) -> Self:
+        if self.shortest_edge and self.shortest_edge < self.side:
+            raise ValueError(f"shortest_edge: expected {self.side} or more, the side, not {self.shortest_edge}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std: expected both or neither")
+        if self.mean and self.std and not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"mean and std: expected {self.channels} numbers each, one a channel")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise ValueError("nesterov: is for the optimizer sgd with momentum")
+        return self
 
     def facts(self) -> dict[str, Any]:
         """Return the settings that the run depends on: all but the tables of other methods."""
@@ -268,7 +308,7 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise InvalidRequest(f"{path}: {where}: unknown key{_nearest(where)}") from error
-        raise InvalidRequest(f"{path}: {where}: {first['msg']}") from error
+        raise InvalidRequest(f"{path}: {where}{': ' if where else ''}{first['msg']}") from error
 
 
 def _change(content: dict[str, Any], change: str) -> None:

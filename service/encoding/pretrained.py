@@ -39,7 +39,8 @@ _FILE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 _NUMBERS = "pretrained.json"
 
 _SIDE, _SHORTEST_EDGE, _BICUBIC = 224, 256, 3
-_MEAN, _SCALE = 127, 1 / 128
+# Of the normalisation (pixel − MEAN) · SCALE.
+MEAN, SCALE = 127, 1 / 128
 # The epsilon of every batch norm.
 _EPSILON = 1e-3
 # repeats, kernel, stride, expansion, channels in, channels out
@@ -296,8 +297,8 @@ class _Graph:
     def scaled(self, pixels: str) -> str:
         """Add (pixels − 127) / 128, which brings pixels to about −1..1. Return the name of the output."""
         x = self.node("Cast", [pixels], "values", to=self._type)
-        x = self.node("Sub", [x, self._constant("middle", np.float64(_MEAN))], "centred")
-        return self.node("Mul", [x, self._constant("scale", np.float64(_SCALE))], "scaled")
+        x = self.node("Sub", [x, self._constant("middle", np.float64(MEAN))], "centred")
+        return self.node("Mul", [x, self._constant("scale", np.float64(SCALE))], "scaled")
 
     def convolution(
         self, x: str, name: str, norm: str, shape: tuple[int, ...], side: int, stride: int = 1, activated: bool = False

@@ -10,7 +10,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 class InfoNCE(Projected):
     """The query is a picture's first view, its positive another picture of its label; other labels are negatives."""
 
-    needs_labels = True
+    needs_labels = "all"
 
     def step(self, batch: Batch) -> Step:
         """Return the mean loss of the first view against each other view."""

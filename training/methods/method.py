@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from copy import deepcopy
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     Attributes:
         views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n.
         positions: (N,) int64 positions of the pictures in their source.
-        labels: (N,) int64, or None if the source has none.
+        labels: (N,) int64, −1 for a picture without a label; or None if the source has none.
     """
 
     views: Tensor
@@ -46,11 +46,11 @@ class Method(nn.Module, ABC):
     """A contrastive method. Its state_dict holds all that a resumed run needs.
 
     Attributes:
-        needs_labels: whether a batch must have labels.
+        needs_labels: of "all" pictures of a batch, of "some" pictures of the source, or None.
         backbone: f, the part that is exported in the end.
     """
 
-    needs_labels: ClassVar[bool] = False
+    needs_labels: ClassVar[Literal["all", "some"] | None] = None
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         """Build the method around a backbone, for a source of `count` pictures."""

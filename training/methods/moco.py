@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.backbones import Backbone, mlp
+from training.backbones import Backbone, mix_in, mlp
 from training.losses import info_nce
 from training.methods.method import Batch, Method, Step, follow, momentum_copy, positive_cosine
 from training.recipe import Recipe
@@ -86,5 +86,6 @@ def split_batch_norms(module: nn.Module, splits: int) -> None:
     """
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
-            child.__class__ = SplitBatchNorm
+            # A norm of timm has an activation, too, which its own class computes.
+            mix_in(child, SplitBatchNorm)
             child.splits = splits  # type: ignore[assignment]

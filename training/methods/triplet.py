@@ -7,7 +7,7 @@ from training.methods.method import Batch, Projected, Step, positive_cosine
 class Triplet(Projected):
     """Anchors, positives and negatives are mined by label among all views of the batch."""
 
-    needs_labels = True
+    needs_labels = "all"
 
     def step(self, batch: Batch) -> Step:
         """Return the loss of the mined triplets."""
