@@ -86,7 +86,8 @@ def store(tmp_path: Path, encoder: Encoder) -> Iterator[EmbeddedStore]:
 @pytest.fixture
 def gallery(tmp_path: Path, encoder: Encoder) -> Iterator[Gallery]:
     """Yield an empty gallery of the shipped encoder."""
-    opened = Gallery(encoder, EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension), Settings())
+    settings = Settings(store=tmp_path / "store")
+    opened = Gallery(encoder, EmbeddedStore(settings.store, encoder.card, encoder.dimension), settings)
     yield opened
     opened.close()
 

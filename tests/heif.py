@@ -120,7 +120,7 @@ def coded(
         chroma: 444, 422 or 420.
         blocks: `exif`, whose orientation becomes a property of the picture; `xmp`, `icc_profile`, `tile_size`.
     """
-    file = HeifFile()
+    file = HeifFile()  # type: ignore[no-untyped-call]
     for samples in pictures:
         mode = ("L", "LA", "RGB", "RGBA")[samples.shape[2] - 1]
         data = (samples << 16 - depth).astype("<u2") if depth > 8 else samples.astype(np.uint8)

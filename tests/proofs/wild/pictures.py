@@ -596,7 +596,8 @@ def _heic(generator: Generator) -> Picture:
         space = any_space(generator)
         blocks["icc_profile"], seen, words = profile(space), in_srgb(seen, space), f"{words}, {space}"
     # The encoder turns a picture by XMP where EXIF does not.
-    if not 2 <= counts <= 8 and blocks.pop("xmp", None):
+    if not 2 <= counts <= 8 and "xmp" in blocks:
+        del blocks["xmp"]
         words += ", left out"
     options: dict[str, Any] = {"chroma": int(generator.choice([420, 422, 444]))}
     # A phone writes a picture as tiles, and may add others of its burst.
@@ -606,7 +607,7 @@ def _heic(generator: Generator) -> Picture:
     if generator.random() < 0.3:
         pictures = [pixels[::-1, ::-1] // 2, pixels]
         options["primary"], words = 1, f"{words}, second of two"
-    data, behind = _behind(generator, coded(pictures, depth, **options, **blocks))
+    data, behind = _behind(generator, coded(pictures, depth, **(options | blocks)))
     name = f"HEIC of {channels} channels, {depth} bits, {options['chroma']}{words}{behind}"
     return Picture(name, data, turned(on_white(seen, alpha), counts), LOSSY)
 

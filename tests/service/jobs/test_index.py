@@ -198,3 +198,7 @@ def test_what_the_source_left_out_is_counted_and_listed(gallery: Gallery) -> Non
     rows = [json.loads(line) for line in (gallery.settings.store / "left_out.jsonl").read_text().splitlines()]
     assert [(row["id"], row["lost"]) for row in rows] == [("c.png", True), (".git/a.png", False), ("b.heic", True)]
     assert account.notes == ["a note", "folder: 1 of 1 pictures have no label"]
+    # The picture is mended, and nothing else is left out any more.
+    mended = Source("folder", ["c.png"], lambda _: encoded(scene()), Labels.of([None]))
+    assert index_source(mended, gallery).facts()["listed_in"] is None
+    assert not (gallery.settings.store / "left_out.jsonl").exists()

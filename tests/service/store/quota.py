@@ -29,8 +29,10 @@ def no_room(reason: int) -> Iterator[None]:
     global _reason
     _reason = reason
     vfs = apsw.VFS("no room", "unix")
-    write = vfs.xGetSystemCall("pwrite64")
-    assert vfs.xSetSystemCall("pwrite64", ctypes.cast(_refusing, ctypes.c_void_p).value)
+    write, refusing = vfs.xGetSystemCall("pwrite64"), ctypes.cast(_refusing, ctypes.c_void_p).value
+    assert write is not None
+    assert refusing is not None
+    assert vfs.xSetSystemCall("pwrite64", refusing)
     try:
         yield
     finally:
