@@ -53,12 +53,22 @@ def build_backbone(name: str, channels: int, side: int, init: str | None = None)
             if channels != 1:
                 raise InvalidRequest(f"{init}: weights for grey pictures; this run has {channels} channels")
             load_weights(module, state, init)
+    return Backbone(module, output_dimension(module, name, channels, side))
+
+
+def output_dimension(module: nn.Module, name: str, channels: int, side: int) -> int:
+    """Return the dimension D of a network's output; the network is in training mode afterwards.
+
+    Raises:
+        InvalidRequest: it cannot take such pictures.
+    """
     try:
         with torch.inference_mode():
-            dimension = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
+            found: int = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
     except (RuntimeError, ValueError, AssertionError) as error:
         raise InvalidRequest(f"{name} cannot take pictures of {side}x{side}: {' '.join(str(error).split())}") from error
-    return Backbone(module.train(), dimension)
+    module.train()
+    return found
 
 
 def build_network(name: str, side: int) -> nn.Module:

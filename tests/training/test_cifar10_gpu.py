@@ -210,7 +210,7 @@ def no_fakes_left() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_fakes_left")
-@pytest.mark.parametrize(("name", "views"), [("simclr", 2), ("simclr", 4), ("supcon", 2)])
+@pytest.mark.parametrize(("name", "views"), [("simclr", 2), ("simclr", 4), ("supcon", 2), ("dino", 2)])
 def test_a_step_on_a_gpu_stays_there_and_is_not_waited_for(name: str, views: int) -> None:
     """On tensors that have a shape and a device, cuda, and no content: they need no GPU."""
     told = recipe(name, views)
@@ -222,9 +222,13 @@ def test_a_step_on_a_gpu_stays_there_and_is_not_waited_for(name: str, views: int
             with Waits() as waits:
                 # None: a generator on a GPU cannot be made without one.
                 made = make_views(pixels[chosen], told, mean, std, None)  # type: ignore[arg-type]
-                result = method.step(Batch(made, chosen, labels[chosen]))
+                local = make_views(pixels[chosen], told, mean, std, None, local=True)  # type: ignore[arg-type]
+                result = method.step(Batch(made, chosen, labels[chosen], local))
                 method.update(0.5)
             # The first attempt fills augment's tables.
             assert attempt == 0 or waits.seen == []
-        assert made.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert made.shape == (views, 32, 3, 32, 32)
+        assert local.shape == (6, 32, 3, 16, 16)
+        for some in (made, local):
+            assert some.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert result.loss.device.type == result.embeddings.device.type == "cuda"
