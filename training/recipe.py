@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from service.errors import InvalidRequest
 
@@ -158,23 +159,23 @@ class Dino(_Section):
         momentum: λ_base, from which the teacher's momentum rises to 1; lower it in runs of a few hundred steps.
     """
 
-    local_views: Annotated[int, Field(ge=0, le=32)] = 6
+    local_views: Annotated[int, Field(ge=0, le=32)] = 4
     local_side: Annotated[int, Field(ge=4, le=512)] | None = None
     local_area: tuple[_Area, _Area] = (0.05, 0.4)
     prototypes: Annotated[int, Field(ge=2)] = 1024
     temperature: _Positive = 0.1
-    teacher_temperature: tuple[_Positive, _Positive] = (0.04, 0.07)
+    teacher_temperature: tuple[_Positive, _Positive] = (0.04, 0.04)
     teacher_warmup: _Share = 0.3
     frozen: _Share = 0.01
     center_momentum: _Momentum = 0.9
     momentum: _Momentum = 0.99
 
-    @model_validator(mode="after")
-    def _check_area(self) -> "Dino":
-        smallest, largest = self.local_area
-        if smallest > largest:
-            raise ValueError(f"local_area: expected the smallest share and the largest, not {smallest} and {largest}")
-        return self
+    @field_validator("local_area")
+    @classmethod
+    def _check_order(cls, areas: tuple[float, float]) -> tuple[float, float]:
+        if areas[0] > areas[1]:
+            raise PydanticCustomError("order", "expected the smallest share and then the largest")
+        return areas
 
 
 class Barlow(_Section):

@@ -1111,7 +1111,7 @@ def test_a_method_that_needs_labels_is_refused_without(
         (tmp_path / "pictures" / folder / f"{position}.png").write_bytes(digits.read(position))
     assert refused(tmp_path / "pictures", "--set", f"method={method}") == (
         f"{tmp_path / 'pictures'}: {method} needs pictures of two labels or more; expected each picture in a folder "
-        "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
+        "named for its class. Without labels take simclr, moco, byol, simsiam, dino, barlow, vicreg or clusters"
     )
 
 

@@ -57,7 +57,8 @@ class Head(nn.Module):
 
     def __init__(self, dimension: int, hidden: int, output: int, prototypes: int) -> None:
         super().__init__()
-        self.layers = mlp(dimension, hidden, hidden, output, last_norm=False)
+        # Without the last batch norm the outputs became uniform within a hundred steps of small pictures.
+        self.layers = mlp(dimension, hidden, hidden, output)
         self.last = nn.Linear(output, prototypes, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
