@@ -219,7 +219,8 @@ GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}
 def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_backbone(
     name: MethodName, digits: Tensor, tiny_recipe: Recipe
 ) -> None:
-    recipe = recipe_of(tiny_recipe, name, moco={"queue": 256}, clusters={"clusters": 30})
+    short = {"momentum": 0.9, "prototypes": 256}
+    recipe = recipe_of(tiny_recipe, name, moco={"queue": 256}, clusters={"clusters": 30}, dino=short)
     torch.manual_seed(0)
     method = build_method(recipe, build_backbone("small-cnn", 1, 8), 1000)
     untrained = accuracy_of(method.backbone, digits) if name in GAINS else 0
