@@ -156,7 +156,7 @@ class Dino(_Section):
         teacher_warmup: share of the run.
         frozen: share of the run, at its beginning, in which the last layer does not learn.
         center_momentum: m of the centre.
-        momentum: λ_base, from which the teacher's momentum rises to 1; lower it in runs of a few hundred steps.
+        momentum: λ_base, from which the teacher's momentum rises to 1.
     """
 
     local_views: Annotated[int, Field(ge=0, le=32)] = 4
