@@ -23,7 +23,13 @@ _LUMA = (0.299, 0.587, 0.114)
 _YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-def augment(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Tensor:
+def augment(
+    pictures: Tensor,
+    recipe: Augmentation,
+    generator: Generator,
+    side: int | None = None,
+    areas: tuple[float, float] | None = None,
+) -> Tensor:
     """Return one random view of each picture.
 
     Args:
@@ -31,20 +37,25 @@ def augment(pictures: Tensor, recipe: Augmentation, generator: Generator) -> Ten
         recipe: the changes and their strengths.
         generator: on the pictures' device, the only source of randomness. The same state gives the same views;
             switching one change on does not alter the numbers of the others.
+        side: of the views, in pixels; None: S. Pixels are interpolated, not averaged: a crop should have at most twice
+            the side of its view.
+        areas: smallest and largest share of the picture's area that a crop keeps; None: recipe.crop_area to 1.
 
     Returns:
-        (N, C, S, S) float32 in 0..1, new memory.
+        (N, C, side, side) float32 in 0..1, new memory.
 
     Cost: one grid_sample and one pass for colour, plus passes over the rows that are hit at random. Call it outside
         autocast: bfloat16 is too coarse for positions.
     """
-    r = recipe
-    channels, side = pictures.shape[1], pictures.shape[-1]
-    n = _draw(pictures, r, generator)
-    if r.crop_area < 1 or r.flip or r.rotation or r.scale or r.shear or r.shift or r.elastic:
+    r, channels = recipe, pictures.shape[1]
+    side, areas = side or pictures.shape[-1], areas or (r.crop_area, 1.0)
+    crops = areas[0] < 1
+    n = _draw(pictures, r, side, areas, generator)
+    resized = side != pictures.shape[-1]
+    if resized or crops or r.flip or r.rotation or r.scale or r.shear or r.shift or r.elastic:
         # A crop at the picture's edge samples up to half a pixel beyond the last pixel's centre: zeros darken it.
-        beyond = "border" if r.crop_area < 1 else "zeros"
-        views = F.grid_sample(pictures, _grid(side, r, n), padding_mode=beyond, align_corners=False)
+        beyond = "border" if crops else "zeros"
+        views = F.grid_sample(pictures, _grid(side, r, crops, n), padding_mode=beyond, align_corners=False)
     else:
         views = pictures.clone()
     if r.stroke:
@@ -92,9 +103,11 @@ def gaussian_kernels(sigma: Tensor, radius: int) -> Tensor:
     return torch.softmax(-0.5 * (taps / sigma[:, None]).square(), 1)
 
 
-def _draw(pictures: Tensor, recipe: Augmentation, generator: Generator) -> dict[str, Tensor]:
+def _draw(
+    pictures: Tensor, recipe: Augmentation, side: int, areas: tuple[float, float], generator: Generator
+) -> dict[str, Tensor]:
     """Draw all numbers at once, used or not; return them by name: (N,) each, and bumps (N, 2, 16)."""
-    names, low, high = _ranges(recipe, pictures.shape[-1], pictures.device)
+    names, low, high = _ranges(recipe, side, areas, pictures.device)
     random = torch.rand(len(names) + 32, len(pictures), generator=generator, device=pictures.device)
     # The grid's unit is half a side.
     bumps = (2 * random[-32:] - 1) * 2 * recipe.elastic
@@ -102,7 +115,9 @@ def _draw(pictures: Tensor, recipe: Augmentation, generator: Generator) -> dict[
 
 
 @lru_cache
-def _ranges(recipe: Augmentation, side: int, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+def _ranges(
+    recipe: Augmentation, side: int, areas: tuple[float, float], device: torch.device
+) -> tuple[list[str], Tensor, Tensor]:
     """Return the names of the numbers, and the (count, 1) bounds between which each is uniform."""
     r = recipe
     factor = (1 - r.jitter_strength, 1 + r.jitter_strength)
@@ -113,7 +128,7 @@ def _ranges(recipe: Augmentation, side: int, device: torch.device) -> tuple[list
         "down": (1 - r.scale, 1 + r.scale),
         "x": (-2 * r.shift, 2 * r.shift),
         "y": (-2 * r.shift, 2 * r.shift),
-        "area": (r.crop_area, 1),
+        "area": areas,
         "aspect": (-1, 1),
         "crop_x": (-1, 1),
         "crop_y": (-1, 1),
@@ -146,10 +161,10 @@ def _where(hit: Tensor, views: Tensor, change: Callable[..., Tensor], *numbers: 
     return torch.where(hit.view(-1, 1, 1, 1), change(views, *numbers), views)
 
 
-def _grid(side: int, recipe: Augmentation, n: dict[str, Tensor]) -> Tensor:
+def _grid(side: int, recipe: Augmentation, crops: bool, n: dict[str, Tensor]) -> Tensor:
     """Return (N, S, S, 2) sampling positions in −1..1: the place in the picture of each pixel of the view."""
     across, down, x, y = n["across"], n["down"], n["x"], n["y"]
-    if recipe.crop_area < 1:
+    if crops:
         # Area and aspect as in random-resized-crop; the clamp keeps both sides inside the picture.
         area = n["area"]
         aspect = torch.exp(n["aspect"] * (-area.log()).clamp(max=math.log(4 / 3)))

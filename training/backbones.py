@@ -59,14 +59,25 @@ def build_backbone(
             load_weights(module, weights.state, init)
     else:
         module, weights = _build_pretrained(name, channels, side, init)
-    try:
-        with torch.inference_mode():
-            dimension = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InvalidRequest(f"{name} cannot take pictures of {side}x{side}: {' '.join(str(error).split())}") from error
+    dimension = output_dimension(module, name, channels, side)
     for path in dict.fromkeys(frozen):
         freeze(module, path)
     return Backbone(module.train(), dimension, weights.normalisation if weights else None)
+
+
+def output_dimension(module: nn.Module, name: str, channels: int, side: int) -> int:
+    """Return the dimension D of a network's output; the network is in training mode afterwards.
+
+    Raises:
+        InvalidRequest: it cannot take such pictures.
+    """
+    try:
+        with torch.inference_mode():
+            found: int = module.eval()(torch.zeros(2, channels, side, side)).shape[1]
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise InvalidRequest(f"{name} cannot take pictures of {side}x{side}: {' '.join(str(error).split())}") from error
+    module.train()
+    return found
 
 
 def _build_pretrained(name: str, channels: int, side: int, init: str | None) -> tuple[nn.Module, Weights | None]:

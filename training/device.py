@@ -61,7 +61,8 @@ def compile_if_faster(method: Method, learn: Callable[[], object]) -> bool:
     before = deepcopy(method.state_dict())
     plain, compiled, begun = steps_per_s(method, learn), 0.0, time.perf_counter()
     try:
-        method.backbone.compile()
+        # Local views have a side of their own; dynamic shapes would be slower for both.
+        method.backbone.compile(dynamic=False)
         compiled = steps_per_s(method, learn)
     # A compiler or a driver may raise any exception.
     except Exception as error:

@@ -100,6 +100,32 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
         return -F.cosine_similarity(p.float(), z.detach().float(), dim=1).mean()
 
 
+def dino(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float, teacher_temperature: float
+) -> Tensor:
+    """Return the mean cross entropy H(P_t, P_s) over all pairs of a teacher's view and another view of the student.
+
+    Args:
+        student: (S, N, K) outputs; the first T views are those of the teacher.
+        teacher: (T, N, K) outputs, no gradient flows into them; S, T >= 1 and S + T >= 3.
+        center: (K,) float32, subtracted from the teacher's outputs.
+        student_temperature, teacher_temperature: τ_s, τ_t > 0.
+
+    Returns:
+        Scalar float32; identical outputs everywhere and a center of 0 give ln K.
+
+    Cost: O(S · T · N · K).
+    Source: Caron et al., arXiv:2104.14294, equations 1 to 3 and algorithm 1.
+    """
+    with _float32(student):
+        log_p = (student.float() / student_temperature).log_softmax(2)  # (S, N, K)
+        targets = ((teacher.detach().float() - center) / teacher_temperature).softmax(2)  # (T, N, K)
+        entropies = -(targets.flatten(1) @ log_p.flatten(1).T)  # (T, S)
+        # A view does not teach itself.
+        pairs = entropies.numel() - min(entropies.shape)
+        return entropies.fill_diagonal_(0).sum() / (pairs * student.shape[1])
+
+
 def barlow_twins(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
     """Return the distance of the views' cross-correlation matrix C from the identity.
 

@@ -235,9 +235,10 @@ def check_labels(source: Source, recipe: Recipe) -> None:
         InvalidSource: it has none, or only one.
     """
     if METHODS[recipe.method].needs_labels and (source.labels is None or len(source.labels.used()) < 2):
+        others = [name for name, method in METHODS.items() if not method.needs_labels]
         raise InvalidSource(
             f"{source.name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
-            "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
+            f"named for its class. Without labels take {', '.join(others[:-1])} or {others[-1]}"
         )
 
 
@@ -383,7 +384,7 @@ class Learner:
                 self.average.load_state_dict(earlier.average)
             set_random_states(earlier.random, self._randomness)
             if self.compiled:
-                method.backbone.compile()
+                method.backbone.compile(dynamic=False)
         else:
             self.precision = choose_precision(recipe, method.backbone, self._on)
             self.compiled = recipe.compile and self._try_compiling(material)
@@ -405,7 +406,7 @@ class Learner:
             waiting = time.perf_counter()
             pixels, positions, progress.cursor = next(loader)
             progress.waited += time.perf_counter() - waiting
-            result = self._learn(pixels, positions, self._randomness)
+            result = self._learn(pixels, positions, self._randomness, progress.step / horizon)
         self._optimizer.step()
         self._optimizer.zero_grad()
         progress.step += 1
@@ -432,10 +433,14 @@ class Learner:
             average=None if self.average is None else self.average.state_dict(),
         )
 
-    def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator) -> Step:
+    def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator, progress: float = 0.0) -> Step:
         """Add the gradients of a batch to the accumulated ones."""
         labels = None if self._labels is None else self._labels[positions]  # (N,)
-        batch = Batch(make_views(pixels, self.recipe, self._mean, self._std, randomness), positions, labels)
+        views = make_views(pixels, self.recipe, self._mean, self._std, randomness)
+        local = None
+        if self.method.multi_crop and self.recipe.dino.local_views:
+            local = make_views(pixels, self.recipe, self._mean, self._std, randomness, local=True)
+        batch = Batch(views, positions, labels, local, progress)
         with torch.autocast(self._on.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             result = self.method.step(batch)
         (result.loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -478,18 +483,24 @@ def load(material: Material, recipe: Recipe, progress: Progress) -> Batches[Load
     return resident_batches(*order) if recipe.resident else ahead(batches(*order))
 
 
-def make_views(pixels: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, randomness: Generator) -> Tensor:
+def make_views(
+    pixels: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, randomness: Generator, local: bool = False
+) -> Tensor:
     """Return normalised random views (V, N, C, S, S) float32 of uint8 pixels (N, C, S, S); mean and std are (C, 1, 1).
 
-    On a GPU they lie in channels_last, the layout that its convolutions read without a conversion.
+    Local views are (L, N, C, s, s), as the recipe's table `dino` says. On a GPU the views lie in channels_last, the
+    layout that its convolutions read without a conversion.
     """
     pictures = pixels.float() / 255  # (N, C, S, S)
+    count, side, areas = recipe.views, recipe.side, None
+    if local:
+        count, side, areas = recipe.dino.local_views, recipe.local_side, recipe.dino.local_area
     if pixels.device.type == "cuda":
         # One call for all views launches fewer kernels.
-        drawn = augment(pictures.repeat(recipe.views, 1, 1, 1), recipe.augmentation, randomness)  # (VN, C, S, S)
+        drawn = augment(pictures.repeat(count, 1, 1, 1), recipe.augmentation, randomness, side, areas)  # (VN, C, S, S)
         drawn = drawn.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-        return drawn.view(recipe.views, *pixels.shape)
-    views = torch.stack([augment(pictures, recipe.augmentation, randomness) for _ in range(recipe.views)])
+        return drawn.view(count, -1, *drawn.shape[1:])
+    views = torch.stack([augment(pictures, recipe.augmentation, randomness, side, areas) for _ in range(count)])
     return views.sub_(mean).div_(std)  # (V, N, C, S, S)
 
 

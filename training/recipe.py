@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from service.encoding.card import Preprocessing, square_preprocessing
 from service.errors import InvalidRequest
@@ -14,7 +15,18 @@ from service.errors import InvalidRequest
 SHIPPED = Path(__file__).parent / "recipes"
 
 MethodName = Literal[
-    "simclr", "moco", "byol", "simsiam", "barlow", "vicreg", "supcon", "clusters", "triplet", "margin", "infonce"
+    "simclr",
+    "moco",
+    "byol",
+    "simsiam",
+    "dino",
+    "barlow",
+    "vicreg",
+    "supcon",
+    "clusters",
+    "triplet",
+    "margin",
+    "infonce",
 ]
 
 PRESETS: dict[str, dict[str, float]] = {
@@ -44,6 +56,7 @@ PRESETS: dict[str, dict[str, float]] = {
 }
 
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Area = Annotated[float, Field(gt=0, le=1)]
 _Momentum = Annotated[float, Field(ge=0, lt=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Weight = Annotated[float, Field(ge=0)]
@@ -77,7 +90,7 @@ class Augmentation(_Section):
     """
 
     preset: Literal["photos", "small-photos", "glyphs"] | None = None
-    crop_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_area: _Area = 1.0
     flip: _Share = 0.0
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -128,6 +141,42 @@ class SimSiam(_Section):
     """predictor: hidden width of h, a bottleneck."""
 
     predictor: _Count = 64
+
+
+class Dino(_Section):
+    """Multi-crop: the teacher sees the recipe's `views`, the student these and local views.
+
+    Attributes:
+        local_views: L, how many local views each picture has.
+        local_side: their side in pixels; half of the recipe's if left out.
+        local_area: smallest and largest share of the picture's area that a local view shows. That of a global view is
+            `augmentation.crop_area` to 1.
+        prototypes: K, outputs of the last layer.
+        temperature: τ_s of the student.
+        teacher_temperature: τ_t of the teacher, at first and after `teacher_warmup`, in between on a line.
+        teacher_warmup: share of the run.
+        frozen: share of the run, at its beginning, in which the last layer does not learn.
+        center_momentum: m of the centre.
+        momentum: λ_base, from which the teacher's momentum rises to 1.
+    """
+
+    local_views: Annotated[int, Field(ge=0, le=32)] = 4
+    local_side: Annotated[int, Field(ge=4, le=512)] | None = None
+    local_area: tuple[_Area, _Area] = (0.05, 0.4)
+    prototypes: Annotated[int, Field(ge=2)] = 1024
+    temperature: _Positive = 0.1
+    teacher_temperature: tuple[_Positive, _Positive] = (0.04, 0.04)
+    teacher_warmup: _Share = 0.3
+    frozen: _Share = 0.01
+    center_momentum: _Momentum = 0.9
+    momentum: _Momentum = 0.99
+
+    @field_validator("local_area")
+    @classmethod
+    def _check_order(cls, areas: tuple[float, float]) -> tuple[float, float]:
+        if areas[0] > areas[1]:
+            raise PydanticCustomError("order", "expected the smallest share and then the largest")
+        return areas
 
 
 class Barlow(_Section):
@@ -248,6 +297,7 @@ class Recipe(_Section):
     moco: MoCo = MoCo()
     byol: BYOL = BYOL()
     simsiam: SimSiam = SimSiam()
+    dino: Dino = Dino()
     barlow: Barlow = Barlow()
     vicreg: VICReg = VICReg()
     supcon: SupCon = SupCon()
@@ -255,6 +305,11 @@ class Recipe(_Section):
     triplet: Triplet = Triplet()
     margin: Margin = Margin()
     infonce: InfoNCE = InfoNCE()
+
+    @property
+    def local_side(self) -> int:
+        """Side of the local views in pixels."""
+        return self.dino.local_side or self.side // 2
 
     @property
     def preprocessing(self) -> Preprocessing:

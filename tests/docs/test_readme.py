@@ -18,6 +18,7 @@ from lookalike import cli, store_cli
 from service.http.routes import create_app
 from tests.conftest import ROOT, missing
 from tests.serving import LOOKALIKE, serving
+from training.methods import METHODS
 
 README = (ROOT / "README.md").read_text()
 
@@ -42,6 +43,12 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Return the port of a digits gallery, indexed and served by the real commands as `make serve` does."""
     with serving(tmp_path_factory.mktemp("readme"), "digits") as url:
         yield int(url.rpartition(":")[2])
+
+
+def test_the_table_of_methods_has_each_of_them_once() -> None:
+    table = README.split("| `method` | learns from | source |")[1].split("\n\n")[0]
+    listed = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(listed) == sorted(METHODS)
 
 
 def matches(expected: Any, actual: Any) -> bool:

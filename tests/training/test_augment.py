@@ -238,6 +238,43 @@ def test_a_crop_keeps_its_area_and_aspect_and_stays_inside(crop_area: float) -> 
     assert float(found.shift.abs().max()) > (0.2 if crop_area < 0.5 else 0.01)
 
 
+@pytest.mark.parametrize("areas", [(0.05, 0.4), (0.3, 0.3), (0.5, 1.0)])
+def test_a_crop_keeps_a_share_between_the_two_given(areas: tuple[float, float]) -> None:
+    # Each pixel of the picture is its own place across, and down.
+    ruler = ((torch.arange(SIDE) + 0.5) / SIDE).expand(SIDE, SIDE)
+    chart = torch.stack([ruler, ruler.T, torch.ones(SIDE, SIDE)]).expand(500, 3, SIDE, SIDE)
+    views = augment(chart, Augmentation(crop_area=0.9), seeded(), 16, areas)
+    assert views.shape == (500, 3, 16, 16)
+    # The middle of a view is no border, and its slope is the crop's side.
+    width = (views[:, 0, 8, 9] - views[:, 0, 8, 6]) * 16 / 3
+    height = (views[:, 1, 9, 8] - views[:, 1, 6, 8]) * 16 / 3
+    area = width * height
+    assert areas[0] - 1e-3 <= float(area.min()) < areas[0] + 0.05
+    assert areas[1] - 0.05 < float(area.max()) <= areas[1] + 1e-3
+    assert float(views[:, 2].min()) > 0.9999
+    assert float(views[:, 0].amin()) > 0
+    # Crops come from everywhere in the picture.
+    middle = views[:, :2, 7:9, 7:9].mean((2, 3))
+    reach = (1 - areas[0] ** 0.5) / 2
+    assert float(middle.amin()) < 0.5 - 0.7 * reach
+    assert float(middle.amax()) > 0.5 + 0.7 * reach
+
+
+@pytest.mark.parametrize("side", [8, 16, 48])
+def test_a_view_of_another_side_is_an_interpolation(side: int) -> None:
+    pictures = noise(4)
+    views = augment(pictures, Augmentation(), seeded(), side)
+    expected = F.interpolate(pictures, (side, side), mode="bilinear", align_corners=False)
+    inner = slice(1, -1)
+    torch.testing.assert_close(views[..., inner, inner], expected[..., inner, inner], atol=1e-5, rtol=0)
+
+
+def test_each_change_works_at_another_side() -> None:
+    views = augment(noise(50), ALL, seeded(), 13, (0.1, 0.5))
+    assert views.shape == (50, 3, 13, 13)
+    assert 0 <= float(views.min()) < float(views.max()) <= 1
+
+
 @pytest.mark.parametrize("flip", [0.0, 0.5])
 @pytest.mark.parametrize("crop_area", [0.08, 0.3, 0.9])
 def test_a_crop_shows_no_border(crop_area: float, flip: float) -> None:

@@ -222,9 +222,12 @@ def test_a_step_on_a_gpu_stays_there_and_is_not_waited_for(name: str, views: int
             with Waits() as waits:
                 # None: a generator on a GPU cannot be made without one.
                 made = make_views(pixels[chosen], told, mean, std, None)  # type: ignore[arg-type]
+                local = make_views(pixels[chosen], told, mean, std, None, local=True)  # type: ignore[arg-type]
                 result = method.step(Batch(made, chosen, labels[chosen]))
                 method.update(0.5)
             # The first attempt fills augment's tables.
             assert attempt == 0 or waits.seen == []
-        assert made.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert local.shape == (4, 32, 3, 16, 16)
+        for some in (made, local):
+            assert some.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert result.loss.device.type == result.embeddings.device.type == "cuda"

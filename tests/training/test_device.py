@@ -44,7 +44,7 @@ def test_the_backbone_is_compiled_if_that_is_faster(
 
 def test_a_trial_leaves_weights_and_gradients_as_they_were(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     # The trial runs without a compilation, which would take half a minute.
-    monkeypatch.setattr(nn.Module, "compile", lambda _: None)
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **__: None)
     views, count = torch.rand(2, 32, 1, 8, 8), 0
 
     def learn() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity
+from lightly.loss import BarlowTwinsLoss, DINOLoss, NegativeCosineSimilarity
 from lightly.loss import NTXentLoss as LightlyNTXentLoss
 from lightly.loss import VICRegLoss as LightlyVICRegLoss
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from training.losses import (
     Mining,
     barlow_twins,
+    dino,
     info_nce,
     margin_contrast,
     negative_cosine,
@@ -88,6 +89,23 @@ def info_nce_form(q: Array, k: Array, negatives: Array, temperature: float, allo
 def negative_cosine_form(p: Array, z: Array) -> float:
     """Chen and He, arXiv:2011.10566, equation 1."""
     return float(np.mean([-cosine(p[n], z[n]) for n in range(len(p))]))
+
+
+def dino_form(student: Array, teacher: Array, center: Array, of_student: float, of_teacher: float) -> float:
+    """Caron et al., arXiv:2104.14294, equation 3 with the softmax of equation 1 and the centre of algorithm 1."""
+
+    def softmax(outputs: Array, temperature: float) -> list[float]:
+        powers = [math.exp(output / temperature) for output in outputs]
+        return [power / sum(powers) for power in powers]
+
+    losses = []
+    for t in range(len(teacher)):
+        for s in range(len(student)):
+            for n in range(student.shape[1]):
+                p_t, p_s = softmax(teacher[t, n] - center, of_teacher), softmax(student[s, n], of_student)
+                if s != t:
+                    losses.append(-sum(p_t[k] * math.log(p_s[k]) for k in range(len(center))))
+    return float(np.mean(losses))
 
 
 def barlow_twins_form(z_a: Array, z_b: Array, lambd: float) -> float:
@@ -176,6 +194,7 @@ def case(name: str, count: int, width: int) -> Case:
     labels, numbers = labels_of(2 * count), torch.tensor(labels_of(2 * count))
     allowed = allowed_of(count, 2 * count)
     target = spread((count, width), seed=9)
+    teacher, center = spread((2, count, width), seed=9), 0.1 * noise(width, seed=8)
     cases = {
         "nt_xent of 2 views": lambda: Case(
             lambda z: nt_xent(z, 0.5), lambda z: nt_xent_form(z, 0.5), (2, count, width)
@@ -198,6 +217,12 @@ def case(name: str, count: int, width: int) -> Case:
             lambda p: negative_cosine(p, target),
             lambda p: negative_cosine_form(p, target.double().numpy()),
             (count, width),
+        ),
+        "dino": lambda: Case(
+            lambda z: dino(z, teacher, center, 0.5, 0.3),
+            lambda z: dino_form(z, teacher.double().numpy(), center.double().numpy(), 0.5, 0.3),
+            (5, count, width),
+            scale_free=False,
         ),
         "barlow_twins": lambda: Case(
             lambda z: barlow_twins(z[0], z[1], 0.05),
@@ -231,6 +256,7 @@ CASES = (
     "info_nce",
     "info_nce of some negatives",
     "negative_cosine",
+    "dino",
     "barlow_twins",
     "vicreg",
     "triplet, hard",
@@ -423,6 +449,41 @@ def test_no_gradient_flows_into_the_target_of_negative_cosine() -> None:
     assert z.grad is None
 
 
+@pytest.mark.parametrize("views", [2, 6])
+def test_identical_outputs_cost_dino_the_log_of_the_prototypes(views: int) -> None:
+    loss = dino(torch.ones(views, 5, 32), torch.ones(2, 5, 32), torch.zeros(32), 0.1, 0.04)
+    assert float(loss) == pytest.approx(math.log(32), rel=1e-5)
+
+
+def test_a_centre_equal_to_the_teachers_outputs_costs_dino_as_much() -> None:
+    teacher = noise(32).expand(2, 5, 32)
+    assert float(dino(torch.ones(4, 5, 32), teacher, teacher[0, 0], 0.1, 0.04)) == pytest.approx(math.log(32), rel=1e-5)
+
+
+def test_a_student_as_sharp_as_its_teacher_costs_dino_the_entropy() -> None:
+    outputs = noise(5, 16)
+    p = (outputs / 0.3).softmax(1)
+    expected = float(-(p * p.log()).sum(1).mean())
+    assert float(dino(outputs.expand(4, 5, 16), outputs.expand(2, 5, 16), torch.zeros(16), 0.3, 0.3)) == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_a_view_alone_with_its_own_teacher_costs_dino_nothing() -> None:
+    student, teacher = noise(3, 5, 16), noise(2, 5, 16, seed=1)
+    slope = gradient(lambda z: dino(z, teacher[:1], torch.zeros(16), 0.1, 0.04), student)
+    # The only teacher is the first view.
+    assert not bool(slope[0].any())
+    assert bool(slope[1:].any())
+
+
+def test_no_gradient_flows_into_dinos_teacher() -> None:
+    student, teacher = noise(3, 5, 16).requires_grad_(), noise(2, 5, 16, seed=1).requires_grad_()
+    backward(dino(student, teacher, torch.zeros(16), 0.1, 0.04))
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
 def orthogonal_columns() -> Tensor:
     """(8, 4): ±1, columns of mean 0, variance 1 and no correlation: a Hadamard matrix without its constant column."""
     h = torch.ones(1, 1)
@@ -555,6 +616,19 @@ def test_negative_cosine_is_lightlys(count: int, width: int) -> None:
     assert float(negative_cosine(p, z)) == pytest.approx(float(NegativeCosineSimilarity()(p, z)), rel=1e-6)
 
 
+@pytest.mark.parametrize("views", [2, 3, 8])
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_dino_is_lightlys(count: int, width: int, views: int) -> None:
+    student, teacher = spread((views, count, width), seed=1).double(), spread((2, count, width), seed=3).double()
+    peer = DINOLoss(width, teacher_temp=0.3, student_temp=0.5)
+    # Two steps: in the second one the peer has a centre.
+    for _ in range(2):
+        center = peer.center.flatten().float()
+        expected = float(peer(list(teacher), list(student)))
+        assert float(dino(student, teacher, center, 0.5, 0.3)) == pytest.approx(expected, rel=2e-5)
+    assert bool(center.any())
+
+
 @pytest.mark.parametrize(("count", "width"), SIZES)
 def test_barlow_twins_is_lightlys(count: int, width: int) -> None:
     a, b = spread((2, count, width), seed=1).double()
@@ -608,8 +682,12 @@ def test_margin_contrast_is_half_of_metric_learnings_hinges_squared(count: int, 
 
 # Symmetries of the losses.
 
+# These have a partner beside z, which has to move along.
+PARTNERED = ("info_nce", "info_nce of some negatives", "dino")
+SYMMETRIC = [name for name in CASES if len(case(name, 2, 2).shape) == 3 and name not in PARTNERED]
 
-@pytest.mark.parametrize("name", [name for name in CASES if len(case(name, 2, 2).shape) == 3 and "nce" not in name])
+
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_order_of_the_pictures_does_not_matter_and_pairing_does(name: str) -> None:
     ours, _, shape, _ = case(name, 9, 6)
     z, order = spread(shape), torch.randperm(9, generator=torch.Generator().manual_seed(3))
@@ -618,11 +696,23 @@ def test_order_of_the_pictures_does_not_matter_and_pairing_does(name: str) -> No
     assert float(ours(torch.cat([z[:1], z[1:].roll(1, 1)]))) > expected * 1.1
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if len(case(name, 2, 2).shape) == 3 and "nce" not in name])
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_order_of_the_views_does_not_matter(name: str) -> None:
     ours, _, shape, _ = case(name, 9, 6)
     z = spread(shape)
     assert float(ours(z.flip(0))) == pytest.approx(float(ours(z)), rel=1e-5)
+
+
+def test_order_of_pictures_prototypes_and_local_views_does_not_matter_to_dino_and_pairing_does() -> None:
+    student, teacher, center = spread((6, 9, 7)), spread((2, 9, 7)), 0.1 * noise(7)
+    expected = float(dino(student, teacher, center, 0.5, 0.3))
+    generator = torch.Generator().manual_seed(3)
+    rows, columns = torch.randperm(9, generator=generator), torch.randperm(7, generator=generator)
+    moved = dino(student[:, rows][..., columns], teacher[:, rows][..., columns], center[columns], 0.5, 0.3)
+    assert float(moved) == pytest.approx(expected, rel=1e-5)
+    views = torch.tensor([1, 0, 5, 3, 2, 4])
+    assert float(dino(student[views], teacher.flip(0), center, 0.5, 0.3)) == pytest.approx(expected, rel=1e-5)
+    assert float(dino(student, teacher.roll(1, 1), center, 0.5, 0.3)) > expected * 1.1
 
 
 def test_order_of_queries_and_of_negatives_does_not_matter_to_info_nce_and_pairing_does() -> None:

@@ -13,17 +13,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightly.loss import DINOLoss
 from sklearn.datasets import load_digits
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.encoding.voting import headline_accuracy
+from service.errors import InvalidRequest
 from tests.conftest import some_slow
 from training.augment import augment
 from training.backbones import Backbone, build_backbone
 from training.losses import (
     barlow_twins,
+    dino,
     info_nce,
     margin_contrast,
     nt_xent,
@@ -61,11 +64,12 @@ def flat(recipe: Recipe, count: int = COUNT, seed: int = 0) -> Any:
 
 
 def batch_of(views: int = 2, count: int = 16, seed: int = 0, labels: int = 4, first: int = 0) -> Batch:
-    """Views of random pictures: each is its picture and as much noise again; labels in turn."""
+    """Views of random pictures: each is its picture and as much noise again; three local views; labels in turn."""
     generator = torch.Generator().manual_seed(seed)
     pictures = torch.randn(count, 1, 8, 8, generator=generator)
     noisy = pictures + torch.randn(views, count, 1, 8, 8, generator=generator)
-    return Batch(noisy, first + torch.arange(count), torch.arange(count) % labels)
+    local = pictures + torch.randn(3, count, 1, 8, 8, generator=generator)
+    return Batch(noisy, first + torch.arange(count), torch.arange(count) % labels, local, progress=0.5)
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -155,6 +159,9 @@ def test_a_saved_method_goes_on_exactly(name: MethodName, views: int, tiny_recip
 TUNED: list[tuple[MethodName, str, Any]] = [
     ("simclr", "temperature", 0.7),
     ("moco", "temperature", 0.7),
+    ("dino", "temperature", 0.7),
+    ("dino", "teacher_temperature", [0.7, 0.7]),
+    ("dino", "prototypes", 64),
     ("barlow", "lambd", 0.5),
     ("vicreg", "lambd", 5.0),
     ("vicreg", "mu", 5.0),
@@ -179,7 +186,7 @@ def test_a_setting_of_the_methods_own_table_reaches_its_loss(
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("moco", "byol")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("moco", "byol", "dino")])
 def test_a_method_without_a_momentum_encoder_has_nothing_to_update(name: MethodName, tiny_recipe: Recipe) -> None:
     method = convolutional(recipe_of(tiny_recipe, name))
     before = weights_of(method)
@@ -212,7 +219,8 @@ GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}
 def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_backbone(
     name: MethodName, digits: Tensor, tiny_recipe: Recipe
 ) -> None:
-    recipe = recipe_of(tiny_recipe, name, moco={"queue": 256}, clusters={"clusters": 30})
+    short = {"momentum": 0.9, "prototypes": 256}
+    recipe = recipe_of(tiny_recipe, name, moco={"queue": 256}, clusters={"clusters": 30}, dino=short)
     torch.manual_seed(0)
     method = build_method(recipe, build_backbone("small-cnn", 1, 8), 1000)
     untrained = accuracy_of(method.backbone, digits) if name in GAINS else 0
@@ -222,7 +230,9 @@ def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_
     for number in range(steps):
         chosen = torch.randint(1000, (128,), generator=generator)
         views = torch.stack([augment(digits[chosen], recipe.augmentation, generator) for _ in range(2)])
-        step = method.step(Batch((views - 0.3) / 0.35, chosen, labels[chosen]))
+        local = torch.stack([augment(digits[chosen], recipe.augmentation, generator, 6, (0.3, 0.8)) for _ in range(2)])
+        batch = Batch((views - 0.3) / 0.35, chosen, labels[chosen], (local - 0.3) / 0.35, number / steps)
+        step = method.step(batch)
         backward(step.loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -495,6 +505,134 @@ def test_no_gradient_reaches_byols_target(tiny_recipe: Recipe) -> None:
         assert not weight.requires_grad
         assert weight.grad is None
     assert same(weights_of(method.target_backbone), before)
+
+
+# DINO: multi-crop, centring and sharpening.
+
+
+def dino_method(tiny_recipe: Recipe, **table: Any) -> Any:
+    """DINO whose teacher differs from its student and has a centre; local views are as large as global ones."""
+    method: Any = flat(recipe_of(tiny_recipe, "dino", dino={"prototypes": 24, "local_side": 8, "frozen": 0} | table))
+    for weight in method.teacher_head.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    method.center.uniform_(-0.1, 0.1)
+    return method
+
+
+def dino_outputs(method: Any, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs of teacher and student, view by view."""
+    local = [] if batch.local is None else list(batch.local)
+    with torch.no_grad():
+        # The heads' batch norms see all views of a network at once.
+        student = method.head(torch.cat([*batch.views, *local]).flatten(1)).split(16)
+        teacher = method.teacher_head(batch.views.flatten(0, 1).flatten(1)).split(16)
+    return list(teacher), list(student)
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("views", [2, 3])
+def test_dino_is_lightlys_loss_of_global_views_against_all(views: int, local: bool, tiny_recipe: Recipe) -> None:
+    method, batch = dino_method(tiny_recipe, teacher_temperature=[0.06, 0.06]), batch_of(views)
+    batch = batch if local else batch._replace(local=None)
+    peer = DINOLoss(24, teacher_temp=0.06, student_temp=0.1, center_momentum=0.9)
+    peer.center.copy_(method.center)
+    teacher, student = dino_outputs(method, batch)
+    assert len(student) == views + 3 * local
+    expected = float(peer(teacher, student))
+    step = method.step(batch)
+    assert float(step.loss.detach()) == pytest.approx(expected, rel=1e-5)
+    # The centre moves after the loss, by the teacher's outputs alone.
+    torch.testing.assert_close(method.center, peer.center.flatten())
+    # The loop watches the global views.
+    torch.testing.assert_close(step.embeddings, batch.views.flatten(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize(("progress", "sharpness"), [(0, 0.02), (0.1, 0.04), (0.2, 0.06), (0.7, 0.06)])
+def test_dinos_teacher_temperature_warms_up_in_a_line(progress: float, sharpness: float, tiny_recipe: Recipe) -> None:
+    method = dino_method(tiny_recipe, teacher_temperature=[0.02, 0.06], teacher_warmup=0.2)
+    batch = batch_of()._replace(progress=progress)
+    teacher, student = (torch.stack(outputs) for outputs in dino_outputs(method, batch))
+    expected = float(dino(student, teacher, method.center.clone(), 0.1, sharpness))
+    assert float(method.step(batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_teacher_temperature_may_be_constant_from_the_start(tiny_recipe: Recipe) -> None:
+    method = dino_method(tiny_recipe, teacher_temperature=[0.02, 0.06], teacher_warmup=0)
+    batch = batch_of()._replace(progress=0.001)
+    teacher, student = (torch.stack(outputs) for outputs in dino_outputs(method, batch))
+    expected = float(dino(student, teacher, method.center.clone(), 0.1, 0.06))
+    assert float(method.step(batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dinos_last_layer_is_frozen_at_first(tiny_recipe: Recipe) -> None:
+    method = dino_method(tiny_recipe, frozen=0.1)
+    optimizer = torch.optim.AdamW([weight for weight in method.parameters() if weight.requires_grad], 1e-3)
+    for progress, learns in ((0.0, False), (0.09, False), (0.1, True), (0.5, True)):
+        before, rest = method.head.last.weight.clone(), method.head.layers[0].weight.clone()
+        backward(method.step(batch_of()._replace(progress=progress)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(method.head.last.weight, before) != learns
+        assert not torch.equal(method.head.layers[0].weight, rest)
+
+
+def test_lengths_of_projection_and_prototypes_do_not_matter(tiny_recipe: Recipe) -> None:
+    method, h = dino_method(tiny_recipe), torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    z = method.head.layers(h).detach()
+    found = method.head(h)
+    assert found.shape == (16, 24)
+    torch.testing.assert_close(found, F.cosine_similarity(z[:, None], method.head.last.weight, dim=2))
+    with torch.no_grad():
+        method.head.last.weight.mul_(7)
+    torch.testing.assert_close(method.head(h), found)
+
+
+@pytest.mark.parametrize(("progress", "momentum"), [(0, 0.9), (0.5, 0.95), (1, 1)])
+def test_dinos_teacher_moves_less_and_less(progress: float, momentum: float, tiny_recipe: Recipe) -> None:
+    method: Any = convolutional(recipe_of(tiny_recipe, "dino", dino={"momentum": 0.9}))
+    pairs = ((method.teacher_backbone, method.backbone), (method.teacher_head, method.head))
+    for teacher, student in pairs:
+        # The two networks start with the same weights.
+        assert same(weights_of(teacher), weights_of(student))
+        for target, online in zip(teacher.parameters(), student.parameters(), strict=True):
+            target.data.fill_(2.0)
+            online.data.fill_(1.0)
+    method.update(progress)
+    for teacher, student in pairs:
+        for target, online in zip(teacher.parameters(), student.parameters(), strict=True):
+            torch.testing.assert_close(target, torch.full_like(target, 1 + momentum), rtol=1e-6, atol=0)
+            assert torch.equal(online, torch.ones_like(online))
+
+
+def test_no_gradient_reaches_dinos_teacher_or_its_centre(tiny_recipe: Recipe) -> None:
+    method: Any = convolutional(recipe_of(tiny_recipe, "dino"))
+    before = weights_of(method.teacher_backbone)
+    backward(method.step(batch_of()).loss)
+    for weight in [*method.teacher_backbone.parameters(), *method.teacher_head.parameters()]:
+        assert not weight.requires_grad
+        assert weight.grad is None
+    assert not method.center.requires_grad
+    assert same(weights_of(method.teacher_backbone), before)
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "mid-cnn", "resnet18"])
+def test_a_backbone_learns_from_views_of_two_sides(name: str, tiny_recipe: Recipe) -> None:
+    recipe = recipe_of(tiny_recipe, "dino", backbone=name, side=32, channels=3, dino={"local_side": 16})
+    torch.manual_seed(0)
+    method = build_method(recipe, build_backbone(name, 3, 32), COUNT)
+    views, local = torch.randn(2, 4, 3, 32, 32), torch.randn(6, 4, 3, 16, 16)
+    step = method.step(Batch(views, torch.arange(4), None, local, 0.5))
+    backward(step.loss)
+    assert step.embeddings.shape == (8, {"small-cnn": 256, "mid-cnn": 256, "resnet18": 512}[name])
+    assert all(weight.grad is not None for weight in method.parameters() if weight.requires_grad)
+
+
+def test_a_backbone_of_one_side_is_refused_with_local_views(tiny_recipe: Recipe) -> None:
+    recipe = recipe_of(tiny_recipe, "dino", backbone="vit_b_32", side=64, channels=3)
+    backbone = build_backbone("vit_b_32", 3, 64)
+    with pytest.raises(InvalidRequest, match="vit_b_32 cannot take pictures of 32x32"):
+        build_method(recipe, backbone, COUNT)
+    build_method(recipe_of(tiny_recipe, "dino", backbone="vit_b_32", side=64, dino={"local_views": 0}), backbone, COUNT)
 
 
 class Fixed(nn.Module):

@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import lookalike
@@ -54,12 +54,15 @@ from training.checkpoint import (
 from training.data import Canvas, batches
 from training.material import Material, prepare, statistics
 from training.methods import METHODS, Batch, Method, Step, build_method
+from training.methods.dino import DINO
 from training.methods.simclr import SimCLR
 from training.pretrain import (
+    Learner,
     account_of,
     check_health,
     compare_with_untrained,
     export_run,
+    load,
     online_knn,
     part,
     per_dimension_std,
@@ -283,6 +286,61 @@ def test_no_batch_has_a_held_out_picture_and_each_picture_its_own_label(
         assert not set(positions.tolist()) & set(material.held_out.tolist())
         assert labels is not None
         assert labels.tolist() == material.labels[positions].tolist()
+
+
+class NotingCrops(DINO):
+    """DINO that records what it was given."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.noted: list[Batch] = []
+
+    def step(self, batch: Batch) -> Step:
+        self.noted.append(batch)
+        return super().step(batch)
+
+
+@pytest.mark.parametrize(("local_side", "side"), [(None, 4), (6, 6), (8, 8)])
+def test_dino_gets_local_views_of_each_picture_at_their_own_side(
+    local_side: int | None, side: int, recipe: Recipe, prepared: Prepared, tmp_path: Path
+) -> None:
+    table = {"local_views": 3, "local_side": local_side, "local_area": (0.2, 0.3)}
+    recipe = changed(recipe, method="dino", dino=table, augmentation=Augmentation().model_dump())
+    source = open_source("digits[:320]")
+    material = prepared(source, recipe)
+    method = NotingCrops(recipe, build_backbone("small-cnn", 1, 8), len(source))
+    run = train(method, material, Identity("digits", recipe), tmp_path).progress
+    assert [batch.progress for batch in method.noted] == [number / run.step for number in range(run.step)]
+    for batch in method.noted:
+        assert batch.local is not None
+        assert batch.views.shape == (2, 64, 1, 8, 8)
+        assert batch.local.shape == (3, 64, 1, side, side)
+        # No change but the crop: a global view is the whole picture, and no two local views are alike.
+        assert torch.equal(batch.views[0], batch.views[1])
+        pictures = batch.views[0].flatten(1)
+        assert bool((batch.local.amax((0, 2, 3, 4)) <= pictures.amax(1) + 1e-5).all())
+        assert bool((batch.local.amin((0, 2, 3, 4)) >= pictures.amin(1) - 1e-5).all())
+        assert not any(torch.equal(batch.local[i], batch.local[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize(("method", "local_views"), [("dino", 0), ("simclr", 6)])
+def test_no_local_views_are_made_where_none_are_wanted(
+    method: str, local_views: int, recipe: Recipe, prepared: Prepared
+) -> None:
+    recipe = changed(recipe, method=method, dino={"local_views": local_views})
+    source = open_source("digits[:320]")
+    material = prepared(source, recipe)
+    learner = Learner(method_for(recipe, source), material, recipe, None)
+    before = learner.checkpoint(material, Identity("digits", recipe), Progress()).random["views"]
+    learner.step(load(material, recipe, Progress()), Progress(total=2))
+    generator = Generator().manual_seed(0)
+    generator.set_state(before)
+    pictures = torch.zeros(64, 1, 8, 8)
+    for _ in range(2):
+        augment(pictures, recipe.augmentation, generator)
+    # The random numbers were drawn for two views and for nothing else.
+    after = learner.checkpoint(material, Identity("digits", recipe), Progress()).random["views"]
+    assert torch.equal(after, generator.get_state())
 
 
 # Online k-NN
@@ -622,8 +680,9 @@ def test_every_method_goes_on_to_the_last_bit(
         {"views": 3},
         {"method": "moco", "views": 3, "accumulate": 2, "moco": {"queue": 96, "splits": 4}},
         {"augmentation": {"preset": "photos"}, "channels": 3},
+        {"method": "dino", "accumulate": 2, "dino": {"local_views": 3, "local_side": 6, "frozen": 0.5}},
     ],
-    ids=["accumulated", "three views", "both with MoCo", "all augmentations"],
+    ids=["accumulated", "three views", "both with MoCo", "all augmentations", "local views with DINO"],
 )
 def test_views_and_accumulation_go_on_to_the_last_bit(
     changes: dict[str, object], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -1057,7 +1116,7 @@ def test_a_method_that_needs_labels_is_refused_without(
         (tmp_path / "pictures" / folder / f"{position}.png").write_bytes(digits.read(position))
     assert refused(tmp_path / "pictures", "--set", f"method={method}") == (
         f"{tmp_path / 'pictures'}: {method} needs pictures of two labels or more; expected each picture in a folder "
-        "named for its class. Without labels take simclr, moco, byol, simsiam, barlow, vicreg or clusters"
+        "named for its class. Without labels take simclr, moco, byol, simsiam, dino, barlow, vicreg or clusters"
     )
 
 

@@ -41,6 +41,12 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
         read_recipe("nosuch")
 
 
+def test_local_views_have_half_the_side_or_their_own(tiny_recipe: Recipe) -> None:
+    assert (tiny_recipe.side, tiny_recipe.local_side) == (8, 4)
+    recipe = Recipe.model_validate(tiny_recipe.model_dump() | {"dino": {"local_side": 6}})
+    assert recipe.local_side == 6
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"missing\.toml: no such recipe"):
         read_recipe(str(tmp_path / "missing.toml"))
@@ -78,6 +84,10 @@ WRONG = [
     ("erase", "preset = 3", "augmentation.preset"),
     ("erase", "erase = 0.2\n[simclr]\ntemperature = -0.2", "simclr.temperature"),
     ("erase", "erase = 0.2\n[moco]\nmomentum = 1.0", "moco.momentum"),
+    ("erase", "erase = 0.2\n[dino]\nlocal_views = -1", "dino.local_views"),
+    ("erase", "erase = 0.2\n[dino]\nlocal_side = 3", "dino.local_side"),
+    ("erase", "erase = 0.2\n[dino]\nlocal_area = [0.0, 0.4]", "dino.local_area.0"),
+    ("erase", "erase = 0.2\n[dino]\nlocal_area = [0.5, 0.4]", "dino.local_area"),
     ("erase", "erase = 0.2\n[clusters]\nclusters = 1", "clusters.clusters"),
     ("erase", 'erase = 0.2\n[triplet]\nmining = "soft"', "triplet.mining"),
     ("erase", "erase = 0.2\n[simsalabim]\nspell = 1", "simsalabim"),

@@ -4,6 +4,7 @@ from training.backbones import Backbone
 from training.methods.barlow import Barlow
 from training.methods.byol import BYOL
 from training.methods.clusters import Clusters
+from training.methods.dino import DINO
 from training.methods.infonce import InfoNCE
 from training.methods.margin import Margin
 from training.methods.method import Batch, Method, Step
@@ -22,6 +23,7 @@ METHODS: dict[MethodName, type[Method]] = {
     "moco": MoCo,
     "byol": BYOL,
     "simsiam": SimSiam,
+    "dino": DINO,
     "barlow": Barlow,
     "vicreg": VICReg,
     "supcon": SupCon,

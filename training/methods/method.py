@@ -21,11 +21,15 @@ class Batch(NamedTuple):
         views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n.
         positions: (N,) int64 positions of the pictures in their source.
         labels: (N,) int64, −1 for a picture without a label; or None if the source has none.
+        local: (L, N, C, s, s) float32, normalised: local views, for a multi-crop method.
+        progress: share of the run that is done, 0..1.
     """
 
     views: Tensor
     positions: Tensor
     labels: Tensor | None
+    local: Tensor | None = None
+    progress: float = 0.0
 
 
 class Step(NamedTuple):
@@ -47,10 +51,12 @@ class Method(nn.Module, ABC):
 
     Attributes:
         needs_labels: of "all" pictures of a batch, of "some" pictures of the source, or None.
+        multi_crop: whether a batch has local views, as the recipe's table `dino` says.
         backbone: f, the part that is exported in the end.
     """
 
     needs_labels: ClassVar[Literal["all", "some"] | None] = None
+    multi_crop: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         """Build the method around a backbone, for a source of `count` pictures."""
