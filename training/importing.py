@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm.data
 import torch
 import torchvision
+from timm.data.config import resolve_data_config
 from torch import nn
 
 from service.encoding.card import Preprocessing, square_preprocessing
@@ -64,7 +64,9 @@ def import_backbone(name: str, weights: str, out: Path) -> None:
 
 def _of_timm(name: str, weights: str) -> _Found:
     known = timm_config(name)
-    config = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+    config: dict[str, Any] = resolve_data_config(  # type: ignore[no-untyped-call]
+        pretrained_cfg=known.to_dict()
+    )
     _, height, width = config["input_size"]
     if height != width or config["crop_mode"] == "border" or config["interpolation"] not in _FILTERS:
         raise InvalidRequest(

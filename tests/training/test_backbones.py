@@ -283,25 +283,23 @@ def test_a_frozen_part_stays_in_eval_mode() -> None:
     module = build_backbone("timm:test_efficientnet", 3, 32, None, ["conv_stem", "bn1", "blocks.0"]).module
     copy = deepcopy(module).train()
     for network in (module, copy):
-        modes = {name.partition(".")[0] + name[6:8]: part.training for name, part in network.named_modules()}
-        assert not modes["bn1"]
         learning = {name for name, weight in network.named_parameters() if weight.requires_grad}
         assert not [name for name in learning if name.startswith(("conv_stem", "bn1", "blocks.0"))]
-        assert not network.blocks[0].training
-        assert network.blocks[1].training
+        modes = {name: part.training for name, part in network.named_modules()}
+        assert not any(modes[name] for name in ("conv_stem", "bn1", "blocks.0", "blocks.0.0.bn1"))
+        assert modes["blocks.1"]
+        assert modes["blocks.1.0.bn1"]
 
 
 def test_a_part_that_a_backbone_lacks_cannot_be_frozen() -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"^frozen: 'layer9': the backbone has no such part; expected .* in one of"
-    ):
+    with pytest.raises(InvalidRequest, match=r"^frozen: 'layer9': the backbone has no such part"):
         build_backbone("resnet18", 3, 64, None, ["layer9"])
 
 
 @pytest.mark.parametrize("classifier", [True, False])
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_weights_of_timm_come_from_a_file(classifier: bool, ending: str, tmp_path: Path) -> None:
-    network = timm.create_model("test_vit", pretrained=False).eval()
+    network: Any = timm.create_model("test_vit", pretrained=False).eval()
     state = {key: value for key, value in network.state_dict().items() if classifier or not key.startswith("head.")}
     (save_file if ending == "safetensors" else torch.save)(state, tmp_path / f"weights.{ending}")
     backbone = build_backbone("timm:test_vit", 3, 160, str(tmp_path / f"weights.{ending}"))

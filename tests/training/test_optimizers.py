@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm.optim
 import torch
+from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from training.backbones import build_backbone
@@ -42,7 +42,7 @@ def test_lars_moves_weights_as_a_numpy_loop_does() -> None:
             if w.ndim > 1:
                 local = 1.0
                 if np.linalg.norm(w) and np.linalg.norm(g):
-                    local = 1e-3 * np.linalg.norm(w) / (np.linalg.norm(g) + 0.1 * np.linalg.norm(w))
+                    local = float(1e-3 * np.linalg.norm(w) / (np.linalg.norm(g) + 0.1 * np.linalg.norm(w)))
                 g = local * (g + 0.1 * w)
             velocities[number] = 0.9 * velocities[number] + rate * g
             expected[number] = w - velocities[number]
@@ -54,11 +54,11 @@ def test_lars_moves_weights_as_a_numpy_loop_does() -> None:
 def test_lars_at_a_constant_rate_is_the_one_of_timm() -> None:
     ours, theirs = (nn.Parameter(torch.arange(1.0, 13).view(3, 4)) for _ in range(2))
     mine = LARS([{"params": [ours], "weight_decay": 0.1}], 0.5, 0.9)
-    timms = timm.optim.Lars([theirs], lr=0.5, momentum=0.9, weight_decay=0.1, trust_coeff=1e-3, eps=0.0)
+    timms = Lars([theirs], lr=0.5, momentum=0.9, weight_decay=0.1, trust_coeff=1e-3, eps=0.0)
     for step in range(5):
         (ours.grad,), (theirs.grad,) = gradients([ours], step), gradients([theirs], step)
         mine.step()
-        timms.step()
+        timms.step()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(ours, theirs)
 
 
@@ -115,15 +115,16 @@ def test_blocks_of_a_network_are_its_layers(name: str, deepest: int, depths: dic
 
 def test_an_average_of_weights_follows_its_formula() -> None:
     network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    average, expected = deepcopy(network), network[0].weight.item()
+    average, state = deepcopy(network), network.state_dict()
+    expected = state["0.weight"].item()
     for step in range(1, 41):
-        network[0].weight.data.fill_(float(step))
-        network[1].running_mean.fill_(float(step))
-        network[1].num_batches_tracked.fill_(step)
+        for key in ("0.weight", "1.running_mean", "1.num_batches_tracked"):
+            state[key].fill_(step)
         follow_weights(average, network, 0.5, step)
         momentum = min(0.5, (1 + step) / (10 + step))
         expected = momentum * expected + (1 - momentum) * step
-    assert average[0].weight.item() == pytest.approx(expected)
-    assert average[1].running_mean.item() == pytest.approx(expected, abs=1e-3)
+    found = average.state_dict()
+    assert found["0.weight"].item() == pytest.approx(expected)
+    assert found["1.running_mean"].item() == pytest.approx(expected, abs=1e-3)
     # A count is no number to average.
-    assert average[1].num_batches_tracked.item() == 40
+    assert found["1.num_batches_tracked"].item() == 40

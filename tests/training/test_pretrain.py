@@ -39,7 +39,8 @@ from training import material as materials
 from training import pretrain as loop
 from training.augment import augment
 from training.backbones import build_backbone
-from training.checkpoint import Checkpoint, (
+from training.checkpoint import (
+    Checkpoint,
     Cursor,
     Identity,
     Progress,
@@ -64,8 +65,8 @@ from training.pretrain import (
     schedule,
     train,
 )
-from training.weights import Normalisation
 from training.recipe import Augmentation, MethodName, Recipe
+from training.weights import Normalisation
 
 CPU = torch.device("cpu")
 Paint = Callable[..., bytes]
@@ -663,8 +664,10 @@ def test_the_average_is_the_encoder_of_a_run(recipe: Recipe, tmp_path: Path) -> 
     method, folder = method_for(recipe, source), tmp_path / "run"
     folder.mkdir()
     material = prepare(source, recipe, folder, CPU)
-    done = train(method, material, Identity("digits", recipe), folder)
+    train(method, material, Identity("digits", recipe), folder)
     material.canvas.close()
+    done = read_checkpoint(folder)
+    assert done is not None
     assert done.average is not None
     loaded = build_backbone(recipe.backbone, 1, 8, str(folder / "checkpoint.pt")).module.state_dict()
     for key, value in method.backbone.state_dict().items():
