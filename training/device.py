@@ -15,8 +15,8 @@ from training.recipe import Recipe
 
 # The first steps of a trial are not timed, because they include allocation and compilation.
 _SETTLING, _TIMED = 5, 15
-# bfloat16 that takes so many times as long on two pictures will not be faster on a batch.
-_HOPELESS = 3
+# bfloat16 that takes so many times as long on a few pictures will not be faster on a batch.
+_FEW, _HOPELESS = (4, 16), 3
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,10 +39,11 @@ def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> s
     tried = deepcopy(backbone)
     # Dropout draws numbers, and the run's own must not depend on the trial.
     with torch.random.fork_rng(devices=[]):
-        # Where a CPU has no bfloat16 kernel for a layer, a whole batch may take minutes, and two pictures show it.
-        few = _seconds(tried, torch.randn(2, recipe.channels, recipe.side, recipe.side), 2)
-        if few[True] > _HOPELESS * few[False]:
-            return "float32"
+        # Where a CPU has no good bfloat16 kernel for a layer, a whole batch may take minutes; a few pictures show it.
+        for count in _FEW:
+            few = _seconds(tried, torch.randn(count, recipe.channels, recipe.side, recipe.side), 2)
+            if few[True] > _HOPELESS * few[False]:
+                return "float32"
         taken = _seconds(tried, torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side), 5)
     return "bfloat16" if taken[True] < 0.9 * taken[False] else "float32"
 
