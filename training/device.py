@@ -1,12 +1,13 @@
 """Where a run computes, in which precision, and whether its backbone is compiled."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
 
 import torch
-from torch import Generator, nn
+from torch import Tensor, nn
 
 from service.errors import InvalidRequest
 from training.methods import Method
@@ -14,6 +15,8 @@ from training.recipe import Recipe
 
 # The first steps of a trial are not timed, because they include allocation and compilation.
 _SETTLING, _TIMED = 5, 15
+# bfloat16 that takes so many times as long on a few pictures will not be faster on a batch.
+_FEW, _HOPELESS = (4, 16), 3
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,19 +37,29 @@ def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> s
     if on.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     tried = deepcopy(backbone)
-    pictures = torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side, generator=Generator())
-    seconds: dict[bool, list[float]] = {False: [], True: []}
     # Dropout draws numbers, and the run's own must not depend on the trial.
     with torch.random.fork_rng(devices=[]):
-        # Alternating and taking the least time of each keeps other load on the machine from deciding.
-        for _ in range(5):
-            for enabled, taken in seconds.items():
-                start = time.perf_counter()
-                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                    embeddings = tried(pictures)
-                embeddings.float().square().mean().backward()
-                taken.append(time.perf_counter() - start)
-    return "bfloat16" if min(seconds[True]) < 0.9 * min(seconds[False]) else "float32"
+        # Where a CPU has no good bfloat16 kernel for a layer, a whole batch may take minutes; a few pictures show it.
+        for count in _FEW:
+            few = _seconds(tried, torch.randn(count, recipe.channels, recipe.side, recipe.side), 2)
+            if few[True] > _HOPELESS * few[False]:
+                return "float32"
+        taken = _seconds(tried, torch.randn(recipe.batch_size, recipe.channels, recipe.side, recipe.side), 5)
+    return "bfloat16" if taken[True] < 0.9 * taken[False] else "float32"
+
+
+def _seconds(backbone: nn.Module, pictures: Tensor, times: int) -> dict[bool, float]:
+    """Return the least time of a forward and backward pass on the CPU, with bfloat16 (True) and without."""
+    seconds = {False: math.inf, True: math.inf}
+    # Alternating and taking the least time of each keeps other load on the machine from deciding.
+    for _ in range(times):
+        for enabled in seconds:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                embeddings = backbone(pictures)
+            embeddings.float().square().mean().backward()
+            seconds[enabled] = min(seconds[enabled], time.perf_counter() - start)
+    return seconds
 
 
 def compile_if_faster(method: Method, learn: Callable[[], object]) -> bool:

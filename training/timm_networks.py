@@ -23,17 +23,11 @@ def build_timm_network(name: str, side: int, pretrained: bool = False) -> nn.Mod
     Raises:
         InvalidRequest: timm has no such network, not for this side, or cannot download its weights.
     """
-    architecture = name.removeprefix(TIMM)
-    if not timm.is_model(architecture):
-        raise InvalidRequest(
-            f"{name}: timm {timm.__version__} has no such network; expected a name that timm.list_models() returns, "
-            "such as timm:resnet50 or timm:vit_small_patch14_dinov2"
-        )
-    config = _config(name)
+    config = timm_config(name)
     # Only networks for one size take its number.
     options: dict[str, Any] = {"img_size": side} if config.fixed_input_size and side != config.input_size[-1] else {}
     try:
-        network: nn.Module = timm.create_model(architecture, pretrained=pretrained, num_classes=0, **options)
+        network: nn.Module = timm.create_model(name.removeprefix(TIMM), pretrained=pretrained, num_classes=0, **options)
     # timm, its networks, and the libraries that download each raise their own exceptions.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -55,7 +49,7 @@ def read_timm_weights(name: str, side: int, origin: str) -> Weights:
         InvalidRequest: as read_weights and build_timm_network.
         InvalidModel: as read_weights.
     """
-    config = _config(name)
+    config = timm_config(name)
     own = Normalisation(tuple(config.mean), tuple(config.std))
     if origin == "DEFAULT":
         return Weights(build_timm_network(name, side, pretrained=True).state_dict(), own)
@@ -69,7 +63,7 @@ def read_timm_weights(name: str, side: int, origin: str) -> Weights:
 
 def _resampled(name: str, side: int, state: State, origin: str) -> State:
     """Return a state for another side than a network's own: the positions of a transformer are resampled."""
-    network: Any = build_timm_network(name, _config(name).input_size[-1])
+    network: Any = build_timm_network(name, timm_config(name).input_size[-1])
     load_weights(network, state, origin)
     try:
         network.set_input_size(img_size=(side, side))
@@ -79,6 +73,16 @@ def _resampled(name: str, side: int, state: State, origin: str) -> State:
     return dict(network.state_dict())
 
 
-def _config(name: str) -> Any:
-    """Return what timm knows of a network's pretraining; of one without weights, the defaults of ImageNet."""
-    return timm.models.get_pretrained_cfg(name.removeprefix(TIMM)) or timm.models.PretrainedCfg()
+def timm_config(name: str) -> Any:
+    """Return timm's facts about the pretraining of timm:NAME: input_size, mean, std, crop_pct and so on.
+
+    Raises:
+        InvalidRequest: timm has no such network.
+    """
+    architecture = name.removeprefix(TIMM)
+    if not timm.is_model(architecture):
+        raise InvalidRequest(
+            f"{name}: timm {timm.__version__} has no such network; expected a name that timm.list_models() returns, "
+            "such as timm:resnet50 or timm:vit_small_patch14_dinov2"
+        )
+    return timm.models.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()

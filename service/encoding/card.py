@@ -138,7 +138,9 @@ class Card:
             raise InvalidModel(f"{self.folder / CARD_FILE}: canary: expected float32 numbers in base64") from error
 
 
-def square_preprocessing(side: int, shortest_edge: int | None = None, resample: int = 3) -> Preprocessing:
+def square_preprocessing(
+    side: int, shortest_edge: int | None = None, resample: int = 3, squash: bool = False
+) -> Preprocessing:
     """Return the preprocessing of our encoders: resize the shortest edge, then crop the central square.
 
     Pixels go into the graph as uint8; the graph normalises them.
@@ -147,10 +149,12 @@ def square_preprocessing(side: int, shortest_edge: int | None = None, resample: 
         side: S, in pixels.
         shortest_edge: its length after resizing; S if None.
         resample: Pillow's number of the filter.
+        squash: resize both edges to that length, whatever the picture's shape.
     """
+    edge = shortest_edge or side
     config = {
         "do_resize": True,
-        "size": {"shortest_edge": shortest_edge or side},
+        "size": {"height": edge, "width": edge} if squash else {"shortest_edge": edge},
         "resample": resample,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},

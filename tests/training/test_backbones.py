@@ -1,11 +1,15 @@
 """Backbones and the layers behind them: shapes, stems, grey, weights from files, and refusals with their messages."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +57,8 @@ def embedded(module: nn.Module, x: Tensor) -> Tensor:
         ("shufflenet_v2_x0_5", 3, 64, 1024),
         ("convnext_tiny", 3, 32, 768),
         ("vit_b_32", 3, 32, 768),
+        ("timm:test_efficientnet", 1, 32, 256),
+        ("timm:test_vit", 3, 96, 64),
     ],
 )
 def test_a_backbone_gives_its_dimension(name: str, channels: int, side: int, dimension: int) -> None:
@@ -271,3 +277,57 @@ def test_normed_outputs_have_mean_0_and_variance_1() -> None:
     assert z.shape == (64, 5)
     torch.testing.assert_close(z.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(z.var(0, correction=0), torch.ones(5), atol=1e-3, rtol=0)
+
+
+def test_a_frozen_part_stays_in_eval_mode() -> None:
+    module = build_backbone("timm:test_efficientnet", 3, 32, None, ["conv_stem", "bn1", "blocks.0"]).module
+    copy = deepcopy(module).train()
+    for network in (module, copy):
+        learning = {name for name, weight in network.named_parameters() if weight.requires_grad}
+        assert not [name for name in learning if name.startswith(("conv_stem", "bn1", "blocks.0"))]
+        modes = {name: part.training for name, part in network.named_modules()}
+        assert not any(modes[name] for name in ("conv_stem", "bn1", "blocks.0", "blocks.0.0.bn1"))
+        assert modes["blocks.1"]
+        assert modes["blocks.1.0.bn1"]
+
+
+def test_a_part_that_a_backbone_lacks_cannot_be_frozen() -> None:
+    with pytest.raises(InvalidRequest, match=r"^frozen: 'layer9': the backbone has no such part"):
+        build_backbone("resnet18", 3, 64, None, ["layer9"])
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_weights_of_timm_come_from_a_file(classifier: bool, ending: str, tmp_path: Path) -> None:
+    network: Any = timm.create_model("test_vit", pretrained=False).eval()
+    state = {key: value for key, value in network.state_dict().items() if classifier or not key.startswith("head.")}
+    (save_file if ending == "safetensors" else torch.save)(state, tmp_path / f"weights.{ending}")
+    backbone = build_backbone("timm:test_vit", 3, 160, str(tmp_path / f"weights.{ending}"))
+    assert backbone.normalisation == ((0.5,) * 3, (0.5,) * 3)
+    x = noise(2, 3, 160, 160)
+    with torch.inference_mode():
+        expected = network.forward_head(network.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(embedded(backbone.module, x), expected)
+    # The positions of another side are resampled, so the weights fit it, too.
+    assert build_backbone("timm:test_vit", 3, 96, str(tmp_path / f"weights.{ending}")).dimension == 64
+
+
+def test_weights_that_lack_a_layer_of_timms_are_refused(save: Save) -> None:
+    state = build_backbone("timm:test_vit", 3, 160).module.state_dict()
+    del state["blocks.5.mlp.fc2.weight"]
+    with pytest.raises(InvalidRequest, match=r"does not fit the backbone: it lacks blocks\.5\.mlp\.fc2\.weight$"):
+        build_backbone("timm:test_vit", 3, 160, save(state))
+
+
+def test_a_network_that_timm_lacks_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"^timm:nonsense: timm [\d.]+ has no such network; expected a name"):
+        build_backbone("timm:nonsense", 3, 64)
+
+
+@pytest.mark.usefixtures("offline")
+def test_timms_weights_need_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InvalidRequest, match=r"^timm:test_vit: timm cannot download its weights here: .* of DEFAULT$"):
+        build_backbone("timm:test_vit", 3, 160, "DEFAULT")

@@ -1,11 +1,15 @@
-"""A torchvision backbone, exported as it is."""
+"""Networks of torchvision and timm, exported as they are."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch.nn import functional
 
 from service.encoding.card import read_card
@@ -37,6 +41,36 @@ def test_a_state_file_becomes_an_encoder_that_equals_torch(tmp_path: Path) -> No
     with torch.inference_mode():
         expected = functional.normalize(network((tensor - mean[:, None, None]) / std[:, None, None]), dim=1).numpy()
     assert float((encoder.encode([pixels]) * expected).sum()) > 0.9999
+
+
+@pytest.mark.slow("exports two networks and compares 128 embeddings twice each")
+# A class token at bicubic, and pooled features at bilinear.
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_efficientnet.r160_in1k"])
+def test_a_network_of_timm_has_its_own_preprocessing(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network: Any = timm.create_model(name, pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    import_backbone(f"timm:{name}", str(tmp_path / "weights.pth"), tmp_path / "imported")
+
+    encoder = Encoder(read_card(tmp_path / "imported"), device="cpu")
+    config = resolve_data_config(model=network)  # type: ignore[no-untyped-call]
+    transform: Any = create_transform(**config)
+    for size in ((400, 300), (210, 333)):
+        picture = scene(*size)
+        pixels = to_pixels(decode(encoded(picture), 160, Limits()), encoder.card.preprocessing)
+        with torch.inference_mode():
+            features = network.forward_features(transform(picture)[None])
+            expected = functional.normalize(network.forward_head(features, pre_logits=True), dim=1).numpy()
+        assert float((encoder.encode([pixels]) * expected).sum()) >= 0.9999
+
+
+def test_a_prefix_names_torchvision(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"^nowhere\.pth: no such file"):
+        import_backbone("torchvision:resnet18", "nowhere.pth", tmp_path / "imported")
+    with pytest.raises(InvalidRequest, match=r"^resnet19: no such backbone"):
+        import_backbone("torchvision:resnet19", "nowhere.pth", tmp_path / "imported")
+    with pytest.raises(InvalidRequest, match=r"^timm:resnet19: timm .* has no such network"):
+        import_backbone("timm:resnet19", "nowhere.pth", tmp_path / "imported")
 
 
 @pytest.fixture(scope="module")

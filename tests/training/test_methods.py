@@ -37,6 +37,7 @@ from training.losses import (
 from training.methods import METHODS, Batch, Method, build_method
 from training.methods.infonce import next_of_label
 from training.methods.moco import MoCo, SplitBatchNorm, split_batch_norms
+from training.methods.supcon import apart
 from training.recipe import MethodName, Recipe
 
 # The source has this many pictures.
@@ -388,6 +389,45 @@ def test_the_key_encoder_follows_by_one_minus_its_momentum(momentum: float, tiny
         for found, expected in zip(after, before, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert same([weight.double() for module in online for weight in weights_of(module)], theta)
+
+
+def test_supcon_pairs_a_picture_without_a_label_with_itself() -> None:
+    labels, temperature = [3, -1, 0, -1, 3, 0, 3], 0.2
+    z = torch.randn(2 * len(labels), 5, generator=torch.Generator().manual_seed(0))
+    rows = F.normalize(z, dim=1).double().numpy()
+    losses = []
+    for i in range(len(rows)):
+        others = [a for a in range(len(rows)) if a != i]
+        below = sum(np.exp(rows[i] @ rows[a] / temperature) for a in others)
+        picture = i % 7
+        positives = [p for p in others if p % 7 == picture or labels[picture] == labels[p % 7] >= 0]
+        assert len(positives) == {3: 5, 0: 3, -1: 1}[labels[picture]]
+        losses.append(-np.mean([np.log(np.exp(rows[i] @ rows[p] / temperature) / below) for p in positives]))
+    numbers = apart(torch.tensor(labels)).repeat(2)
+    assert float(supcon(z, numbers, temperature)) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_supcon_without_any_label_is_simclrs_loss() -> None:
+    z = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    labels = apart(torch.full((6,), -1)).repeat(2)
+    torch.testing.assert_close(supcon(z.flatten(0, 1), labels, 0.2), nt_xent(z, 0.2))
+    # Identical embeddings cost the log of the 11 other rows.
+    assert float(supcon(torch.ones(12, 4), labels, 0.2)) == pytest.approx(np.log(11), rel=1e-5)
+
+
+def test_norms_of_timm_keep_their_activation_when_split() -> None:
+    network = build_backbone("timm:test_efficientnet", 3, 32).module.eval()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = network(x)
+        split_batch_norms(network, 2)
+        assert torch.equal(network(x), before)
+        norm = next(module for module in network.modules() if isinstance(module, SplitBatchNorm)).train()
+        assert norm.splits == 2
+        y = torch.randn(4, norm.num_features, 3, 3)
+        halves = y[:2], y[2:]
+        parts = [F.batch_norm(half, None, None, norm.weight, norm.bias, True, 0, norm.eps) for half in halves]
+        torch.testing.assert_close(norm(y), F.silu(torch.cat(parts)))
 
 
 def test_batch_norms_of_query_and_key_encoder_are_split(tiny_recipe: Recipe) -> None:

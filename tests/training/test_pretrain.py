@@ -42,6 +42,7 @@ from training import pretrain as loop
 from training.augment import augment
 from training.backbones import build_backbone
 from training.checkpoint import (
+    Checkpoint,
     Cursor,
     Identity,
     Progress,
@@ -73,6 +74,7 @@ from training.pretrain import (
     train,
 )
 from training.recipe import Augmentation, MethodName, Recipe
+from training.weights import Normalisation
 
 CPU = torch.device("cpu")
 Paint = Callable[..., bytes]
@@ -234,7 +236,7 @@ def test_of_few_pictures_none_are_held_out(name: str, held_out: int, recipe: Rec
     assert len(prepared(open_source(name), recipe).held_out) == held_out
 
 
-@pytest.mark.parametrize("method", ["simclr", "supcon"])
+@pytest.mark.parametrize("method", ["simclr", "supcon", "triplet"])
 def test_pictures_without_a_label_are_no_queries_and_no_voters(
     method: str, recipe: Recipe, prepared: Prepared, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,8 +247,20 @@ def test_pictures_without_a_label_are_no_queries_and_no_voters(
     assert len(material.held_out) == 600 // 20
     assert all(position % 3 for position in (*material.held_out, *material.voters))
     assert len(material.voters) == 570
-    assert len(material.trained) == {"simclr": 870, "supcon": 570}[method]
-    assert ("300 pictures without a label are left out" in capsys.readouterr().err) == (method == "supcon")
+    assert len(material.trained) == {"simclr": 870, "supcon": 870, "triplet": 570}[method]
+    assert ("300 pictures without a label are left out" in capsys.readouterr().err) == (method == "triplet")
+
+
+def test_few_labelled_pictures_fill_their_share_of_a_batch(recipe: Recipe, prepared: Prepared) -> None:
+    digits = open_source("digits[:300]")
+    assert digits.labels is not None
+    labels = [label if position < 30 else None for position, label in enumerate(digits.labels)]
+    recipe = changed(recipe, method="supcon", supcon={"labelled": 0.4})
+    material = prepared(replace(digits, labels=Labels.of(labels)), recipe)
+    drawn = material.drawn(recipe)
+    # Of 450 pictures drawn 180 have a label: each of the 30 six times.
+    assert np.bincount(drawn).tolist() == [6] * 30 + [1] * 270
+    assert material.drawn(changed(recipe, method="simclr")) is material.trained
 
 
 def test_without_labels_none_are_held_out(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
@@ -596,7 +610,9 @@ def ctrl_c_after(steps: int) -> Iterator[None]:
 
 def work(recipe: Recipe, source: Source, folder: Path, minutes: float | None = None) -> Progress:
     """Train in this folder as pretrain() does, from its checkpoint if it has one."""
-    method = method_for(recipe, source)
+    torch.manual_seed(recipe.seed)
+    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, None, recipe.frozen)
+    method = build_method(recipe, backbone, len(source))
     folder.mkdir(exist_ok=True)
     earlier = read_checkpoint(folder)
     material = prepare(source, recipe, folder, CPU, earlier)
@@ -689,6 +705,65 @@ def test_views_and_accumulation_go_on_to_the_last_bit(
 ) -> None:
     recipe = changed(recipe, batch_size=32, **changes)
     assert_resumed_as_if_never_stopped(recipe, open_source("digits[:320]"), tmp_path, (3, 4), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ema": 0.9, "frozen": ["0", "1"], "backbone_rate": 0.5, "layer_decay": 0.5, "decay_norms": False},
+        {"optimizer": "lars", "learning_rate": 0.1},
+        {"optimizer": "sgd", "nesterov": True, "momentum": 0.8},
+    ],
+    ids=["average and layers", "LARS", "Nesterov"],
+)
+def test_optimizers_and_averages_go_on_to_the_last_bit(
+    changes: dict[str, object], recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, batch_size=32, **changes)
+    assert_resumed_as_if_never_stopped(recipe, open_source("digits[:320]"), tmp_path, (3, 4), monkeypatch)
+
+
+def test_the_average_is_the_encoder_of_a_run(recipe: Recipe, tmp_path: Path) -> None:
+    recipe, source = changed(recipe, batch_size=32, ema=0.9), open_source("digits[:320]")
+    method, folder = method_for(recipe, source), tmp_path / "run"
+    folder.mkdir()
+    material = prepare(source, recipe, folder, CPU)
+    train(method, material, Identity("digits", recipe), folder)
+    material.canvas.close()
+    done = read_checkpoint(folder)
+    assert done is not None
+    assert done.average is not None
+    loaded = build_backbone(recipe.backbone, 1, 8, str(folder / "checkpoint.pt")).module.state_dict()
+    for key, value in method.backbone.state_dict().items():
+        assert torch.equal(value, done.average[key]), key
+        assert torch.equal(value, loaded[key]), key
+    assert not torch.equal(done.average["0.weight"], done.method["backbone.0.weight"])
+
+
+def test_frozen_parts_of_a_backbone_do_not_change(recipe: Recipe, tmp_path: Path) -> None:
+    recipe, source = changed(recipe, batch_size=32, frozen=("0", "1")), open_source("digits[:320]")
+    torch.manual_seed(0)
+    method = build_method(recipe, build_backbone(recipe.backbone, 1, 8, None, recipe.frozen), len(source))
+    before = {key: value.clone() for key, value in method.backbone.state_dict().items()}
+    material = prepare(source, recipe, tmp_path, CPU)
+    # Between the steps the held-out pictures are embedded, in eval mode.
+    train(method, material, Identity("digits", recipe), tmp_path)
+    material.canvas.close()
+    same = {key for key, value in method.backbone.state_dict().items() if torch.equal(value, before[key])}
+    assert same == {key for key in before if key.split(".")[0] in ("0", "1")}
+
+
+def test_pixels_are_normalised_as_the_weights_want(recipe: Recipe, tmp_path: Path) -> None:
+    source, own = open_source("digits[:320]"), Normalisation((0.1, 0.2, 0.3), (0.5, 0.5, 0.8))
+
+    def found(recipe: Recipe, earlier: Checkpoint | None = None) -> list[float]:
+        material = prepare(source, recipe, tmp_path, CPU, earlier, normalisation=own)
+        material.canvas.close()
+        return [*material.mean.tolist(), *material.std.tolist()]
+
+    assert found(changed(recipe, channels=3)) == pytest.approx([*own.mean, *own.std])
+    assert found(recipe) == pytest.approx([0.2, 0.6])
+    assert found(changed(recipe, mean=(0.4,), std=(0.3,))) == pytest.approx([0.4, 0.3])
 
 
 def test_a_backbone_with_dropout_goes_on_to_the_last_bit(
@@ -838,10 +913,13 @@ def test_weights_of_a_run_are_taken_as_they_stand(tiny_model: Path, recipe: Reci
 def test_weights_of_a_torchvision_run_are_taken_as_they_stand(channels: int, tmp_path: Path) -> None:
     trained = build_backbone("resnet18", channels, 16).module.state_dict()
     method = {f"backbone.{key}": value for key, value in trained.items()}
-    content = {"identity": {"recipe": {"backbone": "resnet18"}}, "method": method}
+    statistics = {"mean": torch.full((channels,), 0.25), "std": torch.full((channels,), 0.5)}
+    content = {"identity": {"recipe": {"backbone": "resnet18"}}, "method": method, "statistics": statistics}
     torch.save(content, tmp_path / "checkpoint.pt")
     file = weights_file(str(tmp_path))
-    for key, value in build_backbone("resnet18", channels, 16, file).module.state_dict().items():
+    backbone = build_backbone("resnet18", channels, 16, file)
+    assert backbone.normalisation == ((0.25,) * channels, (0.5,) * channels)
+    for key, value in backbone.module.state_dict().items():
         assert torch.equal(value, trained[key]), key
     if channels == 1:
         with pytest.raises(InvalidRequest, match="weights for grey pictures; this run has 3 channels"):

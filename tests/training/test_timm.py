@@ -16,7 +16,11 @@ from torch.nn import functional as F
 from service import FloatArray, PixelArray
 from service.encoding.images import Limits, decode_pixels
 from service.encoding.pretrained import build_graphs, preprocessing, read_state, read_weights
+from service.errors import InvalidRequest
 from tests.conftest import missing
+from training.backbones import build_backbone
+from training.weights import LITE0
+from training.weights import read_weights as read_backbone_weights
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +74,29 @@ def test_the_graph_is_timms(photos: dict[str, PixelArray], features: FloatArray)
     cosines = F.cosine_similarity(torch.from_numpy(features), expected)
     assert len(cosines) == len(photos)
     assert float(cosines.min()) > 0.9999
+
+
+def test_the_backbone_of_a_run_is_our_graph(photos: dict[str, PixelArray], features: FloatArray) -> None:
+    backbone = build_backbone(LITE0, 3, 224, "efficientnet-lite0")
+    assert backbone.dimension == 1280
+    assert backbone.normalisation is not None
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in backbone.normalisation)
+    pixels = torch.from_numpy(np.stack(list(photos.values()))[:20]).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        ours = backbone.module.eval()((pixels / 255 - mean) / std)
+    assert float(F.cosine_similarity(torch.from_numpy(features[:20]), ours).min()) > 0.9999
+
+
+def test_every_weight_of_the_package_gets_timms_name() -> None:
+    state = read_state(read_weights())
+    found = read_backbone_weights(LITE0, "efficientnet-lite0").state
+    assert set(found) == {theirs(name) for name in state}
+    assert all(np.array_equal(found[theirs(name)].numpy(), value) for name, value in state.items())
+
+
+def test_the_weights_of_the_package_fit_no_other_backbone() -> None:
+    with pytest.raises(InvalidRequest, match=f"^efficientnet-lite0: weights of the backbone {LITE0}, not of resnet18$"):
+        build_backbone("resnet18", 3, 64, "efficientnet-lite0")
 
 
 def test_it_names_what_photographs_show(photos: dict[str, PixelArray], features: FloatArray) -> None:
