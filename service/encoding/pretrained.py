@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from service.encoding.card import CARD_FILE, VARIANTS, Preprocessing, square_preprocessing
-from service.encoding.model_folder import check_new, write_model
+from service.encoding.model_folder import check_new, check_out, write_model
 from service.encoding.whitening import Whitening, append_whitening
 from service.errors import InvalidModel
 
@@ -60,11 +60,12 @@ _STORAGES = {"FloatStorage": "<f4", "LongStorage": "<i8"}
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
 
-def import_efficientnet_lite0(out: Path) -> None:
+def import_efficientnet_lite0(out: Path, overwrite: bool = False) -> None:
     """Write EfficientNet-Lite0, centred, as a model folder: the same bytes on every machine.
 
     Args:
-        out: the folder; it must not exist.
+        out: the folder.
+        overwrite: whether an encoder that is there may be replaced.
 
     Raises:
         InvalidModel: the package with the weights is missing or damaged, or other versions of the requirements make
@@ -73,7 +74,7 @@ def import_efficientnet_lite0(out: Path) -> None:
 
     Cost: a second.
     """
-    check_new(out)
+    (check_out if overwrite else check_new)(out)
     numbers = read_numbers()
     mean = np.frombuffer(base64.b64decode(numbers["mean"]), "<f4")
     made = {variant: append_whitening(model, Whitening(mean, None)) for variant, model in build_graphs().items()}
