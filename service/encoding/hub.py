@@ -1,7 +1,7 @@
 """Files of an encoder that others trained: in a repository on Hugging Face's hub, or in a folder of the same layout.
 
-huggingface_hub fetches, with its cache, token, offline switch and HF_ENDPOINT. Files are read as data alone: no code of a
-repository is run, and nothing is unpickled.
+huggingface_hub fetches, with its cache, token, offline switch and HF_ENDPOINT. Files are read as data alone: no code
+of a repository is run, and nothing is unpickled.
 """
 
 import errno

@@ -104,7 +104,7 @@ def import_onnx(what: str, out: Path, choices: Choices, overwrite: bool = False)
         return
     if what.endswith(WEIGHTS):
         raise InvalidRequest(
-            f"{what}: expected ONNX; `lookalike import timm:NAME --weights {what}` reads weights of a network that timm has"
+            f"{what}: expected ONNX; `lookalike import timm:NAME --weights {what}` reads those of timm's networks"
         )
     if not Path(what).is_file():
         hub = f"; a repository of the hub is written {HUB}{what}" if re.fullmatch(r"[\w.-]+/[\w.-]+", what) else ""

@@ -87,7 +87,7 @@ class TextTower:
         for node in self._session.get_inputs():
             if node.name not in _INPUTS or node.type not in _TYPES:
                 raise InvalidModel(
-                    f"the text tower takes {node.name} of {node.type}; expected whole numbers as {' and '.join(_INPUTS)}"
+                    f"the text tower takes {node.name} of {node.type}; expected {' and '.join(_INPUTS)}, whole numbers"
                 )
             self._types[node.name] = _TYPES[node.type]
         outputs = [node.name for node in self._session.get_outputs()]
