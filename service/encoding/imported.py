@@ -127,7 +127,7 @@ def _import_files(files: Files, out: Path, output: str | None) -> None:
         "backbone": model_type or "unknown",
         "origin": files.origin,
         "file": layout.graph,
-        "data": {"source": f"see {files.what}"},
+        "data": {"source": f"see {files.origin.partition('@')[0]}"},
     }
     if licence := _licence(files):
         facts["licence"] = licence
