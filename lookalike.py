@@ -140,7 +140,6 @@ def import_encoder(
     from service.encoding.model_folder import check_new, check_out
     from service.encoding.pretrained import EFFICIENTNET_LITE0, import_efficientnet_lite0
 
-    (check_out if overwrite else check_new)(out)
     elsewhere = what.startswith(("timm:", "torchvision:"))
     if what != EFFICIENTNET_LITE0 and not elsewhere:
         from service.encoding.imported import Choices, import_onnx, is_onnx
@@ -162,6 +161,7 @@ def import_encoder(
         print(f"wrote {out}")
         return
     _need_torch()
+    (check_out if overwrite else check_new)(out)
     from training.importing import import_backbone
 
     import_backbone(what, weights, out)

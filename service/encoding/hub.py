@@ -97,16 +97,23 @@ def open_hub(what: str) -> HubFiles:
     if match is None:
         raise InvalidRequest(f"{what}: expected {HUB}ORG/NAME, with @REVISION behind it if you like")
     # Imported late: it takes a second, and reads the environment.
-    from httpx2 import TransportError
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        # The HTTP client that it is of differs between versions.
+        HTTPError,  # type: ignore[attr-defined]
+        IncompleteSnapshotError,
+        OfflineModeIsEnabled,
+    )
 
     name, api = match["name"], HfApi()
     with _in_a_sentence(what, name):
         commit = api.resolve_revision(name, revision=match["revision"]).resolved
         try:
             return HubFiles(name, commit, what, tuple(sorted(api.list_repo_files(name, revision=commit))))
-        except (OfflineModeIsEnabled, TransportError):
+        except HfHubHTTPError:
+            raise
+        except (OfflineModeIsEnabled, HTTPError):
             try:
                 folder = snapshot_download(name, revision=commit, local_files_only=True)
             except IncompleteSnapshotError as error:
@@ -117,7 +124,6 @@ def open_hub(what: str) -> HubFiles:
 @contextmanager
 def _in_a_sentence(what: str, repository: str) -> Iterator[None]:
     """Raise errors of huggingface_hub as ours."""
-    from httpx2 import HTTPError
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT
 
@@ -142,7 +148,7 @@ def _in_a_sentence(what: str, repository: str) -> Iterator[None]:
         raise InvalidModel(f"{what}: {why}, and the cache has not all that is needed") from error
     except errors.HFValidationError as error:
         raise InvalidRequest(f"{what}: {error}") from error
-    except HTTPError as error:
+    except errors.HTTPError as error:  # type: ignore[attr-defined]
         raise InvalidModel(f"{what}: {ENDPOINT} cannot be reached: {error}") from error
     except OSError as error:
         full = "; make room, or set HF_HOME to a folder with room" if error.errno == errno.ENOSPC else ""

@@ -55,17 +55,18 @@ class _Outputs(nn.Module):
         return tuple(found[name] for name in self.names)
 
 
-def exported(model: nn.Module, inputs: dict[str, Tensor], outputs: list[str], batch: str | None = "N") -> bytes:
+def exported(model: nn.Module, inputs: dict[str, Tensor], outputs: list[str], fixed: bool = False) -> bytes:
     """Return a model as ONNX, as optimum exports it.
 
     Args:
         model: of transformers.
         inputs: examples, by name.
         outputs: names of its outputs.
-        batch: None fixes the size of the batch to that of the examples.
+        fixed: whether the size of the batch is that of the examples, and no other.
     """
-    axes = {name: {0: batch, **({} if name == "pixel_values" else {1: "sequence_length"})} for name in inputs}
-    buffer = io.BytesIO()
+    axes = {name: {0: "N"} if name == "pixel_values" else {0: "N", 1: "T"} for name in inputs}
+    # torch takes a buffer, though its types say no.
+    buffer: Any = io.BytesIO()
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             # The exporter gives the mode back that it found.
@@ -74,10 +75,10 @@ def exported(model: nn.Module, inputs: dict[str, Tensor], outputs: list[str], ba
             buffer,
             input_names=[*inputs],
             output_names=outputs,
-            dynamic_axes=axes if batch else None,
+            dynamic_axes=None if fixed else axes,
             dynamo=False,
         )
-    return buffer.getvalue()
+    return bytes(buffer.getvalue())
 
 
 def pixels(count: int = 2) -> dict[str, Tensor]:

@@ -181,7 +181,7 @@ REFUSED = {
     "hf:org/both": "cannot tell which output is the embedding, of other, logits; logits are scores of classes",
     "hf:org/classes": "cannot tell which output is the embedding, of logits; logits are scores of classes",
     "hf:org/words": "onnx/text_model.onnx: ",
-    "hf:org/lengths": "onnx/text_model.onnx: gives 24 numbers a text, and onnx/vision_model.onnx 3072 numbers a picture",
+    "hf:org/lengths": "text_model.onnx: gives 24 numbers a text, and onnx/vision_model.onnx 3072 numbers a picture",
 }
 
 
@@ -340,7 +340,7 @@ def test_a_fixed_batch_of_one_is_served_one_by_one_and_said(
             attn_implementation="eager",
         )
     )
-    graph = exported(model, pixels(1), ["last_hidden_state", "pooler_output"], batch=None)
+    graph = exported(model, pixels(1), ["last_hidden_state", "pooler_output"], fixed=True)
     config = {"feature_extractor_type": "ViTFeatureExtractor", "size": SIDE, **BARE_KEYS}
     family = Family(
         repository({"model": graph}, config, model.config), config, lambda x: model(x).last_hidden_state[:, 0]
