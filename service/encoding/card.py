@@ -62,6 +62,11 @@ class Preprocessing:
         return max(self.height, self.width)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The side of the square, or height and width, as users see them."""
+        return {"side": self.side} if self.height == self.width else {"height": self.height, "width": self.width}
+
+    @property
     def decoded_side(self) -> int:
         """The side that `images.decode` is to serve: a draft then has 1.75 times the resized picture's edge or more."""
         edge = max(self.resize) if isinstance(self.resize, tuple) else self.resize or 0
@@ -284,10 +289,7 @@ def digest(card: Card, dimension: int) -> dict[str, Any]:
         dimension: D, as its graph gives it.
     """
     shown = {"name": card.name, "fingerprint": card.fingerprint, "dimension": dimension}
-    if card.preprocessing.height == card.preprocessing.width:
-        shown["side"] = card.preprocessing.side
-    else:
-        shown |= {"height": card.preprocessing.height, "width": card.preprocessing.width}
+    shown |= card.preprocessing.sizes
     return shown | {key: value for key, value in card.facts.items() if key not in (*shown, "canary")}
 
 

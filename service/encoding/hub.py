@@ -97,26 +97,20 @@ def open_hub(what: str) -> HubFiles:
     if match is None:
         raise InvalidRequest(f"{what}: expected {HUB}ORG/NAME, with @REVISION behind it if you like")
     # Imported late: it takes a second, and reads the environment.
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        # The HTTP client that it is of differs between versions.
-        HTTPError,  # type: ignore[attr-defined]
-        IncompleteSnapshotError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     name, api = match["name"], HfApi()
     with _in_a_sentence(what, name):
         commit = api.resolve_revision(name, revision=match["revision"]).resolved
         try:
             return HubFiles(name, commit, what, tuple(sorted(api.list_repo_files(name, revision=commit))))
-        except HfHubHTTPError:
+        except errors.HfHubHTTPError:
             raise
-        except (OfflineModeIsEnabled, HTTPError):
+        # The HTTP client that its last class is of differs between versions.
+        except (errors.OfflineModeIsEnabled, errors.HTTPError):  # type: ignore[attr-defined]
             try:
                 folder = snapshot_download(name, revision=commit, local_files_only=True)
-            except IncompleteSnapshotError as error:
+            except errors.IncompleteSnapshotError as error:
                 folder = error.snapshot_path
     return HubFiles(name, commit, what, open_folder(Path(folder)).names)
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tests.service.encoding.test_processors import CONFIGS
 
-SIDE = 32
+# Of the pixels: that of CONFIGS.
+SIDE = 224
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -23,7 +24,7 @@ TOWER = {
     # The trace of the other implementations depends on the size of the batch.
     "attn_implementation": "eager",
 }
-VISION = {**TOWER, "image_size": SIDE, "patch_size": 8}
+VISION = {**TOWER, "image_size": SIDE, "patch_size": 32}
 
 
 class Family(NamedTuple):
@@ -90,15 +91,6 @@ def tokens(masked: bool) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if masked else {"input_ids": ids}
 
 
-def small(config: dict[str, Any], edge: int = SIDE) -> dict[str, Any]:
-    """Return a family's preprocessor_config.json for pictures of SIDE pixels."""
-    small = {**config, "crop_size": {"height": SIDE, "width": SIDE}} if "crop_size" in config else {**config}
-    size = config["size"]
-    return small | {
-        "size": edge if isinstance(size, int) else dict.fromkeys(size, edge if "shortest_edge" in size else SIDE)
-    }
-
-
 def repository(graphs: dict[str, bytes], config: dict[str, Any], model_config: Any, **more: str) -> dict[str, bytes]:
     """Return the files of a repository, with weights and code that nobody may read or run."""
     texts = {
@@ -118,7 +110,7 @@ def dinov2() -> Family:
     torch.manual_seed(0)
     model = transformers.Dinov2Model(transformers.Dinov2Config(**VISION))
     graph = exported(model, pixels(), ["last_hidden_state"])
-    config = small(CONFIGS["dinov2"], 37)
+    config = CONFIGS["dinov2"]
     return Family(
         repository({"model": graph}, config, model.config), config, lambda x: model(x).last_hidden_state[:, 0]
     )
@@ -129,7 +121,7 @@ def resnet() -> Family:
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "layer_type": "basic"}
     model = transformers.ResNetModel(transformers.ResNetConfig(**sizes)).eval()
     graph = exported(model, pixels(), ["last_hidden_state", "pooler_output"])
-    config = small(CONFIGS["resnet"])
+    config = CONFIGS["resnet"]
     return Family(
         repository({"model": graph}, config, model.config), config, lambda x: model(x).pooler_output[:, :, 0, 0]
     )
@@ -153,7 +145,7 @@ def clip() -> Family:
         "vision_model": exported(images, pixels(), ["image_embeds", "last_hidden_state"]),
         "text_model": exported(texts, tokens(masked=True), ["text_embeds", "last_hidden_state"]),
     }
-    config = small(CONFIGS["clip"])
+    config = CONFIGS["clip"]
 
     def embed_texts(sentences: list[str]) -> Tensor:
         found = tokenizer(sentences, padding=True, truncation=True, max_length=77, return_tensors="pt")
@@ -175,7 +167,7 @@ def siglip() -> Family:
         "vision_model": exported(model.vision_model, pixels(), ["last_hidden_state", "pooler_output"]),
         "text_model": exported(model.text_model, tokens(masked=False), ["last_hidden_state", "pooler_output"]),
     }
-    config = small(CONFIGS["siglip"])
+    config = CONFIGS["siglip"]
 
     def embed_texts(sentences: list[str]) -> Tensor:
         found = tokenizer(sentences, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
