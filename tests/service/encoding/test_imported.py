@@ -146,15 +146,30 @@ def test_texts_are_tokenised_and_embedded_as_by_transformers(name: str, hub: Hub
     assert len(TEXTS) == 200
     filling = {"clip": True, "siglip": "max_length"}[name]
     assert (config.max_length, config.padding) == {"clip": (77, "longest"), "siglip": (64, "max_length")}[name]
-    expected = family.tokenizer(TEXTS, padding=filling, truncation=True, max_length=config.max_length)
-    tokens, mask = tower.tokens(TEXTS)
-    assert np.array_equal(tokens, np.asarray(expected["input_ids"]))
-    assert np.array_equal(mask, np.asarray(expected["attention_mask"]))
+    for texts in (TEXTS, ["a cat"], ["", "A CAT sat"]):
+        expected = family.tokenizer(texts, padding=filling, truncation=True, max_length=config.max_length)
+        tokens, mask = tower.tokens(texts)
+        assert np.array_equal(tokens, np.asarray(expected["input_ids"]))
+        assert np.array_equal(mask, np.asarray(expected["attention_mask"]))
     assert family.embed_texts is not None
     with torch.no_grad():
         embeddings = normalised(family.embed_texts(TEXTS).numpy())
     assert (tower.encode(TEXTS) * embeddings).sum(1).min() >= 0.9999
     assert tower.encode(TEXTS[:1]).shape[1] == Encoder(read_card(folder), "cpu").dimension
+
+
+def test_texts_are_in_small_letters_where_the_tokenizer_leaves_it(families: dict[str, Family], tmp_path: Path) -> None:
+    source, family = folder_of(families["siglip"], tmp_path / "downloaded"), families["siglip"]
+    tokenizer = json.loads((source / "tokenizer.json").read_bytes())
+    kept = [one for one in tokenizer["normalizer"]["normalizers"] if one["type"] != "Lowercase"]
+    tokenizer["normalizer"]["normalizers"] = kept
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    import_onnx(str(source), tmp_path / "out", Choices())
+    config = TextConfig.from_json((tmp_path / "out" / TEXT_CONFIG_FILE).read_bytes())
+    assert config.lowercase
+    graph, words = ((tmp_path / "out" / name).read_bytes() for name in ("text.onnx", "tokenizer.json"))
+    expected = family.tokenizer(["A CAT"], padding="max_length", max_length=64)
+    assert np.array_equal(TextTower(graph, words, config).tokens(["A CAT"])[0], np.asarray(expected["input_ids"]))
 
 
 def test_nothing_but_json_readme_and_graphs_is_fetched(hub: Hub) -> None:
