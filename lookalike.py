@@ -135,29 +135,73 @@ def export(
 
 
 @cli.command("import")
-def import_backbone(
-    backbone: Annotated[
+def import_encoder(
+    what: Annotated[
         str,
-        typer.Argument(help="efficientnet-lite0, which needs no torch; or a torchvision backbone, such as resnet18."),
+        typer.Argument(
+            metavar="WHAT",
+            help="efficientnet-lite0; hf:ORG/NAME[@REVISION], a folder of that layout or an .onnx file, none of which "
+            "needs torch; timm:NAME or torchvision:NAME in the training environment.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
     weights: Annotated[
-        str, typer.Option(help="Of a torchvision backbone: DEFAULT for its own, or a state file of yours.")
+        str, typer.Option(help="Of timm: and torchvision: DEFAULT for their own, or a state file of yours.")
     ] = "DEFAULT",
+    side: Annotated[
+        str | None, typer.Option(metavar="S", help="Of an .onnx file: side of its pixels, or HEIGHTxWIDTH.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Of an .onnx file: subtracted from pixels in 0..1.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Of an .onnx file: they are divided by it then.")
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Of an .onnx file: the shortest edge before the central crop, bicubic; the side if left out.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of a graph: the output that is the embedding; NAME:class or NAME:mean of tokens."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write an encoder that others have trained: efficientnet-lite0 for photographs, or a torchvision backbone."""
+    """Write an encoder that others have trained: for photographs, of Hugging Face's hub, timm or torchvision."""
+    from service.encoding.model_folder import check_new
     from service.encoding.pretrained import EFFICIENTNET_LITE0, import_efficientnet_lite0
 
-    if backbone == EFFICIENTNET_LITE0:
+    elsewhere = what.startswith(("timm:", "torchvision:"))
+    if what != EFFICIENTNET_LITE0 and not elsewhere:
+        from service.encoding.imported import Choices, import_onnx, is_onnx
+
+        if is_onnx(what):
+            if weights != "DEFAULT":
+                raise InvalidRequest(f"--weights {weights}: {what} comes with its own; leave the option out")
+            import_onnx(what, out, Choices(side, mean, std, resize, output), overwrite)
+            print(f"wrote {out}")
+            return
+    if any(option is not None for option in (side, mean, std, resize, output)):
+        raise InvalidRequest(
+            f"{what}: brings its own preprocessing; --side, --mean, --std, --resize and --output are not for it"
+        )
+    if what == EFFICIENTNET_LITE0:
         if weights != "DEFAULT":
             raise InvalidRequest(f"--weights {weights}: {EFFICIENTNET_LITE0} comes with its own; leave the option out")
-        import_efficientnet_lite0(out)
+        import_efficientnet_lite0(out, overwrite)
         print(f"wrote {out}")
         return
     _need_torch()
-    from training.importing import import_backbone as run
+    check_new(out, overwrite)
+    from training.importing import import_backbone
 
-    run(backbone, weights, out)
+    import_backbone(what, weights, out)
 
 
 @cli.command()

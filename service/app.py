@@ -195,6 +195,8 @@ def open_service(app: FastAPI, settings: Settings) -> None:
         gallery.encoder.variant,
         gallery.encoder.provider,
     )
+    if gallery.encoder.max_batch == 1:
+        log.warning("the graph of the encoder takes one picture at a time: pictures are embedded one by one")
     if not settings.no_store and (notice := gallery.notice()):
         log.warning(notice)
     # A full collection of all that was loaded so far would stop every request for 100 ms.

@@ -98,7 +98,7 @@ class Gallery:
         Raises:
             EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
         """
-        picture = decode(data, self.card.preprocessing.side, self.settings.limits)
+        picture = decode(data, self.card.preprocessing.decoded_side, self.settings.limits)
         small = thumbnail(data, picture, self.settings.limits)
         return ReadPicture(data, to_pixels(picture, self.card.preprocessing), small)
 

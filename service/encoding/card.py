@@ -5,13 +5,14 @@ import hashlib
 import json
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from service import FloatArray
+from service.encoding.processors import explicit, processor_of
 from service.errors import InvalidModel
 
 MODEL_FILE = "model.onnx"
@@ -27,6 +28,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "card.json"
 # The text tower of an image-text encoder.
 TEXT_FILE = "text.onnx"
+POOLINGS = ("class", "mean")
 
 
 @dataclass(frozen=True)
@@ -34,72 +36,112 @@ class Preprocessing:
     """How a picture becomes pixels, read from the Hugging Face image-processor keys.
 
     Attributes:
-        side: S, the side of the square of pixels that the encoder takes.
+        height, width: of the pixels that the encoder takes.
         resize: (width, height) to resize to, or the length of the shortest edge, or None.
         resample: Pillow's number of the filter (2 bilinear, 3 bicubic).
-        rescale: factor for a float32 graph input; None leaves 0..255.
-        mean, std: per channel, for a float32 graph input after rescaling; None leaves it.
+        floors: whether the offset of the crop is rounded down, as by transformers; else half pixels go to the even
+            number, as by torchvision.
+        rescale: factor for a float graph input; None leaves 0..255.
+        mean, std: per channel, for a float graph input after rescaling; None leaves it.
         canonical: sorted JSON of the whole file, one ingredient of the fingerprint.
     """
 
-    side: int
+    height: int
+    width: int
     resize: tuple[int, int] | int | None
     resample: int
+    floors: bool
     rescale: float | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     canonical: str
 
+    @property
+    def side(self) -> int:
+        """S, the longer side of the pixels: the side of their square, nearly always."""
+        return max(self.height, self.width)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The side of the square, or height and width, as users see them."""
+        return {"side": self.side} if self.height == self.width else {"height": self.height, "width": self.width}
+
+    @property
+    def decoded_side(self) -> int:
+        """The side that `images.decode` is to serve: a draft then has 1.75 times the resized picture's edge or more."""
+        edge = max(self.resize) if isinstance(self.resize, tuple) else self.resize or 0
+        return max(self.side, math.ceil(0.875 * edge))
+
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str) -> "Preprocessing":
-        """Read the keys of preprocessor_config.json.
+        """Read the keys of preprocessor_config.json; where they name a processor of transformers, as that reads them.
 
         Raises:
             InvalidModel: a key is missing, of the wrong type, or asks for a step that we do not have.
         """
         try:
-            resize: tuple[int, int] | int | None = None
-            if config.get("do_resize", True):
-                size = config["size"]
-                if isinstance(size, int):
-                    resize = _side(size)
-                elif "shortest_edge" in size:
-                    resize = _side(size["shortest_edge"])
-                else:
-                    resize = (_side(size["width"]), _side(size["height"]))
-            if config.get("do_center_crop", False):
-                crop = config["crop_size"]
-                width, height = (crop, crop) if isinstance(crop, int) else (crop["width"], crop["height"])
-            elif isinstance(resize, tuple):
-                width, height = resize
-            else:
-                raise ValueError("needs do_center_crop, or a size of width and height")
-            if width != height:
-                raise ValueError(f"pixels must be square, not {width}x{height}")
-            if config.get("do_pad", False):
-                raise ValueError("do_pad is not supported")
-            if resize is not None and min(resize if isinstance(resize, tuple) else (resize,)) < width:
-                raise ValueError(f"size {resize} is smaller than crop_size {width}")
-            normalize = config.get("do_normalize", True)
-            std = tuple(float(value) for value in config["image_std"]) if normalize else None
-            mean = tuple(float(value) for value in config["image_mean"]) if normalize else None
-            if normalize and (len(mean or ()) != 3 or len(std or ()) != 3 or not all(std or ())):
-                raise ValueError("image_mean and image_std need three numbers, image_std no zero")
-            rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else None
-            resample = int(config.get("resample", 2))
-            if not 0 <= resample <= 5:
-                raise ValueError(f"resample must be 0..5, not {resample}")
+            return cls._read(config)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
             raise InvalidModel(f"{where}: not a preprocessing that we can apply: {reason}") from error
-        canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
-        return cls(_side(width), resize, resample, rescale, mean, std, canonical)
+
+    @classmethod
+    def _read(cls, file: dict[str, Any]) -> "Preprocessing":
+        config = explicit(file)
+        resize = _resize(config["size"]) if config.get("do_resize", True) else None
+        if config.get("do_center_crop", False):
+            crop = config["crop_size"]
+            width, height = (crop, crop) if isinstance(crop, int) else (crop["width"], crop["height"])
+        elif isinstance(resize, tuple):
+            width, height = resize
+        else:
+            raise ValueError("needs do_center_crop, or a size of width and height")
+        for step in ("do_pad", "do_flip_channel_order", "rescale_offset"):
+            if config.get(step, False):
+                raise ValueError(f"{step} is not supported")
+        width, height = _side(width), _side(height)
+        least = resize if isinstance(resize, tuple) else (resize, resize)
+        if any(edge is not None and edge < side for edge, side in zip(least, (width, height), strict=True)):
+            raise ValueError(f"size {resize} is smaller than crop_size {width}x{height}")
+        normalize = config.get("do_normalize", True)
+        std = tuple(float(value) for value in config["image_std"]) if normalize else None
+        mean = tuple(float(value) for value in config["image_mean"]) if normalize else None
+        if normalize and (len(mean or ()) != 3 or len(std or ()) != 3 or not all(std or ())):
+            raise ValueError("image_mean and image_std need three numbers, image_std no zero")
+        rescale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else None
+        resample = int(config.get("resample", 2))
+        if not 0 <= resample <= 5:
+            raise ValueError(f"resample must be 0..5, not {resample}")
+        canonical = json.dumps(file, sort_keys=True, separators=(",", ":"))
+        floors = processor_of(file) is not None
+        return cls(height, width, resize, resample, floors, rescale, mean, std, canonical)
+
+
+def _resize(size: Any) -> tuple[int, int] | int:
+    """Return the (width, height) or the shortest edge that the key `size` asks for."""
+    if isinstance(size, int):
+        return _side(size)
+    if "shortest_edge" in size:
+        return _side(size["shortest_edge"])
+    return _side(size["width"]), _side(size["height"])
 
 
 def _side(value: object) -> int:
     if not isinstance(value, int) or not 1 <= value <= 4096:
         raise ValueError(f"a side must be a whole number of pixels from 1 to 4096, not {value!r}")
     return value
+
+
+class Output(NamedTuple):
+    """The output of a graph that becomes the embedding.
+
+    name: the output's.
+    pooling: None for an output (N, D); "class" takes row 0 of tokens (N, T, D); "mean" averages tokens (N, T, D), or
+        the places of a feature map (N, D, H, W).
+    """
+
+    name: str
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +165,26 @@ class Card:
     preprocessing: Preprocessing
     facts: dict[str, Any]
     variants: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Output | None:
+        """The output that the card names, or None if the graph's own names tell.
+
+        Raises:
+            InvalidModel: the card's entry is not the name of an output and a pooling.
+        """
+        entry = self.facts.get("output")
+        if entry is None:
+            return None
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("name"), str)
+            or entry.get("pooling") not in (None, *POOLINGS)
+        ):
+            raise InvalidModel(
+                f"{self.folder / CARD_FILE}: output: expected a name, and a pooling of {' or '.join(POOLINGS)} or null"
+            )
+        return Output(entry["name"], entry.get("pooling"))
 
     @property
     def canary(self) -> FloatArray | None:
@@ -164,22 +226,26 @@ def square_preprocessing(
     return Preprocessing.from_config(config, "export")
 
 
-def choose_output(outputs: dict[str, int]) -> str | None:
-    """Return the name of the output that is the embedding, or None.
+def choose_output(outputs: dict[str, int], named: Output | None = None) -> Output | None:
+    """Return the output that is the embedding, or None.
 
     Args:
         outputs: the number of axes of each of a graph's outputs, by name.
+        named: the one that the card names, if it names one.
     """
+    if named is not None:
+        return named if named.name in outputs else None
     for name in OUTPUTS:
         if name in outputs:
-            return name
+            return Output(name)
     flat = [name for name, axes in outputs.items() if axes == 2]
-    return flat[0] if len(flat) == 1 else None
+    return Output(flat[0]) if len(flat) == 1 else None
 
 
-def fingerprint(model: bytes, preprocessing: Preprocessing) -> str:
-    """Return the sha256 (hex) that names the embedding space of a model and its preprocessing."""
-    return hashlib.sha256(hashlib.sha256(model).digest() + preprocessing.canonical.encode()).hexdigest()
+def fingerprint(model: bytes, preprocessing: Preprocessing, output: Output | None = None) -> str:
+    """Return the sha256 (hex) that names the embedding space of a model, its preprocessing and the output it names."""
+    chosen = "" if output is None else json.dumps(output)
+    return hashlib.sha256(hashlib.sha256(model).digest() + (preprocessing.canonical + chosen).encode()).hexdigest()
 
 
 def read_card(folder: Path) -> Card:
@@ -196,10 +262,11 @@ def read_card(folder: Path) -> Card:
     files = {MODEL_FILE: _read(folder / MODEL_FILE)}
     files |= {file: _read(folder / file) for file in VARIANTS.values() if (folder / file).exists()}
     preprocessing = Preprocessing.from_config(_read_json(folder / PREPROCESSOR_FILE), str(folder / PREPROCESSOR_FILE))
-    own = fingerprint(files[MODEL_FILE], preprocessing)
-    facts: dict[str, Any] = {}
-    if (folder / CARD_FILE).exists():
-        facts = _read_json(folder / CARD_FILE)
+    facts = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    name = str(facts.get("name") or folder.resolve().name)
+    card = Card(folder.resolve(), name, "", files[MODEL_FILE], preprocessing, facts)
+    own = fingerprint(card.model, preprocessing, card.output)
+    if facts:
         for file, expected in facts.get("sha256", {}).items():
             data = files[file] if file in files else _read(folder / file)
             if (actual := hashlib.sha256(data).hexdigest()) != expected:
@@ -215,8 +282,7 @@ def read_card(folder: Path) -> Card:
                 f"{folder / VARIANTS[name]}: {CARD_FILE} has not measured it to be {MODEL_FILE} in other arithmetic; "
                 "remove it, or write the encoder anew with `lookalike export --overwrite`"
             )
-    name = str(facts.get("name") or folder.resolve().name)
-    return Card(folder.resolve(), name, own, files[MODEL_FILE], preprocessing, facts, variants)
+    return replace(card, fingerprint=own, variants=variants)
 
 
 def digest(card: Card, dimension: int) -> dict[str, Any]:
@@ -227,7 +293,7 @@ def digest(card: Card, dimension: int) -> dict[str, Any]:
         dimension: D, as its graph gives it.
     """
     shown = {"name": card.name, "fingerprint": card.fingerprint, "dimension": dimension}
-    shown["side"] = card.preprocessing.side
+    shown |= card.preprocessing.sizes
     return shown | {key: value for key, value in card.facts.items() if key not in (*shown, "canary")}
 
 

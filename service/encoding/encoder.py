@@ -7,7 +7,7 @@ import numpy as np
 
 from service import FloatArray, PixelArray
 from service.encoding.card import MODEL_FILE, Card
-from service.encoding.runtimes import LARGEST_BATCH, VERSION, Device, Graph, find_devices
+from service.encoding.runtimes import VERSION, Device, Graph, find_devices
 from service.errors import InvalidModel
 
 # Noise pictures in the batch that measures and compares variants. No variant was calibrated for noise, so the cosine to
@@ -25,8 +25,9 @@ _GAIN = 0.9
 class Encoder:
     """An ONNX image encoder in one embedding space. Opening one changes nothing outside it.
 
-    The graph decides: a uint8 input gets pixels as they are, a float32 input gets them rescaled and normalised as the
-    card's preprocessing says. The output is `embedding`, else `image_embeds`, else the only 2-D output.
+    The graph decides: a uint8 input gets pixels as they are, a float32 or float16 input gets them rescaled and
+    normalised as the card's preprocessing says. The output is the one that the card names, else `embedding`, else
+    `image_embeds`, else the only 2-D output.
 
     Attributes:
         card: the facts, the fingerprint among them.
@@ -53,7 +54,7 @@ class Encoder:
         self.card = card
         devices = find_devices(device)
         self.variant, graph = "fp32", Graph(card, "fp32", card.model, devices[0])
-        self._canary = canary(card.preprocessing.side)
+        self._canary = canary(card.preprocessing.height, card.preprocessing.width)
         self.dimension = self._check_canary(graph)
         tried = {name: model for name, model in card.variants.items() if variant in ("auto", name)}
         if tried:
@@ -65,7 +66,7 @@ class Encoder:
             lane.warm_buckets(self._canary)
         self._known = graph.warm_up(self._canary[None])[0]
         self.lanes: list[Callable[[Sequence[PixelArray]], FloatArray]] = [lane.encode for lane in self._graphs]
-        self.max_batch = LARGEST_BATCH[graph.kind]
+        self.max_batch = graph.max_batch
 
     def _check_canary(self, graph: Graph) -> int:
         """Compare the canary's embedding with the card; return its dimension, which the graph may leave symbolic."""
@@ -85,8 +86,8 @@ class Encoder:
 
     def _choose(self, model: Graph, tried: dict[str, bytes], fastest: bool, device: Device) -> Graph:
         """Open the variants tried; return the fastest of them and `model`, or the one variant that was asked for."""
-        side = self.card.preprocessing.side
-        canaries = np.random.default_rng(0).integers(0, 256, (_CANARIES, side, side, 3), dtype=np.uint8)
+        shape = (_CANARIES, self.card.preprocessing.height, self.card.preprocessing.width, 3)
+        canaries = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         expected = model.warm_up(canaries)
         chosen, least = model, _GAIN * model.seconds(canaries) if fastest else math.inf
         for name, content in tried.items():
@@ -108,7 +109,7 @@ class Encoder:
         """Embed a batch of pixels, on the first lane.
 
         Args:
-            pixels: N arrays (S, S, 3) uint8, or one (N, S, S, 3).
+            pixels: N arrays (height, width, 3) uint8, or one (N, height, width, 3).
 
         Returns:
             (N, D) float32, rows of L2 norm 1.
@@ -133,12 +134,13 @@ class Encoder:
         return embedding
 
 
-def canary(side: int) -> PixelArray:
-    """Return the picture (S, S, 3) whose embedding a card records.
+def canary(height: int, width: int | None = None) -> PixelArray:
+    """Return the picture (height, width, 3) whose embedding a card records; without a width, a square one.
 
     It shows soft waves, computed in integers alone, so every machine makes the same one.
     """
-    y, x = np.indices((side, side)) * 256 // side
+    width = height if width is None else width
+    y, x = np.indices((height, width)) * 256 // np.array([height, width]).reshape(2, 1, 1)
     waves = np.stack([x, (x + 2 * y) // 2, 255 - (3 * x + y) // 4], axis=2) * 2
     return np.asarray(255 - abs(waves % 511 - 255), np.uint8)
 

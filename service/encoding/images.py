@@ -220,14 +220,13 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
     """Resize and crop a picture as the encoder's preprocessing says.
 
     Returns:
-        (S, S, 3) uint8.
+        (height, width, 3) uint8.
 
     Raises:
         TooLarge: the crop is larger than the picture, whose preprocessing does not resize.
 
     Cost: only the part of the picture that survives the crop is resampled.
     """
-    side = preprocessing.side
     width, height = picture.size
     resize = preprocessing.resize
     if resize is None:
@@ -238,19 +237,25 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
         resized = (resize, max(resize, int(resize * height / width)))
     else:
         resized = (max(resize, int(resize * width / height)), resize)
-    # The crop's offsets are those of torchvision and transformers, converted to source coordinates: the resampling
+    # The crop's offsets are those of torchvision or of transformers, converted to source coordinates: the resampling
     # reads the same places as resizing first and cropping then.
-    left, top = round((resized[0] - side) / 2), round((resized[1] - side) / 2)
+    target = (preprocessing.width, preprocessing.height)
+    left, top = (_offset(edge - side, preprocessing.floors) for edge, side in zip(resized, target, strict=True))
     across, down = width / resized[0], height / resized[1]
     if left < 0 or top < 0:
-        raise TooLarge(f"the picture is {width}x{height}, smaller than the {side} pixels the encoder needs")
-    box = (left * across, top * down, (left + side) * across, (top + side) * down)
-    return np.asarray(picture.resize((side, side), Image.Resampling(preprocessing.resample), box=box))
+        needed = f"{target[0]}x{target[1]}" if target[0] != target[1] else target[0]
+        raise TooLarge(f"the picture is {width}x{height}, smaller than the {needed} pixels the encoder needs")
+    box = (left * across, top * down, (left + target[0]) * across, (top + target[1]) * down)
+    return np.asarray(picture.resize(target, Image.Resampling(preprocessing.resample), box=box))
+
+
+def _offset(margin: int, floors: bool) -> int:
+    return margin // 2 if floors else round(margin / 2)
 
 
 def decode_pixels(data: bytes, preprocessing: Preprocessing, limits: Limits) -> PixelArray:
-    """Return the pixels (S, S, 3) of image bytes. Raises as `decode` and `to_pixels`."""
-    return to_pixels(decode(data, preprocessing.side, limits), preprocessing)
+    """Return the pixels (height, width, 3) of image bytes. Raises as `decode` and `to_pixels`."""
+    return to_pixels(decode(data, preprocessing.decoded_side, limits), preprocessing)
 
 
 def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def write_model(
     quality: dict[str, Any],
     known_canary: str | None = None,
     name: str | None = None,
+    more: dict[str, bytes] | None = None,
 ) -> None:
     """Write a model folder, whole or not at all; an earlier one is replaced.
 
@@ -55,10 +57,11 @@ def write_model(
         out: the folder; its name is the encoder's.
         graphs: ONNX, by the name of the variant; "fp32" is model.onnx.
         preprocessing: goes beside them.
-        facts: more entries of the card, such as method and data.
+        facts: more entries of the card, such as method and data; `output` where the graph's names do not tell it.
         quality: the measurements of each file, by its name.
         known_canary: the canary's embedding as float32 in base64; None computes it here.
         name: the encoder's name; None for the folder's.
+        more: other files of the encoder by name, such as those of its text tower.
 
     Raises:
         InvalidModel: a graph outside the contract.
@@ -68,10 +71,13 @@ def write_model(
     from service.encoding.encoder import Encoder, canary
 
     model = graphs["fp32"]
-    card = Card(out, name or out.name, fingerprint(model, preprocessing), model, preprocessing, {})
+    bare = Card(
+        out, name or out.name, "", model, preprocessing, {key: facts[key] for key in ("output",) if key in facts}
+    )
+    card = replace(bare, fingerprint=fingerprint(model, preprocessing, bare.output))
     encoder = Encoder(card, device="cpu")
-    embedding = encoder.encode(canary(preprocessing.side)[None])[0]
-    files = {VARIANTS[variant]: graph for variant, graph in graphs.items()}
+    embedding = encoder.encode(canary(preprocessing.height, preprocessing.width)[None])[0]
+    files = {VARIANTS[variant]: graph for variant, graph in graphs.items()} | (more or {})
     files[PREPROCESSOR_FILE] = (json.dumps(json.loads(preprocessing.canonical), indent=2) + "\n").encode()
     content = {
         "name": card.name,

@@ -61,11 +61,12 @@ _STORAGES = {"FloatStorage": "<f4", "LongStorage": "<i8"}
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
 
-def import_efficientnet_lite0(out: Path) -> None:
+def import_efficientnet_lite0(out: Path, overwrite: bool = False) -> None:
     """Write EfficientNet-Lite0, centred, as a model folder: the same bytes on every machine.
 
     Args:
-        out: the folder; it must not exist.
+        out: the folder.
+        overwrite: whether an encoder that is there may be replaced.
 
     Raises:
         InvalidModel: the package with the weights is missing or damaged, or other versions of the requirements make
@@ -74,7 +75,7 @@ def import_efficientnet_lite0(out: Path) -> None:
 
     Cost: a second.
     """
-    check_new(out)
+    check_new(out, overwrite)
     numbers = read_numbers()
     mean = np.frombuffer(base64.b64decode(numbers["mean"]), "<f4")
     made = {variant: append_whitening(model, Whitening(mean, None)) for variant, model in build_graphs().items()}

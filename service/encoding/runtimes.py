@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from service import FloatArray, PixelArray, cores, metrics
-from service.encoding.card import OUTPUTS, VARIANTS, Card, choose_output
+from service.encoding.card import OUTPUTS, VARIANTS, Card, Output, choose_output
 from service.errors import InvalidModel, NoEmbedding, OutOfMemory
 
 VERSION: str = ort.__version__
@@ -17,7 +17,7 @@ VERSION: str = ort.__version__
 LARGEST_BATCH = {"cpu": 16, "cuda": 64}
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 _NO_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "failed to grow", "cublas_status_alloc_failed")
 _MEASURED_S = 0.3
 
@@ -63,6 +63,8 @@ class Graph:
         path: its file, for messages.
         provider: the onnxruntime provider that really runs it.
         kind: the kind of device that really runs it, "cpu" or "cuda".
+        fixed_batch: the only number of pictures that the graph takes, or None if it takes any.
+        max_batch: the most pictures that are worth running together.
     """
 
     def __init__(self, card: Card, variant: str, model: bytes, device: Device) -> None:
@@ -102,8 +104,9 @@ class Graph:
         if device.required and self.provider != _PROVIDERS[device.kind]:
             raise InvalidModel(f"device {device.kind} was asked for, but onnxruntime runs on {self.provider}")
         self.kind = device.kind if self.provider == _PROVIDERS[device.kind] else "cpu"
-        self._input, self._type = self._image_input()
-        self._output = self._embedding_output()
+        self._input, self._type, self.fixed_batch = self._image_input()
+        self.max_batch = self.fixed_batch or LARGEST_BATCH[self.kind]
+        self._output = self._embedding_output(card.output)
 
     def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
         """Embed a batch of pixels. See Encoder.encode."""
@@ -112,17 +115,29 @@ class Graph:
             return self.run(np.asarray(self._padded(pixels)))[:count]
 
     def run(self, pixels: PixelArray) -> FloatArray:
-        """Embed pixels (N, S, S, 3) without padding the batch. Raises as Encoder.encode."""
+        """Embed pixels (N, height, width, 3) in batches of the size that the graph fixes, or else in one.
+
+        Raises as Encoder.encode.
+        """
+        size = self.fixed_batch or len(pixels)
+        if len(pixels) == size:
+            return self._run(pixels)
+        parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        filled = [np.concatenate([part, part[-1:].repeat(size - len(part), 0)]) for part in parts]
+        return np.concatenate([self._run(part) for part in filled])[: len(pixels)]
+
+    def _run(self, pixels: PixelArray) -> FloatArray:
         batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         try:
-            (raw,) = self._session.run([self._output], {self._input: self._prepare(batch)})
+            (raw,) = self._session.run([self._output.name], {self._input: self._prepare(batch)})
         except Exception as error:
             if any(words in str(error).lower() for words in _NO_MEMORY):
                 raise OutOfMemory(f"{self._name}: no memory for a batch of {len(batch)} pictures") from error
             raise InvalidModel(f"{self._name}: inference failed: {_first_line(error)}") from error
-        embeddings = np.asarray(raw, np.float32)
+        embeddings = _pool(np.asarray(raw, np.float32), self._output.pooling)
         if embeddings.ndim != 2 or len(embeddings) != len(batch):
-            raise InvalidModel(f"{self._name}: output {self._output} has shape {embeddings.shape}, not (N, D)")
+            pooled = f" after pooling by {self._output.pooling}" if self._output.pooling else ""
+            raise InvalidModel(f"{self._name}: output {self._output.name} is {embeddings.shape}{pooled}, not (N, D)")
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
             raise NoEmbedding(f"the encoder {self._name} gives this picture no embedding: zero or not finite")
@@ -132,14 +147,14 @@ class Graph:
         """Run every batch size that `encode` pads to: a new shape costs a GPU time, and a CPU memory.
 
         Args:
-            pixels: (S, S, 3) of one picture.
+            pixels: (height, width, 3) of one picture.
         """
-        for size in _buckets(self.kind):
+        for size in [self.fixed_batch] if self.fixed_batch else _buckets(self.kind):
             self.warm_up(np.repeat(pixels[None], size, axis=0))
 
     def _padded(self, pixels: Sequence[PixelArray] | PixelArray) -> Sequence[PixelArray] | PixelArray:
-        """Pad a batch to a size that was warmed up; a CPU runs any size equally well."""
-        if self.kind == "cpu":
+        """Pad a batch to a size that was warmed up; a CPU runs any size equally well, and `run` fills a fixed one."""
+        if self.kind == "cpu" or self.fixed_batch:
             return pixels
         size = next((bucket for bucket in _buckets(self.kind) if bucket >= len(pixels)), len(pixels))
         return [*pixels, *[pixels[-1]] * (size - len(pixels))]
@@ -170,29 +185,44 @@ class Graph:
         if preprocessing.mean is not None and preprocessing.std is not None:
             values -= np.asarray(preprocessing.mean, np.float32).reshape(1, 3, 1, 1)
             values /= np.asarray(preprocessing.std, np.float32).reshape(1, 3, 1, 1)
-        return values
+        return values.astype(self._type, copy=False)
 
-    def _image_input(self) -> tuple[str, type[Any]]:
+    def _image_input(self) -> tuple[str, type[Any], int | None]:
+        """Return the name, the type and the fixed batch of the graph's one input."""
         images = [node for node in self._session.get_inputs() if len(node.shape) == 4]
         if len(images) != 1 or len(self._session.get_inputs()) != 1 or images[0].type not in _TYPES:
             have = ", ".join(f"{node.name} {node.type} {node.shape}" for node in self._session.get_inputs())
-            raise InvalidModel(f"{self.path}: expected one image input (N, 3, S, S) of uint8 or float32; it has {have}")
-        node, side = images[0], self._preprocessing.side
-        if any(
-            isinstance(have, int) and have != want for have, want in zip(node.shape[1:], (3, side, side), strict=True)
-        ):
-            raise InvalidModel(f"{self.path}: input {node.name} is {node.shape}, preprocessing gives 3x{side}x{side}")
-        return node.name, _TYPES[node.type]
-
-    def _embedding_output(self) -> str:
-        outputs = {node.name: len(node.shape) for node in self._session.get_outputs()}
-        output = choose_output(outputs)
-        if output is None:
             raise InvalidModel(
-                f"{self.path}: expected an output named {' or '.join(OUTPUTS)}, or a single 2-D one; "
-                f"it has {', '.join(outputs)}"
+                f"{self.path}: expected one image input (N, 3, height, width) of uint8, float32 or float16; "
+                f"it has {have}"
             )
+        node, height, width = images[0], self._preprocessing.height, self._preprocessing.width
+        if any(
+            isinstance(have, int) and have != want
+            for have, want in zip(node.shape[1:], (3, height, width), strict=True)
+        ):
+            raise InvalidModel(
+                f"{self.path}: input {node.name} is {node.shape}, preprocessing gives 3x{height}x{width}"
+            )
+        fixed = node.shape[0] if isinstance(node.shape[0], int) else None
+        return node.name, _TYPES[node.type], fixed
+
+    def _embedding_output(self, named: Output | None) -> Output:
+        outputs = {node.name: len(node.shape) for node in self._session.get_outputs()}
+        output = choose_output(outputs, named)
+        if output is None:
+            expected = f"{' or '.join(OUTPUTS)}, or a single 2-D one" if named is None else named.name
+            raise InvalidModel(f"{self.path}: expected an output named {expected}; it has {', '.join(outputs)}")
         return output
+
+
+def _pool(values: FloatArray, pooling: str | None) -> FloatArray:
+    """Return the embeddings (N, D) of tokens (N, T, D) or of a feature map (N, D, H, W); anything else as it is."""
+    if pooling == "class" and values.ndim == 3:
+        return values[:, 0]
+    if pooling == "mean" and values.ndim in (3, 4):
+        return np.asarray(values.mean((2, 3) if values.ndim == 4 else 1))
+    return values
 
 
 def _buckets(kind: str) -> list[int]:

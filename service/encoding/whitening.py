@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from threadpoolctl import threadpool_limits
 
 from service import FloatArray
-from service.encoding.card import MODEL_FILE, Card, choose_output, fingerprint
+from service.encoding.card import MODEL_FILE, Card, Output, choose_output, fingerprint
 from service.errors import InvalidModel
 
 # The fewest pictures to learn a mean from.
@@ -96,12 +96,13 @@ def default_whitening(count: int, dimension: int) -> tuple[float, int]:
     return 0.5, min(dimension, _MOST_DIMENSIONS, count // 2)
 
 
-def append_whitening(model: bytes, whitening: Whitening) -> bytes:
+def append_whitening(model: bytes, whitening: Whitening, named: Output | None = None) -> bytes:
     """Return an encoder's ONNX graph with a whitening at its end; its output is `embedding`, of L2 norm 1.
 
     Args:
         model: a graph within the contract, without a whitening; its embeddings need not be of length 1.
         whitening: the map to append.
+        named: the output that the card names; its pooling becomes a part of the graph.
 
     Raises:
         InvalidModel: no output of the graph is an embedding.
@@ -109,15 +110,18 @@ def append_whitening(model: bytes, whitening: Whitening) -> bytes:
     proto = onnx.load_from_string(model)
     graph = proto.graph
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    name = choose_output({output.name: len(output.type.tensor_type.shape.dim) for output in graph.output})
-    if name is None:
+    axes = {output.name: len(output.type.tensor_type.shape.dim) for output in graph.output}
+    chosen = choose_output(axes, named)
+    if chosen is None:
         raise InvalidModel(f"expected an output named embedding, or one that is 2-D; the graph has {_outputs(graph)}")
-    (output,) = [output for output in graph.output if output.name == name]
+    (output,) = [output for output in graph.output if output.name == chosen.name]
+    if chosen.pooling is not None:
+        output = _append_pooling(graph, output, chosen.pooling, opset)
     # remove_whitening makes this the output again.
     bare = graph.value_info.add()
     bare.CopyFrom(output)
     bare.name = _BARE
-    _rename(graph, name, _BARE)
+    _rename(graph, output.name, _BARE)
 
     def add(kind: str, inputs: list[str], **attributes: Any) -> str:
         name = f"{_PREFIX}{len(graph.node)}"
@@ -166,19 +170,41 @@ def remove_whitening(model: bytes) -> bytes | None:
 
 
 def without_whitening(card: Card) -> Card:
-    """Return a card whose graphs have no whitening, and which has no facts.
+    """Return a card whose graphs have no whitening, and which has no facts but the output that it names.
 
     Raises:
         InvalidModel: model.onnx has a whitening, and a variant has none.
     """
     model = remove_whitening(card.model)
     if model is None:
-        return replace(card, facts={})
+        return replace(card, facts={key: value for key, value in card.facts.items() if key == "output"})
     variants = {name: remove_whitening(graph) for name, graph in card.variants.items()}
     if missing := [name for name, graph in variants.items() if graph is None]:
         raise InvalidModel(f"{card.folder}: its variant {missing[0]} has no whitening, and {MODEL_FILE} has one")
     bare = {name: graph for name, graph in variants.items() if graph is not None}
     return replace(card, model=model, variants=bare, fingerprint=fingerprint(model, card.preprocessing), facts={})
+
+
+def _append_pooling(
+    graph: onnx.GraphProto, output: onnx.ValueInfoProto, pooling: str, opset: int
+) -> onnx.ValueInfoProto:
+    """Append the pooling of a card's Output to a graph, and return the new value (N, D)."""
+    name, places = f"{output.name}/{pooling}", len(output.type.tensor_type.shape.dim) == 4
+    index: NDArray[np.int64]
+    if pooling == "class":
+        index = np.asarray(0, np.int64)
+        node = helper.make_node("Gather", [output.name, f"{name}/index"], [name], name=name, axis=1)
+    else:
+        index = np.asarray([2, 3] if places else [1], np.int64)
+        # Before opset 18, axes were an attribute.
+        inputs, attributes = ([f"{name}/index"], {}) if opset >= 18 else ([], {"axes": index.tolist()})
+        node = helper.make_node("ReduceMean", [output.name, *inputs], [name], name=name, keepdims=0, **attributes)
+    if len(node.input) > 1:
+        graph.initializer.append(numpy_helper.from_array(index, f"{name}/index"))
+    graph.node.append(node)
+    dim = output.type.tensor_type.shape.dim[1 if places else -1]
+    size = dim.dim_value if dim.HasField("dim_value") else "D"
+    return helper.make_tensor_value_info(name, output.type.tensor_type.elem_type, ["N", size])
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:

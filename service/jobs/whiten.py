@@ -33,8 +33,8 @@ _MOST_READ = 20_000
 # One picture in 10, and at most 1,000, is held out of the learning to judge variants on; 2,000 others vote on them.
 _KEPT_OUT, _MOST_KEPT_OUT = 10, 1000
 _VOTING = 2000
-# Entries of the card that are computed for the new encoder.
-_COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", "whitening")
+# Entries of the card that are computed for the new encoder, and the output, which is named embedding there.
+_COMPUTED = ("name", "dimension", "fingerprint", "sha256", "canary", "quality", "whitening", "output")
 
 
 class Sample(NamedTuple):
@@ -92,10 +92,10 @@ def whiten(
         raise InvalidRequest(f"--dimension: expected 1 to {encoder.dimension}, got {dimension}")
     rows, pictures, failures = _take_sample(source, encoder, settings)
     whitening, told = _learn(source.name, rows, power, dimension)
-    whitened = append_whitening(bare.model, whitening)
+    whitened = append_whitening(bare.model, whitening, bare.output)
     named = Card(out, out.name, fingerprint(whitened, card.preprocessing), whitened, card.preprocessing, {})
     quality: dict[str, dict[str, Any]] = {MODEL_FILE: {"pictures": len(pictures.held_out)}}
-    variants = {name: append_whitening(graph, whitening) for name, graph in bare.variants.items()}
+    variants = {name: append_whitening(graph, whitening, bare.output) for name, graph in bare.variants.items()}
     graphs = keep_good(named, variants, pictures, quality)
     facts = {key: value for key, value in card.facts.items() if key not in _COMPUTED}
     facts["whitening"] = {"of": card.facts.get("whitening", {}).get("of", card.fingerprint), **told}

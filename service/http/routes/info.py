@@ -27,6 +27,8 @@ VERSIONS = {
     "onnxruntime": onnxruntime.__version__,
     "faiss": faiss.__version__,
 }
+# Of the preprocessing, beside its sizes.
+_PREPROCESSING = ("resize", "resample", "rescale", "mean", "std")
 
 router = APIRouter(route_class=StrictRoute, tags=["service"])
 
@@ -69,7 +71,7 @@ async def get_info(request: Request) -> Response:
 
 
 def _info(gallery: Gallery) -> dict[str, Any]:
-    settings = gallery.settings
+    settings, preprocessing = gallery.settings, gallery.card.preprocessing
     return {
         "model": gallery.card.name,
         "fingerprint": gallery.card.fingerprint,
@@ -77,7 +79,7 @@ def _info(gallery: Gallery) -> dict[str, Any]:
         "count": None if settings.no_store else gallery.store.count(),
         "variant": gallery.encoder.variant,
         "provider": gallery.encoder.provider,
-        "preprocessing": {k: v for k, v in asdict(gallery.card.preprocessing).items() if k != "canonical"},
+        "preprocessing": preprocessing.sizes | {k: v for k, v in asdict(preprocessing).items() if k in _PREPROCESSING},
         "notice": None if settings.no_store else gallery.notice(),
         "limits": {
             name: getattr(settings, name)

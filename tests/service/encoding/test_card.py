@@ -97,7 +97,7 @@ def test_hugging_face_keys_are_read() -> None:
         ({"size": {}}, "the key 'width' is missing"),
         ({"size": {"shortest_edge": 0}}, "a side must be a whole number"),
         ({"size": {"shortest_edge": 100}}, "smaller than crop_size"),
-        ({"crop_size": {"height": 10, "width": 20}}, "must be square"),
+        ({"crop_size": {"height": 10, "width": 257}}, "size 256 is smaller than crop_size 257x10"),
         ({"do_center_crop": False}, "needs do_center_crop"),
         ({"do_pad": True}, "do_pad is not supported"),
         ({"image_std": [1, 1, 0]}, "no zero"),

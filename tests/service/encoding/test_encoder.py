@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from service import FloatArray
 from service.encoding.batcher import Batcher
-from service.encoding.card import Card, Preprocessing, read_card
+from service.encoding.card import Card, Output, Preprocessing, read_card
 from service.encoding.encoder import Encoder, canary
 from service.errors import InvalidModel, NoEmbedding
 from tests.conftest import MODEL, ROOT
@@ -222,7 +222,11 @@ def test_a_probe_notices_a_graph_that_has_changed_or_is_gone() -> None:
     assert np.allclose(encoder.probe(), encoder.encode(canary(SIDE)[None])[0], atol=1e-6)
     factors = np.linspace(0.5, 1.5, 3 * SIDE * SIDE)
     encoder._graphs[0]._session = Encoder(card(scaled_graph(factors)), "cpu")._graphs[0]._session
-    encoder._graphs[0]._type, encoder._graphs[0]._input, encoder._graphs[0]._output = np.uint8, "pixels", "embedding"
+    encoder._graphs[0]._type, encoder._graphs[0]._input, encoder._graphs[0]._output = (
+        np.uint8,
+        "pixels",
+        Output("embedding"),
+    )
     with pytest.raises(InvalidModel, match="another embedding than at the start"):
         encoder.probe()
     del encoder._graphs[0]._session
