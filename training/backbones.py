@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from service.errors import InvalidModel, InvalidRequest
 from training.timm_networks import TIMM, build_timm_network, read_timm_weights
@@ -31,7 +32,12 @@ class Backbone(NamedTuple):
 
 
 def build_backbone(
-    name: str, channels: int, side: int, init: str | None = None, frozen: Sequence[str] = ()
+    name: str,
+    channels: int,
+    side: int,
+    init: str | None = None,
+    frozen: Sequence[str] = (),
+    frozen_statistics: bool = False,
 ) -> Backbone:
     """Build a backbone.
 
@@ -44,6 +50,7 @@ def build_backbone(
             package; a file with a state dict, with or without the last layer; the checkpoint of a run; or None for
             random weights.
         frozen: paths of modules and parameters that do not learn, as in conv_stem or blocks.0.
+        frozen_statistics: batch norms stay in eval mode; their scales and shifts learn.
 
     Raises:
         InvalidRequest: no such backbone or path, or it cannot take such pictures; the weights are missing or do not
@@ -62,6 +69,10 @@ def build_backbone(
     dimension = output_dimension(module, name, channels, side)
     for path in dict.fromkeys(frozen):
         freeze(module, path)
+    if frozen_statistics:
+        for part in list(module.modules()):
+            if isinstance(part, _BatchNorm) and not isinstance(part, Frozen):
+                mix_in(part, Frozen)
     return Backbone(module.train(), dimension, weights.normalisation if weights else None)
 
 

@@ -267,7 +267,7 @@ def _baselines(card: Card, variant: str, bank: Rows, queries: Rows, overlap: Ove
 def read_pixels(
     source: Source, preprocessing: Preprocessing, digests: list[str] | None = None, limits: Limits = OWN_FILES
 ) -> PixelArray:
-    """Return all of a source's pixels (N, S, S, 3), decoded as in the service.
+    """Return all of a source's pixels (N, H, W, 3), decoded as in the service.
 
     Args:
         source: N pictures.
@@ -279,7 +279,7 @@ def read_pixels(
         InvalidSource: they do not fit into memory.
         UndecodablePicture and its like for the first picture that cannot be read: figures need them all.
     """
-    shape = (len(source), preprocessing.side, preprocessing.side, 3)
+    shape = (len(source), preprocessing.height, preprocessing.width, 3)
     need, have = _BYTES * math.prod(shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise InvalidSource(

@@ -102,7 +102,8 @@ def pretrain(
     source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
     weights = weights_file(init) if init else None
-    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, recipe.frozen)
+    frozen = (recipe.frozen, recipe.frozen_statistics)
+    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen)
     method = build_method(recipe, backbone, len(source))
     if overwrite:
         set_aside(folder)

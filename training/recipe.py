@@ -236,6 +236,8 @@ class Recipe(_Section):
         method: the paper. Its settings are the table of the same name; tables of other methods are ignored.
         backbone: small-cnn, mid-cnn, a classification backbone of torchvision.models by name, or timm:NAME.
         frozen: paths of the backbone's modules and parameters that do not learn; their batch norms stay in eval mode.
+        frozen_statistics: the backbone's batch norms keep the statistics of the weights that the run begins with, and
+            learn only scale and shift. For pretrained weights in short runs.
         side: S in pixels.
         shortest_edge: of a picture after resizing, before the crop of S; None for S. The exported encoder does the
             same.
@@ -266,6 +268,7 @@ class Recipe(_Section):
     method: MethodName
     backbone: str
     frozen: tuple[str, ...] = ()
+    frozen_statistics: bool = False
     side: Annotated[int, Field(ge=8, le=512)]
     shortest_edge: Annotated[int, Field(ge=8, le=1024)] | None = None
     channels: Literal[1, 3]

@@ -291,6 +291,17 @@ def test_a_frozen_part_stays_in_eval_mode() -> None:
         assert modes["blocks.1.0.bn1"]
 
 
+def test_frozen_statistics_stay_while_scales_learn() -> None:
+    network = build_backbone("timm:test_efficientnet", 3, 32, None, ["bn1"], frozen_statistics=True).module.train()
+    norms = [part for name, part in network.named_modules() if isinstance(part, nn.BatchNorm2d) and name != "bn1"]
+    before = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
+    network(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert len(before) == len(norms) > 0
+    for norm, mean in zip(norms, before, strict=True):
+        assert norm.running_mean is not None and torch.equal(norm.running_mean, mean)
+        assert norm.weight.grad is not None and network.training
+
+
 def test_a_part_that_a_backbone_lacks_cannot_be_frozen() -> None:
     with pytest.raises(InvalidRequest, match=r"^frozen: 'layer9': the backbone has no such part"):
         build_backbone("resnet18", 3, 64, None, ["layer9"])

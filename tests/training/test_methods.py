@@ -231,8 +231,11 @@ def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_
     for number in range(steps):
         chosen = torch.randint(1000, (128,), generator=generator)
         views = torch.stack([augment(digits[chosen], recipe.augmentation, generator) for _ in range(2)])
-        local = torch.stack([augment(digits[chosen], recipe.augmentation, generator, 6, (0.3, 0.8)) for _ in range(2)])
-        batch = Batch((views - 0.3) / 0.35, chosen, labels[chosen], (local - 0.3) / 0.35, number / steps)
+        local = None
+        if method.multi_crop:
+            small = [augment(digits[chosen], recipe.augmentation, generator, 6, (0.3, 0.8)) for _ in range(2)]
+            local = (torch.stack(small) - 0.3) / 0.35
+        batch = Batch((views - 0.3) / 0.35, chosen, labels[chosen], local, number / steps)
         step = method.step(batch)
         backward(step.loss)
         optimizer.step()

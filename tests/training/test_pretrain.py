@@ -1291,7 +1291,7 @@ def test_pictures_without_a_label_are_accounted_for(recipe: Recipe, tmp_path: Pa
         paint(tmp_path / "set" / ("", "a", "b")[number % 3] / f"{number:02}.png", seed=number)
     (tmp_path / "set" / "a" / "bad.png").write_bytes(b"")
     source = open_source(str(tmp_path / "set"))
-    material = prepare(source, changed(recipe, method="supcon", batch_size=8), tmp_path, CPU)
+    material = prepare(source, changed(recipe, method="infonce", batch_size=8), tmp_path, CPU)
     account = account_of(material)
     assert (account.added, account.bad, account.lost) == (21, 1, 1)
     assert account.facts()["left_out"] == {"without a label": 11, "empty": 1}

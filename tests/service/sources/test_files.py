@@ -16,7 +16,7 @@ from service.sources import open_source
 from service.sources.source import Entry, Source
 
 Files = list[tuple[str, bytes]]
-MANY = 5_000
+MANY = 20_000
 
 
 def zipped(path: Path, files: Files, method: int = zipfile.ZIP_STORED) -> Path:
