@@ -330,8 +330,8 @@ def full_error(database: apsw.Connection) -> Iterator[None]:
         # After a sync that failed it is uncertain how much the disk holds, whatever the reason.
         writes = (apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_IOERR_SHMSIZE)
         reason = database.system_errno
-        # The types of apsw lack the attribute.
-        result: int = error.extendedresult  # type: ignore[attr-defined]
+        # An error that a VFS written in Python raised has no such code.
+        result: int | None = getattr(error, "extendedresult", None)
         if result not in writes or reason not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise apsw.FullError(os.strerror(reason)) from error
