@@ -57,7 +57,9 @@ def _seconds(backbone: nn.Module, pictures: Tensor, times: int) -> dict[bool, fl
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 embeddings = backbone(pictures)
-            embeddings.float().square().mean().backward()
+            # A backbone that is frozen as a whole has no gradient.
+            if embeddings.requires_grad:
+                embeddings.float().square().mean().backward()
             seconds[enabled] = min(seconds[enabled], time.perf_counter() - start)
     return seconds
 

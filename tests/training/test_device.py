@@ -8,7 +8,7 @@ from torch import nn
 
 from training import device
 from training.backbones import build_backbone
-from training.device import choose_device, compile_if_faster, steps_per_s
+from training.device import choose_device, choose_precision, compile_if_faster, steps_per_s
 from training.methods import Batch, Method, build_method
 from training.recipe import Recipe
 
@@ -22,6 +22,11 @@ def test_a_device_by_name() -> None:
 def method(tiny_recipe: Recipe) -> Method:
     torch.manual_seed(0)
     return build_method(tiny_recipe, build_backbone("small-cnn", 1, 8), 100).train()
+
+
+def test_a_backbone_that_is_frozen_as_a_whole_is_timed_too(tiny_recipe: Recipe) -> None:
+    backbone = build_backbone("small-cnn", 1, 8).module.requires_grad_(False)
+    assert choose_precision(tiny_recipe, backbone, torch.device("cpu")) in ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(("plain", "compiled"), [(2.0, 1.0), (1.0, 2.0), (1.0, None)])
