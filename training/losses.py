@@ -126,6 +126,33 @@ def dino(
         return entropies.fill_diagonal_(0).sum() / (pairs * student.shape[1])
 
 
+def sinkhorn_center(outputs: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Return the centre with which a batch of teacher's outputs uses all prototypes equally.
+
+    The softmax of (outputs - centre) / temperature approaches the matrix of rows that sum to 1 and columns that sum to
+    M / K by Sinkhorn-Knopp iterations.
+
+    Args:
+        outputs: (M, K) of the teacher; no gradient flows into them.
+        temperature: τ_t > 0.
+        iterations: alternating normalisations of rows and columns, >= 1.
+
+    Returns:
+        (K,) float32; identical outputs give themselves up to a constant, and so a uniform softmax.
+
+    Cost: O(iterations · M · K).
+    Source: Caron et al., SwAV, arXiv:2006.09882, section 3.1; in place of DINO's centre: Oquab et al., DINOv2,
+        arXiv:2304.07193, section 4.
+    """
+    with _float32(outputs):
+        scores = outputs.detach().float() / temperature  # (M, K)
+        potential = scores.new_zeros(scores.shape[1])  # (K,)
+        for _ in range(iterations):
+            rows = (scores + potential).logsumexp(1, keepdim=True)  # (M, 1)
+            potential = -(scores - rows).logsumexp(0)
+        return -temperature * potential
+
+
 def barlow_twins(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
     """Return the distance of the views' cross-correlation matrix C from the identity.
 

@@ -156,7 +156,9 @@ class Dino(_Section):
         teacher_temperature: τ_t of the teacher, at first and after `teacher_warmup`, in between on a line.
         teacher_warmup: share of the run.
         frozen: share of the run, at its beginning, in which the last layer does not learn.
-        center_momentum: m of the centre.
+        centering: "mean", a running mean of the teacher's outputs, or "sinkhorn", the centre with which each batch uses
+            all prototypes equally (DINOv2).
+        center_momentum: m of the running mean.
         momentum: λ_base, from which the teacher's momentum rises to 1.
     """
 
@@ -168,6 +170,7 @@ class Dino(_Section):
     teacher_temperature: tuple[_Positive, _Positive] = (0.04, 0.04)
     teacher_warmup: _Share = 0.3
     frozen: _Share = 0.01
+    centering: Literal["mean", "sinkhorn"] = "mean"
     center_momentum: _Momentum = 0.9
     momentum: _Momentum = 0.99
 

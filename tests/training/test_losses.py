@@ -28,6 +28,7 @@ from training.losses import (
     margin_contrast,
     negative_cosine,
     nt_xent,
+    sinkhorn_center,
     supcon,
     triplet,
     vicreg,
@@ -482,6 +483,28 @@ def test_no_gradient_flows_into_dinos_teacher() -> None:
     backward(dino(student, teacher, torch.zeros(16), 0.1, 0.04))
     assert student.grad is not None
     assert teacher.grad is None
+
+
+def test_sinkhorns_centre_is_the_loop_of_alternating_normalisations() -> None:
+    outputs, temperature = noise(7, 5), 0.3
+    p = np.exp(outputs.double().numpy() / temperature)
+    for _ in range(3):
+        for m in range(7):
+            p[m] /= sum(p[m])
+        for k in range(5):
+            p[:, k] /= sum(p[:, k]) * 5 / 7
+    for m in range(7):
+        p[m] /= sum(p[m])
+    softmax = ((outputs - sinkhorn_center(outputs, temperature, 3)) / temperature).softmax(1)
+    np.testing.assert_allclose(softmax.numpy(), p, rtol=1e-4)
+
+
+def test_sinkhorns_centre_uses_all_prototypes_equally_where_the_teacher_prefers_one() -> None:
+    outputs = noise(64, 8) + 3 * torch.eye(8)[0]
+    softmax = ((outputs - sinkhorn_center(outputs, 0.3, 100)) / 0.3).softmax(1)
+    assert softmax.sum(0).tolist() == pytest.approx([8.0] * 8, rel=1e-3)
+    same = torch.ones(6, 4) * torch.arange(4.0)
+    assert ((same - sinkhorn_center(same, 0.1)) / 0.1).softmax(1).flatten().tolist() == pytest.approx([0.25] * 24)
 
 
 def orthogonal_columns() -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones import Backbone, mlp, output_dimension
-from training.losses import dino
+from training.losses import dino, sinkhorn_center
 from training.methods.method import Batch, Method, Step, follow, momentum_copy, positive_cosine
 from training.recipe import Recipe
 
@@ -41,8 +41,11 @@ class DINO(Method):
             teacher = teacher.unflatten(0, batch.views.shape[:2])  # (V, N, K)
         first, later = s.teacher_temperature
         sharpness = first + (later - first) * min(1.0, batch.progress / max(s.teacher_warmup, 1e-9))
+        if s.centering == "sinkhorn":
+            self.center.copy_(sinkhorn_center(teacher.flatten(0, 1), sharpness))
         loss = dino(student, teacher, self.center, s.temperature, sharpness)
-        self.center.lerp_(teacher.mean((0, 1)), 1 - s.center_momentum)
+        if s.centering == "mean":
+            self.center.lerp_(teacher.mean((0, 1)), 1 - s.center_momentum)
         return Step(loss, h.detach(), positive_cosine(student))
 
     def update(self, progress: float) -> None:
