@@ -15,11 +15,24 @@ from service.encoding.text import TextConfig, TextEncoder, TextTower, check_text
 from service.errors import InvalidModel, InvalidRequest, NoEmbedding, TooLarge
 from tests.colours import CONFIG, NAMES, as_json, text_graph, tokenizer, write_colours
 
-ODD = ["\0", "red \0 red", "مرحبا أحمر", "שלום", "🚲", "👨‍👩‍👧‍👦 red", "e\u0301", "\ufeffred", "\u202ered", "a" * 10_000]
+ODD = [
+    "\0",
+    "red \0 red",
+    "مرحبا أحمر",
+    "שלום",
+    "🚲",
+    "👨‍👩‍👧‍👦 red",
+    "e\u0301",
+    "\ufeffred",
+    "\u202ered",
+    "a" * 10_000,
+]
 
 
 def tower(**changed: Any) -> TextTower:
-    return TextTower(changed.get("graph", text_graph()), changed.get("words", tokenizer()), changed.get("config", CONFIG))
+    return TextTower(
+        changed.get("graph", text_graph()), changed.get("words", tokenizer()), changed.get("config", CONFIG)
+    )
 
 
 def expected(text: str) -> FloatArray:
