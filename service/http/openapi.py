@@ -309,7 +309,6 @@ def _bound_texts(document: dict[str, Any], gallery: Gallery) -> None:
     properties["OpenAITextBody"]["modality"] = {"enum": ["text", None]}
     properties["ClassifyBody"]["images"]["maxItems"] = settings.max_images
     properties["ClassifyBody"]["labels"]["maxItems"] = settings.max_texts
-    properties["ClassifyBody"]["templates"]["maxItems"] = settings.max_texts
 
 
 def _drop(node: Any, names: set[str]) -> None:

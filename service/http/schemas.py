@@ -35,6 +35,8 @@ _LONG = 100_000
 EncodingFormat = Literal["float", "base64"]
 # Characters of a label and of a template, so that a text of both stays within the limits.
 _LONGEST_LABEL, _LONGEST_TEMPLATE = 1000, 1000
+# CLIP's own list has 80.
+_MOST_TEMPLATES = 100
 
 
 class _Embedded(Body):
@@ -77,7 +79,10 @@ class ClassifyBody(Body):
     images: list[Base64] = Field(min_length=1)
     labels: list[Label] = Field(min_length=1, json_schema_extra={"uniqueItems": True})
     templates: list[Template] = Field(
-        ["{label}"], min_length=1, description="Sentences with `{label}` in them; a label is the mean of its sentences."
+        ["{label}"],
+        min_length=1,
+        max_length=_MOST_TEMPLATES,
+        description="Sentences with `{label}` in them; a label is the mean of its sentences.",
     )
     fingerprint: Fingerprint = None
 

@@ -36,7 +36,7 @@ async def classify(request: Request) -> Response:
     asked = await read_json(request, gallery.settings, schemas.CLASSIFY)
     check_fingerprint(gallery, asked.fingerprint)
     _ = gallery.texts
-    # Before any sentence is made: there may be a million of each.
+    # Before any sentence is made: there may be a million labels.
     check_text_count(len(asked.labels) * len(asked.templates), gallery.settings)
     texts = sentences(asked.labels, asked.templates, gallery.settings.max_text_characters)
     pictures = [PictureQuery(picture_of(picture, gallery.settings)) for picture in asked.images]
