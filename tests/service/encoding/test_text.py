@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from service import FloatArray
 from service.encoding.card import TEXT_FILES, Card, TextFiles, read_card
@@ -152,6 +153,19 @@ def test_texts_that_wait_share_a_batch_and_those_that_nobody_wants_are_skipped()
     with pytest.raises(CancelledError):
         later[1].result(10)
     encoder.close()
+
+
+def test_texts_are_counted_as_texts() -> None:
+    def count(name: str) -> float:
+        return REGISTRY.get_sample_value(name) or 0
+
+    names = ["lookalike_text_batch_size_sum", "lookalike_text_seconds_count", "lookalike_batch_size_sum"]
+    encoder = TextEncoder(tower())
+    before = [count(name) for name in names]
+    encoder.embed_soon("red").result(10)
+    encoder.close()
+    assert [count(name) - earlier for name, earlier in zip(names, before, strict=True)] == [1, 1, 0]
+    assert count("lookalike_texts_waiting") == 0
 
 
 def test_a_folder_has_its_text_tower_or_none(tmp_path: Path) -> None:
