@@ -3,7 +3,7 @@
     python -m benchmarks.text_query
 
 The store has scikit-learn's 1,797 digits under models/mnist. The text tower is a transformer with random weights: 2
-layers of width 64, byte-level BPE of 1,000 tokens, texts of 8 to 16 tokens. The limit is a search by a vector, which
+layers of width 64, byte-level BPE of 1,000 tokens, texts of about 10 tokens. The limit is a search by a vector, which
 skips the encoder. Of each kind there are 2,000 requests in rotation, so that no text is among the last 1,000 that the
 service keeps; "kept" is one text again and again. The kinds take turns; figures are medians of the turns.
 """
@@ -64,7 +64,7 @@ def write_tower(folder: Path) -> TextTower:
     trainer = trainers.BpeTrainer(
         vocab_size=_TOKENS, special_tokens=["<pad>", "<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([sentence(random.Random(number)) for number in range(1000)], trainer)
+    tokenizer.train_from_iterator((_MODEL.parents[1] / "README.md").read_text().splitlines(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
     torch.manual_seed(0)
     tower = transformers.CLIPTextModelWithProjection(
@@ -77,6 +77,7 @@ def write_tower(folder: Path) -> TextTower:
             max_position_embeddings=_LONGEST,
             projection_dim=_DIMENSION,
             pad_token_id=0,
+            bos_token_id=0,
             eos_token_id=1,
             attn_implementation="eager",
         )

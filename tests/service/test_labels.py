@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from service import FloatArray
 from service.errors import InvalidRequest, TooLarge
 from service.labels import classify, mean_directions, sentences
 
 
-def unit(*rows: list[float]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def unit(*rows: list[float]) -> FloatArray:
     array = np.asarray(rows, np.float32)
-    return array / np.linalg.norm(array, axis=1, keepdims=True)
+    return np.asarray(array / np.linalg.norm(array, axis=1, keepdims=True))
 
 
 def test_sentences_are_in_the_order_of_labels() -> None:

@@ -209,7 +209,7 @@ BROKEN: dict[str, dict[str, bytes]] = {
 
 @pytest.mark.parametrize("says", BROKEN)
 def test_a_broken_text_tower_is_refused_at_the_start(says: str, tmp_path: Path) -> None:
-    card = read_card(write_colours(tmp_path / "colours", **BROKEN[says]))
+    card = read_card(write_colours(tmp_path / "colours", None, **BROKEN[says]))
     with pytest.raises(InvalidModel, match=says) as caught:
         open_text_tower(card, 4)
     assert str(tmp_path / "colours") in str(caught.value)
