@@ -36,7 +36,7 @@ from service.encoding.text import TextConfig, TextTower
 _MODEL = Path(__file__).parents[1] / "models" / "mnist"
 _DIMENSION, _WIDTH, _LAYERS, _TOKENS, _LONGEST = 128, 64, 2, 1000, 32
 _REQUESTS, _K = 2000, 10
-_WORDS = ("a", "the", "red", "blue", "old", "tall", "seven", "digit", "bicycle", "street", "night", "photo", "of", "with")
+_WORDS = ("a", "the", "red", "blue", "old", "tall", "seven", "digit", "bicycle", "street", "night", "photo", "of")
 
 
 class _Texts(nn.Module):
