@@ -36,6 +36,8 @@ from service.encoding.text import TextConfig, TextTower
 _MODEL = Path(__file__).parents[1] / "models" / "mnist"
 _DIMENSION, _WIDTH, _LAYERS, _TOKENS, _LONGEST = 128, 64, 2, 1000, 32
 _REQUESTS, _K = 2000, 10
+# A busy machine starts a service in minutes.
+_PATIENCE_S = 600
 _WORDS = ("a", "the", "red", "blue", "old", "tall", "seven", "digit", "bicycle", "street", "night", "photo", "of")
 
 
@@ -140,7 +142,7 @@ def main(
         index = [Path(sys.executable).with_name("lookalike"), "index", "digits", "--model", model]
         subprocess.run([*index, "--store", folder / "store"], check=True, capture_output=True)
         results: dict[str, list[load.Result]] = {kind: [] for kind in requests}
-        with serving(OURS, read_card(model).folder, "fp32", folder) as port:
+        with serving(OURS, read_card(model).folder, "fp32", folder, _PATIENCE_S) as port:
             for _ in range(turns):
                 for kind, paths in requests.items():
                     results[kind].append(load.run(port, paths, 1, seconds, 1))
