@@ -365,23 +365,32 @@ def reindex(
 
 @cli.command()
 def search(
-    image: Annotated[Path, typer.Argument(help="A picture.")],
     store: Annotated[Path, typer.Option(help="Folder of the store.")],
+    image: Annotated[Path | None, typer.Argument(help="A picture.")] = None,
+    text: Annotated[str | None, typer.Option(help="Words in place of a picture, if the encoder reads them.")] = None,
     k: Annotated[int, typer.Option("-k", help="Hits to show.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Find the pictures of a store that are most like a picture."""
+    """Find the pictures of a store that are most like a picture, or like words."""
     from service.gallery import open_gallery
-    from service.queries import PictureQuery
+    from service.queries import PictureQuery, Query, TextQuery
     from service.settings import read_own_settings
 
-    try:
-        data = image.read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
+    query: Query
+    if text is not None and image is None:
+        query = TextQuery(text)
+    elif image is not None and text is None:
+        try:
+            query = PictureQuery(image.read_bytes())
+        except OSError as error:
+            raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
+    else:
+        raise InvalidRequest("expected a picture or --text, and not both")
     gallery = open_gallery(read_own_settings(store=store, read_only=True))
-    hits = gallery.find([PictureQuery(data)], k)[0]
-    gallery.close()
+    try:
+        hits = gallery.find([query], k)[0]
+    finally:
+        gallery.close()
     if as_json:
         print(json.dumps({"hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]}))
         return
@@ -544,8 +553,10 @@ def info(
     card = read_card(model)
     try:
         from service.encoding.encoder import Encoder
+        from service.encoding.text import open_text_tower
 
         dimension = Encoder(card, variant="fp32").dimension
+        open_text_tower(card, dimension)
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime" or "dimension" not in card.facts:
             raise

@@ -64,14 +64,15 @@ TUNED = Server("FastAPI tuned: 2 processes", f"{_FASTAPI} --workers 2", "/health
 
 
 @contextmanager
-def serving(server: Server, model: Path, variant: str, folder: Path) -> Iterator[int]:
+def serving(server: Server, model: Path, variant: str, folder: Path, patience_s: float = 60) -> Iterator[int]:
     """Run a server with a variant of an encoder until the end of the block; yield its port.
 
     Args:
         server: the server to run.
         model: a model folder.
         variant: a variant in that folder.
-        folder: an empty folder for the store and the log.
+        folder: for the store and the log.
+        patience_s: the time limit for becoming ready.
     """
     port = free_port()
     environment = {
@@ -85,7 +86,7 @@ def serving(server: Server, model: Path, variant: str, folder: Path) -> Iterator
     }
     command = server.command.format(port=port).split()
     ready = f"http://127.0.0.1:{port}{server.ready}"
-    with running(command, ready, environment | server.environment, folder / "log"):
+    with running(command, ready, environment | server.environment, folder / "log", patience_s):
         yield port
 
 

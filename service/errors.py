@@ -6,8 +6,8 @@
                      ├ TooLarge       └ TooLarge (pixels, sides)         ▼
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
-Around them: InvalidRequest (a request or a flag is malformed), InvalidModel (models/NAME), OutOfMemory, InvalidOutput
-(--out); over HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded, NoStore and TimedOut.
+Around them: InvalidRequest (a request or a flag is malformed), InvalidModel (models/NAME), OutOfMemory, NoTextTower,
+InvalidOutput (--out); over HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded, NoStore and TimedOut.
 `status` is the HTTP status, `code` the word that programs read. At the command line each of them is one sentence on
 stderr and exit code 2.
 """
@@ -50,7 +50,7 @@ class EmptyPicture(InvalidRequest):
 
 
 class TooLarge(LookalikeError):
-    """Bytes, pixels, a side or an aspect ratio above the limit."""
+    """Bytes, pixels, a side, an aspect ratio, characters or a number of members above the limit."""
 
     status = 413
     code = "too_large"
@@ -71,7 +71,7 @@ class UndecodablePicture(LookalikeError):
 
 
 class NoEmbedding(LookalikeError):
-    """The encoder gives these pixels no direction: its output is zero or not finite."""
+    """The encoder gives these pixels, or this text, no direction: its output is zero or not finite."""
 
     status = 422
     code = "no_embedding"
@@ -81,6 +81,12 @@ class InvalidQuery(InvalidRequest):
     """A search is malformed: wrong dimension, numbers that are not finite, k out of range."""
 
     code = "invalid_query"
+
+
+class NoTextTower(InvalidRequest):
+    """A text for an encoder that reads pictures alone."""
+
+    code = "no_text_tower"
 
 
 class ItemNotFound(LookalikeError):

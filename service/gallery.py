@@ -16,12 +16,14 @@ from service.encoding.batcher import Batcher
 from service.encoding.card import read_card, suits
 from service.encoding.encoder import Encoder
 from service.encoding.images import decode, decode_pixels, thumbnail, to_pixels, tones
+from service.encoding.text import TextEncoder, check_text, open_text_tower
 from service.errors import (
     InvalidQuery,
     InvalidStore,
     ItemNotFound,
     LookalikeError,
     NoStore,
+    NoTextTower,
     Outcome,
     attempt,
     each,
@@ -30,7 +32,7 @@ from service.errors import (
 from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
 from service.originals import read_source
-from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, VectorQuery
+from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery, begin_sum
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
 from service.store.embedded import EmbeddedStore, recorded_model
@@ -75,9 +77,19 @@ class Gallery:
             encoder: embeds pictures.
             store: holds the items; None for a service that only embeds. The gallery closes it.
             settings: limits on pictures, items and queries.
+
+        Raises:
+            InvalidModel: the encoder's text tower cannot be opened, or is of another dimension.
         """
         self.encoder = encoder
         self.card = encoder.card
+        try:
+            tower = open_text_tower(encoder.card, encoder.dimension)
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
+        self._texts = None if tower is None else TextEncoder(tower)
         self.settings = settings
         self._store = store
         self._batcher = Batcher(encoder.lanes, encoder.max_batch)
@@ -91,6 +103,21 @@ class Gallery:
         if self._store is None:
             raise NoStore("this service runs without a store (--no-store): it embeds and keeps nothing")
         return self._store
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the encoder has a text tower."""
+        return self._texts is not None
+
+    @property
+    def texts(self) -> TextEncoder:
+        """What embeds texts. Raises NoTextTower if the encoder reads pictures alone."""
+        if self._texts is None:
+            raise NoTextTower(
+                f"the encoder {self.card.name} reads no texts; `lookalike import hf:Xenova/clip-vit-base-patch32 "
+                "--out models/clip` brings one that does, and `lookalike reindex` gives it to a store"
+            )
+        return self._texts
 
     def read(self, data: bytes) -> ReadPicture:
         """Decode the bytes of an image file, on the caller's thread.
@@ -130,6 +157,18 @@ class Gallery:
 
         self._decoders.submit(decode_and_submit)
         return future
+
+    def embed_text_soon(self, text: str) -> Future[FloatArray]:
+        """Begin to embed a text, without blocking.
+
+        Returns:
+            A future as `TextEncoder.embed_soon` gives it.
+
+        Raises:
+            NoTextTower: the encoder reads pictures alone.
+            InvalidRequest, TooLarge: as `check_text`.
+        """
+        return self.texts.embed_soon(check_text(text, self.settings.max_text_characters))
 
     def add(self, id: str, data: bytes, metadata: dict[str, Any] | None) -> bool:
         """Add or replace one picture, and return whether its id was new. Durable when it returns.
@@ -261,22 +300,26 @@ class Gallery:
         return self._notice[1]
 
     def probe(self) -> None:
-        """Embed the canary picture and search for it, to check encoder and store together.
+        """Embed the canary picture and search for it, to check encoder and store together; embed the canary text, too.
 
         It bypasses the batcher's queue, so a busy service is still ready.
 
         Raises:
-            InvalidModel: the embedding differs from the known one.
+            InvalidModel: an embedding differs from the known one.
             InvalidStore: the store cannot be searched.
         """
         embedding = self.encoder.probe()
+        if self._texts is not None:
+            self._texts.tower.probe()
         if self._store is not None:
             self._store.search(embedding[None], 1)
 
     def close(self) -> None:
-        """Finish the pictures that wait, end the threads and close the store."""
+        """Finish the pictures and texts that wait, end the threads and close the store."""
         self._decoders.shutdown()
         self._batcher.close()
+        if self._texts is not None:
+            self._texts.close()
         if self._store is not None:
             self._store.close()
 
@@ -285,14 +328,15 @@ class Search:
     """Queries on their way to their hits. A caller that must not block waits for `pending` before it calls `find`."""
 
     def __init__(self, gallery: Gallery, queries: Sequence[Query]) -> None:
-        """Start to embed the pictures among the queries. Call it from any thread; it does not block.
+        """Start to embed the pictures and texts among the queries. Call it from any thread; it does not block.
 
         Args:
             gallery: where to search.
-            queries: one or more, of any kind. An item is left out of its own hits.
+            queries: one or more, of any kind. An item is left out of its own hits, and of those of a sum.
 
         Raises:
-            InvalidRequest: an id that no item can have.
+            InvalidRequest: an id that no item can have, or a text that cannot be embedded.
+            NoTextTower, TooLarge: as `Gallery.embed_text_soon`.
         """
         self._gallery = gallery
         self._begun = each("query", queries, self._begin)
@@ -300,7 +344,7 @@ class Search:
     @property
     def pending(self) -> list[Future[FloatArray]]:
         """The embeddings that the encoder computes."""
-        return [query.embedding for query in self._begun if query.embedding is not None]
+        return [embedding for query in self._begun for embedding in query.embeddings]
 
     def find(self, k: int, threshold: float = -1, where: Filter | None = None) -> list[list[Hit]]:
         """Return for each query the k items most like it, best first. Blocks until all embeddings are computed.
@@ -320,10 +364,10 @@ class Search:
             raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
         vectors = each("query", self._begun, lambda query: query.vector())
         # An item is its own best hit: one more is asked for, so that k are left without it.
-        excludes = any(query.excluded_id is not None for query in self._begun)
+        excludes = max(len(query.excluded_ids) for query in self._begun)
         found = self._gallery.store.search(np.stack(vectors), k + excludes, where)
         return [
-            [hit for hit in hits if hit.score >= threshold and hit.id != query.excluded_id][:k]
+            [hit for hit in hits if hit.score >= threshold and hit.id not in query.excluded_ids][:k]
             for query, hits in zip(self._begun, found, strict=True)
         ]
 
@@ -331,12 +375,17 @@ class Search:
         match query:
             case PictureQuery():
                 embedding = self._gallery.embed_soon(query.data)
-                return BegunQuery(embedding.result, embedding)
+                return BegunQuery(embedding.result, (embedding,))
+            case TextQuery():
+                embedding = self._gallery.embed_text_soon(query.text)
+                return BegunQuery(embedding.result, (embedding,))
             case VectorQuery():
                 return BegunQuery(partial(query.unit, self._gallery.encoder.dimension))
             case ItemQuery():
                 id = self._gallery.check_id(query.id)
-                return BegunQuery(partial(self._stored_embedding, id), excluded_id=id)
+                return BegunQuery(partial(self._stored_embedding, id), excluded_ids=frozenset([id]))
+            case SumQuery():
+                return begin_sum([self._begin(part) for part, _ in query.parts], [weight for _, weight in query.parts])
 
     def _stored_embedding(self, id: str) -> FloatArray:
         embedding = self._gallery.store.embedding(id)

@@ -24,6 +24,9 @@ items: "Gauge"
 store_writable: "Gauge"
 ready: "Gauge"
 pictures_waiting: "Gauge"
+texts_waiting: "Gauge"
+text_batch_size: "Histogram"
+text_seconds: "Histogram"
 requests_at_work: "Gauge"
 _requests: "Counter"
 _seconds: "Histogram"
@@ -115,7 +118,7 @@ def report() -> bytes:
 def _make() -> None:
     """Register the metrics, once."""
     global errors, batch_size, decode_seconds, inference_seconds, items, ready, pictures_waiting, requests_at_work
-    global store_writable, _requests, _seconds, _encoder, CONTENT_TYPE
+    global texts_waiting, text_batch_size, text_seconds, store_writable, _requests, _seconds, _encoder, CONTENT_TYPE
     with _making:
         if "_encoder" in globals():
             return
@@ -141,6 +144,9 @@ def _make() -> None:
         pictures_waiting = Gauge(
             "lookalike_pictures_waiting", "Pictures that wait for a lane.", multiprocess_mode="livesum"
         )
+        texts_waiting = Gauge("lookalike_texts_waiting", "Texts that wait to be embedded.", multiprocess_mode="livesum")
+        text_batch_size = Histogram("lookalike_text_batch_size", "Texts in a batch.", buckets=(1, 2, 4, 8, 16))
+        text_seconds = Histogram("lookalike_text_seconds", "Time to embed a batch of texts.", buckets=_BUCKETS_S)
         requests_at_work = Gauge(
             "lookalike_requests_at_work", "Requests at work or waiting.", multiprocess_mode="livesum"
         )

@@ -1,4 +1,4 @@
-"""Queries: a picture, a vector or a stored item to search with.
+"""Queries: a picture, a text, a vector or a stored item to search with, or a weighted sum of them.
 
 A parser builds one of these at the edge (HTTP, command line). `gallery.Search` alone tells them apart.
 """
@@ -12,6 +12,9 @@ import numpy as np
 
 from service import FloatArray
 from service.errors import InvalidQuery
+
+# A sum of unit vectors is no direction if its length is below this share of its weights.
+_LEAST_SUM = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,41 @@ class ItemQuery:
     id: str
 
 
-Query = PictureQuery | VectorQuery | ItemQuery
+@dataclass(frozen=True)
+class TextQuery:
+    """Search with words; the encoder needs a text tower.
+
+    Attributes:
+        text: in any language that the encoder knows.
+    """
+
+    text: str
+
+
+SimpleQuery = PictureQuery | TextQuery | VectorQuery | ItemQuery
+
+
+@dataclass(frozen=True)
+class SumQuery:
+    """Search with the weighted sum of the unit vectors of other queries.
+
+    Attributes:
+        parts: one or more queries, each with its weight: a finite number, negative for what the hits shall be unlike.
+    """
+
+    parts: Sequence[tuple[SimpleQuery, float]]
+
+
+Query = SimpleQuery | SumQuery
+
+
+def simple_queries(queries: Sequence[Query]) -> list[SimpleQuery]:
+    """Return the queries, with the parts of sums in place of the sums."""
+    return [
+        part
+        for query in queries
+        for part in ([one for one, _ in query.parts] if isinstance(query, SumQuery) else [query])
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,10 +118,36 @@ class BegunQuery:
 
     Attributes:
         vector: returns the unit vector (D,); blocks until it is known, and raises the query's error.
-        embedding: the future behind `vector`, if the encoder computes it.
-        excluded_id: the item that must not appear among the hits.
+        embeddings: the futures behind `vector` that the encoder computes.
+        excluded_ids: the items that must not appear among the hits.
     """
 
     vector: Callable[[], FloatArray]
-    embedding: Future[FloatArray] | None = None
-    excluded_id: str | None = None
+    embeddings: tuple[Future[FloatArray], ...] = ()
+    excluded_ids: frozenset[str] = frozenset()
+
+
+def begin_sum(parts: Sequence[BegunQuery], weights: Sequence[float]) -> BegunQuery:
+    """Return the begun query of a weighted sum. Items that are among its parts are left out of its hits.
+
+    Args:
+        parts: N begun queries.
+        weights: N finite numbers.
+
+    Raises, from its vector:
+        InvalidQuery: the sum has no direction. Also the error of the first part that has one.
+    """
+
+    def vector() -> FloatArray:
+        rows = np.stack([part.vector() for part in parts]).astype(np.float64)
+        # Dividing by the largest weight first keeps all squares inside the range of a double.
+        scaled = np.asarray(weights, np.float64) / (max(map(abs, weights)) or 1)
+        total = scaled @ rows
+        norm = math.sqrt(total @ total)
+        # Rows of float32 that cancel each other leave their rounding.
+        if norm <= _LEAST_SUM * np.abs(scaled).sum():
+            raise InvalidQuery("all: expected a sum with a direction; these parts and weights cancel each other")
+        return np.asarray(total / norm, np.float32)
+
+    embeddings = tuple(future for part in parts for future in part.embeddings)
+    return BegunQuery(vector, embeddings, frozenset[str]().union(*(part.excluded_ids for part in parts)))

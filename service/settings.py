@@ -51,6 +51,7 @@ class Settings(BaseModel):
         cors_origins: origins whose pages may call the API from a browser, separated by commas; "*" for all.
         max_image_bytes, max_pixels, max_side, max_aspect, max_decode_s: limits of a picture (images.Limits). The
             defaults are for strangers; `read_own_settings` has others for one's own files.
+        max_texts, max_text_characters: texts in a request, and characters of a text.
         max_images: pictures in a request; max_bulk_images: pictures in a POST /images.
         max_request_bytes: body of a request; max_buffered_bytes: all bodies that are being received.
         max_id_bytes, max_metadata_bytes: limits of an item, in UTF-8.
@@ -85,6 +86,8 @@ class Settings(BaseModel):
     max_aspect: int = Field(default=100, ge=1)
     max_decode_s: float = Field(default=1.5, gt=0)
     max_images: int = Field(default=32, ge=1)
+    max_texts: int = Field(default=256, ge=1)
+    max_text_characters: int = Field(default=10_000, ge=1)
     max_bulk_images: int = Field(default=10_000, ge=1)
     max_request_bytes: int = Field(default=64_000_000, ge=1)
     max_buffered_bytes: int = Field(default=1_000_000_000, ge=1)

@@ -27,15 +27,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(folder: Path, pictures: str = "", **settings: str) -> Iterator[str]:
+def serving(folder: Path, pictures: str = "", encoder: Path = MODEL, **settings: str) -> Iterator[str]:
     """Serve the store in a folder on a free port until the block ends; yield the address.
 
     Args:
         folder: holds the store and the log, serve.log.
         pictures: a source to index before serving; "" for none.
+        encoder: its model folder.
         settings: environment variables as text. A name in lower case gets the prefix LOOKALIKE_.
     """
-    chosen = ["--model", str(MODEL), "--store", str(folder / "store")]
+    chosen = ["--model", str(encoder), "--store", str(folder / "store")]
     if pictures:
         index = [str(LOOKALIKE), "index", pictures, *chosen]
         subprocess.run(index, check=True, capture_output=True, env=_environment(settings))

@@ -16,6 +16,7 @@ from PIL import Image
 
 import lookalike
 from service.sources import open_source
+from tests.colours import RGB, picture, text_graph, write_colours
 from tests.conftest import MODEL, ROOT, encoded, scene
 from tests.service.sources.test_files import tarred
 
@@ -70,6 +71,41 @@ def test_search_needs_no_model(store: Path, tmp_path: Path) -> None:
     assert hits[0]["id"] == "digits/00007"
     text = run("search", tmp_path / "seven.png", "--store", store, "-k", "1").stdout
     assert text == f'{hits[0]["score"]:.4f}  digits/00007  {{"label": "7"}}\n'
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of colours, whose encoder knows their names."""
+    folder = tmp_path_factory.mktemp("colours")
+    (folder / "pictures").mkdir()
+    for name in RGB:
+        (folder / "pictures" / f"{name}.png").write_bytes(picture(name))
+    model = write_colours(folder / "colours")
+    assert run("index", folder / "pictures", "--model", model, "--store", folder / "store").returncode == 0
+    return folder / "store"
+
+
+def test_search_takes_words(colours: Path, store: Path) -> None:
+    done = run("search", "--text", "a purple thing", "--store", colours, "-k", "2", "--json")
+    assert [hit["id"] for hit in json.loads(done.stdout)["hits"]] == ["purple.png", "white.png"]
+    assert run("search", "--store", colours, "--text", "red", "-k", "1").stdout.endswith("red.png  {}\n")
+    assert "the encoder mnist reads no texts; `lookalike import hf:" in refused(
+        "search", "--text", "seven", "--store", store
+    )
+    assert "expected words, got an empty text" in refused("search", "--text", " ", "--store", colours)
+    assert "expected whole characters" in refused("search", "--text", os.fsdecode(b"a \xff"), "--store", colours)
+    assert "at most 10000 characters, got 100000" in refused("search", "--text", "a" * 10**5, "--store", colours)
+    assert "expected a picture or --text, and not both" in refused("search", "--store", colours)
+    assert "expected a picture or --text, and not both" in refused(
+        "search", "a.png", "--text", "red", "--store", colours
+    )
+
+
+def test_info_refuses_a_broken_text_tower(tmp_path: Path) -> None:
+    model = write_colours(tmp_path / "colours", text=text_graph(dimension=5))
+    assert "the text tower gives 5 numbers a text, and the image tower 4" in refused("info", model)
+    (model / "tokenizer.json").unlink()
+    assert "tokenizer.json: cannot be read" in refused("info", model)
 
 
 def without_onnxruntime(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":

@@ -4,30 +4,42 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from service import FloatArray, PixelArray, metrics
+from service import FloatArray, metrics
 from service.errors import Outcome, OutOfMemory, attempt
 
-Encode = Callable[[Sequence[PixelArray]], FloatArray]
-_Job = tuple[PixelArray, "Future[FloatArray]"]
+if TYPE_CHECKING:
+    from prometheus_client import Gauge, Histogram
+
+T = TypeVar("T")
 
 
-class Batcher:
-    """Greedy batching: a free lane runs all pictures that wait, up to the largest batch.
+class Batcher(Generic[T]):
+    """Greedy batching: a free lane runs all inputs that wait, up to the largest batch.
 
-    No picture waits for a batch to fill. Under light load a batch is one picture; under heavy load it holds the
-    pictures that arrived while the last batch ran. A lane is a thread with an encoder on it, one for each device.
+    An input T is the pixels (S, S, 3) of a picture, or a text. None waits for a batch to fill. Under light load a batch
+    is one input; under heavy load it holds the inputs that arrived while the last batch ran. A lane is a thread with an
+    encoder on it, one for each device.
     """
 
-    def __init__(self, lanes: Sequence[Encode], max_batch: int) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[Callable[[Sequence[T]], FloatArray]],
+        max_batch: int,
+        waiting: "Gauge | None" = None,
+        sizes: "Histogram | None" = None,
+    ) -> None:
         """Start a thread for each lane.
 
         Args:
-            lanes: each takes 1 to max_batch pixels (S, S, 3) and returns (N, D); one thread at a time calls it.
-            max_batch: pictures in a batch, at most.
+            lanes: each takes 1 to max_batch inputs and returns (N, D); one thread at a time calls it.
+            max_batch: inputs in a batch, at most.
+            waiting, sizes: count the inputs that wait, and those of each batch; None for the metrics of pictures.
         """
         self._max_batch = max_batch
-        self._waiting: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._metrics = (waiting or metrics.pictures_waiting, sizes or metrics.batch_size)
+        self._waiting: queue.SimpleQueue[tuple[T, Future[FloatArray]] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._run, args=(encode,), name=f"lane-{number}", daemon=True)
             for number, encode in enumerate(lanes)
@@ -35,45 +47,46 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, pixels: PixelArray, future: "Future[FloatArray]") -> None:
-        """Queue a picture for the next batch; call from any thread, it does not block.
+    def submit(self, input: T, future: "Future[FloatArray]") -> None:
+        """Queue an input for the next batch; call from any thread, it does not block.
 
         Args:
-            pixels: (S, S, 3) of one picture.
-            future: receives the embedding (D,), or the error that the lane raised for these pixels, never one for
-                another caller's. If it is cancelled before its batch starts, the picture is skipped.
+            input: the pixels (S, S, 3) of a picture, or a text.
+            future: receives the embedding (D,), or the error that the lane raised for this input, never one for another
+                caller's. If it is cancelled before its batch starts, the input is skipped.
         """
-        metrics.pictures_waiting.inc()
-        self._waiting.put((pixels, future))
+        self._metrics[0].inc()
+        self._waiting.put((input, future))
 
-    def embed(self, pixels: Sequence[PixelArray]) -> list[Outcome[FloatArray]]:
-        """Embed pictures and wait for all of them.
+    def embed(self, inputs: Sequence[T]) -> list[Outcome[FloatArray]]:
+        """Embed inputs and wait for all of them.
 
         Args:
-            pixels: N arrays (S, S, 3).
+            inputs: N of them.
 
         Returns:
-            For each picture its embedding (D,), or the error that concerns this picture alone, such as NoEmbedding.
+            For each input its embedding (D,), or the error that concerns this input alone, such as NoEmbedding.
         """
-        futures: list[Future[FloatArray]] = [Future() for _ in pixels]
-        for one, future in zip(pixels, futures, strict=True):
+        futures: list[Future[FloatArray]] = [Future() for _ in inputs]
+        for one, future in zip(inputs, futures, strict=True):
             self.submit(one, future)
         return [attempt(future.result) for future in futures]
 
     def close(self) -> None:
-        """Embed all pictures that wait, then end the threads."""
+        """Embed all inputs that wait, then end the threads."""
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _run(self, encode: Encode) -> None:
+    def _run(self, encode: Callable[[Sequence[T]], FloatArray]) -> None:
         most, closing = self._max_batch, False
+        waiting, sizes = self._metrics
         while not closing:
-            batch: list[_Job] = []
+            batch: list[tuple[T, Future[FloatArray]]] = []
             job = self._waiting.get()
             while job is not None:
-                metrics.pictures_waiting.dec()
+                waiting.dec()
                 # A cancelled future's caller has left.
                 if job[1].set_running_or_notify_cancel():
                     batch.append(job)
@@ -85,19 +98,21 @@ class Batcher:
                     break
             closing = job is None
             if batch:
-                metrics.batch_size.observe(len(batch))
+                sizes.observe(len(batch))
                 if not _resolve(encode, batch):
                     most = max(1, len(batch) // 2)
 
 
-def _resolve(encode: Encode, batch: list[_Job], halved: bool = False) -> bool:
+def _resolve(
+    encode: Callable[[Sequence[T]], FloatArray], batch: "list[tuple[T, Future[FloatArray]]]", halved: bool = False
+) -> bool:
     """Resolve the futures of a batch; return whether the device had enough memory for it.
 
-    A batch that fails is split in halves until each error reaches only the caller whose pixels caused it. A batch that
+    A batch that fails is split in halves until each error reaches only the caller whose input caused it. A batch that
     ran out of memory is halved once: if a half fails again, its size is not the cause.
     """
     try:
-        embeddings = encode([pixels for pixels, _ in batch])
+        embeddings = encode([input for input, _ in batch])
     # Any error belongs to the callers; the lane itself goes on.
     except Exception as error:
         no_memory = isinstance(error, OutOfMemory)

@@ -26,8 +26,12 @@ _UNLIKE, _ALIKE = 0.6, 0.45
 LEAST_VARIANT_COSINE = 0.99
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "card.json"
-# The text tower of an image-text encoder.
+# The text tower of an image-text encoder: its graph, and the other files, without which it is none.
 TEXT_FILE = "text.onnx"
+TEXT_FILES = (TEXT_FILE, "tokenizer.json", "text_config.json")
+# The factor of cosines before the softmax of zero-shot labels, where the card tells none: that of CLIP, trained to the
+# end of its range.
+_LOGIT_SCALE = 100.0
 POOLINGS = ("class", "mean")
 
 
@@ -132,6 +136,14 @@ def _side(value: object) -> int:
     return value
 
 
+class TextFiles(NamedTuple):
+    """The bytes of TEXT_FILES, which were verified."""
+
+    model: bytes
+    tokenizer: bytes
+    config: bytes
+
+
 class Output(NamedTuple):
     """The output of a graph that becomes the embedding.
 
@@ -156,6 +168,7 @@ class Card:
         preprocessing: how pictures become pixels for it.
         facts: card.json as written by export; {} for an encoder that came without one.
         variants: the bytes of model.onnx's variants by name, verified and measured as well.
+        text: the text tower, verified as well; None for an encoder of pictures alone.
     """
 
     folder: Path
@@ -165,6 +178,7 @@ class Card:
     preprocessing: Preprocessing
     facts: dict[str, Any]
     variants: dict[str, bytes] = field(default_factory=dict)
+    text: TextFiles | None = None
 
     @property
     def output(self) -> Output | None:
@@ -198,6 +212,18 @@ class Card:
             return None if text is None else np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32)
         except (ValueError, TypeError) as error:
             raise InvalidModel(f"{self.folder / CARD_FILE}: canary: expected float32 numbers in base64") from error
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor of cosines before the softmax over zero-shot labels; 100 where the card tells none.
+
+        Raises:
+            InvalidModel: the card's entry is not a positive number.
+        """
+        scale = self.facts.get("logit_scale", _LOGIT_SCALE)
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise InvalidModel(f"{self.folder / CARD_FILE}: logit_scale: expected a positive number")
+        return float(scale)
 
 
 def square_preprocessing(
@@ -252,15 +278,15 @@ def read_card(folder: Path) -> Card:
     """Read a model folder and check it against its own card.
 
     Raises:
-        InvalidModel: missing folder or file, JSON that does not parse, a checksum that differs, or a variant
-            that the card has not measured to be the same encoder.
+        InvalidModel: missing folder or file, JSON that does not parse, a checksum that differs, a variant that the card
+            has not measured to be the same encoder, or a part of a text tower without the rest.
 
-    Cost: reads and hashes model.onnx and its variants once.
+    Cost: reads and hashes model.onnx, its variants and its text tower once.
     """
     if not folder.is_dir():
         raise InvalidModel(f"{folder}: no such model folder; expected a folder with {MODEL_FILE}")
     files = {MODEL_FILE: _read(folder / MODEL_FILE)}
-    files |= {file: _read(folder / file) for file in VARIANTS.values() if (folder / file).exists()}
+    files |= {file: _read(folder / file) for file in (*VARIANTS.values(), *TEXT_FILES) if (folder / file).exists()}
     preprocessing = Preprocessing.from_config(_read_json(folder / PREPROCESSOR_FILE), str(folder / PREPROCESSOR_FILE))
     facts = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
     name = str(facts.get("name") or folder.resolve().name)
@@ -282,7 +308,15 @@ def read_card(folder: Path) -> Card:
                 f"{folder / VARIANTS[name]}: {CARD_FILE} has not measured it to be {MODEL_FILE} in other arithmetic; "
                 "remove it, or write the encoder anew with `lookalike export --overwrite`"
             )
-    return replace(card, fingerprint=own, variants=variants)
+    return replace(card, fingerprint=own, variants=variants, text=_text_files(folder, files))
+
+
+def _text_files(folder: Path, files: dict[str, bytes]) -> TextFiles | None:
+    present = [file for file in TEXT_FILES if file in files]
+    missing = [file for file in TEXT_FILES if file not in files]
+    if present and missing:
+        raise InvalidModel(f"{folder}: has {' and '.join(present)}, but no {' and no '.join(missing)}")
+    return TextFiles(*(files[file] for file in present)) if present else None
 
 
 def digest(card: Card, dimension: int) -> dict[str, Any]:

@@ -1,19 +1,31 @@
 """Words → unit embeddings: the text tower of an image-text encoder, by onnxruntime and tokenizers alone."""
 
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from service import FloatArray, IntArray, cores
-from service.errors import InvalidModel, NoEmbedding
+from service import FloatArray, IntArray, cores, metrics
+from service.encoding.batcher import Batcher
+from service.encoding.card import TEXT_FILES, Card
+from service.errors import InvalidModel, InvalidRequest, NoEmbedding, TooLarge
 
-TEXT_CONFIG_FILE = "text_config.json"
+TEXT_CONFIG_FILE = TEXT_FILES[2]
 _INPUTS = ("input_ids", "attention_mask")
 _TYPES = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
+# Its embedding is compared with the one at the start, to see that the tower still works.
+_CANARY = "a photograph"
+_LEAST_OWN_COSINE = 0.9999
+# Larger batches are no faster per text on a CPU, and every caller in them waits longer.
+_LARGEST_BATCH = 16
+# Embeddings of the latest texts that are kept.
+_KEPT = 1000
 
 
 class TextConfig(NamedTuple):
@@ -52,7 +64,13 @@ class TextConfig(NamedTuple):
 
 
 class TextTower:
-    """A text encoder whose embeddings lie in the space of an image encoder. One thread at a time may call it."""
+    """A text encoder whose embeddings lie in the space of an image encoder, on the CPU. Opening it embeds a text.
+
+    Attributes:
+        config: how texts become tokens.
+        fixed_batch: the only number of texts that the graph takes, or None if it takes any.
+        dimension: D.
+    """
 
     def __init__(self, model: bytes, tokenizer: bytes, config: TextConfig) -> None:
         """Open graph and tokenizer.
@@ -63,7 +81,8 @@ class TextTower:
             config: text_config.json.
 
         Raises:
-            InvalidModel: one of them cannot be read, or the graph takes anything but tokens and their mask.
+            InvalidModel: one of them cannot be read, the graph takes anything but tokens and their mask, or the
+                tokenizer has tokens that the graph does not know.
         """
         self.config = config
         options = ort.SessionOptions()
@@ -90,14 +109,31 @@ class TextTower:
                     f"the text tower takes {node.name} of {node.type}; expected {' and '.join(_INPUTS)}, whole numbers"
                 )
             self._types[node.name] = _TYPES[node.type]
+        sizes = {node.shape[0] for node in self._session.get_inputs() if isinstance(node.shape[0], int)}
+        if len(sizes) > 1:
+            raise InvalidModel(f"the text tower takes batches of {sorted(sizes)} at once; expected one size")
+        self.fixed_batch: int | None = sizes.pop() if sizes else None
         outputs = [node.name for node in self._session.get_outputs()]
         if config.output not in outputs:
             raise InvalidModel(f"the text tower has no output {config.output}; it has {', '.join(outputs)}")
+        self._known = self._embed_canary()
+        self.dimension = len(self._known)
+        self._check_vocabulary()
 
     def tokens(self, texts: Sequence[str]) -> tuple[IntArray, IntArray]:
-        """Return the tokens (N, T) of N texts, and their mask (N, T): 1 for a token, 0 for padding."""
+        """Return the tokens (N, T) of N texts, and their mask (N, T): 1 for a token, 0 for padding.
+
+        Raises:
+            NoEmbedding: the tokenizer cannot read a text, or finds no token in any of them.
+        """
         texts = [text.lower() for text in texts] if self.config.lowercase else list(texts)
-        encoded = self._tokenizer.encode_batch(texts)
+        try:
+            encoded = self._tokenizer.encode_batch(texts)
+        # tokenizers raises a plain Exception.
+        except Exception as error:
+            raise NoEmbedding("the tokenizer of the encoder cannot read this text") from error
+        if not len(encoded[0].ids):
+            raise NoEmbedding("the tokenizer of the encoder finds no word that it knows in this text")
         return (
             np.asarray([one.ids for one in encoded], np.int64),
             np.asarray([one.attention_mask for one in encoded], np.int64),
@@ -111,9 +147,51 @@ class TextTower:
 
         Raises:
             InvalidModel: the graph failed, or its output is not (N, D).
-            NoEmbedding: a row of its output is zero or not finite.
+            NoEmbedding: a row of its output is zero or not finite, or a text has no tokens.
         """
-        given = dict(zip(_INPUTS, self.tokens(texts), strict=True))
+        with metrics.text_seconds.time():
+            return self._embed(*self.tokens(texts))
+
+    def probe(self) -> None:
+        """Embed a text that was embedded when the tower was opened. Raises InvalidModel if it is another now."""
+        if not float(self._embed_canary() @ self._known) >= _LEAST_OWN_COSINE:
+            raise InvalidModel("the text tower embeds a text otherwise than at the start")
+
+    def _embed_canary(self) -> FloatArray:
+        try:
+            embeddings = self._embed(*self.tokens([_CANARY]))
+        except NoEmbedding as error:
+            raise InvalidModel(str(error)) from error
+        return np.asarray(embeddings[0])
+
+    def _check_vocabulary(self) -> None:
+        """Raise InvalidModel if the graph fails for the largest token of the tokenizer."""
+        tokens, mask = self.tokens([_CANARY])
+        largest = max(self._tokenizer.get_vocab().values())
+        tokens[0, 0] = largest
+        try:
+            self._embed(tokens, mask)
+        except NoEmbedding:
+            pass
+        except InvalidModel as error:
+            raise InvalidModel(
+                f"the tokenizer has {largest + 1} tokens, and the text tower fails for the last of them: {error}"
+            ) from error
+
+    def _embed(self, tokens: IntArray, mask: IntArray) -> FloatArray:
+        """Return the embeddings (N, D) of tokens (N, T), in batches of the size that the graph fixes, or in one."""
+        size = self.fixed_batch or len(tokens)
+        # The last batch is filled with the last text.
+        filled = [*range(len(tokens)), *[len(tokens) - 1] * (-len(tokens) % size)]
+        parts = [filled[start : start + size] for start in range(0, len(filled), size)]
+        embeddings = np.concatenate([self._run(tokens[part], mask[part]) for part in parts])[: len(tokens)]
+        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+        if not np.isfinite(norms).all() or not norms.all():
+            raise NoEmbedding("the text tower gives this text no embedding: zero or not finite")
+        return np.asarray(embeddings / norms, np.float32)
+
+    def _run(self, tokens: IntArray, mask: IntArray) -> FloatArray:
+        given = dict(zip(_INPUTS, (tokens, mask), strict=True))
         try:
             (raw,) = self._session.run(
                 [self.config.output], {name: given[name].astype(type) for name, type in self._types.items()}
@@ -122,9 +200,100 @@ class TextTower:
         except Exception as error:
             raise InvalidModel(f"the text tower fails: {str(error).partition(chr(10))[0][:300]}") from error
         embeddings = np.asarray(raw, np.float32)
-        if embeddings.ndim != 2 or len(embeddings) != len(texts):
+        if embeddings.ndim != 2 or len(embeddings) != len(tokens):
             raise InvalidModel(f"the text tower gives {embeddings.shape}, expected (N, D)")
-        norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
-        if not np.isfinite(norms).all() or not norms.all():
-            raise NoEmbedding("the text tower gives this text no embedding: zero or not finite")
-        return np.asarray(embeddings / norms, np.float32)
+        return embeddings
+
+
+class TextEncoder:
+    """A text tower for many callers: texts share batches, and the embeddings of the last thousand are kept.
+
+    Every method may be called from any thread.
+
+    Attributes:
+        tower: the text tower.
+    """
+
+    def __init__(self, tower: TextTower) -> None:
+        """Start the thread that runs the tower."""
+        self.tower = tower
+        batch = tower.fixed_batch or _LARGEST_BATCH
+        self._batcher = Batcher([tower.encode], batch, metrics.texts_waiting, metrics.text_batch_size)
+        self._kept: OrderedDict[str, FloatArray] = OrderedDict()
+        self._keeping = threading.Lock()
+
+    def embed_soon(self, text: str) -> "Future[FloatArray]":
+        """Begin to embed a text, without blocking.
+
+        Args:
+            text: as `check_text` returns it.
+
+        Returns:
+            A future of the embedding (D,), of L2 norm 1; its errors are those of TextTower.encode. If it is cancelled
+            before its batch begins, the text is skipped.
+        """
+        future: Future[FloatArray] = Future()
+        with self._keeping:
+            kept = self._kept.get(text)
+            if kept is not None:
+                self._kept.move_to_end(text)
+        if kept is not None:
+            future.set_result(kept)
+        else:
+            future.add_done_callback(lambda done: self._keep(text, done))
+            self._batcher.submit(text, future)
+        return future
+
+    def close(self) -> None:
+        """Embed all texts that wait, then end the thread."""
+        self._batcher.close()
+
+    def _keep(self, text: str, done: "Future[FloatArray]") -> None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        with self._keeping:
+            self._kept[text] = done.result()
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+
+
+def open_text_tower(card: Card, dimension: int) -> TextTower | None:
+    """Return the text tower of an encoder, or None if it has none.
+
+    Args:
+        card: the verified model folder.
+        dimension: D of its image tower.
+
+    Raises:
+        InvalidModel: as TextTower and TextConfig.from_json; or its embeddings have another dimension.
+    """
+    if card.text is None:
+        return None
+    try:
+        tower = TextTower(card.text.model, card.text.tokenizer, TextConfig.from_json(card.text.config))
+    except InvalidModel as error:
+        raise InvalidModel(f"{card.folder}: {error}") from error
+    if tower.dimension != dimension:
+        raise InvalidModel(
+            f"{card.folder}: the text tower gives {tower.dimension} numbers a text, and the image tower "
+            f"{dimension} numbers a picture; expected as many"
+        )
+    return tower
+
+
+def check_text(text: str, max_characters: int) -> str:
+    """Return a text to embed, unchanged.
+
+    Raises:
+        InvalidRequest: it is empty or blank, or has half a character (a lone surrogate).
+        TooLarge: it is longer.
+    """
+    if len(text) > max_characters:
+        raise TooLarge(f"expected a text of at most {max_characters} characters, got {len(text)}")
+    if not text.strip():
+        raise InvalidRequest("expected words, got an empty text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest("expected whole characters, got half of one") from error
+    return text

@@ -97,6 +97,12 @@ def check_count(images: int, settings: Settings) -> None:
         raise TooLarge(f"expected at most {settings.max_images} pictures, got {images}")
 
 
+def check_text_count(texts: int, settings: Settings) -> None:
+    """Raise TooLarge for more texts than a request may have."""
+    if texts > settings.max_texts:
+        raise TooLarge(f"expected at most {settings.max_texts} texts, got {texts}")
+
+
 def parse_json_object(text: str, what: str) -> dict[str, Any]:
     """Parse a JSON object. Raises InvalidRequest, whose message begins with `what`, the name of the field."""
     try:
@@ -114,6 +120,11 @@ def picture_of(picture: bytes | str, settings: Settings) -> bytes | Callable[[],
     return partial(from_base64, picture, settings.max_image_bytes) if isinstance(picture, str) else picture
 
 
+def is_data_uri(text: str) -> bool:
+    """Return whether a text begins as a data URI does."""
+    return text[:20].lstrip()[:5].lower() == "data:"
+
+
 def from_base64(text: str, most_bytes: int) -> bytes:
     """Decode base64, or a data URI of it. A URL is refused, and never fetched.
 
@@ -127,7 +138,7 @@ def from_base64(text: str, most_bytes: int) -> bytes:
     # Lines of 76 characters make it longer by a 38th; 200 characters are enough for "data:image/…;base64,".
     if len(text) > most_bytes * 3 // 2 + 200:
         raise TooLarge(f"the picture has more than {most_bytes} bytes, which is the limit")
-    if text[:20].lstrip()[:5].lower() == "data:":
+    if is_data_uri(text):
         head, _, text = text.partition(",")
         if not head.rstrip().lower().endswith(";base64"):
             raise InvalidRequest("expected a data URI of the form data:image/…;base64,…")

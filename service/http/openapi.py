@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from service.encoding.images import FORMATS
 from service.gallery import Gallery
-from service.http import schemas
+from service.http import query_bodies, schemas
 from service.http.keys import read_keys
 from service.http.schemas import OpenAIError, Problem
 from service.settings import Settings
@@ -58,17 +58,44 @@ BODY = (400, 408, 413, 415)
 
 _BODIES: dict[type[BaseModel], dict[str, Any]] = {
     schemas.EmbedBody: {"images": [_DOT], "encoding_format": "base64"},
-    schemas.SearchById: {"id": "digits/00007", "k": 2, "threshold": 0.5},
-    schemas.SearchByImage: {"image": _DOT, "filter": {"label": {"$in": ["1", "7"]}}},
-    schemas.SearchByVector: {"vector": [0.6, -0.8], "include": ["metadata", "embedding"]},
-    schemas.SearchMany: {"queries": [{"id": "digits/00007"}, {"image": _DOT}], "k": 5},
+    schemas.EmbedTextsBody: {"texts": ["a red bicycle", "un vélo rouge"]},
+    query_bodies.SearchById: {"id": "digits/00007", "k": 2, "threshold": 0.5},
+    query_bodies.SearchByImage: {"image": _DOT, "filter": {"label": {"$in": ["1", "7"]}}},
+    query_bodies.SearchByText: {"text": "a red bicycle", "k": 5},
+    query_bodies.SearchByVector: {"vector": [0.6, -0.8], "include": ["metadata", "embedding"]},
+    query_bodies.SearchByAll: {"all": [{"id": "digits/00007"}, {"image": _DOT, "weight": -0.5}]},
+    query_bodies.SearchMany: {"queries": [{"id": "digits/00007"}, {"image": _DOT}], "k": 5},
+    schemas.ClassifyBody: {"images": [_DOT], "labels": ["cat", "dog"], "templates": ["a photo of a {label}"]},
     schemas.PatchBody: {"metadata": {"label": "8", "year": None}},
     schemas.OpenAIBody: {"model": "mnist", "input": [_DOT], "modality": "image"},
+    schemas.OpenAITextBody: {"model": "clip", "input": ["a red bicycle"], "modality": "text"},
 }
+# The models that only an encoder with a text tower takes.
+_OF_TEXTS: tuple[type[BaseModel], ...] = (
+    schemas.EmbedTextsBody,
+    query_bodies.ByText,
+    query_bodies.PartByText,
+    query_bodies.SearchByText,
+    schemas.ClassifyBody,
+    schemas.OpenAITextBody,
+)
 _ANSWERS: dict[type[BaseModel], Any] = {
     schemas.Hits: {"hits": [_HIT]},
     schemas.Results: {"results": [{"hits": [_HIT]}]},
     schemas.Embeddings: {"model": "mnist", "fingerprint": _FINGERPRINT, "dimension": 2, "embeddings": [[0.6, -0.8]]},
+    schemas.Classified: {
+        "model": "clip",
+        "fingerprint": _FINGERPRINT,
+        "logit_scale": 100.0,
+        "results": [
+            {
+                "labels": [
+                    {"label": "cat", "probability": 0.98, "score": 0.27},
+                    {"label": "dog", "probability": 0.02, "score": 0.23},
+                ]
+            }
+        ],
+    },
     schemas.OpenAIEmbeddings: {
         "object": "list",
         "data": [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
@@ -227,16 +254,16 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         document["security"] = [{"key": []}]
     properties = {name: model.get("properties", {}) for name, model in document["components"]["schemas"].items()}
     dimension = gallery.encoder.dimension
-    for name in ("ByVector", "SearchByVector"):
+    for name in ("ByVector", "PartByVector", "SearchByVector"):
         properties[name]["vector"] |= {"minItems": dimension, "maxItems": dimension}
-    for name in ("ById", "SearchById"):
+    for name in ("ById", "PartById", "SearchById"):
         properties[name]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
-    for name in ("SearchById", "SearchByImage", "SearchByVector"):
+    for name in ("SearchById", "SearchByImage", "SearchByText", "SearchByVector", "SearchByAll"):
         properties[name]["k"]["maximum"] = settings.max_k
     properties["SearchMany"]["k"]["maximum"] = settings.max_k_of_many
     properties["EmbedBody"]["images"]["maxItems"] = settings.max_images
     several = properties["SearchMany"].pop("queries")
-    items = {"anyOf": [_reference(schemas.ByVector), _reference(schemas.ById)]}
+    items = {"anyOf": [_reference(model) for model in (query_bodies.ByVector, query_bodies.ById, query_bodies.ByText)]}
     properties["SearchMany"]["queries"] = {
         "description": f"At most {settings.max_images} of them pictures.",
         "anyOf": [
@@ -244,10 +271,12 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
             several | {"maxItems": settings.max_queries, "items": items},
         ],
     }
-    openai = properties["OpenAIBody"]
-    openai["model"]["const"] = gallery.card.name
-    openai["dimensions"] = {"enum": [dimension, None]}
-    openai["input"]["anyOf"][1]["maxItems"] = settings.max_images
+    for name, most in (("OpenAIBody", settings.max_images), ("OpenAITextBody", settings.max_texts)):
+        openai = properties[name]
+        openai["model"]["const"] = gallery.card.name
+        openai["dimensions"] = {"enum": [dimension, None]}
+        openai["input"]["anyOf"][1]["maxItems"] = most
+    _bound_texts(document, gallery)
     for operations in document["paths"].values():
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
@@ -255,6 +284,44 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
                     parameter["schema"]["maximum"] = settings.max_k
                 elif parameter["in"] == "path":
                     parameter["schema"]["maxLength"] = settings.max_id_bytes
+
+
+def _bound_texts(document: dict[str, Any], gallery: Gallery) -> None:
+    """Put the limits of texts into the document, or take texts out of it where the encoder reads none."""
+    models, settings = document["components"]["schemas"], gallery.settings
+    properties = {name: model.get("properties", {}) for name, model in models.items()}
+    if not gallery.reads_texts:
+        properties["OpenAIBody"]["modality"] = {"enum": ["image", None]}
+        document["paths"].pop("/classify", None)
+        _drop(document, {model.__name__ for model in _OF_TEXTS})
+        return
+    longest = {"maxLength": settings.max_text_characters}
+    for name in ("ByText", "PartByText", "SearchByText"):
+        properties[name]["text"] |= longest
+    properties["EmbedTextsBody"]["texts"]["maxItems"] = settings.max_texts
+    properties["EmbedTextsBody"]["texts"]["items"] |= longest
+    one, several = properties["OpenAITextBody"]["input"]["anyOf"]
+    one |= longest
+    several["items"] |= longest
+    # What is no data URI is a text, unless the request says otherwise.
+    properties["OpenAIBody"]["modality"] = {"const": "image"}
+    models["OpenAIBody"]["required"].append("modality")
+    properties["OpenAITextBody"]["modality"] = {"enum": ["text", None]}
+    properties["ClassifyBody"]["images"]["maxItems"] = settings.max_images
+    properties["ClassifyBody"]["labels"]["maxItems"] = settings.max_texts
+
+
+def _drop(node: Any, names: set[str]) -> None:
+    """Remove schemas, their examples and all references to them."""
+    if isinstance(node, list):
+        node[:] = [one for one in node if not (isinstance(one, dict) and one.get("$ref", "")[len(_PREFIX) :] in names)]
+        for one in node:
+            _drop(one, names)
+    elif isinstance(node, dict):
+        for name in names & node.keys():
+            del node[name]
+        for one in node.values():
+            _drop(one, names)
 
 
 _ALL = (*_ANSWERS, schemas.Info, Problem, OpenAIError)

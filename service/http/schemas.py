@@ -6,157 +6,85 @@ import codecs
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    WithJsonSchema,
-)
+from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from service import FloatArray
 from service.errors import InvalidRequest
-from service.http.bodies import picture_of, read_body
+from service.http.bodies import read_body
+from service.http.query_bodies import (
+    PART_KINDS,
+    QUERY_KINDS,
+    SEARCH_KINDS,
+    TAGGED,
+    Base64,
+    Body,
+    Fingerprint,
+    SearchBody,
+    Text,
+    Whole,
+    kind_of_part,
+    kind_of_query,
+    kind_of_search,
+)
 from service.names import unknown
-from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
-from service.store.filters import DESCRIPTION
 
 # Parsing a longer body (bytes) would block the event loop for too long.
 _LONG = 100_000
 
 EncodingFormat = Literal["float", "base64"]
-Included = Literal["metadata", "embedding"]
-DEFAULT_K = 10
+# Characters of a label and of a template, so that a text of both stays within the limits.
+_LONGEST_LABEL, _LONGEST_TEMPLATE = 1000, 1000
+# CLIP's own list has 80.
+_MOST_TEMPLATES = 100
 
 
-class Body(BaseModel):
-    """A JSON object: unknown fields are refused, and no value is converted to another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-Base64 = Annotated[
-    str,
-    Field(
-        description="A picture in base64, or as a data URI. URLs are never fetched.",
-        json_schema_extra={"format": "picture"},
-    ),
-]
-Vector = Annotated[
-    list[Annotated[float, Field(allow_inf_nan=False)]],
-    Field(description="As many numbers as `/info` names as dimension, not all 0. Made unit length here."),
-]
-Fingerprint = Annotated[
-    str | None, Field(description="The encoder that the client expects; 409 if another one runs here.")
-]
-FilterObject = Annotated[
-    Annotated[dict[str, Any], WithJsonSchema({"allOf": [{"$ref": "#/components/schemas/Filter"}]})] | None,
-    Field(description=DESCRIPTION),
-]
-
-
-class EmbedBody(Body):
-    """Pictures to embed."""
-
-    images: list[Base64] = Field(min_length=1)
+class _Embedded(Body):
     encoding_format: EncodingFormat = "float"
     fingerprint: Fingerprint = None
 
 
-class ByImage(Body):
-    """Search with a picture."""
+class EmbedBody(_Embedded):
+    """Pictures to embed."""
 
-    image: Base64
-
-    def query(self, settings: Settings) -> PictureQuery:
-        """Return the query. Its base64 is decoded on a decoder thread."""
-        return PictureQuery(picture_of(self.image, settings))
+    images: list[Base64] = Field(min_length=1)
 
 
-class ByVector(Body):
-    """Search with a vector, of which only the direction counts."""
+class EmbedTextsBody(_Embedded):
+    """Texts to embed."""
 
-    vector: Vector
-
-    def query(self, _: Settings) -> VectorQuery:
-        """Return the query."""
-        return VectorQuery(self.vector)
+    texts: list[Text] = Field(min_length=1)
 
 
-class ById(Body):
-    """Search with a stored item, which is left out of its own hits."""
-
-    id: str
-
-    def query(self, _: Settings) -> ItemQuery:
-        """Return the query."""
-        return ItemQuery(self.id)
+def kind_of_embed(content: Any) -> str | None:
+    """Return the tag of a body of /embed, or None for neither."""
+    names = [name for name in _EMBED_KINDS if isinstance(content, dict) and name in content]
+    return f"embed {names[0]}" if len(names) == 1 else None
 
 
-def _whole(value: Any) -> Any:
-    # JSON knows one kind of number: 3.0 is 3.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+_EMBED_KINDS = ("images", "texts")
+AnyEmbedBody = Annotated[
+    Annotated[EmbedBody, Tag("embed images")] | Annotated[EmbedTextsBody, Tag("embed texts")],
+    Discriminator(kind_of_embed),
+]
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Label = Annotated[str, Field(max_length=_LONGEST_LABEL, json_schema_extra={"minLength": 1, "pattern": r"\S"})]
+Template = Annotated[str, Field(max_length=_LONGEST_TEMPLATE, pattern=r"^[^{}]*\{label\}[^{}]*$")]
 
 
-class _Wanted(Body):
-    k: Whole = Field(DEFAULT_K, ge=1, description="Hits a query, at most.")
-    threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
-    filter: FilterObject = None
-    include: list[Included] = Field(["metadata"], description="Fields of a hit besides id and score.")
+class ClassifyBody(Body):
+    """Pictures, and labels to choose from."""
+
+    images: list[Base64] = Field(min_length=1)
+    labels: list[Label] = Field(min_length=1, json_schema_extra={"uniqueItems": True})
+    templates: list[Template] = Field(
+        ["{label}"],
+        min_length=1,
+        max_length=_MOST_TEMPLATES,
+        description="Sentences with `{label}` in them; a label is the mean of its sentences.",
+    )
     fingerprint: Fingerprint = None
-
-
-class SearchByImage(ByImage, _Wanted):
-    """One search."""
-
-
-class SearchByVector(ByVector, _Wanted):
-    """One search."""
-
-
-class SearchById(ById, _Wanted):
-    """One search."""
-
-
-def _kind(content: Any) -> str | None:
-    names = [name for name in ("image", "vector", "id", "queries") if isinstance(content, dict) and name in content]
-    return f"by {names[0]}" if len(names) == 1 else None
-
-
-def _kind_of_one(content: Any) -> str | None:
-    kind = _kind(content)
-    return None if kind is None else f"one {kind}"
-
-
-AnyQuery = Annotated[
-    Annotated[ByImage, Tag("one by image")]
-    | Annotated[ByVector, Tag("one by vector")]
-    | Annotated[ById, Tag("one by id")],
-    Discriminator(_kind_of_one),
-]
-
-
-class SearchMany(_Wanted):
-    """Several searches with the same options."""
-
-    queries: list[AnyQuery] = Field(min_length=1)
-
-
-SearchBody = Annotated[
-    Annotated[SearchByImage, Tag("by image")]
-    | Annotated[SearchByVector, Tag("by vector")]
-    | Annotated[SearchById, Tag("by id")]
-    | Annotated[SearchMany, Tag("by queries")],
-    Discriminator(_kind),
-]
 
 
 class PatchBody(Body):
@@ -166,14 +94,23 @@ class PatchBody(Body):
 
 
 class OpenAIBody(Body):
-    """A request of OpenAI's clients to /v1/embeddings, with pictures as data URIs."""
+    """A request of OpenAI's clients to /v1/embeddings, with pictures as data URIs.
+
+    Where the encoder reads texts, everything else is a text, unless `modality` says what all of them are.
+    """
 
     model: str
     input: Base64 | Annotated[list[Base64], Field(min_length=1)]
     encoding_format: EncodingFormat = "float"
     dimensions: Whole | None = Field(None, description="The encoder's own, or left out.")
-    modality: Literal["image"] = "image"
+    modality: Literal["image", "text"] | None = None
     user: str | None = None
+
+
+class OpenAITextBody(OpenAIBody):
+    """The same with texts. It stands in the document alone."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class Hit(BaseModel):
@@ -198,7 +135,7 @@ class Results(BaseModel):
 
 
 class Embeddings(BaseModel):
-    """One embedding per picture, in their order: D numbers, or base64 of D little-endian float32."""
+    """One embedding per picture or text, in their order: D numbers, or base64 of D little-endian float32."""
 
     model: str
     fingerprint: str
@@ -206,8 +143,31 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]] | list[str]
 
 
+class LabelAnswer(BaseModel):
+    """A label with its probability among all labels, and its score, the cosine to the picture."""
+
+    label: str
+    probability: float = Field(ge=0, le=1)
+    score: float = Field(ge=-1, le=1)
+
+
+class Labels(BaseModel):
+    """The labels of one picture, the most probable first."""
+
+    labels: list[LabelAnswer]
+
+
+class Classified(BaseModel):
+    """The labels of each picture."""
+
+    model: str
+    fingerprint: str
+    logit_scale: float
+    results: list[Labels]
+
+
 class OpenAIEmbedding(BaseModel):
-    """The embedding of one picture."""
+    """The embedding of one picture or text."""
 
     object: Literal["embedding"]
     index: int
@@ -256,8 +216,18 @@ class BulkLine(BaseModel):
     detail: str | None = None
 
 
+class TextInfo(BaseModel):
+    """How texts are read: tokens of a text, beyond which it is cut, and the scale of /classify."""
+
+    max_tokens: int
+    logit_scale: float
+
+
 class Info(BaseModel):
-    """The encoder, the gallery, the limits and the versions of this service."""
+    """The encoder, the gallery, the limits and the versions of this service.
+
+    `queries` are the kinds of query that a search takes here; `text` is null where the encoder reads pictures alone.
+    """
 
     model: str
     fingerprint: str
@@ -266,6 +236,8 @@ class Info(BaseModel):
     variant: str
     provider: str
     preprocessing: dict[str, Any]
+    queries: list[str]
+    text: TextInfo | None
     notice: str | None
     limits: dict[str, float]
     versions: dict[str, str]
@@ -307,25 +279,31 @@ class OpenAIError(BaseModel):
 
 M = TypeVar("M")
 
-EMBED = TypeAdapter(EmbedBody)
-SEARCH: TypeAdapter[SearchByImage | SearchByVector | SearchById | SearchMany] = TypeAdapter(SearchBody)
+EMBED: TypeAdapter[EmbedBody | EmbedTextsBody] = TypeAdapter(AnyEmbedBody)
+SEARCH: TypeAdapter[SearchBody] = TypeAdapter(SearchBody)
+CLASSIFY = TypeAdapter(ClassifyBody)
 PATCH = TypeAdapter(PatchBody)
 OPENAI = TypeAdapter(OpenAIBody)
 
 # By the tag of a union, else by the name of the model itself: pydantic's errors have no other mark of the model.
-_MODELS: dict[Any, type[Body]] = {
-    "by image": SearchByImage,
-    "by vector": SearchByVector,
-    "by id": SearchById,
-    "by queries": SearchMany,
-    "one by image": ByImage,
-    "one by vector": ByVector,
-    "one by id": ById,
-    "EmbedBody": EmbedBody,
+_MODELS: dict[Any, type[Body]] = TAGGED | {
+    "embed images": EmbedBody,
+    "embed texts": EmbedTextsBody,
+    "ClassifyBody": ClassifyBody,
     "PatchBody": PatchBody,
     "OpenAIBody": OpenAIBody,
 }
 _FIELDS = {name for model in _MODELS.values() for name in model.model_fields}
+# The fields of which an object has exactly one, by the function that looks for them, as pydantic writes it.
+_ONE_OF = {
+    f"{function.__name__}()": names
+    for function, names in (
+        (kind_of_embed, _EMBED_KINDS),
+        (kind_of_part, PART_KINDS),
+        (kind_of_query, QUERY_KINDS),
+        (kind_of_search, SEARCH_KINDS),
+    )
+}
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -338,6 +316,9 @@ _EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "too_short": "at least {min_length}",
+    "too_long": "at most {max_length}",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "a text with {{label}} in it once, and no other braces",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
@@ -389,8 +370,8 @@ def _sentence(error: ValidationError) -> str:
         case "json_invalid":
             return "the body: not JSON"
         case "union_tag_not_found" | "union_tag_invalid":
-            also = "" if "[" in place else ' or "queries"'
-            return f'{place}: expected an object with exactly one of "image", "vector", "id"{also}'
+            *names, last = (f'"{name}"' for name in _ONE_OF[first["ctx"]["discriminator"]])
+            return f"{place}: expected an object with exactly one of {', '.join(names)} or {last}"
         case "extra_forbidden":
             *_, model = [_MODELS[tag] for tag in (error.title, *first["loc"][:-1]) if tag in _MODELS]
             return f"{place}: {unknown('a field', str(first['loc'][-1]), model.model_fields)}"
@@ -400,7 +381,7 @@ def _sentence(error: ValidationError) -> str:
     got = "nothing" if value is None else _KINDS.get(type(value), "something else")
     if type(value) is int and abs(value) < _SHOWN_BELOW:
         got = str(value)
-    elif first["type"] == "too_short":
+    elif first["type"] in ("too_short", "too_long", "string_too_long"):
         got = str(len(value))
     expected = _EXPECTED.get(first["type"], "something else; /docs shows what").format(**first.get("ctx", {}))
     return f"{place}: expected {expected}, got {got}"

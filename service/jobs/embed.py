@@ -79,7 +79,12 @@ def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> 
 
 
 def _embed(
-    source: Source, positions: range, encoder: Encoder, batcher: Batcher, settings: Settings, bar: "tqdm[Any]"
+    source: Source,
+    positions: range,
+    encoder: Encoder,
+    batcher: Batcher[PixelArray],
+    settings: Settings,
+    bar: "tqdm[Any]",
 ) -> list[_Embedded]:
     """Return the embedding (D,) of each position, or the error that its picture gave."""
     digests: dict[int, str] = {}

@@ -15,12 +15,13 @@ keepPixels(picture);
 picture.addEventListener("load", () => picture.classList.remove("broken"));
 picture.addEventListener("error", () => picture.classList.add("broken"));
 
-/** Show a query that is under way, by its name and the address of its picture. */
+/** Show a query that is under way, by its name and the address of its picture, "" for none. */
 export function showQuery(name, address) {
   section.hidden = false;
   section.setAttribute("aria-busy", "true");
   title.textContent = `Most like ${name}`;
-  showPicture(picture, address);
+  picture.parentElement.hidden = !address;
+  if (address) showPicture(picture, address);
   status.textContent = "Searching …";
   failure.textContent = "";
 }

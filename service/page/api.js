@@ -31,6 +31,13 @@ export async function searchById(id, k, signal) {
   return answer.hits;
 }
 
+/** The k items most like words, best first. */
+export async function searchByText(text, k, signal) {
+  const headers = { "Content-Type": "application/json" };
+  const answer = await ask("search", { method: "POST", headers, body: JSON.stringify({ text, k }), signal });
+  return answer.hits;
+}
+
 /** Show a picture of the API in an <img>, which cannot send a key by itself. */
 export async function showPicture(image, address) {
   if (!sessionStorage.getItem(KEY) || address.startsWith("blob:")) {

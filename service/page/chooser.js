@@ -1,5 +1,7 @@
 // Three ways to hand over a picture: choose a file, drop one anywhere, paste one.
 
+import { takesWords } from "./field.js";
+
 const input = document.querySelector("#file");
 const failure = document.querySelector("#file-error");
 
@@ -12,6 +14,7 @@ export function watchForPictures(onPicture) {
   });
 
   window.addEventListener("dragover", (event) => {
+    if (takesWords(event, event.dataTransfer)) return;
     // The browser would otherwise replace the page by the file.
     event.preventDefault();
     document.body.classList.toggle("dropping", event.dataTransfer.types.includes("Files"));
@@ -21,12 +24,14 @@ export function watchForPictures(onPicture) {
     if (event.relatedTarget === null) document.body.classList.remove("dropping");
   });
   window.addEventListener("drop", (event) => {
-    event.preventDefault();
     document.body.classList.remove("dropping");
+    if (takesWords(event, event.dataTransfer)) return;
+    event.preventDefault();
     take(event.dataTransfer.files, "That was not a file. Save the picture first, then drop its file here.");
   });
 
   window.addEventListener("paste", (event) => {
+    if (takesWords(event, event.clipboardData)) return;
     take(event.clipboardData.files, "The clipboard holds no picture. Copy one first, then paste it here.");
   });
 

@@ -2,17 +2,21 @@
 //
 //   #              the gallery
 //   #id=…          lookalikes of an item
+//   #text=…        the pictures most like words
 //   #picture       lookalikes of the visitor's picture; the history entry holds its key in `pictures`
 
 import { focusAnswer, hideAnswer, showFailure, showHits, showQuery } from "./answer.js";
-import { getInfo, searchById, searchByPicture, thumbnailOf } from "./api.js";
+import { getInfo, searchById, searchByPicture, searchByText, thumbnailOf } from "./api.js";
 import { watchForPictures } from "./chooser.js";
 import { startDrawing } from "./drawing.js";
+import { fillField, startField } from "./field.js";
 import { fillGallery, toggleGallery } from "./gallery.js";
 import { showInfo, showInfoError } from "./header.js";
 
 const HITS = 24;
 const ITEM = "#id=";
+const TEXT = "#text=";
+const TITLE = document.title;
 const DRAWING = "your drawing";
 
 // {name, blob, address} by time of arrival. Back needs them until the page closes.
@@ -26,12 +30,17 @@ function show() {
   inFlight.abort();
   const { hash } = location;
   const picture = pictures.get(history.state?.picture);
-  if (hash.startsWith(ITEM)) {
+  const text = hash.startsWith(TEXT) ? decode(hash.slice(TEXT.length)) : "";
+  fillField(text);
+  if (text) {
+    answer(`“${text}”`, "", (signal) => searchByText(text, k, signal));
+  } else if (hash.startsWith(ITEM)) {
     const id = decode(hash.slice(ITEM.length));
     answer(id, thumbnailOf(id), (signal) => searchById(id, k, signal));
   } else if (hash === "#picture" && picture) {
     answer(picture.name, picture.address, (signal) => searchByPicture(picture.blob, k, signal));
   } else {
+    document.title = TITLE;
     hideAnswer();
     toggleGallery(true);
   }
@@ -41,6 +50,7 @@ async function answer(name, address, search) {
   inFlight = new AbortController();
   const { signal } = inFlight;
   toggleGallery(false);
+  document.title = `${name} · ${TITLE}`;
   showQuery(name, address);
   try {
     const hits = await search(signal);
@@ -56,6 +66,12 @@ function askById({ id }) {
   window.scrollTo(0, 0);
   show();
   focusAnswer();
+}
+
+/** Search by words. */
+function askByText(text) {
+  history.pushState(null, "", TEXT + encodeURIComponent(text));
+  show();
 }
 
 /** Search by the visitor's picture. */
@@ -95,6 +111,7 @@ try {
   const info = await getInfo();
   k = Math.min(HITS, info.limits.max_k);
   showInfo(info);
+  if (info.queries.includes("text")) startField(info.limits.max_text_characters, askByText);
 } catch (error) {
   showInfoError(error);
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request
 
+from tests.colours import RGB, picture, write_colours
 from tests.serving import serving
 
 
@@ -13,6 +14,17 @@ from tests.serving import serving
 def digits_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a service with scikit-learn's 1,797 digits."""
     with serving(tmp_path_factory.mktemp("digits"), "digits") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def colours_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a service whose encoder reads the names of colours, with a picture of each."""
+    folder = tmp_path_factory.mktemp("colours")
+    (folder / "pictures").mkdir()
+    for name in RGB:
+        (folder / "pictures" / f"{name}.png").write_bytes(picture(name))
+    with serving(folder, str(folder / "pictures"), write_colours(folder / "colours")) as url:
         yield url
 
 

@@ -241,6 +241,90 @@ def test_a_file_that_is_no_picture_shows_the_services_message(
     expect(page.locator("#error")).to_be_empty()
 
 
+def field(page: Page) -> Locator:
+    return page.get_by_role("searchbox", name="Words to search by")
+
+
+def test_words_find_pictures_and_back_returns(page: Page, colours_url: str) -> None:
+    page.goto(colours_url)
+    expect(page).to_have_title("Lookalike")
+    expect(field(page)).to_be_visible()
+    box = page.locator("#words").bounding_box()
+    # The column is 19 rem wide.
+    assert box is not None and box["width"] <= 304
+    field(page).fill("  a GREEN thing & 50% #1 ")
+    page.get_by_role("button", name="Search").click()
+    expect(page.locator("#answer-title")).to_have_text("Most like “a GREEN thing & 50% #1”")
+    expect(hits(page).first).to_have_attribute("title", "green.png")
+    expect(page.locator("#query-picture")).to_be_hidden()
+    expect(page.get_by_role("status")).to_contain_text("5 pictures")
+    expect(page).to_have_title("“a GREEN thing & 50% #1” · Lookalike")
+    assert page.url == f"{colours_url}/#text=a%20GREEN%20thing%20%26%2050%25%20%231"
+    field(page).fill("red")
+    field(page).press("Enter")
+    expect(hits(page).first).to_have_attribute("title", "red.png")
+    hits(page).nth(1).click()
+    expect(page.locator("#answer-title")).to_have_text("Most like purple.png")
+    expect(page.locator("#query-picture")).to_be_visible()
+    expect(field(page)).to_have_value("")
+    page.go_back()
+    expect(page.locator("#answer-title")).to_have_text("Most like “red”")
+    expect(hits(page).first).to_have_attribute("title", "red.png")
+    expect(field(page)).to_have_value("red")
+    page.reload()
+    expect(page.locator("#answer-title")).to_have_text("Most like “red”")
+    expect(hits(page).first).to_have_attribute("title", "red.png")
+    page.go_back()
+    page.go_back()
+    expect(items(page).first).to_be_visible()
+    expect(page).to_have_title("Lookalike")
+
+
+def test_words_may_be_pasted_and_blank_ones_ask_nothing(page: Page, colours_url: str, asked: list[str]) -> None:
+    page.goto(colours_url)
+    expect(field(page)).to_be_visible()
+    field(page).fill("   ")
+    field(page).press("Enter")
+    field(page).fill("")
+    field(page).focus()
+    page.evaluate(
+        """() => {
+            const transfer = new DataTransfer();
+            transfer.setData("text/plain", "words");
+            const field = document.activeElement;
+            for (const [kind, name] of [[ClipboardEvent, "paste"], [DragEvent, "dragover"], [DragEvent, "drop"]]) {
+                const data = { clipboardData: transfer, dataTransfer: transfer, bubbles: true, cancelable: true };
+                // The browser inserts the words only if nobody prevents it.
+                if (!field.dispatchEvent(new kind(name, data))) throw new Error(name);
+            }
+        }"""
+    )
+    expect(page.locator("#file-error")).to_be_empty()
+    assert not [url for url in asked if url.endswith("/search")]
+
+
+def test_a_text_in_which_nothing_is_seen_shows_the_services_message(
+    page: Page, colours_url: str, complaints: list[str]
+) -> None:
+    page.goto(f"{colours_url}/#text=nothing")
+    expect(page.locator("#error")).to_contain_text("gives this text no embedding")
+    expect(page.locator("#answer-title")).to_have_text("Cannot search by “nothing”")
+    assert [complaint for complaint in complaints if "422" not in complaint] == []
+    complaints.clear()
+
+
+def test_there_is_no_field_for_words_where_nobody_reads_them(
+    page: Page, digits_url: str, complaints: list[str]
+) -> None:
+    page.goto(digits_url)
+    expect(page.locator("#facts")).to_contain_text("1,797 pictures")
+    expect(field(page)).to_be_hidden()
+    page.goto(f"{digits_url}/#text=seven")
+    expect(page.locator("#error")).to_contain_text("The encoder mnist reads no texts", ignore_case=True)
+    assert [complaint for complaint in complaints if "400" not in complaint] == []
+    complaints.clear()
+
+
 def test_a_newer_query_overrides_an_older_ones_answer(page: Page, digits_url: str) -> None:
     held: list[Request] = []
 

@@ -43,13 +43,32 @@ _filters = st.recursive(
 )
 
 
+def _objects(body: Any) -> list[dict[str, Any]]:
+    """Return the objects of a search: its body, its queries and the parts of sums."""
+    if not isinstance(body, dict):
+        return []
+    members = [one for name in ("queries", "all") if isinstance(body.get(name), list) for one in body[name]]
+    return [body, *(part for member in members for part in _objects(member))]
+
+
 def _is_zero(body: Any) -> bool:
-    """Return whether a vector is all zeros. The document cannot forbid it: schemathesis 4.32 fails on `contains`."""
-    queries = body.get("queries") if isinstance(body, dict) else None
-    vectors = [
-        part.get("vector") for part in [body, *(queries if isinstance(queries, list) else [])] if isinstance(part, dict)
-    ]
-    return any(isinstance(vector, list) and vector and not any(vector) for vector in vectors)
+    """Return whether a vector is all zeros, or a sum may be: one of a weight of 0, or of parts that are alike.
+
+    The document cannot forbid it: schemathesis 4.32 fails on `contains`.
+    """
+    for one in _objects(body):
+        vector, parts = one.get("vector"), one.get("all")
+        if isinstance(vector, list) and vector and not any(vector):
+            return True
+        if isinstance(parts, list) and parts:
+            bare = [
+                {name: value for name, value in part.items() if name != "weight"} if isinstance(part, dict) else part
+                for part in parts
+            ]
+            weighed = all(part.get("weight", 1) for part in parts if isinstance(part, dict))
+            if not weighed or any(part in bare[:number] for number, part in enumerate(bare)):
+                return True
+    return False
 
 
 @schemathesis.hook

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.colours import RGB, picture, write_colours
+from tests.conftest import MODEL, ROOT
 from tests.serving import serving
 
 KEY = "0123456789abcdef"
@@ -19,8 +20,15 @@ SEEDS = range(1, 1 + int(os.environ.get("LOOKALIKE_SEEDS", "1")))
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_service_answers_as_its_document_says(seed: int, tmp_path: Path) -> None:
-    with serving(tmp_path, "digits[:20]", api_keys=f"write:{KEY}") as url:
+@pytest.mark.parametrize(("reads", "routes"), [("pictures", 12), ("pictures and texts", 13)])
+def test_the_service_answers_as_its_document_says(reads: str, routes: int, seed: int, tmp_path: Path) -> None:
+    encoder, source = MODEL, "digits[:20]"
+    if reads == "pictures and texts":
+        encoder, source = write_colours(tmp_path / "colours"), str(tmp_path / "pictures")
+        (tmp_path / "pictures").mkdir()
+        for name in RGB:
+            (tmp_path / "pictures" / f"{name}.png").write_bytes(picture(name))
+    with serving(tmp_path, source, encoder, api_keys=f"write:{KEY}") as url:
         command = [
             str(Path(sys.executable).with_name("schemathesis")),
             *("--config-file", str(ROOT / "tests" / "proofs" / "schemathesis.toml")),
@@ -33,4 +41,4 @@ def test_the_service_answers_as_its_document_says(seed: int, tmp_path: Path) -> 
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-20000:]
-    assert "Selected: 12/12" in done.stdout, done.stdout[-3000:]
+    assert f"Selected: {routes}/{routes}" in done.stdout, done.stdout[-3000:]

@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from service.http import openapi, problems
-from service.http.routes import embed, info, items, search
+from service.http.routes import classify, embed, info, items, search
 
 
 def create_app() -> FastAPI:
@@ -21,6 +21,7 @@ def create_app() -> FastAPI:
         routes=[
             *embed.direct.routes,
             *search.direct.routes,
+            *classify.direct.routes,
             *items.pictures.routes,
             *items.router.routes,
             *info.router.routes,

@@ -1,4 +1,4 @@
-"""POST /embed and POST /v1/embeddings: pictures → embeddings."""
+"""POST /embed and POST /v1/embeddings: pictures or texts → embeddings."""
 
 import io
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from fastapi import APIRouter, Request, Response
 from service import FloatArray
 from service.errors import each
 from service.http import openai, schemas
-from service.http.bodies import check_count, content_type, picture_of, read_pictures
+from service.http.bodies import check_count, check_text_count, content_type, picture_of, read_pictures
 from service.http.openapi import BODY, WORK, answers, body, json_body, picture_body
 from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import Fingerprint
 from service.http.routes.state import NumPyJsonResponse, check_content_type, check_fingerprint, gallery_of, slots_of
-from service.http.schemas import EncodingFormat, read_json
+from service.http.schemas import EmbedTextsBody, EncodingFormat, read_json
+from service.queries import PictureQuery, TextQuery
 
 _NPY = "application/x-npy"
 
@@ -24,7 +25,7 @@ direct = APIRouter(route_class=DirectRoute, tags=["embeddings"])
 
 @direct.post(
     "/embed",
-    openapi_extra=body(picture_body(several=True) | json_body(schemas.EmbedBody)),
+    openapi_extra=body(picture_body(several=True) | json_body(schemas.EmbedBody, schemas.EmbedTextsBody)),
     responses=answers(
         schemas.Embeddings, *WORK, *BODY, 409, 422, more={_NPY: {"schema": {"type": "string", "format": "binary"}}}
     ),
@@ -32,23 +33,26 @@ direct = APIRouter(route_class=DirectRoute, tags=["embeddings"])
 async def embed(
     request: Request, encoding_format: EncodingFormat = "float", fingerprint: Fingerprint = None
 ) -> Response:
-    """Embed pictures: one as the body, several as `file` fields, or JSON with base64 strings or data URIs.
+    """Embed pictures: one as the body, several as `file` fields, or JSON with base64 strings or data URIs; or texts.
 
     With `Accept: application/x-npy` the answer is a NumPy file, (N, D) float32.
     """
     gallery = gallery_of(request)
-    pictures: Sequence[bytes | str]
+    settings = gallery.settings
+    inputs: Sequence[PictureQuery | TextQuery]
     if content_type(request) == "application/json":
-        asked = await read_json(request, gallery.settings, schemas.EMBED)
-        pictures = asked.images
+        asked = await read_json(request, settings, schemas.EMBED)
+        if isinstance(asked, EmbedTextsBody):
+            inputs = [TextQuery(text) for text in asked.texts]
+        else:
+            inputs = [PictureQuery(picture_of(picture, settings)) for picture in asked.images]
         encoding_format = asked.encoding_format if "encoding_format" in asked.model_fields_set else encoding_format
         fingerprint = fingerprint if asked.fingerprint is None else asked.fingerprint
     else:
-        pictures, _ = await read_pictures(request, gallery.settings)
+        inputs = [PictureQuery(data) for data in (await read_pictures(request, settings))[0]]
     check_fingerprint(gallery, fingerprint)
-    check_count(len(pictures), gallery.settings)
 
-    embeddings = await _embed(request, pictures)
+    embeddings = await _embed(request, inputs)
     if _NPY in request.headers.get("accept", ""):
         buffer = io.BytesIO()
         np.save(buffer, embeddings)
@@ -65,22 +69,45 @@ async def embed(
 
 @direct.post(
     "/v1/embeddings",
-    openapi_extra=body(json_body(schemas.OpenAIBody)),
+    openapi_extra=body(json_body(schemas.OpenAIBody, schemas.OpenAITextBody)),
     responses=answers(schemas.OpenAIEmbeddings, *WORK, *BODY, 404, 422, openai=True),
 )
 async def openai_embeddings(request: Request) -> Response:
-    """Embed pictures for clients of OpenAI's API. Errors have its shape, too."""
+    """Embed pictures or texts for clients of OpenAI's API. Errors have its shape, too."""
     gallery = gallery_of(request)
     check_content_type(request, "application/json")
     asked = await read_json(request, gallery.settings, schemas.OPENAI)
-    embeddings = await _embed(request, openai.pictures(asked, gallery))
+    embeddings = await _embed(request, openai.inputs(asked, gallery))
     return NumPyJsonResponse(openai.answer(asked, gallery, embeddings))
 
 
-async def _embed(request: Request, pictures: Sequence[bytes | str]) -> FloatArray:
-    """Return the embeddings (N, D) of pictures, given as bytes or as base64; an error names every bad picture."""
+async def _embed(request: Request, inputs: Sequence[PictureQuery | TextQuery]) -> FloatArray:
+    """Return the embeddings (N, D) of pictures and texts; an error names every bad one. Raises as `encode`."""
+    done = await encode(request, inputs)
+    texts = sum(isinstance(one, TextQuery) for one in inputs)
+    what = "picture" if not texts else "text" if texts == len(inputs) else "member"
+    return np.array(each(what, done, Future.result))
+
+
+async def encode(request: Request, inputs: Sequence[PictureQuery | TextQuery]) -> "list[Future[FloatArray]]":
+    """Embed pictures and texts in a slot, and return their futures, which are done.
+
+    Raises:
+        TooLarge: more of them than a request may have.
+        NoTextTower: texts, and the encoder reads none.
+        InvalidRequest, TooLarge: as Gallery.embed_text_soon; the error names every bad text.
+    """
     gallery = gallery_of(request)
+    texts = sum(isinstance(one, TextQuery) for one in inputs)
+    check_count(len(inputs) - texts, gallery.settings)
+    check_text_count(texts, gallery.settings)
+    if texts:
+        _ = gallery.texts
+
+    def begin(one: PictureQuery | TextQuery) -> "Future[FloatArray]":
+        return gallery.embed_text_soon(one.text) if isinstance(one, TextQuery) else gallery.embed_soon(one.data)
+
     async with slots_of(request).place(request.receive) as place:
-        begun = [gallery.embed_soon(picture_of(picture, gallery.settings)) for picture in pictures]
+        begun = each("text", inputs, begin)
         await place.wait(begun)
-    return np.array(each("picture", begun, Future.result))
+    return begun

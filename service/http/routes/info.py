@@ -16,6 +16,7 @@ from service import metrics
 from service.gallery import Gallery
 from service.http import schemas
 from service.http.openapi import WORK, answers
+from service.http.query_bodies import QUERY_KINDS
 from service.http.routes.state import gallery_of, stored_gallery_of, work
 from service.http.routes.strict import StrictRoute
 
@@ -80,6 +81,8 @@ def _info(gallery: Gallery) -> dict[str, Any]:
         "variant": gallery.encoder.variant,
         "provider": gallery.encoder.provider,
         "preprocessing": preprocessing.sizes | {k: v for k, v in asdict(preprocessing).items() if k in _PREPROCESSING},
+        "queries": list(QUERY_KINDS if gallery.reads_texts else (kind for kind in QUERY_KINDS if kind != "text")),
+        "text": _text(gallery),
         "notice": None if settings.no_store else gallery.notice(),
         "limits": {
             name: getattr(settings, name)
@@ -88,3 +91,9 @@ def _info(gallery: Gallery) -> dict[str, Any]:
         },
         "versions": VERSIONS,
     }
+
+
+def _text(gallery: Gallery) -> dict[str, Any] | None:
+    if not gallery.reads_texts:
+        return None
+    return {"max_tokens": gallery.texts.tower.config.max_length, "logit_scale": gallery.card.logit_scale}

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from service.http.openapi import ITEM_ID
-from service.http.schemas import Included
+from service.http.query_bodies import Included
 
 # A longer one, percent-encoded, would not fit into a line of the HTTP parser.
 _MAX_CHARACTERS = 2000

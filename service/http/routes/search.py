@@ -1,4 +1,4 @@
-"""POST /search: a picture, a vector or an item → the items most like it."""
+"""POST /search: a picture, a text, a vector, an item or a sum of them → the items most like it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,13 +10,24 @@ from fastapi import APIRouter, Request, Response
 from service.errors import TooLarge
 from service.gallery import Gallery, Search
 from service.http import schemas
-from service.http.bodies import check_count, content_type, parse_json_object, read_one_picture
+from service.http.bodies import check_count, check_text_count, content_type, parse_json_object, read_one_picture
 from service.http.openapi import BODY, WORK, answers, body, json_body, picture_body
+from service.http.query_bodies import (
+    DEFAULT_K,
+    Included,
+    SearchBody,
+    SearchByAll,
+    SearchById,
+    SearchByImage,
+    SearchByText,
+    SearchByVector,
+    SearchMany,
+)
 from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Threshold
 from service.http.routes.state import NumPyJsonResponse, check_fingerprint, slots_of, stored_gallery_of
-from service.http.schemas import DEFAULT_K, Included, SearchBody, SearchMany, read_json
-from service.queries import PictureQuery, Query
+from service.http.schemas import read_json
+from service.queries import PictureQuery, Query, TextQuery, simple_queries
 from service.store import Hit
 from service.store.filters import Filter, parse_filter
 
@@ -66,8 +77,7 @@ _OPTIONS = {field.name for field in fields(SearchOptions)}
 @direct.post(
     "/search",
     openapi_extra=body(
-        picture_body()
-        | json_body(schemas.SearchById, schemas.SearchByImage, schemas.SearchByVector, schemas.SearchMany)
+        picture_body() | json_body(SearchById, SearchByImage, SearchByText, SearchByVector, SearchByAll, SearchMany)
     ),
     responses=answers((schemas.Hits, schemas.Results), *WORK, *BODY, 404, 409, 422),
 )
@@ -79,7 +89,7 @@ async def search(
     include: Include = ("metadata",),
     fingerprint: Fingerprint = None,
 ) -> Response:
-    """Find the k items most like a picture, a vector or an item; the item itself is left out.
+    """Find the k items most like a picture, a text, a vector, an item or a weighted sum; items asked with are left out.
 
     JSON may hold several `queries`; their answer is `results`. The URL may give `threshold`, `filter`, `include`,
     `fingerprint` and, for a single query, `k`; a JSON body that gives one of them, too, wins.
@@ -100,7 +110,9 @@ async def search(
     check_fingerprint(gallery, options.fingerprint)
     if len(queries) > settings.max_queries:
         raise TooLarge(f"expected at most {settings.max_queries} queries, got {len(queries)}")
-    check_count(sum(isinstance(query, PictureQuery) for query in queries), settings)
+    simple = simple_queries(queries)
+    check_count(sum(isinstance(query, PictureQuery) for query in simple), settings)
+    check_text_count(sum(isinstance(query, TextQuery) for query in simple), settings)
 
     def find() -> Response:
         found = searching.find(options.k, options.threshold, options.filter)

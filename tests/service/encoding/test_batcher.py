@@ -34,13 +34,13 @@ class Recorder:
         return np.stack([one[0, 0].astype(np.float32) for one in pixels])
 
 
-def submit(batcher: Batcher, value: int) -> "Future[FloatArray]":
+def submit(batcher: Batcher[PixelArray], value: int) -> "Future[FloatArray]":
     future: Future[FloatArray] = Future()
     batcher.submit(picture(value), future)
     return future
 
 
-def occupy(batcher: Batcher, recorder: "Recorder | Small") -> "Future[FloatArray]":
+def occupy(batcher: Batcher[PixelArray], recorder: "Recorder | Small") -> "Future[FloatArray]":
     """Keep the batcher's thread busy with one picture, so that later pictures wait."""
     first = submit(batcher, 99)
     assert recorder.busy.wait(10)

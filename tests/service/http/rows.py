@@ -24,7 +24,7 @@ TEXT = b"zebras quickly jump over lazy wizards and their boxes"
 WRONG = "f0e1d2c3" * 8
 # An answer may contain these words of the service although the client sent them, too.
 OUR_WORDS = re.compile(
-    rb"metadata|dimensions|encoding_format|fingerprint|threshold|/thumbnail|/content|data:image/|base64|127\.0\.0\.1"
+    rb"metadata|dimensions|queries|templates|encoding_format|fingerprint|threshold|/thumbnail|/content|data:image/|base64|127\.0\.0\.1"
 )
 # So many of the client's bytes in a row count as an echo.
 RUN = 8  # bytes

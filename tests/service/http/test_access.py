@@ -71,6 +71,9 @@ def test_keys_that_are_known(served: Served) -> None:
         answer = ask(client, method, path, f"Bearer {READ}", options)
         assert_refused(answer, 403, "read_only_key", READ.encode())
     assert ask(client, "GET", "/info", f"Bearer {READ}", {}).json()["count"] == 0
+    # To classify is to read, too; this encoder reads no texts.
+    labelled: dict[str, Any] = {"json": {"images": [BASE64], "labels": ["red"]}}
+    assert_refused(ask(client, "POST", "/classify", f"Bearer {READ}", labelled), 400, "no_text_tower")
     assert ask(client, "PUT", "/images/kept", f"bearer  {WRITE}", {"content": PICTURE}).status_code == 201
     for method, path, options in ASKED[:READING]:
         for key in (READ, WRITE):

@@ -180,4 +180,4 @@ def test_the_short_way_asks_fastapi_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_which_routes_are_direct() -> None:
     direct = {route.path for route in create_app().routes if isinstance(route, DirectRoute)}
-    assert direct == {"/embed", "/search", "/v1/embeddings"}
+    assert direct == {"/embed", "/search", "/classify", "/v1/embeddings"}

@@ -205,7 +205,7 @@ FORM = {"content-type": "multipart/form-data; boundary=x"}
         (b"{", JSON, 400, "not JSON"),
         (b"\xff\xfe\xff", JSON, 400, "not JSON"),
         (b"[" * 100_000, JSON, 400, "not JSON"),
-        (b"[]", JSON, 400, "expected an object, got a list"),
+        (b"[]", JSON, 400, 'expected an object with exactly one of "images" or "texts"'),
         (b'{"images": []}', JSON, 400, "images: expected at least 1, got 0"),
         (b'{"images": [1]}', JSON, 400, "images[0]: expected a text, got 1"),
         (b'{"images": ["http://127.0.0.1/x.png"]}', JSON, 400, "expected base64 or a data URI"),
@@ -282,7 +282,7 @@ def test_k_in_the_address(client: TestClient, k: str) -> None:
         ('{"id": "digits/00001", "vector": [1]}', 400, "exactly one of"),
         ('{"id": "digits/00001", "filter": {}}', 400, "filter: expected an object such as"),
         ('{"image": "***"}', 400, "expected base64"),
-        ("{}", 400, 'exactly one of "image", "vector", "id" or "queries"'),
+        ("{}", 400, 'exactly one of "image", "text", "vector", "id", "all" or "queries"'),
         ('{"id": "digits/00001", "colour": "red"}', 400, "a field that is not known here"),
     ],
 )

@@ -118,7 +118,7 @@ def test_a_picture_without_an_embedding_is_a_bad_one_and_not_the_end(
     submitted: list[PixelArray] = []
     submit = Batcher.submit
 
-    def count(batcher: Batcher, pixels: PixelArray, future: "Future[FloatArray]") -> None:
+    def count(batcher: Batcher[PixelArray], pixels: PixelArray, future: "Future[FloatArray]") -> None:
         submitted.append(pixels)
         submit(batcher, pixels, future)
 
