@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.encoding.card import MODEL_FILE, Card, Preprocessing, fingerprint
+from service.encoding.card import MODEL_FILE, TEXT_FILE, Card, Preprocessing, fingerprint
 from service.encoding.model_folder import check_new, check_out, write_model
 from service.encoding.variants import Pictures, embed_pixels, keep_good
 from service.encoding.voting import headline_accuracy
 from service.encoding.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
 from service.errors import InvalidModel, InvalidRequest
 from training.encoder import Encoder
+from training.text_export import TextSide
 from training.variants import to_int8
 
 _CHECKED_PICTURES = 256
@@ -25,7 +26,12 @@ _POWERS, _DIMENSIONS = (0.5, 1.0), (512, 256, 128, 64)
 
 
 def export(
-    encoder: Encoder, pictures: Pictures | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
+    encoder: Encoder,
+    pictures: Pictures | None,
+    preprocessing: Preprocessing,
+    facts: dict[str, Any],
+    out: Path,
+    text: TextSide | None = None,
 ) -> None:
     """Write a model folder, whole or not at all: model.onnx, the variants close enough to it, and the card.
 
@@ -35,6 +41,8 @@ def export(
         preprocessing: of the encoder, written beside the graph.
         facts: for the card: method, data and other facts of the run.
         out: the folder; an earlier model in it is replaced.
+        text: the text tower, if it has one. No whitening is appended then: it would take pictures out of the space
+            that they share with texts.
 
     Raises:
         InvalidModel: onnxruntime's embeddings differ from torch's (cosine below 0.9999 at batch 1 or 64).
@@ -53,14 +61,16 @@ def export(
     graphs = {"fp32": model}
     if pictures:
         made = {"fp16": to_onnx(encoder.in_float16(), side), "int8": to_int8(model, pictures.calibration)}
-        if chosen := choose_whitening(card, pictures):
+        if text is None and (chosen := choose_whitening(card, pictures)):
             whitening, told = chosen
             made = {variant: append_whitening(graph, whitening) for variant, graph in made.items()}
             model = append_whitening(model, whitening)
             card = replace(card, model=model, fingerprint=fingerprint(model, preprocessing))
             facts = facts | {"whitening": told}
         graphs = keep_good(card, made, pictures, quality)
-    write_model(out, graphs, preprocessing, facts, quality)
+    if text is not None:
+        facts, quality[TEXT_FILE] = facts | text.facts, text.quality
+    write_model(out, graphs, preprocessing, facts, quality, more=None if text is None else text.files)
 
 
 def check_export(out: Path, overwrite: bool = True) -> None:

@@ -13,6 +13,7 @@ from service.encoding.images import OWN_FILES, Limits, tones
 from service.encoding.variants import Pictures
 from service.errors import InvalidSource, LookalikeError
 from service.sources.source import Source
+from training.captions import Captions, read_captions
 from training.checkpoint import Checkpoint
 from training.data import Canvas, names_checksum, sample, spread
 from training.methods import METHODS
@@ -36,10 +37,12 @@ class Material:
     Attributes:
         canvas: the pixels.
         labels: (count,) int64, −1 for a picture without a label; or None.
-        trained, held_out: positions. The held-out ones are the queries of online k-NN; without labels there are none.
+        trained, held_out: positions. The held-out ones are the queries of online k-NN; without labels there are none,
+            but for a method that learns from captions, whose held-out pairs are searched in the end.
         mean, std: (C,) of the pixels, 0..1.
         tones: the pictures' tone histogram (images.tones).
         checksum: of the source's ids.
+        captions: of the pictures, for a method that learns from them.
     """
 
     canvas: Canvas
@@ -50,6 +53,12 @@ class Material:
     std: Tensor
     tones: list[float]
     checksum: int
+    captions: Captions | None = None
+
+    @property
+    def queries(self) -> IntArray:
+        """Positions of the held-out pictures that have a label: those that k-NN is asked about."""
+        return self.held_out[:0] if self.labels is None else self.held_out[self.labels[self.held_out] >= 0]
 
     @property
     def voters(self) -> IntArray:
@@ -100,7 +109,8 @@ def prepare(
             f"{len(source)} now); export or --resume needs the same"
         )
     labels = source.labels.numbers if source.labels is not None else None
-    trained, held_out = _split(source, labels, recipe, held_out)
+    captions = read_captions(source, recipe.text) if METHODS[recipe.method].needs_captions else None
+    trained, held_out = _split(source, labels, captions, recipe, held_out)
     canvas = Canvas(source, recipe.preprocessing, recipe.channels, folder, on, limits)
     if earlier:
         canvas.load_state(earlier.canvas)
@@ -118,30 +128,34 @@ def prepare(
     mean, std = _normalisation(recipe, measured, normalisation)
     if earlier:
         mean, std = earlier.statistics["mean"], earlier.statistics["std"]
-    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum)
+    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum, captions)
 
 
 def _split(
-    source: Source, labels: IntArray | None, recipe: Recipe, held_out: IntArray | None
+    source: Source, labels: IntArray | None, captions: Captions | None, recipe: Recipe, held_out: IntArray | None
 ) -> tuple[IntArray, IntArray]:
     """Return the positions to train on and those to hold out, as `prepare` says.
 
-    A method that needs a label for every picture trains on those that have one.
+    A method that needs a label or a caption for every picture trains on those that have one.
 
     Raises:
         InvalidSource: those to train on are fewer than a batch.
     """
     everything = np.arange(len(source))
-    labelled = everything if labels is None else np.flatnonzero(labels >= 0)
+    usable = everything if captions is None else np.flatnonzero(captions.counts)
+    labelled = usable if labels is None else usable[labels[usable] >= 0]
     if held_out is None:
         held_out = everything[:0]
         if labels is not None and len(labelled) >= _LEAST_HELD_FROM and len(np.unique(labels[labelled])) > 1:
             held_out = spread(labelled, min(_HELD_OUT, len(labelled) // 20))
+        elif captions is not None and len(usable) >= _LEAST_HELD_FROM:
+            held_out = spread(usable, min(_HELD_OUT, len(usable) // 20))
     if len(held_out):
         print(f"{len(held_out)} pictures are held out for k-NN", file=sys.stderr)
-    usable = labelled if METHODS[recipe.method].needs_labels == "all" else everything
+    missing = "label" if captions is None or captions.of_labels else "caption"
+    usable = labelled if METHODS[recipe.method].needs_labels == "all" else usable
     if len(usable) < len(source):
-        print(f"{len(source) - len(usable)} pictures without a label are left out", file=sys.stderr)
+        print(f"{len(source) - len(usable)} pictures without a {missing} are left out", file=sys.stderr)
     trained: IntArray = np.setdiff1d(usable, held_out)
     if len(trained) < recipe.batch_size:
         raise InvalidSource(
@@ -181,7 +195,7 @@ def _look_at(canvas: Canvas) -> tuple[tuple[Tensor, Tensor], list[float]]:
 def check_pictures(material: Material) -> Pictures:
     """Return pixels to check an export with: the held-out pictures, or training pictures if none were held out."""
     bank = spread(material.voters, _CHECK_BANK)
-    held_out = material.held_out if len(material.held_out) else spread(material.trained[1:], _HELD_OUT)
+    held_out = material.queries if len(material.queries) else spread(material.trained[1:], _HELD_OUT)
 
     def take(positions: IntArray) -> tuple[PixelArray, IntArray]:
         pixels, good = material.canvas.take(positions)  # (n, C, S, S)
@@ -194,7 +208,7 @@ def check_pictures(material: Material) -> Pictures:
         bank_pixels[np.linspace(0, len(bank) - 1, min(len(bank), _CALIBRATION)).astype(int)],
         held_out_pixels,
         bank_pixels,
-        (labels[bank], labels[held_out]) if labels is not None and len(material.held_out) else None,
+        (labels[bank], labels[held_out]) if labels is not None and len(material.queries) else None,
         take(spread(material.trained, learnt_on))[0],
     )
 

@@ -26,6 +26,7 @@ from service.errors import InvalidRequest, InvalidSource
 from service.sources.source import LeftOut, Source
 from training.augment import augment
 from training.backbones import build_backbone
+from training.captions import Texts
 from training.checkpoint import (
     Checkpoint,
     Identity,
@@ -47,9 +48,11 @@ from training.export import check_export, export
 from training.log import Log
 from training.material import Material, check_pictures, prepare
 from training.methods import METHODS, Batch, Method, Step, build_method
+from training.methods.clip import CLIP
 from training.optimizers import build_optimizer, follow_weights
 from training.recipe import Recipe
 from training.stopping import StopSignal
+from training.text_export import TextSide, export_text
 
 _STOPPED = "stopped at step {}; the same command with --resume goes on from here"
 _TIMED_STEPS = 50
@@ -145,13 +148,15 @@ def train_and_export(
 
 
 def account_of(material: Material) -> Account:
-    """Return what became of a run's pictures: how many were used, which could not be, and which lacked a label."""
+    """Return what became of a run's pictures: how many were used, which could not be, and which lacked a label
+    or a caption."""
     source, bad = material.canvas.source, material.canvas.bad
     used = np.concatenate([material.trained, material.held_out, np.array(list(bad), np.int64)])
     unlabelled = np.setdiff1d(np.arange(len(source)), used).tolist()
     account = Account.of(source)
     account.failures = [failure for _, failure in sorted(bad.items())]
-    account.left_out.append([LeftOut(source.ids[at], "without a label", False) for at in unlabelled])
+    missing = "label" if material.captions is None or material.captions.of_labels else "caption"
+    account.left_out.append([LeftOut(source.ids[at], f"without a {missing}", False) for at in unlabelled])
     account.added = len(source) - account.bad - len(unlabelled)
     return account
 
@@ -245,7 +250,7 @@ def check_labels(source: Source, recipe: Recipe) -> None:
 
 def compare_with_untrained(untrained: nn.Module, method: Method, material: Material, checkpoint: Checkpoint) -> None:
     """Warn if the backbone labels the held-out pictures worse than the one that the run began with."""
-    if not len(material.held_out):
+    if not len(material.queries):
         return
     recipe, precision = checkpoint.identity.recipe, checkpoint.precision
     untrained.to(material.canvas.device).to(memory_format=torch.channels_last)
@@ -287,7 +292,16 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
     }
     # A copy of a compiled backbone is not compiled, and only such a one can be exported.
     encoder = Encoder(deepcopy(method.backbone), material.mean, material.std, recipe.channels)
-    export(encoder, pictures, recipe.preprocessing, facts, out)
+    export(encoder, pictures, recipe.preprocessing, facts, out, text_side(method, material, recipe))
+
+
+def text_side(method: Method, material: Material, recipe: Recipe) -> TextSide | None:
+    """Return the text tower of a method that has one, exported and measured on the held-out pairs."""
+    captions = material.captions
+    if captions is None or not isinstance(method, CLIP):
+        return None
+    rows, positions = embed(method.backbone, material, material.held_out, "float32")
+    return export_text(method, captions, material.canvas.source, recipe.text, rows, positions)
 
 
 def train(
@@ -335,7 +349,7 @@ def train(
             saving = last or stopping or time.perf_counter() - saved > checkpoint_s
             if progress.step % _WATCHED == 0 or saving:
                 watch(result, progress, learner, log, bar)
-            if part(progress, recipe.knn_times) > reached and len(material.held_out):
+            if part(progress, recipe.knn_times) > reached and len(material.queries):
                 classify_held_out(learner, material, progress, log, bar)
                 reached = part(progress, recipe.knn_times)
             bar.update()
@@ -377,6 +391,7 @@ class Learner:
         self._randomness = Generator(self._on).manual_seed(recipe.seed)
         self._mean, self._std = (value.to(self._on).view(-1, 1, 1) for value in (material.mean, material.std))
         self._labels = None if material.labels is None else torch.from_numpy(material.labels).to(self._on)
+        self._texts = None if material.captions is None else Texts(material.captions, self._on)
         if earlier:
             self.precision, self.compiled = earlier.precision, earlier.compiled
             method.load_state_dict(earlier.method)
@@ -441,7 +456,8 @@ class Learner:
         local = None
         if self.method.multi_crop and self.recipe.dino.local_views:
             local = make_views(pixels, self.recipe, self._mean, self._std, randomness, local=True)
-        batch = Batch(views, positions, labels, local, progress)
+        captions = None if self._texts is None else self._texts.draw(positions, randomness)
+        batch = Batch(views, positions, labels, local, progress, captions)
         with torch.autocast(self._on.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             result = self.method.step(batch)
         (result.loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -579,7 +595,7 @@ def online_knn(backbone: nn.Module, material: Material, precision: str, voters: 
     """Return the headline k-NN accuracy of the held-out pictures, among up to `voters` training pictures."""
     assert material.labels is not None
     bank, bank_positions = embed(backbone, material, spread(material.voters, voters), precision)
-    queries, query_positions = embed(backbone, material, material.held_out, precision)
+    queries, query_positions = embed(backbone, material, material.queries, precision)
     return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
 
 
@@ -603,6 +619,8 @@ def embed(backbone: nn.Module, material: Material, positions: IntArray, precisio
         embeddings.append(F.normalize(found.float(), dim=1).cpu())
         kept.append(good)
     backbone.train()
+    if not kept:
+        return np.empty((0, 0), np.float32), np.empty(0, np.int64)
     return torch.cat(embeddings).numpy(), np.concatenate(kept)
 
 
