@@ -68,15 +68,16 @@ def read_captions(source: Source, settings: Text) -> Captions:
         InvalidSource: it has neither; its labels are no words; or all captions say the same.
         InvalidRequest: as read_tokenizer.
     """
-    own = source.captions() if source.captions is not None else None
-    texts, groups, starts, numbers = _of_labels(source, settings) if own is None else _own(own)
+    own = source.captions() if source.captions is not None else []
+    of_labels = not any(own)
+    texts, groups, starts, numbers = _of_labels(source, settings) if of_labels else _own(own)
     used = np.unique(groups[np.unique(numbers)])
     if len(used) < 2:
         only = f": {texts[int(numbers[0])]!r}" if len(used) else ""
         raise InvalidSource(f"{source.name}: all captions say the same{only}; expected two different ones or more")
-    where = f"its labels through {len(settings.templates)} templates" if own is None else "the source"
+    where = f"its labels through {len(settings.templates)} templates" if of_labels else "the source"
     print(f"{len(texts)} different captions from {where}", file=sys.stderr)
-    return Captions(texts, groups, starts, numbers, own is None, *read_tokenizer(settings, texts))
+    return Captions(texts, groups, starts, numbers, of_labels, *read_tokenizer(settings, texts))
 
 
 def label_words(labels: Sequence[str], settings: Text, name: str) -> dict[str, tuple[str, ...]]:
@@ -228,7 +229,7 @@ class Texts:
         # Rounding could give the number behind the last one.
         drawn = torch.minimum((share * counts).long(), counts - 1)
         numbers = self._numbers[self._starts[positions] + drawn]  # (N,)
-        distinct, which = numbers.unique(return_inverse=True)  # (M,), (N,)
+        distinct, which = torch.unique(numbers, return_inverse=True)  # (M,), (N,)
         mask = self._mask[distinct]
         longest = int(mask.sum(1).max())
         return Captioned(self._tokens[distinct, :longest], mask[:, :longest], which, self._groups[numbers])

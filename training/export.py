@@ -73,6 +73,27 @@ def export(
     write_model(out, graphs, preprocessing, facts, quality, more=None if text is None else text.files)
 
 
+def export_locked(card: Card, text: TextSide, facts: dict[str, Any], out: Path) -> None:
+    """Write a model folder: an encoder as it is, in the same embedding space, with a text tower.
+
+    Args:
+        card: of the encoder.
+        text: the text tower.
+        facts: of the text tower's run; they become a part of the card's `text`.
+        out: the folder; an earlier model in it is replaced.
+
+    Raises:
+        InvalidOutput: as check_out.
+    """
+    check_out(out)
+    written = ("name", "dimension", "fingerprint", "sha256", "canary", "quality")
+    kept = {key: value for key, value in card.facts.items() if key not in written}
+    own = {**text.facts, "text": text.facts["text"] | facts}
+    quality = card.facts.get("quality", {}) | {TEXT_FILE: text.quality}
+    graphs = {"fp32": card.model, **card.variants}
+    write_model(out, graphs, card.preprocessing, kept | own, quality, card.facts.get("canary"), more=text.files)
+
+
 def check_export(out: Path, overwrite: bool = True) -> None:
     """Make sure, before hours of training, that a model can be exported to `out`.
 

@@ -3,15 +3,17 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from service import IntArray, PixelArray
+from service.encoding.card import Card
 from service.encoding.images import OWN_FILES, Limits, tones
 from service.encoding.variants import Pictures
-from service.errors import InvalidSource, LookalikeError
+from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.sources.source import Source
 from training.captions import Captions, read_captions
 from training.checkpoint import Checkpoint
@@ -19,6 +21,9 @@ from training.data import Canvas, names_checksum, sample, spread
 from training.methods import METHODS
 from training.recipe import Recipe
 from training.weights import Normalisation
+
+if TYPE_CHECKING:
+    from service.encoding.encoder import Encoder
 
 # All counts are of pictures.
 _SAMPLED = 2048
@@ -43,6 +48,7 @@ class Material:
         tones: the pictures' tone histogram (images.tones).
         checksum: of the source's ids.
         captions: of the pictures, for a method that learns from them.
+        locked: the card of a locked encoder; the canvas holds its embeddings then, and mean, std and tones are empty.
     """
 
     canvas: Canvas
@@ -54,6 +60,7 @@ class Material:
     tones: list[float]
     checksum: int
     captions: Captions | None = None
+    locked: Card | None = None
 
     @property
     def queries(self) -> IntArray:
@@ -85,6 +92,7 @@ def prepare(
     held_out: IntArray | None = None,
     limits: Limits = OWN_FILES,
     normalisation: Normalisation | None = None,
+    locked: "Encoder | None" = None,
 ) -> Material:
     """Decode a sample, compute its statistics, and hold pictures out for online k-NN.
 
@@ -97,12 +105,17 @@ def prepare(
         held_out: positions to hold out; if None, up to 1,000 and a twentieth of 400 labelled pictures or more.
         limits: of a picture.
         normalisation: of the weights that the run begins with; None for that of the pictures.
+        locked: the encoder whose embeddings the run learns from, in place of pixels.
 
     Raises:
         InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
         InvalidRequest: the recipe wants all pixels on the device, and they do not fit.
     """
     checksum = names_checksum(source)
+    if earlier and locked and earlier.statistics.get("fingerprint") != locked.card.fingerprint:
+        raise InvalidRequest(
+            f"{locked.card.folder}: is not the encoder that the run began with; --resume needs the same"
+        )
     if earlier and earlier.source_checksum != checksum:
         raise InvalidSource(
             f"{source.name}: its pictures are not those that the run began with ({earlier.pictures} then, "
@@ -111,11 +124,12 @@ def prepare(
     labels = source.labels.numbers if source.labels is not None else None
     captions = read_captions(source, recipe.text) if METHODS[recipe.method].needs_captions else None
     trained, held_out = _split(source, labels, captions, recipe, held_out)
-    canvas = Canvas(source, recipe.preprocessing, recipe.channels, folder, on, limits)
+    preprocessing = recipe.preprocessing if locked is None else locked.card.preprocessing
+    canvas = Canvas(source, preprocessing, recipe.channels, folder, on, limits, locked)
     if earlier:
         canvas.load_state(earlier.canvas)
     try:
-        measured, shares = _look_at(canvas)
+        measured, shares = _look_at(canvas, locked is not None)
         if recipe.resident:
             canvas.load_all()
     except LookalikeError:
@@ -128,7 +142,9 @@ def prepare(
     mean, std = _normalisation(recipe, measured, normalisation)
     if earlier:
         mean, std = earlier.statistics["mean"], earlier.statistics["std"]
-    return Material(canvas, labels, trained, held_out, mean, std, shares, checksum, captions)
+    return Material(
+        canvas, labels, trained, held_out, mean, std, shares, checksum, captions, locked.card if locked else None
+    )
 
 
 def _split(
@@ -176,17 +192,22 @@ def _normalisation(recipe: Recipe, measured: tuple[Tensor, Tensor], own: Normali
     return (mean, std) if len(mean) == recipe.channels else (mean.mean(0, keepdim=True), std.mean(0, keepdim=True))
 
 
-def _look_at(canvas: Canvas) -> tuple[tuple[Tensor, Tensor], list[float]]:
-    """Return mean and deviation (C,) of a sample, and its tones; refuse pictures that are all flat or identical."""
+def _look_at(canvas: Canvas, locked: bool) -> tuple[tuple[Tensor, Tensor], list[float]]:
+    """Return mean and deviation (C,) of a sample, and its tones; refuse pictures that are all flat or identical.
+
+    With a locked encoder there is no normalisation, and there are no tones.
+    """
     name = canvas.source.name
     seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
     if not len(seen):
         raise InvalidSource(f"{name}: no picture of it can be decoded")
+    if bool((seen == seen[:1]).all()) and (locked or bool((seen[0] != seen[0].flatten()[0]).any())):
+        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
+    if locked:
+        return (torch.zeros(1), torch.ones(1)), []
     mean, std = statistics(seen)
     if float(std.max()) == 0:
         raise InvalidSource(f"{name}: all pictures are one flat colour; there is nothing to learn")
-    if bool((seen == seen[:1]).all()):
-        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
     # One channel may be empty, as in two-colour microscopy.
     std = std.clamp(min=1 / 255)
     return (mean, std), tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())

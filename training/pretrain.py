@@ -25,7 +25,7 @@ from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
 from service.sources.source import LeftOut, Source
 from training.augment import augment
-from training.backbones import build_backbone
+from training.backbones import Backbone, build_backbone
 from training.captions import Texts
 from training.checkpoint import (
     Checkpoint,
@@ -44,13 +44,14 @@ from training.checkpoint import (
 from training.data import Canvas, Loaded, ahead, batches, open_training_source, resident_batches, spread
 from training.device import choose_device, choose_precision, compile_if_faster, now
 from training.encoder import Encoder
-from training.export import check_export, export
+from training.export import check_export, export, export_locked
+from training.locked import open_locked
 from training.log import Log
 from training.material import Material, check_pictures, prepare
 from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.clip import CLIP
 from training.optimizers import build_optimizer, follow_weights
-from training.recipe import Recipe
+from training.recipe import LOCKED, Recipe
 from training.stopping import StopSignal
 from training.text_export import TextSide, export_text
 
@@ -104,14 +105,19 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
-    weights = weights_file(init) if init else None
-    frozen = (recipe.frozen, recipe.frozen_statistics)
-    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen)
+    locked = open_locked(init, out) if recipe.backbone == LOCKED else None
+    if locked is not None:
+        backbone = Backbone(nn.Identity(), locked.dimension)
+    else:
+        weights = weights_file(init) if init else None
+        frozen = (recipe.frozen, recipe.frozen_statistics)
+        backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen)
     method = build_method(recipe, backbone, len(source))
     if overwrite:
         set_aside(folder)
     folder.mkdir(exist_ok=True)
-    material = prepare(source, recipe, folder, on, earlier, limits=limits, normalisation=backbone.normalisation)
+    normalisation = backbone.normalisation
+    material = prepare(source, recipe, folder, on, earlier, limits=limits, normalisation=normalisation, locked=locked)
     train_and_export(method, material, identity, out, earlier, checkpoint_minutes * 60)
     shutil.rmtree(earlier_run(folder), ignore_errors=True)
     material.canvas.remove()
@@ -180,13 +186,19 @@ def export_run(folder: Path, out: Path, data_root: Path, overwrite: bool = False
         raise InvalidRequest(f"{folder}: holds no checkpoint; expected the folder OUT.run of a pretraining run")
     recipe, run = earlier.identity.recipe, earlier.progress
     source = open_training_source(earlier.identity.source, data_root, earlier.identity.image_key)
-    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
+    locked = open_locked(earlier.identity.init) if recipe.backbone == LOCKED else None
+    if locked is not None:
+        backbone = Backbone(nn.Identity(), locked.dimension)
+    else:
+        backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side)
+    method = build_method(recipe, backbone, len(source))
     method.load_state_dict(earlier.method)
     if earlier.average:
         method.backbone.load_state_dict(earlier.average)
     # In a folder of its own: the run itself may be using its canvas.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier, limits=limits)
+        cpu = torch.device("cpu")
+        material = prepare(source, recipe, Path(scratch), cpu, earlier, limits=limits, locked=locked)
         try:
             finish(method, material, earlier, out)
         finally:
@@ -250,7 +262,7 @@ def check_labels(source: Source, recipe: Recipe) -> None:
 
 def compare_with_untrained(untrained: nn.Module, method: Method, material: Material, checkpoint: Checkpoint) -> None:
     """Warn if the backbone labels the held-out pictures worse than the one that the run began with."""
-    if not len(material.queries):
+    if not len(material.queries) or material.locked is not None:
         return
     recipe, precision = checkpoint.identity.recipe, checkpoint.precision
     untrained.to(material.canvas.device).to(memory_format=torch.channels_last)
@@ -270,7 +282,6 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
     """Export the encoder of a run, checked on the run's own pictures, with the facts of the run in its card."""
     identity, run = checkpoint.identity, checkpoint.progress
     recipe = identity.recipe
-    pictures = check_pictures(material)
     facts = {
         "method": recipe.method,
         "recipe": recipe.facts(),
@@ -279,7 +290,7 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
             **({"image_key": identity.image_key} if identity.image_key else {}),
             "pictures": len(material.canvas.source) - len(material.canvas.bad),
             "held_out": len(material.held_out),
-            "tones": material.tones,
+            **({} if material.locked else {"tones": material.tones}),
         },
         "run": {
             "steps": run.step,
@@ -290,9 +301,14 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
             **({"init": identity.init} if identity.init else {}),
         },
     }
+    text = text_side(method, material, recipe)
+    if material.locked is not None:
+        assert text is not None
+        export_locked(material.locked, text, facts, out)
+        return
     # A copy of a compiled backbone is not compiled, and only such a one can be exported.
     encoder = Encoder(deepcopy(method.backbone), material.mean, material.std, recipe.channels)
-    export(encoder, pictures, recipe.preprocessing, facts, out, text_side(method, material, recipe))
+    export(encoder, check_pictures(material), recipe.preprocessing, facts, out, text)
 
 
 def text_side(method: Method, material: Material, recipe: Recipe) -> TextSide | None:
@@ -349,7 +365,7 @@ def train(
             saving = last or stopping or time.perf_counter() - saved > checkpoint_s
             if progress.step % _WATCHED == 0 or saving:
                 watch(result, progress, learner, log, bar)
-            if part(progress, recipe.knn_times) > reached and len(material.queries):
+            if part(progress, recipe.knn_times) > reached and len(material.queries) and not material.locked:
                 classify_held_out(learner, material, progress, log, bar)
                 reached = part(progress, recipe.knn_times)
             bar.update()
@@ -391,6 +407,7 @@ class Learner:
         self._randomness = Generator(self._on).manual_seed(recipe.seed)
         self._mean, self._std = (value.to(self._on).view(-1, 1, 1) for value in (material.mean, material.std))
         self._labels = None if material.labels is None else torch.from_numpy(material.labels).to(self._on)
+        self._locked = material.locked is not None
         self._texts = None if material.captions is None else Texts(material.captions, self._on)
         if earlier:
             self.precision, self.compiled = earlier.precision, earlier.compiled
@@ -444,7 +461,12 @@ class Learner:
             canvas=material.canvas.state(),
             source_checksum=material.checksum,
             pictures=len(material.canvas.source),
-            statistics={"mean": material.mean, "std": material.std, "tones": material.tones},
+            statistics={
+                "mean": material.mean,
+                "std": material.std,
+                "tones": material.tones,
+                **({"fingerprint": material.locked.fingerprint} if material.locked else {}),
+            },
             compiled=self.compiled,
             average=None if self.average is None else self.average.state_dict(),
         )
@@ -452,10 +474,12 @@ class Learner:
     def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator, progress: float = 0.0) -> Step:
         """Add the gradients of a batch to the accumulated ones."""
         labels = None if self._labels is None else self._labels[positions]  # (N,)
-        views = make_views(pixels, self.recipe, self._mean, self._std, randomness)
+        draw = (self.recipe, self._mean, self._std, randomness)
+        # Of a locked encoder they are embeddings (N, D).
+        views = pixels[None] if self._locked else make_views(pixels, *draw)
         local = None
         if self.method.multi_crop and self.recipe.dino.local_views:
-            local = make_views(pixels, self.recipe, self._mean, self._std, randomness, local=True)
+            local = make_views(pixels, *draw, local=True)
         captions = None if self._texts is None else self._texts.draw(positions, randomness)
         batch = Batch(views, positions, labels, local, progress, captions)
         with torch.autocast(self._on.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -614,8 +638,10 @@ def embed(backbone: nn.Module, material: Material, positions: IntArray, precisio
         if not len(good):
             continue
         with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            # With a locked encoder these are its embeddings.
+            inputs = pixels if material.locked else (pixels.float() / 255 - mean) / std
             # forward() bypasses the compiled code, which is specialised on the training's batches.
-            found = backbone.forward((pixels.float() / 255 - mean) / std)
+            found = backbone.forward(inputs)
         embeddings.append(F.normalize(found.float(), dim=1).cpu())
         kept.append(good)
     backbone.train()

@@ -32,7 +32,7 @@ MethodName = Literal[
 # The backbone that is an encoder of --init, as it is: locked-image tuning, Zhai et al., arXiv:2111.07991.
 LOCKED = "locked"
 # What a recipe with it need not say: its encoder does. Values only fill the place.
-_OF_LOCKED: dict[str, Any] = {"side": 8, "channels": 3, "augmentation": {}}
+_OF_LOCKED: dict[str, Any] = {"side": 8, "channels": 3, "views": 1, "augmentation": {}}
 # Tokens that a vocabulary of byte-level BPE has before the first merge: 256 bytes, padding, start and end.
 LEAST_VOCABULARY = 259
 
@@ -298,7 +298,8 @@ class Recipe(_Section):
         name: the recipe's name, from its file.
         method: the paper. Its settings are the table of the same name; tables of other methods are ignored.
         backbone: small-cnn, mid-cnn, a classification backbone of torchvision.models by name, or timm:NAME; or locked:
-            the encoder that --init names, as it is, for clip. Its recipe leaves side, channels and augmentation out.
+            the encoder that --init names, as it is, for clip. Its recipe leaves side, channels, views
+            and augmentation out.
         frozen: paths of the backbone's modules and parameters that do not learn; their batch norms stay in eval mode.
         frozen_statistics: the backbone's batch norms keep the statistics of the weights that the run begins with, and
             learn only scale and shift. For pretrained weights in short runs.

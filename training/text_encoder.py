@@ -50,13 +50,14 @@ class _Block(nn.Module):
         self.heads = heads
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        wide, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(wide, nn.GELU(), narrow)
         added = width**-0.5 * (2 * layers) ** -0.5
         for layer, std in ((self.attention, width**-0.5), (self.out, added)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.mlp[0].weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(self.mlp[2].weight, std=added)
+        nn.init.normal_(wide.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(narrow.weight, std=added)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.attention(self.first(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

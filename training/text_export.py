@@ -1,6 +1,7 @@
 """The text tower of a run → text.onnx, checked against torch, with its tokenizer and the figures of held-out pairs."""
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,9 @@ def text_to_onnx(encoder: TextEncoder, max_length: int) -> bytes:
     # Two tensors: the exporter takes one that is given twice for one input.
     example = torch.ones(2, 3, dtype=torch.int64)
     shape = {0: torch.export.Dim("N"), 1: torch.export.Dim("T", max=max_length)}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # It tells that both inputs have the same axes.
+        warnings.filterwarnings("ignore", "# The axis name")
         path = Path(folder) / TEXT_FILE
         torch.onnx.export(
             UnitText(encoder).cpu().eval(),

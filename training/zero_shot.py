@@ -25,8 +25,8 @@ def open_text_tower(card: Card) -> TextTower:
     """
     if not (card.folder / TEXT_FILE).exists():
         raise InvalidModel(
-            f"{card.folder}: has no text tower; expected an encoder of `lookalike pretrain` with the method clip, or one "
-            "as `lookalike import hf:Xenova/clip-vit-base-patch32` brings it"
+            f"{card.folder}: has no text tower; expected an encoder that `lookalike pretrain` trained with clip, or one as "
+            "`lookalike import hf:Xenova/clip-vit-base-patch32` brings it"
         )
     try:
         files = [(card.folder / file).read_bytes() for file in (TEXT_FILE, TOKENIZER_FILE, TEXT_CONFIG_FILE)]
@@ -96,7 +96,9 @@ def zero_shot(rows: FloatArray, labels: IntArray, classes: FloatArray) -> float:
     return float(((rows @ classes.T).argmax(1) == labels).mean())
 
 
-def pair_recalls(rows: FloatArray, texts: FloatArray, belong: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]") -> dict[str, float]:
+def pair_recalls(
+    rows: FloatArray, texts: FloatArray, belong: "np.ndarray[tuple[int, int], np.dtype[np.bool_]]"
+) -> dict[str, float]:
     """Return recall at 1, 5 and 10, of pictures by texts and of texts by pictures.
 
     It is the share of queries with one that belongs to them among the first k.
@@ -107,7 +109,7 @@ def pair_recalls(rows: FloatArray, texts: FloatArray, belong: "np.ndarray[tuple[
         belong: (M, N), which belong together; each text and each picture has one or more.
     """
     scores = texts @ rows.T  # (M, N)
-    found = {}
+    found: dict[str, float] = {}
     for name, one, right in (("text_to_image", scores, belong), ("image_to_text", scores.T, belong.T)):
         ranked = np.take_along_axis(right, (-one).argsort(1, kind="stable")[:, : max(_PLACES)], 1)
         found |= {f"{name}_recall_at_{k}": round(float(ranked[:, :k].any(1).mean()), 4) for k in _PLACES}

@@ -48,10 +48,7 @@ class CLIP(Method):
         texts = self.text(tokens, mask)[which].repeat(views, 1)  # (V · N, P)
         groups = groups.repeat(views)
         scale = self.log_scale.exp()
-        if self.sigmoid:
-            loss = siglip(images, texts, scale, self.bias, groups)
-        else:
-            loss = clip(images, texts, scale, groups)
+        loss = siglip(images, texts, scale, self.bias, groups) if self.sigmoid else clip(images, texts, scale, groups)
         cosine = F.cosine_similarity(images.detach().float(), texts.detach().float(), dim=1).mean()
         return Step(loss, images.detach(), {"positive_cosine": cosine, "logit_scale": scale.detach()})
 
@@ -62,5 +59,5 @@ class CLIP(Method):
 
     def scales(self) -> dict[str, float]:
         """Return what turns cosines into logits: logit_scale, and logit_bias of the sigmoid."""
-        found = {"logit_scale": float(self.log_scale.exp())}
-        return found | ({"logit_bias": float(self.bias)} if self.sigmoid else {})
+        found = {"logit_scale": float(self.log_scale.detach().exp())}
+        return found | ({"logit_bias": float(self.bias.detach())} if self.sigmoid else {})
