@@ -69,7 +69,7 @@ def read_captions(source: Source, settings: Text) -> Captions:
         InvalidRequest: as read_tokenizer.
     """
     own = source.captions() if source.captions is not None else []
-    of_labels = not any(own)
+    of_labels = not any(text.strip() for texts in own for text in texts)
     texts, groups, starts, numbers = _of_labels(source, settings) if of_labels else _own(own)
     used = np.unique(groups[np.unique(numbers)])
     if len(used) < 2:
@@ -96,8 +96,8 @@ def label_words(labels: Sequence[str], settings: Text, name: str) -> dict[str, t
     if odd:
         more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise InvalidSource(
-            f"{name}: its labels are no words: {', '.join(odd[:5])}{more}; expected words, as the names of classes or in "
-            f'the table text.words of the recipe, as in {odd[0]} = "seven"'
+            f"{name}: its labels are no words: {', '.join(odd[:5])}{more}; expected words, as names of classes or "
+            f'in the table text.words of the recipe, as in {odd[0]} = "seven"'
         )
     return words
 

@@ -72,8 +72,8 @@ class Evaluation:
             "left_out": {reason: number}}, "queries": {"source", "pictures", "left_out", "in_bank": number of those that
             the bank holds too}, "figures": {…}, "baselines": {"raw_pixels": {…}, "without_whitening": {…} if there is
             one, "random_encoder": {…}} or None}, and "zero_shot" as of labels_as_text if it was asked for; each {…}
-            having the figures of neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure that does not exist is
-            None.
+            having the figures of neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure
+            that does not exist is None.
         classes: all labels of both sides, in sorted order.
         bank, queries: the two compared sides.
         neighbours: (N, 20) positions in the bank, each query's most alike first.

@@ -253,7 +253,7 @@ def check_labels(source: Source, recipe: Recipe) -> None:
         InvalidSource: it has none, or only one.
     """
     if METHODS[recipe.method].needs_labels and (source.labels is None or len(source.labels.used()) < 2):
-        others = [name for name, method in METHODS.items() if not method.needs_labels]
+        others = [name for name, method in METHODS.items() if not method.needs_labels and not method.needs_captions]
         raise InvalidSource(
             f"{source.name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
             f"named for its class. Without labels take {', '.join(others[:-1])} or {others[-1]}"

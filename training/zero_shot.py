@@ -25,8 +25,8 @@ def open_text_tower(card: Card) -> TextTower:
     """
     if not (card.folder / TEXT_FILE).exists():
         raise InvalidModel(
-            f"{card.folder}: has no text tower; expected an encoder that `lookalike pretrain` trained with clip, or one as "
-            "`lookalike import hf:Xenova/clip-vit-base-patch32` brings it"
+            f"{card.folder}: has no text tower; expected an encoder that `lookalike pretrain` trained with "
+            "clip, or one as `lookalike import hf:Xenova/clip-vit-base-patch32` brings it"
         )
     try:
         files = [(card.folder / file).read_bytes() for file in (TEXT_FILE, TOKENIZER_FILE, TEXT_CONFIG_FILE)]

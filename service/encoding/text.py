@@ -93,6 +93,38 @@ class TextTower:
         outputs = [node.name for node in self._session.get_outputs()]
         if config.output not in outputs:
             raise InvalidModel(f"the text tower has no output {config.output}; it has {', '.join(outputs)}")
+        self._check_vocabulary()
+
+    def _check_vocabulary(self) -> None:
+        """Make sure that the graph knows the greatest token of its tokenizer.
+
+        Raises:
+            InvalidModel: it fails on that token, and not on the tokens of a text.
+        """
+        ids, mask = self.tokens(["a"])
+        if not ids.size:
+            return
+        greatest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self._run(ids, mask)
+        ids[0, 0] = greatest
+        try:
+            self._run(ids, mask)
+        except InvalidModel as error:
+            raise InvalidModel(
+                f"the text tower does not know token {greatest} of its tokenizer, which has more tokens than the graph"
+            ) from error
+
+    def _run(self, ids: IntArray, mask: IntArray) -> FloatArray:
+        """Return the output of the graph for tokens (N, T) with their mask. Raises InvalidModel if it fails."""
+        given = dict(zip(_INPUTS, (ids, mask), strict=True))
+        try:
+            (raw,) = self._session.run(
+                [self.config.output], {name: given[name].astype(type) for name, type in self._types.items()}
+            )
+        # onnxruntime raises a class of its own for every status.
+        except Exception as error:
+            raise InvalidModel(f"the text tower fails: {str(error).partition(chr(10))[0][:300]}") from error
+        return np.asarray(raw, np.float32)
 
     def tokens(self, texts: Sequence[str]) -> tuple[IntArray, IntArray]:
         """Return the tokens (N, T) of N texts, and their mask (N, T): 1 for a token, 0 for padding."""
@@ -113,15 +145,7 @@ class TextTower:
             InvalidModel: the graph failed, or its output is not (N, D).
             NoEmbedding: a row of its output is zero or not finite.
         """
-        given = dict(zip(_INPUTS, self.tokens(texts), strict=True))
-        try:
-            (raw,) = self._session.run(
-                [self.config.output], {name: given[name].astype(type) for name, type in self._types.items()}
-            )
-        # onnxruntime raises a class of its own for every status.
-        except Exception as error:
-            raise InvalidModel(f"the text tower fails: {str(error).partition(chr(10))[0][:300]}") from error
-        embeddings = np.asarray(raw, np.float32)
+        embeddings = self._run(*self.tokens(texts))
         if embeddings.ndim != 2 or len(embeddings) != len(texts):
             raise InvalidModel(f"the text tower gives {embeddings.shape}, expected (N, D)")
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Captions in metadata.jsonl and metadata.csv, beside the pictures of a folder or in a .zip, as Hugging Face lays out."""
+"""Captions in metadata.jsonl and metadata.csv, as Hugging Face lays them beside the pictures of a folder or .zip."""
 
 import csv
 import io
