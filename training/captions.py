@@ -2,6 +2,7 @@
 
 import re
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,10 @@ class Captions:
     def counts(self) -> IntArray:
         """(N,) int64, how many captions each picture has."""
         return np.diff(self.starts)
+
+    def checksum(self, before: int) -> int:
+        """Return a checksum of texts and of which picture has which, that continues another one."""
+        return zlib.crc32("\0".join(self.texts).encode(), zlib.crc32(self.numbers.tobytes(), before))
 
     def of(self, positions: IntArray) -> list[IntArray]:
         """Return the numbers of the texts of each of these pictures."""
@@ -140,7 +145,9 @@ def _own(captions: Sequence[Sequence[str]]) -> _Found:
     texts: dict[str, int] = {}
     counts, numbers = [0], []
     for own in captions:
-        kept = [text for text in (text.strip() for text in own) if text]
+        # A lone surrogate, which JSON may hold, has no bytes.
+        cleaned = (text.encode("utf-8", "replace").decode().strip() for text in own)
+        kept = [text for text in cleaned if text]
         numbers += [texts.setdefault(text, len(texts)) for text in kept]
         counts.append(len(kept))
     starts = np.cumsum(counts).astype(np.int64)

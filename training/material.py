@@ -111,18 +111,21 @@ def prepare(
         InvalidSource: too few pictures, bad ones, all alike; or not the source of the earlier run.
         InvalidRequest: the recipe wants all pixels on the device, and they do not fit.
     """
-    checksum = names_checksum(source)
     if earlier and locked and earlier.statistics.get("fingerprint") != locked.card.fingerprint:
         raise InvalidRequest(
             f"{locked.card.folder}: is not the encoder that the run began with; --resume needs the same"
         )
+    captions = read_captions(source, recipe.text) if METHODS[recipe.method].needs_captions else None
+    checksum = names_checksum(source)
+    if captions is not None:
+        checksum = captions.checksum(checksum)
     if earlier and earlier.source_checksum != checksum:
+        what = "pictures" if captions is None else "pictures or captions"
         raise InvalidSource(
-            f"{source.name}: its pictures are not those that the run began with ({earlier.pictures} then, "
+            f"{source.name}: its {what} are not those that the run began with ({earlier.pictures} then, "
             f"{len(source)} now); export or --resume needs the same"
         )
     labels = source.labels.numbers if source.labels is not None else None
-    captions = read_captions(source, recipe.text) if METHODS[recipe.method].needs_captions else None
     trained, held_out = _split(source, labels, captions, recipe, held_out)
     preprocessing = recipe.preprocessing if locked is None else locked.card.preprocessing
     canvas = Canvas(source, preprocessing, recipe.channels, folder, on, limits, locked)

@@ -10,7 +10,7 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ from training.optimizers import build_optimizer, follow_weights
 from training.recipe import LOCKED, Recipe
 from training.stopping import StopSignal
 from training.text_export import TextSide, export_text
+
+if TYPE_CHECKING:
+    from service.encoding.encoder import Encoder as OnnxEncoder
 
 _STOPPED = "stopped at step {}; the same command with --resume goes on from here"
 _TIMED_STEPS = 50
@@ -105,13 +108,7 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
-    locked = open_locked(init, out) if recipe.backbone == LOCKED else None
-    if locked is not None:
-        backbone = Backbone(nn.Identity(), locked.dimension)
-    else:
-        weights = weights_file(init) if init else None
-        frozen = (recipe.frozen, recipe.frozen_statistics)
-        backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen)
+    backbone, locked = image_tower(recipe, init, out)
     method = build_method(recipe, backbone, len(source))
     if overwrite:
         set_aside(folder)
@@ -125,6 +122,28 @@ def pretrain(
     account = account_of(material)
     account.save(folder / LEFT_OUT)
     return account
+
+
+def image_tower(
+    recipe: Recipe, init: str | None, out: Path, trained: bool = False
+) -> tuple[Backbone, "OnnxEncoder | None"]:
+    """Return the backbone of a run, and the locked encoder whose embeddings it passes on, if it is one.
+
+    Args:
+        recipe, init, out: as in `pretrain`.
+        trained: a checkpoint will give the weights of a backbone that learns.
+
+    Raises:
+        InvalidRequest, InvalidModel.
+    """
+    if recipe.backbone == LOCKED:
+        locked = open_locked(init, out)
+        return Backbone(nn.Identity(), locked.dimension), locked
+    if trained:
+        return build_backbone(recipe.backbone, recipe.channels, recipe.side), None
+    weights = weights_file(init) if init else None
+    frozen = (recipe.frozen, recipe.frozen_statistics)
+    return build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen), None
 
 
 def train_and_export(
@@ -186,11 +205,7 @@ def export_run(folder: Path, out: Path, data_root: Path, overwrite: bool = False
         raise InvalidRequest(f"{folder}: holds no checkpoint; expected the folder OUT.run of a pretraining run")
     recipe, run = earlier.identity.recipe, earlier.progress
     source = open_training_source(earlier.identity.source, data_root, earlier.identity.image_key)
-    locked = open_locked(earlier.identity.init) if recipe.backbone == LOCKED else None
-    if locked is not None:
-        backbone = Backbone(nn.Identity(), locked.dimension)
-    else:
-        backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side)
+    backbone, locked = image_tower(recipe, earlier.identity.init, out, trained=True)
     method = build_method(recipe, backbone, len(source))
     method.load_state_dict(earlier.method)
     if earlier.average:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from service.errors import InvalidModel, InvalidOutput, InvalidRequest, InvalidS
 from service.sources import open_source
 from tests.test_json import assert_as_promised
 from tests.test_lookalike import run
+from tests.training.test_pretrain import pressing
 from training import pretrain as loop
 from training.captions import learn_tokenizer
 from training.checkpoint import Checkpoint, read_checkpoint, run_folder
@@ -287,6 +289,42 @@ def test_pictures_without_a_caption_are_counted_and_left_out(
     assert card_of(tmp_path / "out")["quality"]["text.onnx"].keys() == {
         "texts", "least_cosine_to_torch_batch_1", "least_cosine_to_torch_batch_64"
     }  # fmt: skip
+
+
+def test_a_run_is_not_gone_on_with_by_other_captions_or_another_encoder(
+    recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder, digits = tmp_path / "digits", open_source("digits[:40]")
+    folder.mkdir()
+    for position in range(40):
+        (folder / f"{position:02}.png").write_bytes(digits.read(position))
+
+    def write(words: Callable[[int], str]) -> None:
+        rows = (json.dumps({"file_name": f"{number:02}.png", "text": words(number)}) for number in range(40))
+        (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+    own = shutil.copytree(tiny_model, tmp_path / "own")
+    short = locked_recipe(recipe, epochs=50, batch_size=16)
+    arguments: tuple[Any, ...] = (str(folder), short, tmp_path / "out", None, "cpu", tmp_path, str(own))
+    write(lambda number: f"number {number}")
+    with pytest.raises(KeyboardInterrupt), pressing(3):
+        pretrain(*arguments)
+    write(lambda number: f"number {number // 2}")
+    with pytest.raises(InvalidSource, match="its pictures or captions are not those that the run began with"):
+        pretrain(*arguments, resume=True)
+    write(lambda number: f"number {number}")
+    another_preprocessing(own)
+    with pytest.raises(InvalidRequest, match="is not the encoder that the run began with"):
+        pretrain(*arguments, resume=True)
+
+
+def another_preprocessing(folder: Path) -> None:
+    """Make the encoder in a folder another one: its pictures are resized otherwise."""
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 0}))
+    (folder / "card.json").unlink()
+    for variant in folder.glob("model.*.onnx"):
+        variant.unlink()
 
 
 def test_a_tokenizer_of_more_tokens_than_its_graph_is_refused_at_the_start(words: Path, tmp_path: Path) -> None:
