@@ -2,6 +2,7 @@
 
 import importlib
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def export(
     facts: dict[str, Any],
     out: Path,
     text: TextSide | None = None,
+    variants: Sequence[str] = ("fp16", "int8"),
 ) -> None:
     """Write a model folder, whole or not at all: model.onnx, the variants close enough to it, and the card.
 
@@ -43,6 +45,7 @@ def export(
         out: the folder; an earlier model in it is replaced.
         text: the text tower, if it has one. No whitening is appended then: it would take pictures out of the space
             that they share with texts.
+        variants: to make from pictures: fp16 and int8.
 
     Raises:
         InvalidModel: onnxruntime's embeddings differ from torch's (cosine below 0.9999 at batch 1 or 64).
@@ -60,7 +63,11 @@ def export(
     }
     graphs = {"fp32": model}
     if pictures:
-        made = {"fp16": to_onnx(encoder.in_float16(), side), "int8": to_int8(model, pictures.calibration)}
+        makers: dict[str, Callable[[], bytes]] = {
+            "fp16": lambda: to_onnx(encoder.in_float16(), side),
+            "int8": lambda: to_int8(model, pictures.calibration),
+        }
+        made = {variant: makers[variant]() for variant in variants}
         if text is None and (chosen := choose_whitening(card, pictures)):
             whitening, told = chosen
             made = {variant: append_whitening(graph, whitening) for variant, graph in made.items()}

@@ -323,7 +323,7 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
         return
     # A copy of a compiled backbone is not compiled, and only such a one can be exported.
     encoder = Encoder(deepcopy(method.backbone), material.mean, material.std, recipe.channels)
-    export(encoder, check_pictures(material), recipe.preprocessing, facts, out, text)
+    export(encoder, check_pictures(material), recipe.preprocessing, facts, out, text, recipe.variants)
 
 
 def text_side(method: Method, material: Material, recipe: Recipe) -> TextSide | None:

@@ -324,6 +324,7 @@ class Recipe(_Section):
         precision: auto takes bfloat16 if it is measured to be faster.
         compile: compile the backbone if a trial measures that to be faster.
         resident: decode all pictures before the first step and keep their pixels on the device.
+        variants: graphs in other arithmetic that are exported beside model.onnx if they are close enough to it.
         knn_times: how often in the run the held-out pictures are classified by k-NN.
         knn_bank: training pictures that vote in it, at most.
         seed: of weights, order and augmentation.
@@ -357,6 +358,7 @@ class Recipe(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     resident: bool = False
+    variants: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     knn_times: _Count = 5
     knn_bank: Annotated[int, Field(ge=20)] = 4000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -416,10 +418,11 @@ class Recipe(_Section):
         return self
 
     def facts(self) -> dict[str, Any]:
-        """Return the settings that the run depends on: all but the tables of other methods."""
+        """Return the settings that the run depends on: all but the tables of other methods, and what has no effect."""
         others = set(MethodName.__args__) - {self.method}  # type: ignore[attr-defined]
-        if self.method != "clip":
-            others.add("text")
+        others |= {"projection"} if self.method == "clip" else {"text"}
+        if self.backbone == LOCKED:
+            others |= set(_OF_LOCKED)
         return self.model_dump(mode="json", exclude=others)
 
 

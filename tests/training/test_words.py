@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
@@ -21,6 +22,7 @@ from tests.test_json import assert_as_promised
 from tests.test_lookalike import run
 from tests.training.test_pretrain import pressing
 from training import pretrain as loop
+from training.backbones import build_backbone
 from training.captions import learn_tokenizer
 from training.checkpoint import Checkpoint, read_checkpoint, run_folder
 from training.evaluate import evaluate
@@ -41,6 +43,7 @@ learning_rate = 3e-3
 weight_decay = 1e-4
 warmup = 4
 precision = "float32"
+variants = ["int8"]
 seed = 0
 
 [clip]
@@ -132,6 +135,8 @@ def test_the_folder_is_within_the_contract_and_the_card_tells_the_text_tower(wor
     assert 1 < card["logit_scale"] <= 100
     assert "logit_bias" not in card
     assert "whitening" not in card
+    # The recipe wants one variant alone.
+    assert [path.name for path in sorted(words.glob("model.*"))] == ["model.int8.onnx", "model.onnx"]
     assert card["text"]["words"] == {str(number): name for number, name in enumerate(NAMES)}
     figures = card["quality"]["text.onnx"]
     assert figures["least_cosine_to_torch_batch_1"] >= 0.9999
@@ -157,6 +162,15 @@ def test_the_sigmoid_form_learns_too_and_tells_its_bias(recipe: Recipe, tmp_path
     card = card_of(tmp_path / "out")
     assert card["logit_bias"] < 0
     assert card["quality"]["text.onnx"]["zero_shot"] > 0.8
+
+
+def test_the_backbone_of_a_run_with_words_begins_another_run(words: Path) -> None:
+    file = run_folder(words) / "checkpoint.pt"
+    module = build_backbone("small-cnn", 1, 8, str(file)).module
+    trained = read_checkpoint(run_folder(words))
+    assert trained is not None
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, trained.method[f"backbone.0.{key}"]), key
 
 
 # Locked-image tuning
