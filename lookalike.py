@@ -246,6 +246,13 @@ def evaluate(
     variant: Annotated[
         Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="Of the encoder; the fastest if auto.")
     ] = "auto",
+    labels_as_text: Annotated[
+        bool, typer.Option("--labels-as-text", help="Also name the queries by the words of their labels alone.")
+    ] = False,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="With --labels-as-text: how a label is put, as in 'a photo of a {label}'."),
+    ] = None,
     as_json: Json = False,
     report: Annotated[Path | None, typer.Option(help="Folder to write a report to, report.html in it.")] = None,
 ) -> None:
@@ -255,11 +262,16 @@ def evaluate(
     from training.evaluate import evaluate as run
     from training.evaluate import list_left_out, print_table
 
+    if wrong := [text for text in template or () if "{label}" not in text]:
+        raise InvalidRequest(f"--template {wrong[0]}: expected {{label}} in it, as in 'a photo of a {{label}}'")
+    if template and not labels_as_text:
+        raise InvalidRequest("--template: is for --labels-as-text; expected both")
     if report is not None:
         from training.report import check_folder, write_report
 
         check_folder(report)
-    evaluation = run(model, bank, queries, data_root, variant, image_key, read_own_settings().limits)
+    as_text = (template or []) if labels_as_text else None
+    evaluation = run(model, bank, queries, data_root, variant, image_key, read_own_settings().limits, as_text)
     account = evaluation.account
     if report is not None:
         write_report(report, evaluation)

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,18 @@ from service import IntArray, PixelArray, cores
 from service.account import Failure, printable
 from service.encoding.card import Preprocessing
 from service.encoding.images import OWN_FILES, Limits, decode_pixels
-from service.errors import InvalidRequest, InvalidSource, LookalikeError
+from service.errors import InvalidRequest, InvalidSource, LookalikeError, NoEmbedding, kept
 from service.files import write_file
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
 from training.checkpoint import Cursor
 
+if TYPE_CHECKING:
+    # A machine that only trains has no onnxruntime.
+    from service.encoding.encoder import Encoder
+
+# Pixels or an embedding.
+_Values = np.ndarray[Any, Any]
 Residence = Literal["memory", "disk", "nowhere"]
 
 _MOST_BAD = 0.05
@@ -33,6 +39,8 @@ _JUDGED = 1000
 _CHUNK = 64
 # Pictures that are decoded before their pixels are stored.
 _AT_ONCE = 64 * _CHUNK
+# The same with a locked encoder, whose pixels are larger.
+_ENCODED_AT_ONCE = 256
 # A canvas of up to so many bytes needs no file, because it is decoded again quickly.
 _SMALL = 256 * 2**20
 # Bytes of disk that stay free for checkpoints.
@@ -82,6 +90,8 @@ def names_checksum(source: Source) -> int:
 class Canvas:
     """The source's pixels, (count, C, S, S) uint8: each picture decoded once, when it is first taken.
 
+    With a locked encoder it holds embeddings (count, D) float32 in their place: each picture is encoded once.
+
     Attributes:
         source: the pictures.
         residence: "memory"; "disk", a file in the run's folder; or "nowhere": each take decodes again.
@@ -89,7 +99,7 @@ class Canvas:
         bad: what is wrong with a picture that cannot be used, by position.
         device: on which take returns pixels.
 
-    Cost: count · C · S · S bytes where the pixels reside, and 1 byte of memory a picture.
+    Cost: count · C · S · S bytes where the pixels reside, or 4 · count · D; and 1 byte of memory a picture.
     """
 
     def __init__(
@@ -100,6 +110,7 @@ class Canvas:
         folder: Path,
         device: torch.device,
         limits: Limits = OWN_FILES,
+        encoder: "Encoder | None" = None,
     ) -> None:
         """Choose by size where the pixels reside, and report it in one line on stderr.
 
@@ -110,27 +121,32 @@ class Canvas:
             folder: of the run; a canvas on disk is its canvas.bin.
             device: on which batches are needed.
             limits: of a picture.
+            encoder: the locked one.
         """
         self.source = source
         self.bad: dict[int, Failure] = {}
         self.device = device
         self._preprocessing, self._channels = preprocessing, channels
-        self._limits = limits
+        self._limits, self._encoder = limits, encoder
         self._state = np.zeros(len(source), np.uint8)
-        shape = (len(source), channels, preprocessing.side, preprocessing.side)
+        side = preprocessing.side
+        self._shape = (channels, side, side) if encoder is None else (encoder.dimension,)
+        self._type = np.dtype(np.uint8 if encoder is None else np.float32)
+        shape = (len(source), *self._shape)
+        size = int(np.prod(shape)) * self._type.itemsize
         self._path = folder / "canvas.bin"
-        self._kept_file = self._path.exists() and self._path.stat().st_size == int(np.prod(shape))
-        self.residence, self._pixels = _allocate(shape, self._path)
-        size = int(np.prod(shape))
+        self._kept_file = self._path.exists() and self._path.stat().st_size == size
+        self.residence, self._pixels = _allocate(shape, self._type, self._path)
         self._resident: Tensor | None = None
         if self._pixels is not None and device.type == "cuda" and size < 0.4 * torch.cuda.mem_get_info(device)[0]:
-            self._resident = torch.empty(shape, dtype=torch.uint8, device=device)
+            self._resident = torch.from_numpy(self._pixels[:0]).new_empty(shape, device=device)
             self._uploaded = np.zeros(len(source), bool)
         self.on_device = self._resident is not None
         self._pool = ThreadPoolExecutor(cores())
         where = {"memory": "in memory", "disk": f"in {self._path}", "nowhere": "kept nowhere: decoded at each epoch"}
         print(
-            f"{source.name}: {len(source)} pictures, {size / 2**20:.0f} MiB decoded, {where[self.residence]}"
+            f"{source.name}: {len(source)} pictures, {size / 2**20:.0f} MiB "
+            f"{'decoded' if encoder is None else 'of embeddings'}, {where[self.residence]}"
             f"{' and on the GPU' if self.on_device else ''}",
             file=sys.stderr,
         )
@@ -167,7 +183,7 @@ class Canvas:
             InvalidRequest: the pixels do not fit.
         """
         if self._pixels is None or (self.device.type == "cuda" and self._resident is None):
-            size = len(self.source) * self._channels * self._preprocessing.side**2
+            size = len(self.source) * int(np.prod(self._shape)) * self._type.itemsize
             raise InvalidRequest(
                 f"{self.source.name}: {size / 2**30:.1f} GiB of pixels do not fit on the device; set resident=false"
             )
@@ -245,10 +261,11 @@ class Canvas:
 
     def _fill(self, positions: IntArray) -> None:
         assert self._pixels is not None
-        bar = tqdm(total=len(positions), desc="decoding", unit=" pictures", leave=False, delay=3)
+        what, at_once = ("decoding", _AT_ONCE) if self._encoder is None else ("embedding", _ENCODED_AT_ONCE)
+        bar = tqdm(total=len(positions), desc=what, unit=" pictures", leave=False, delay=3)
         with bar:
-            for start in range(0, len(positions), _AT_ONCE):
-                part = positions[start : start + _AT_ONCE]
+            for start in range(0, len(positions), at_once):
+                part = positions[start : start + at_once]
                 pixels, good = self._decode(part)
                 self._pixels[part[good]] = pixels
                 # The pixels come first, because a checkpoint may read the state between the two lines.
@@ -256,28 +273,34 @@ class Canvas:
                 self._check_share()
                 bar.update(len(part))
 
-    def _decode(self, positions: IntArray) -> tuple[PixelArray, "np.ndarray[Any, np.dtype[np.bool_]]"]:
-        """Decode pictures; return the pixels of the good ones and a mask of them, and record the bad ones."""
+    def _decode(self, positions: IntArray) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, np.dtype[np.bool_]]]":
+        """Decode pictures; return the pixels of the good ones and a mask of them, and record the bad ones.
+
+        With a locked encoder they are the embeddings.
+        """
         # Threads take chunks, because handing over one picture of a few pixels costs more than decoding it.
         chunks = [positions[start : start + _CHUNK].tolist() for start in range(0, len(positions), _CHUNK)]
         results = [result for chunk in self._pool.map(self._read_chunk, chunks) for result in chunk]
+        if self._encoder is not None:
+            results = _encode(self._encoder, results)
         good = np.array([not isinstance(result, LookalikeError) for result in results], bool)
         for position, result in zip(positions.tolist(), results, strict=True):
             if isinstance(result, LookalikeError):
                 self.bad[position] = Failure.of(self.source.ids[position], result)
                 self._state[position] = _BAD
-        side = self._preprocessing.side
         pixels = [result for result in results if not isinstance(result, LookalikeError)]
-        return np.stack(pixels) if pixels else np.empty((0, self._channels, side, side), np.uint8), good
+        return np.stack(pixels) if pixels else np.empty((0, *self._shape), self._type), good
 
-    def _read_chunk(self, positions: list[int]) -> list[PixelArray | LookalikeError]:
+    def _read_chunk(self, positions: list[int]) -> list[_Values | LookalikeError]:
         return [self._read(position) for position in positions]
 
-    def _read(self, position: int) -> PixelArray | LookalikeError:
+    def _read(self, position: int) -> _Values | LookalikeError:
         try:
             pixels = decode_pixels(self.source.entry(position).data, self._preprocessing, self._limits)  # (S, S, 3)
         except LookalikeError as error:
             return error
+        if self._encoder is not None:
+            return pixels
         return to_luminance(pixels)[None] if self._channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _check_share(self) -> None:
@@ -290,6 +313,30 @@ class Canvas:
                 f"{self.source.name}: {len(self.bad)} of {touched} pictures are bad, more than {_MOST_BAD:.0%}; mend "
                 f"or remove them. The first: {first.id}: {first.error}"
             )
+
+
+def _encode(encoder: "Encoder", read: list[_Values | LookalikeError]) -> list[_Values | LookalikeError]:
+    """Return what was read with an embedding (D,) in the place of pixels (S, S, 3), or why there is none."""
+    found, good = list(read), [at for at, one in enumerate(read) if not isinstance(one, LookalikeError)]
+    for start in range(0, len(good), encoder.max_batch):
+        places = good[start : start + encoder.max_batch]
+        batch = [one for one in (read[at] for at in places) if not isinstance(one, LookalikeError)]
+        try:
+            rows: list[_Values | LookalikeError] = list(encoder.encode(batch))
+        except NoEmbedding:
+            # One picture without an embedding fails its batch, so each is tried alone.
+            rows = [_encode_one(encoder, pixels) for pixels in batch]
+        for at, row in zip(places, rows, strict=True):
+            found[at] = row
+    return found
+
+
+def _encode_one(encoder: "Encoder", pixels: _Values) -> _Values | LookalikeError:
+    try:
+        embedding: _Values = encoder.encode([pixels])[0]
+        return embedding
+    except NoEmbedding as error:
+        return kept(error)
 
 
 def to_luminance(pixels: PixelArray) -> PixelArray:
@@ -408,10 +455,12 @@ def ahead(items: Iterator[Loaded]) -> Generator[Loaded]:
             yield item
 
 
-def _allocate(shape: tuple[int, ...], path: Path) -> tuple[Residence, PixelArray | None]:
-    size = int(np.prod(shape))
+def _allocate(
+    shape: tuple[int, ...], type: "np.dtype[Any]", path: Path
+) -> "tuple[Residence, np.ndarray[Any, Any] | None]":
+    size = int(np.prod(shape)) * type.itemsize
     if size <= _SMALL:
-        return "memory", np.empty(shape, np.uint8)
+        return "memory", np.empty(shape, type)
     have = path.stat().st_size if path.exists() else 0
     if size - have < shutil.disk_usage(path.parent).free - _DISK_LEFT:
         try:
@@ -419,9 +468,9 @@ def _allocate(shape: tuple[int, ...], path: Path) -> tuple[Residence, PixelArray
                 file.truncate(size)
                 # Without reserved disk space, a later write to the mapped file could end in SIGBUS.
                 os.posix_fallocate(file.fileno(), 0, size)
-            return "disk", np.memmap(path, np.uint8, "r+", shape=shape)
+            return "disk", np.memmap(path, type, "r+", shape=shape)
         except OSError:
             path.unlink(missing_ok=True)
     if size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4:
-        return "memory", np.empty(shape, np.uint8)
+        return "memory", np.empty(shape, type)
     return "nowhere", None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from service.errors import InvalidRequest
 from training.methods import Method
-from training.recipe import Recipe
+from training.recipe import LOCKED, Recipe
 
 # The first steps of a trial are not timed, because they include allocation and compilation.
 _SETTLING, _TIMED = 5, 15
@@ -34,6 +34,9 @@ def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> s
     """Return the recipe's precision. For "auto" on a CPU, time a copy of the backbone in float32 and in bfloat16."""
     if recipe.precision != "auto":
         return recipe.precision
+    # There is nothing to time in a locked backbone.
+    if recipe.backbone == LOCKED:
+        return "float32"
     if on.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     tried = deepcopy(backbone)

@@ -31,6 +31,7 @@ from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
 from training.knn import MOST_K, find_neighbours, neighbour_figures
 from training.overlap import NO_OVERLAP, Identities, Overlap, find_overlap
+from training.zero_shot import labels_as_text, open_text_tower
 
 _CHUNK = 64
 # Bytes of memory for each value of a pixel: uint8, and the float32 rows that raw pixels are compared as.
@@ -70,9 +71,9 @@ class Evaluation:
         report: the figures, ready for JSON: {"model", "fingerprint", "variant", "bank": {"source", "pictures",
             "left_out": {reason: number}}, "queries": {"source", "pictures", "left_out", "in_bank": number of those that
             the bank holds too}, "figures": {…}, "baselines": {"raw_pixels": {…}, "without_whitening": {…} if there is
-            one, "random_encoder": {…}} or None}, each {…} having the figures of
-            neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure that does not exist is
-            None.
+            one, "random_encoder": {…}} or None}, and "zero_shot" as of labels_as_text if it was asked for; each {…}
+            having the figures of neighbour_figures, linear_probe, alignment, uniformity and effective_rank. A figure
+            that does not exist is None.
         classes: all labels of both sides, in sorted order.
         bank, queries: the two compared sides.
         neighbours: (N, 20) positions in the bank, each query's most alike first.
@@ -142,6 +143,8 @@ def print_table(evaluation: Evaluation, bank: str, queries: str) -> None:
     for key in found["figures"]:
         values = ("-" if figures[key] is None else f"{figures[key]:.4f}" for _, figures in columns)
         print("".join([f"{key:14}", *(f"  {value:>17}" for value in values)]))
+    if named := found.get("zero_shot"):
+        print(f"{'zero_shot':14}  {named['accuracy']:>17.4f}  by the words of {named['classes']} labels alone")
 
 
 class Measured(NamedTuple):
@@ -161,6 +164,7 @@ def evaluate(
     variant: str = "auto",
     image_key: str | None = None,
     limits: Limits = OWN_FILES,
+    as_text: Sequence[str] | None = None,
 ) -> Evaluation:
     """Measure an encoder: classify each query by its nearest bank pictures, and examine the embeddings' distribution.
 
@@ -174,6 +178,7 @@ def evaluate(
         variant: of the encoder, "auto" for the one that serves here; the random encoder derives from model.onnx.
         image_key: as in open_source, for both sides.
         limits: of a picture.
+        as_text: name the queries by the words of their labels, too, in these templates; empty for those of the encoder.
 
     Raises:
         InvalidModel, InvalidSource: no such encoder, variant or source; no labels or one alone; fewer than 20 bank
@@ -183,6 +188,8 @@ def evaluate(
     Cost: mnist/train against mnist/test 2 minutes on 2 cores. Beside the pictures, 8 bytes for each value of a pixel.
     """
     card = read_card(model)
+    if as_text is not None:
+        open_text_tower(card)
     opened = [_open(name, data_root, card, image_key) for name in (bank_name, queries_name)]
     accounts = [Account.of(side) if isinstance(side, Source) else Account() for side in opened]
     sides = [_labelled(side, account) for side, account in zip(opened, accounts, strict=True)]
@@ -206,6 +213,8 @@ def evaluate(
         "figures": ours.figures,
         "baselines": _baselines(card, encoder.variant if encoder else "fp32", bank, queries, overlap),
     }
+    if as_text is not None:
+        report["zero_shot"] = labels_as_text(card, queries.embeddings, queries.labels, classes, as_text)
     account = accounts[0] + accounts[1]
     return Evaluation(report, classes, bank, queries, ours.neighbours, ours.scores, ours.predicted, account)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.encoding.card import MODEL_FILE, Card, Preprocessing, fingerprint
+from service.encoding.card import MODEL_FILE, TEXT_FILE, Card, Preprocessing, fingerprint
 from service.encoding.model_folder import check_new, check_out, write_model
 from service.encoding.variants import Pictures, embed_pixels, keep_good
 from service.encoding.voting import headline_accuracy
 from service.encoding.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
 from service.errors import InvalidModel, InvalidRequest
 from training.encoder import Encoder
+from training.text_export import TextSide
 from training.variants import to_int8
 
 _CHECKED_PICTURES = 256
@@ -25,7 +27,13 @@ _POWERS, _DIMENSIONS = (0.5, 1.0), (512, 256, 128, 64)
 
 
 def export(
-    encoder: Encoder, pictures: Pictures | None, preprocessing: Preprocessing, facts: dict[str, Any], out: Path
+    encoder: Encoder,
+    pictures: Pictures | None,
+    preprocessing: Preprocessing,
+    facts: dict[str, Any],
+    out: Path,
+    text: TextSide | None = None,
+    variants: Sequence[str] = ("fp16", "int8"),
 ) -> None:
     """Write a model folder, whole or not at all: model.onnx, the variants close enough to it, and the card.
 
@@ -35,6 +43,9 @@ def export(
         preprocessing: of the encoder, written beside the graph.
         facts: for the card: method, data and other facts of the run.
         out: the folder; an earlier model in it is replaced.
+        text: the text tower, if it has one. No whitening is appended then: it would take pictures out of the space
+            that they share with texts.
+        variants: to make from pictures: fp16 and int8.
 
     Raises:
         InvalidModel: onnxruntime's embeddings differ from torch's (cosine below 0.9999 at batch 1 or 64).
@@ -52,15 +63,42 @@ def export(
     }
     graphs = {"fp32": model}
     if pictures:
-        made = {"fp16": to_onnx(encoder.in_float16(), side), "int8": to_int8(model, pictures.calibration)}
-        if chosen := choose_whitening(card, pictures):
+        makers: dict[str, Callable[[], bytes]] = {
+            "fp16": lambda: to_onnx(encoder.in_float16(), side),
+            "int8": lambda: to_int8(model, pictures.calibration),
+        }
+        made = {variant: makers[variant]() for variant in variants}
+        if text is None and (chosen := choose_whitening(card, pictures)):
             whitening, told = chosen
             made = {variant: append_whitening(graph, whitening) for variant, graph in made.items()}
             model = append_whitening(model, whitening)
             card = replace(card, model=model, fingerprint=fingerprint(model, preprocessing))
             facts = facts | {"whitening": told}
         graphs = keep_good(card, made, pictures, quality)
-    write_model(out, graphs, preprocessing, facts, quality)
+    if text is not None:
+        facts, quality[TEXT_FILE] = facts | text.facts, text.quality
+    write_model(out, graphs, preprocessing, facts, quality, more=None if text is None else text.files)
+
+
+def export_locked(card: Card, text: TextSide, facts: dict[str, Any], out: Path) -> None:
+    """Write a model folder: an encoder as it is, in the same embedding space, with a text tower.
+
+    Args:
+        card: of the encoder.
+        text: the text tower.
+        facts: of the text tower's run; they become a part of the card's `text`.
+        out: the folder; an earlier model in it is replaced.
+
+    Raises:
+        InvalidOutput: as check_out.
+    """
+    check_out(out)
+    written = ("name", "dimension", "fingerprint", "sha256", "canary", "quality")
+    kept = {key: value for key, value in card.facts.items() if key not in written}
+    own = {**text.facts, "text": text.facts["text"] | facts}
+    quality = card.facts.get("quality", {}) | {TEXT_FILE: text.quality}
+    graphs = {"fp32": card.model, **card.variants}
+    write_model(out, graphs, card.preprocessing, kept | own, quality, card.facts.get("canary"), more=text.files)
 
 
 def check_export(out: Path, overwrite: bool = True) -> None:

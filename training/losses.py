@@ -264,6 +264,58 @@ def margin_contrast(z: Tensor, labels: Tensor, margin: float) -> Tensor:
         return (pull + push) / 2
 
 
+def clip(images: Tensor, texts: Tensor, scale: Tensor, groups: Tensor) -> Tensor:
+    """Return CLIP's loss: cross entropy of the pictures over the texts and of the texts over the pictures, averaged.
+
+    Row n of one belongs to row n of the other, and so do all rows of one group: texts that say the same are no
+    negatives of each other's pictures. With positives P(n), each row costs −Σ log softmax over P(n), divided by
+    |P(n)|. Where all groups differ, this is CLIP's equation.
+
+    Args:
+        images, texts: (N, P); any scale, any float dtype.
+        scale: 1/τ, a scalar that may learn.
+        groups: (N,) integers.
+
+    Returns:
+        Scalar float32; identical embeddings everywhere give ln N.
+
+    Cost: an (N, N) float32 matrix.
+    Source: Radford et al., arXiv:2103.00020, figure 3; with groups Yang et al., arXiv:2204.03610, equations 2 to 4.
+    """
+    with _float32(images):
+        logits = scale.float() * _cosines(images, texts)  # (N, N)
+        positive = groups[:, None] == groups
+        weights = positive / positive.sum(1, keepdim=True)
+        of_images, of_texts = (-(weights * rows.log_softmax(1)).sum(1).mean() for rows in (logits, logits.T))
+        return (of_images + of_texts) / 2
+
+
+def siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, groups: Tensor) -> Tensor:
+    """Return SigLIP's loss: for each pair of a picture and a text, whether they belong together.
+
+    Args:
+        images, texts: (N, P), as in clip.
+        scale, bias: t and b, scalars that may learn.
+        groups: (N,) integers; a picture and a text of one group belong together.
+
+    Returns:
+        Scalar float32: −Σ log σ(z · (t · cosine + b)) over all pairs, divided by N, with z = 1 for pairs that belong
+        together and −1 for others.
+
+    Cost: an (N, N) float32 matrix.
+    Source: Zhai et al., arXiv:2303.15343, equation 1 and algorithm 1.
+    """
+    with _float32(images):
+        logits = scale.float() * _cosines(images, texts) + bias.float()  # (N, N)
+        z = torch.where(groups[:, None] == groups, 1.0, -1.0)
+        return -F.logsigmoid(z * logits).sum() / len(logits)
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return (N, M) cosines of rows (N, P) and (M, P)."""
+    return F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+
+
 def _float32(like: Tensor) -> torch.autocast:
     """Return a context without autocast, which would compute products and softmax in bfloat16."""
     return torch.autocast(like.device.type, enabled=False)

@@ -36,7 +36,7 @@ def parameter_groups(method: Method, recipe: Recipe) -> list[dict[str, Any]]:
     Source: layer-wise decay, Clark et al., ELECTRA, arXiv:2003.10555; Bao et al., BEiT, arXiv:2106.08254.
     """
     depths = layer_depths(method.backbone)
-    deepest = max(depths.values())
+    deepest = max(depths.values(), default=0)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, weight in method.named_parameters():
         if not weight.requires_grad:

@@ -10,7 +10,7 @@ from contextlib import closing
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
 from service.sources.source import LeftOut, Source
 from training.augment import augment
-from training.backbones import build_backbone
+from training.backbones import Backbone, build_backbone
+from training.captions import Texts
 from training.checkpoint import (
     Checkpoint,
     Identity,
@@ -43,13 +44,19 @@ from training.checkpoint import (
 from training.data import Canvas, Loaded, ahead, batches, open_training_source, resident_batches, spread
 from training.device import choose_device, choose_precision, compile_if_faster, now
 from training.encoder import Encoder
-from training.export import check_export, export
+from training.export import check_export, export, export_locked
+from training.locked import open_locked
 from training.log import Log
 from training.material import Material, check_pictures, prepare
 from training.methods import METHODS, Batch, Method, Step, build_method
+from training.methods.clip import CLIP
 from training.optimizers import build_optimizer, follow_weights
-from training.recipe import Recipe
+from training.recipe import LOCKED, Recipe
 from training.stopping import StopSignal
+from training.text_export import TextSide, export_text
+
+if TYPE_CHECKING:
+    from service.encoding.encoder import Encoder as OnnxEncoder
 
 _STOPPED = "stopped at step {}; the same command with --resume goes on from here"
 _TIMED_STEPS = 50
@@ -101,14 +108,13 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
-    weights = weights_file(init) if init else None
-    frozen = (recipe.frozen, recipe.frozen_statistics)
-    backbone = build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen)
+    backbone, locked = image_tower(recipe, init, out)
     method = build_method(recipe, backbone, len(source))
     if overwrite:
         set_aside(folder)
     folder.mkdir(exist_ok=True)
-    material = prepare(source, recipe, folder, on, earlier, limits=limits, normalisation=backbone.normalisation)
+    normalisation = backbone.normalisation
+    material = prepare(source, recipe, folder, on, earlier, limits=limits, normalisation=normalisation, locked=locked)
     train_and_export(method, material, identity, out, earlier, checkpoint_minutes * 60)
     shutil.rmtree(earlier_run(folder), ignore_errors=True)
     material.canvas.remove()
@@ -116,6 +122,28 @@ def pretrain(
     account = account_of(material)
     account.save(folder / LEFT_OUT)
     return account
+
+
+def image_tower(
+    recipe: Recipe, init: str | None, out: Path, trained: bool = False
+) -> tuple[Backbone, "OnnxEncoder | None"]:
+    """Return the backbone of a run, and the locked encoder whose embeddings it passes on, if it is one.
+
+    Args:
+        recipe, init, out: as in `pretrain`.
+        trained: a checkpoint will give the weights of a backbone that learns.
+
+    Raises:
+        InvalidRequest, InvalidModel.
+    """
+    if recipe.backbone == LOCKED:
+        locked = open_locked(init, out)
+        return Backbone(nn.Identity(), locked.dimension), locked
+    if trained:
+        return build_backbone(recipe.backbone, recipe.channels, recipe.side), None
+    weights = weights_file(init) if init else None
+    frozen = (recipe.frozen, recipe.frozen_statistics)
+    return build_backbone(recipe.backbone, recipe.channels, recipe.side, weights, *frozen), None
 
 
 def train_and_export(
@@ -145,13 +173,15 @@ def train_and_export(
 
 
 def account_of(material: Material) -> Account:
-    """Return what became of a run's pictures: how many were used, which could not be, and which lacked a label."""
+    """Return what became of a run's pictures: how many were used, which could not be, and which lacked a label
+    or a caption."""
     source, bad = material.canvas.source, material.canvas.bad
     used = np.concatenate([material.trained, material.held_out, np.array(list(bad), np.int64)])
     unlabelled = np.setdiff1d(np.arange(len(source)), used).tolist()
     account = Account.of(source)
     account.failures = [failure for _, failure in sorted(bad.items())]
-    account.left_out.append([LeftOut(source.ids[at], "without a label", False) for at in unlabelled])
+    missing = "label" if material.captions is None or material.captions.of_labels else "caption"
+    account.left_out.append([LeftOut(source.ids[at], f"without a {missing}", False) for at in unlabelled])
     account.added = len(source) - account.bad - len(unlabelled)
     return account
 
@@ -175,13 +205,15 @@ def export_run(folder: Path, out: Path, data_root: Path, overwrite: bool = False
         raise InvalidRequest(f"{folder}: holds no checkpoint; expected the folder OUT.run of a pretraining run")
     recipe, run = earlier.identity.recipe, earlier.progress
     source = open_training_source(earlier.identity.source, data_root, earlier.identity.image_key)
-    method = build_method(recipe, build_backbone(recipe.backbone, recipe.channels, recipe.side), len(source))
+    backbone, locked = image_tower(recipe, earlier.identity.init, out, trained=True)
+    method = build_method(recipe, backbone, len(source))
     method.load_state_dict(earlier.method)
     if earlier.average:
         method.backbone.load_state_dict(earlier.average)
     # In a folder of its own: the run itself may be using its canvas.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        material = prepare(source, recipe, Path(scratch), torch.device("cpu"), earlier, limits=limits)
+        cpu = torch.device("cpu")
+        material = prepare(source, recipe, Path(scratch), cpu, earlier, limits=limits, locked=locked)
         try:
             finish(method, material, earlier, out)
         finally:
@@ -236,7 +268,7 @@ def check_labels(source: Source, recipe: Recipe) -> None:
         InvalidSource: it has none, or only one.
     """
     if METHODS[recipe.method].needs_labels and (source.labels is None or len(source.labels.used()) < 2):
-        others = [name for name, method in METHODS.items() if not method.needs_labels]
+        others = [name for name, method in METHODS.items() if not method.needs_labels and not method.needs_captions]
         raise InvalidSource(
             f"{source.name}: {recipe.method} needs pictures of two labels or more; expected each picture in a folder "
             f"named for its class. Without labels take {', '.join(others[:-1])} or {others[-1]}"
@@ -245,7 +277,7 @@ def check_labels(source: Source, recipe: Recipe) -> None:
 
 def compare_with_untrained(untrained: nn.Module, method: Method, material: Material, checkpoint: Checkpoint) -> None:
     """Warn if the backbone labels the held-out pictures worse than the one that the run began with."""
-    if not len(material.held_out):
+    if not len(material.queries) or material.locked is not None:
         return
     recipe, precision = checkpoint.identity.recipe, checkpoint.precision
     untrained.to(material.canvas.device).to(memory_format=torch.channels_last)
@@ -265,7 +297,6 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
     """Export the encoder of a run, checked on the run's own pictures, with the facts of the run in its card."""
     identity, run = checkpoint.identity, checkpoint.progress
     recipe = identity.recipe
-    pictures = check_pictures(material)
     facts = {
         "method": recipe.method,
         "recipe": recipe.facts(),
@@ -274,7 +305,7 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
             **({"image_key": identity.image_key} if identity.image_key else {}),
             "pictures": len(material.canvas.source) - len(material.canvas.bad),
             "held_out": len(material.held_out),
-            "tones": material.tones,
+            **({} if material.locked else {"tones": material.tones}),
         },
         "run": {
             "steps": run.step,
@@ -285,9 +316,23 @@ def finish(method: Method, material: Material, checkpoint: Checkpoint, out: Path
             **({"init": identity.init} if identity.init else {}),
         },
     }
+    text = text_side(method, material, recipe)
+    if material.locked is not None:
+        assert text is not None
+        export_locked(material.locked, text, facts, out)
+        return
     # A copy of a compiled backbone is not compiled, and only such a one can be exported.
     encoder = Encoder(deepcopy(method.backbone), material.mean, material.std, recipe.channels)
-    export(encoder, pictures, recipe.preprocessing, facts, out)
+    export(encoder, check_pictures(material), recipe.preprocessing, facts, out, text, recipe.variants)
+
+
+def text_side(method: Method, material: Material, recipe: Recipe) -> TextSide | None:
+    """Return the text tower of a method that has one, exported and measured on the held-out pairs."""
+    captions = material.captions
+    if captions is None or not isinstance(method, CLIP):
+        return None
+    rows, positions = embed(method.backbone, material, material.held_out, "float32")
+    return export_text(method, captions, material.canvas.source, recipe.text, rows, positions)
 
 
 def train(
@@ -335,7 +380,7 @@ def train(
             saving = last or stopping or time.perf_counter() - saved > checkpoint_s
             if progress.step % _WATCHED == 0 or saving:
                 watch(result, progress, learner, log, bar)
-            if part(progress, recipe.knn_times) > reached and len(material.held_out):
+            if part(progress, recipe.knn_times) > reached and len(material.queries) and not material.locked:
                 classify_held_out(learner, material, progress, log, bar)
                 reached = part(progress, recipe.knn_times)
             bar.update()
@@ -377,6 +422,8 @@ class Learner:
         self._randomness = Generator(self._on).manual_seed(recipe.seed)
         self._mean, self._std = (value.to(self._on).view(-1, 1, 1) for value in (material.mean, material.std))
         self._labels = None if material.labels is None else torch.from_numpy(material.labels).to(self._on)
+        self._locked = material.locked is not None
+        self._texts = None if material.captions is None else Texts(material.captions, self._on)
         if earlier:
             self.precision, self.compiled = earlier.precision, earlier.compiled
             method.load_state_dict(earlier.method)
@@ -429,7 +476,12 @@ class Learner:
             canvas=material.canvas.state(),
             source_checksum=material.checksum,
             pictures=len(material.canvas.source),
-            statistics={"mean": material.mean, "std": material.std, "tones": material.tones},
+            statistics={
+                "mean": material.mean,
+                "std": material.std,
+                "tones": material.tones,
+                **({"fingerprint": material.locked.fingerprint} if material.locked else {}),
+            },
             compiled=self.compiled,
             average=None if self.average is None else self.average.state_dict(),
         )
@@ -437,11 +489,14 @@ class Learner:
     def _learn(self, pixels: Tensor, positions: Tensor, randomness: Generator, progress: float = 0.0) -> Step:
         """Add the gradients of a batch to the accumulated ones."""
         labels = None if self._labels is None else self._labels[positions]  # (N,)
-        views = make_views(pixels, self.recipe, self._mean, self._std, randomness)
+        draw = (self.recipe, self._mean, self._std, randomness)
+        # Of a locked encoder they are embeddings (N, D).
+        views = pixels[None] if self._locked else make_views(pixels, *draw)
         local = None
         if self.method.multi_crop and self.recipe.dino.local_views:
-            local = make_views(pixels, self.recipe, self._mean, self._std, randomness, local=True)
-        batch = Batch(views, positions, labels, local, progress)
+            local = make_views(pixels, *draw, local=True)
+        captions = None if self._texts is None else self._texts.draw(positions, randomness)
+        batch = Batch(views, positions, labels, local, progress, captions)
         with torch.autocast(self._on.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             result = self.method.step(batch)
         (result.loss / self.recipe.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -579,7 +634,7 @@ def online_knn(backbone: nn.Module, material: Material, precision: str, voters: 
     """Return the headline k-NN accuracy of the held-out pictures, among up to `voters` training pictures."""
     assert material.labels is not None
     bank, bank_positions = embed(backbone, material, spread(material.voters, voters), precision)
-    queries, query_positions = embed(backbone, material, material.held_out, precision)
+    queries, query_positions = embed(backbone, material, material.queries, precision)
     return headline_accuracy(bank, material.labels[bank_positions], queries, material.labels[query_positions])
 
 
@@ -598,11 +653,15 @@ def embed(backbone: nn.Module, material: Material, positions: IntArray, precisio
         if not len(good):
             continue
         with torch.autocast(on.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            # With a locked encoder these are its embeddings.
+            inputs = pixels if material.locked else (pixels.float() / 255 - mean) / std
             # forward() bypasses the compiled code, which is specialised on the training's batches.
-            found = backbone.forward((pixels.float() / 255 - mean) / std)
+            found = backbone.forward(inputs)
         embeddings.append(F.normalize(found.float(), dim=1).cpu())
         kept.append(good)
     backbone.train()
+    if not kept:
+        return np.empty((0, 0), np.float32), np.empty(0, np.int64)
     return torch.cat(embeddings).numpy(), np.concatenate(kept)
 
 

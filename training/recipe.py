@@ -27,7 +27,14 @@ MethodName = Literal[
     "triplet",
     "margin",
     "infonce",
+    "clip",
 ]
+# The backbone that is an encoder of --init, as it is: locked-image tuning, Zhai et al., arXiv:2111.07991.
+LOCKED = "locked"
+# What a recipe with it need not say: its encoder does. Values only fill the place.
+_OF_LOCKED: dict[str, Any] = {"side": 8, "channels": 3, "views": 1, "augmentation": {}}
+# Tokens that a vocabulary of byte-level BPE has before the first merge: 256 bytes, padding, start and end.
+LEAST_VOCABULARY = 259
 
 PRESETS: dict[str, dict[str, float]] = {
     # SimCLR's, with BYOL's solarisation.
@@ -231,13 +238,71 @@ class InfoNCE(_Section):
     temperature: _Positive = 0.1
 
 
+class Clip(_Section):
+    """Pictures and texts in one space.
+
+    Attributes:
+        loss: softmax is CLIP's, sigmoid SigLIP's.
+        dimension: P of that space; with a locked backbone it is the encoder's own.
+        temperature: τ at first; it learns, and is 0.01 or more.
+        bias: b of the sigmoid at first; it learns.
+    """
+
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    dimension: _Count = 128
+    temperature: Annotated[float, Field(ge=0.01)] = 0.07
+    bias: float = -10.0
+
+
+class Text(_Section):
+    """The text tower of `clip`, and the captions that it learns from where the source has none of its own.
+
+    Attributes:
+        width, layers, heads: of the transformer.
+        max_length: tokens of a text, start and end included; longer ones are cut.
+        vocabulary: tokens that the tower knows. A byte-level BPE of up to so many is learnt from the captions.
+        tokenizer: a tokenizer.json to take in its place.
+        templates: captions of a picture by its label; {label} stands for the label's words.
+        words: of a label, where the label itself is no word, as in 7 = ["seven", "7"]. Zero-shot takes the first.
+    """
+
+    width: _Count = 128
+    layers: _Count = 2
+    heads: _Count = 4
+    max_length: Annotated[int, Field(ge=3, le=512)] = 32
+    vocabulary: Annotated[int, Field(ge=LEAST_VOCABULARY)] = 2048
+    tokenizer: str | None = None
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("a photo of a {label}",)
+    words: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] = {}
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _one_word(cls, words: Any) -> Any:
+        if not isinstance(words, dict):
+            return words
+        return {label: [word] if isinstance(word, str) else word for label, word in words.items()}
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of the {self.heads} heads, not {self.width}")
+        without = [template for template in self.templates if "{label}" not in template]
+        if without:
+            raise ValueError(f"templates: expected {{label}} in each, not {without[0]!r}")
+        if any(not word.strip() for words in self.words.values() for word in words):
+            raise ValueError("words: expected a word for each label, not an empty text")
+        return self
+
+
 class Recipe(_Section):
     """One pretraining run.
 
     Attributes:
         name: the recipe's name, from its file.
         method: the paper. Its settings are the table of the same name; tables of other methods are ignored.
-        backbone: small-cnn, mid-cnn, a classification backbone of torchvision.models by name, or timm:NAME.
+        backbone: small-cnn, mid-cnn, a classification backbone of torchvision.models by name, or timm:NAME; or locked:
+            the encoder that --init names, as it is, for clip. Its recipe leaves side, channels, views
+            and augmentation out.
         frozen: paths of the backbone's modules and parameters that do not learn; their batch norms stay in eval mode.
         frozen_statistics: the backbone's batch norms keep the statistics of the weights that the run begins with, and
             learn only scale and shift. For pretrained weights in short runs.
@@ -249,7 +314,7 @@ class Recipe(_Section):
             backbone's weights were trained with, and for random weights those of the pictures.
         epochs: passes over the pictures; a time given at the command line replaces it.
         batch_size: N pictures, which are compared with one another.
-        views: V of each picture.
+        views: V of each picture; clip does with 1.
         accumulate: batches whose gradients make one step.
         optimizer: adamw, sgd or lars.
         momentum: of sgd and lars. nesterov: of sgd.
@@ -258,10 +323,11 @@ class Recipe(_Section):
         layer_decay: share of the next layer's learning rate for each layer before it.
         decay_norms: weight decay acts on biases and on scales and shifts of norms, too; never under lars.
         ema: momentum of an average of the backbone's weights, which is exported in their place; 0 for none.
-        projection: hidden and output width of the projection head.
+        projection: hidden and output width of the projection head; clip has none.
         precision: auto takes bfloat16 if it is measured to be faster.
         compile: compile the backbone if a trial measures that to be faster.
         resident: decode all pictures before the first step and keep their pixels on the device.
+        variants: graphs in other arithmetic that are exported beside model.onnx if they are close enough to it.
         knn_times: how often in the run the held-out pictures are classified by k-NN.
         knn_bank: training pictures that vote in it, at most.
         seed: of weights, order and augmentation.
@@ -279,7 +345,7 @@ class Recipe(_Section):
     std: tuple[_Positive, ...] | None = None
     epochs: _Count
     batch_size: Annotated[int, Field(ge=2)]
-    views: Annotated[int, Field(ge=2, le=16)] = 2
+    views: Annotated[int, Field(ge=1, le=16)] = 2
     accumulate: _Count = 1
     optimizer: Literal["adamw", "sgd", "lars"] = "adamw"
     momentum: _Momentum = 0.9
@@ -291,10 +357,11 @@ class Recipe(_Section):
     decay_norms: bool = True
     ema: _Momentum = 0.0
     warmup: Annotated[int, Field(ge=0)]
-    projection: tuple[_Count, _Count]
+    projection: tuple[_Count, _Count] = (256, 128)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     resident: bool = False
+    variants: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
     knn_times: _Count = 5
     knn_bank: Annotated[int, Field(ge=20)] = 4000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -311,6 +378,8 @@ class Recipe(_Section):
     triplet: Triplet = Triplet()
     margin: Margin = Margin()
     infonce: InfoNCE = InfoNCE()
+    clip: Clip = Clip()
+    text: Text = Text()
 
     @property
     def local_side(self) -> int:
@@ -321,6 +390,23 @@ class Recipe(_Section):
     def preprocessing(self) -> Preprocessing:
         """How a picture becomes pixels, in training and of the exported encoder."""
         return square_preprocessing(self.side, self.shortest_edge)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_to_locked(cls, content: Any) -> Any:
+        locked = isinstance(content, dict) and content.get("backbone") == LOCKED
+        return {**_OF_LOCKED, **content} if locked else content
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.method != "clip":
+            if self.views < 2:
+                raise ValueError(f"views: {self.method} compares views of a picture: expected 2 or more")
+            if self.backbone == LOCKED:
+                raise ValueError(f"backbone: locked is for clip, not for {self.method}, which trains pictures alone")
+        elif self.ema:
+            raise ValueError("ema: averages the backbone alone, and clip's text tower learns with it: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_pixels(self) -> Self:
@@ -335,8 +421,11 @@ class Recipe(_Section):
         return self
 
     def facts(self) -> dict[str, Any]:
-        """Return the settings that the run depends on: all but the tables of other methods."""
+        """Return the settings that the run depends on: all but the tables of other methods, and what has no effect."""
         others = set(MethodName.__args__) - {self.method}  # type: ignore[attr-defined]
+        others |= {"projection"} if self.method == "clip" else {"text"}
+        if self.backbone == LOCKED:
+            others |= set(_OF_LOCKED)
         return self.model_dump(mode="json", exclude=others)
 
 

@@ -155,7 +155,9 @@ def _read_file(origin: str) -> Any:
 
 
 def _of_run(name: str, origin: str, content: dict[str, Any]) -> Weights:
-    found, prefix = content["identity"]["recipe"]["backbone"], "backbone."
+    recipe = content["identity"]["recipe"]
+    # Behind the backbone of clip comes a projection, which is of no other run.
+    found, prefix = recipe["backbone"], "backbone.0." if recipe.get("method") == "clip" else "backbone."
     if found != name:
         raise InvalidRequest(f"{origin}: is of a run with the backbone {found}, not {name}")
     # Where a run averages its weights, the average is its encoder.

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from service.sources.captions import is_metadata, metadata_captions
 from service.sources.compact import Names
 from service.sources.kinds import FIRST_BYTES, HIDDEN, is_hidden, judge
 from service.sources.paths import Gathered, path_labels
@@ -31,6 +32,7 @@ def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
     """Open a folder of pictures. Ids are sorted paths in composed Unicode; labels are as path_labels says."""
     pictures = sorted(gathered.found)
     ids = Names(pictures)
+    metadata = [one.name for one in gathered.left_out if is_metadata(one.name)]
     # Most paths are composed already.
     stored = {at: gathered.found[id][0] for at, id in enumerate(pictures) if gathered.found[id][0] != id}
     return Source(
@@ -40,6 +42,11 @@ def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
         path_labels(pictures),
         left_out=Omissions(gathered.left_out),
         in_files=True,
+        captions=(
+            (lambda: metadata_captions(name, metadata, lambda path: (root / path).read_bytes(), ids))
+            if metadata
+            else None
+        ),
     )
 
 

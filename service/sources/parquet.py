@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from service.errors import InvalidSource
+from service.sources.captions import CAPTION_COLUMNS, texts_of
 from service.sources.compact import Labels, Names
 from service.sources.files import stems
 from service.sources.paths import compose
@@ -91,7 +92,9 @@ def open_parquet(name: str, paths: Sequence[Path]) -> Source:
         return data
 
     notes = list(dict.fromkeys(table.note for table in tables if table.note))
-    return Source(name, _ids(tables), read, _merged(tables), starts[:-1].tolist(), notes=notes)
+    captioned = any(_caption_column(table.footer.schema.to_arrow_schema()) for table in tables)
+    captions = (lambda: [own for path in paths for own in _captions(path)]) if captioned else None
+    return Source(name, _ids(tables), read, _merged(tables), starts[:-1].tolist(), notes=notes, captions=captions)
 
 
 class RowGroups:
@@ -162,6 +165,35 @@ def _read_table(path: Path) -> _Table:
             return _Table(path, file.metadata, leaf, paths, labels, note)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InvalidSource(f"{path}: not a Parquet file that can be read: {_first_line(error)}") from error
+
+
+def _caption_column(schema: Any) -> str | None:
+    """Return the column of captions, a text or a list of texts, or None."""
+    for name in CAPTION_COLUMNS:
+        if name in schema.names:
+            type = schema.field(name).type
+            if _is_text(type) or (
+                (pa.types.is_list(type) or pa.types.is_large_list(type)) and _is_text(type.value_type)
+            ):
+                return name
+    return None
+
+
+def _captions(path: Path) -> list[list[str]]:
+    """Return the captions of each row of a file."""
+    try:
+        with pq.ParquetFile(path) as file:
+            column = _caption_column(file.schema_arrow)
+            if column is None:
+                return [[]] * file.metadata.num_rows
+            table = file.read(columns=[column], use_threads=False)
+            # Full validation finds text that is not UTF-8.
+            table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InvalidSource(f"{path}: its captions cannot be read: {_first_line(error)}") from error
+    values = table.column(column).to_pylist()
+    # A list may hold nulls.
+    return [[one for one in value if one] if isinstance(value, list) else texts_of(value) or [] for value in values]
 
 
 def _picture_leaf(path: Path, schema: Any) -> str:

@@ -89,6 +89,8 @@ class Source:
             group is read whole. None when every picture costs the same alone.
         left_out: what the whole source holds beside the pictures, with reasons. A slice has all of it.
         notes: sentences about the whole source that its user should read, such as which column was no label.
+        captions: reads the captions of the pictures from the source, one list of texts for each, empty for none; None
+            when it holds none. Only training asks.
         in_files: whether each picture is a file of its own, at its id below the folder that the name names.
     """
 
@@ -100,6 +102,7 @@ class Source:
     left_out: Sequence[LeftOut] = ()
     notes: Sequence[str] = ()
     in_files: bool = False
+    captions: Callable[[], Sequence[Sequence[str]]] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -136,7 +139,7 @@ def slice_source(source: Source, text: str) -> Source:
     kept = range(count)[start:stop]
     if not kept:
         raise InvalidSource(f"{source.name}: the slice {text} of {count} pictures holds none")
-    blocks = source.blocks
+    blocks, captions = source.blocks, source.captions
     labels = source.labels[kept.start : kept.stop] if source.labels is not None else None
     return replace(
         source,
@@ -146,18 +149,20 @@ def slice_source(source: Source, text: str) -> Source:
         blocks=None
         if blocks is None
         else [0] + [block - kept.start for block in blocks if kept.start < block < kept.stop],
+        captions=None if captions is None else lambda: captions()[kept.start : kept.stop],
     )
 
 
 def select(source: Source, positions: IntArray) -> Source:
     """Return a source of the pictures at some positions, in ascending order."""
-    kept = positions.tolist()
+    kept, captions = positions.tolist(), source.captions
     return replace(
         source,
         ids=Names(source.ids[position] for position in kept),
         read=lambda position: source.read(kept[position]),
         labels=None if source.labels is None else Labels(source.labels.codes[positions], source.labels.names),
         blocks=None,
+        captions=None if captions is None else lambda: [captions()[position] for position in kept],
     )
 
 

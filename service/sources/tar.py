@@ -24,7 +24,8 @@ _MAX_LABEL_BYTES = 1000
 _TAR_BLOCK_BYTES = 512
 # Two members are compared so many bytes at a time.
 _COMPARED_BYTES = 1 << 20
-_CLASS = ".cls"
+_CLASS, _CAPTION = ".cls", ".txt"
+_MAX_CAPTION_BYTES = 100_000
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -89,7 +90,7 @@ def open_tars(name: str, paths: Sequence[Path], image_key: str | None = None) ->
     else:
         labels = path_labels(members, paths[0].stem if len(paths) == 1 else None)
     counts = [len(shard.pictures.found) for shard in shards]
-    left_out = _left_out(prefixes, shards)
+    left_out = Omissions(_left_out(prefixes, shards))
     ids = Names(prefix + id for prefix, shard in zip(prefixes, shards, strict=True) for id in shard.pictures.found)
     numbers = smallest(np.repeat(np.arange(len(shards)), counts))
     places = np.concatenate([_places(shard) for shard in shards])
@@ -103,7 +104,31 @@ def open_tars(name: str, paths: Sequence[Path], image_key: str | None = None) ->
             raise OSError(f"the archive is cut short: expected {size} bytes, got {len(data)}")
         return data
 
-    return Source(name, ids, read, labels, left_out=Omissions(left_out), notes=notes)
+    def captions() -> list[list[str]]:
+        texts = [_texts(path) for path in paths]
+        own = (ids[at].removeprefix(prefixes[number]) for at, number in enumerate(numbers.tolist()))
+        found = zip(own, numbers.tolist(), strict=True)
+        return [next(([texts[at][stem]] for stem in _stems(id) if stem in texts[at]), []) for id, at in found]
+
+    return Source(name, ids, read, labels, left_out=left_out, notes=notes, captions=captions)
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """Return the text of each .txt member of a .tar by its path without that ending: the caption of its sample."""
+    found: dict[str, str] = {}
+    with path.open("rb") as file:
+        for member in _members(_Shard(path, array("q"), Gathered(lambda one, other: one is other)), file):
+            inside = _relative(member.name)
+            if not inside.lower().endswith(_CAPTION) or not member.isreg():
+                continue
+            if member.size > _MAX_CAPTION_BYTES:
+                raise InvalidSource(
+                    f"{path}: {inside}: a caption of {member.size} bytes; expected at most {_MAX_CAPTION_BYTES}"
+                )
+            text = os.pread(file.fileno(), member.size, member.offset_data).decode("utf-8-sig", "replace").strip()
+            if text:
+                found[compose(inside[: -len(_CAPTION)])] = compose(text)
+    return found
 
 
 def _left_out(prefixes: Sequence[str], shards: Sequence[_Shard]) -> Iterator[LeftOut]:

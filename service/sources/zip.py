@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from service.errors import InvalidSource
+from service.sources.captions import is_metadata, metadata_captions
 from service.sources.compact import Names
 from service.sources.kinds import FIRST_BYTES, holds_none, judge
 from service.sources.paths import Gathered, path_labels
@@ -29,13 +30,16 @@ def open_zip(name: str, path: Path) -> Source:
     gathered: Gathered[zipfile.ZipInfo] = Gathered(
         lambda one, other: (one[1].CRC, one[1].file_size) == (other[1].CRC, other[1].file_size)
     )
+    metadata: dict[str, str] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for path_inside, member, left_out in judged(archive):
                 if left_out is None:
                     gathered.add(path_inside, member)
-                else:
-                    gathered.left_out.append(left_out)
+                    continue
+                gathered.left_out.append(left_out)
+                if is_metadata(path_inside):
+                    metadata[path_inside] = member.filename
     # zipfile raises nearly any exception on a damaged directory.
     except Exception as error:
         raise InvalidSource(f"{name}: not a zip file that can be read: {error}") from error
@@ -73,7 +77,17 @@ def open_zip(name: str, path: Path) -> Source:
             except Exception as error:
                 raise OSError(str(error) or "the archive is cut short") from error
 
-    return Source(name, ids, read, path_labels(paths, path.stem), left_out=Omissions(gathered.left_out))
+    def read_metadata(inside: str) -> bytes:
+        with zipfile.ZipFile(path) as archive:
+            try:
+                return archive.read(metadata[inside])
+            # Every compression method has exceptions of its own.
+            except Exception as error:
+                raise OSError(str(error) or "the archive is cut short") from error
+
+    captions = (lambda: metadata_captions(name, [*metadata], read_metadata, ids)) if metadata else None
+    labels = path_labels(paths, path.stem)
+    return Source(name, ids, read, labels, left_out=Omissions(gathered.left_out), captions=captions)
 
 
 def judged(archive: zipfile.ZipFile, aside: str | None = None) -> Iterator[tuple[str, zipfile.ZipInfo, LeftOut | None]]:

@@ -23,11 +23,13 @@ from torch.nn import functional as F
 from training.losses import (
     Mining,
     barlow_twins,
+    clip,
     dino,
     info_nce,
     margin_contrast,
     negative_cosine,
     nt_xent,
+    siglip,
     sinkhorn_center,
     supcon,
     triplet,
@@ -136,6 +138,30 @@ def vicreg_form(z_a: Array, z_b: Array, lambd: float, mu: float, nu: float) -> f
     return float(lambd * invariance + mu * variance + nu * covariance)
 
 
+def clip_form(images: Array, texts: Array, scale: float, groups: list[int]) -> float:
+    """Radford et al., arXiv:2103.00020, figure 3; of several positives Yang et al., arXiv:2204.03610, equation 4."""
+
+    def one_side(queries: Array, others: Array) -> float:
+        losses = []
+        for n in range(len(queries)):
+            powers = [math.exp(scale * cosine(queries[n], others[m])) for m in range(len(others))]
+            positives = [m for m in range(len(others)) if groups[m] == groups[n]]
+            losses.append(-sum(math.log(powers[m] / sum(powers)) for m in positives) / len(positives))
+        return float(np.mean(losses))
+
+    return (one_side(images, texts) + one_side(texts, images)) / 2
+
+
+def siglip_form(images: Array, texts: Array, scale: float, bias: float, groups: list[int]) -> float:
+    """Zhai et al., arXiv:2303.15343, equation 1."""
+    loss = 0.0
+    for i in range(len(images)):
+        for j in range(len(texts)):
+            z = 1 if groups[i] == groups[j] else -1
+            loss -= math.log(1 / (1 + math.exp(z * (-scale * cosine(images[i], texts[j]) - bias))))
+    return loss / len(images)
+
+
 def triplet_form(z: Array, labels: list[int], margin: float, mining: Mining) -> float:
     """Hermans et al., arXiv:1703.07737, equation 5, or Schroff et al., arXiv:1503.03832, section 3.2."""
     losses = []
@@ -196,7 +222,29 @@ def case(name: str, count: int, width: int) -> Case:
     allowed = allowed_of(count, 2 * count)
     target = spread((count, width), seed=9)
     teacher, center = spread((2, count, width), seed=9), 0.1 * noise(width, seed=8)
+    scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
+    alone, alike = torch.arange(count), torch.arange(count) // 2
     cases = {
+        "clip": lambda: Case(
+            lambda z: clip(z[0], z[1], scale, alone),
+            lambda z: clip_form(z[0], z[1], 5.0, alone.tolist()),
+            (2, count, width),
+        ),
+        "clip in groups": lambda: Case(
+            lambda z: clip(z[0], z[1], scale, alike),
+            lambda z: clip_form(z[0], z[1], 5.0, alike.tolist()),
+            (2, count, width),
+        ),
+        "siglip": lambda: Case(
+            lambda z: siglip(z[0], z[1], scale, bias, alone),
+            lambda z: siglip_form(z[0], z[1], 5.0, -2.0, alone.tolist()),
+            (2, count, width),
+        ),
+        "siglip in groups": lambda: Case(
+            lambda z: siglip(z[0], z[1], scale, bias, alike),
+            lambda z: siglip_form(z[0], z[1], 5.0, -2.0, alike.tolist()),
+            (2, count, width),
+        ),
         "nt_xent of 2 views": lambda: Case(
             lambda z: nt_xent(z, 0.5), lambda z: nt_xent_form(z, 0.5), (2, count, width)
         ),
@@ -263,6 +311,10 @@ CASES = (
     "triplet, hard",
     "triplet, semi-hard",
     "margin_contrast",
+    "clip",
+    "clip in groups",
+    "siglip",
+    "siglip in groups",
 )
 
 
@@ -392,6 +444,82 @@ def test_each_gradient_is_finite_where_all_embeddings_are_one(name: str) -> None
 
 
 # Closed forms.
+
+
+@pytest.mark.parametrize("groups", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 1, 2]])
+def test_identical_embeddings_cost_clip_the_log_of_the_batch(groups: list[int]) -> None:
+    ones = torch.ones(6, 8)
+    assert float(clip(ones, ones, torch.tensor(7.0), torch.tensor(groups))) == pytest.approx(math.log(6), rel=1e-6)
+
+
+def test_perfect_pairs_cost_clip_what_is_left_of_the_softmax() -> None:
+    axes = torch.eye(6)
+    expected = math.log(1 + 5 * math.exp(-3))
+    assert float(clip(axes, axes, torch.tensor(3.0), torch.arange(6))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_texts_that_say_the_same_cost_clip_no_more_than_the_log_of_their_number() -> None:
+    """As negatives of one another they would cost the log of their number and keep pulling apart what is alike."""
+    axes, groups = torch.eye(3).repeat_interleave(2, 0), torch.arange(3).repeat_interleave(2)
+    expected = math.log(2) + math.log(1 + 2 * math.exp(-20.0))
+    assert float(clip(axes, axes, torch.tensor(20.0), groups)) == pytest.approx(expected, rel=1e-5)
+    slope = gradient(lambda z: clip(z, axes, torch.tensor(20.0), groups), axes)
+    assert float(slope.abs().max()) < 1e-6
+
+
+def test_identical_embeddings_cost_siglip_its_sigmoids() -> None:
+    ones, bias = torch.ones(6, 8), -4.0
+    log_sigmoid = [-math.log(1 + math.exp(-logit)) for logit in (7 + bias, -(7 + bias))]
+    expected = -log_sigmoid[0] - 5 * log_sigmoid[1]
+    assert float(siglip(ones, ones, torch.tensor(7.0), torch.tensor(bias), torch.arange(6))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("learnt", ["scale", "bias"])
+def test_temperature_and_bias_have_the_gradient_of_their_equation(learnt: str) -> None:
+    z, groups = spread((2, 5, 8)), torch.tensor([0, 1, 1, 2, 3])
+    scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    images, texts = z.double().numpy()
+    names = groups.tolist()
+
+    def at(nudge: float) -> float:
+        by_scale, by_bias = (nudge, 0.0) if learnt == "scale" else (0.0, nudge)
+        return siglip_form(images, texts, 5.0 + by_scale, -2.0 + by_bias, names)
+
+    backward(siglip(z[0], z[1], scale, bias, groups))
+    slope = scale.grad if learnt == "scale" else bias.grad
+    assert slope is not None
+    assert float(slope) == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_clip_is_transformers(count: int, width: int) -> None:
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    images, texts = F.normalize(spread((2, count, width)), dim=2)
+    expected = image_text_contrastive_loss(9.0 * texts @ images.T)
+    assert float(clip(images, texts, torch.tensor(9.0), torch.arange(count))) == pytest.approx(
+        float(expected), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("count", "width"), SIZES)
+def test_siglip_is_transformers(count: int, width: int) -> None:
+    from transformers import SiglipConfig, SiglipModel
+
+    small = {"hidden_size": width * 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    config = SiglipConfig(
+        text_config=small | {"vocab_size": 80, "max_position_embeddings": 8},
+        vision_config=small | {"image_size": 8, "patch_size": 4},
+    )
+    torch.manual_seed(0)
+    model = SiglipModel(config).eval()
+    model.logit_scale.data.fill_(math.log(6.0))
+    model.logit_bias.data.fill_(-3.0)
+    with torch.no_grad():
+        given = {"input_ids": torch.randint(0, 80, (count, 8)), "pixel_values": torch.randn(count, 3, 8, 8)}
+        found = model(**given, return_loss=True)
+    ours = siglip(found.image_embeds, found.text_embeds, torch.tensor(6.0), torch.tensor(-3.0), torch.arange(count))
+    assert float(ours) == pytest.approx(float(found.loss), rel=1e-4)
 
 
 @pytest.mark.parametrize("views", [2, 4])
@@ -706,7 +834,7 @@ def test_margin_contrast_is_half_of_metric_learnings_hinges_squared(count: int, 
 # Symmetries of the losses.
 
 # These have a partner beside z, which has to move along.
-PARTNERED = ("info_nce", "info_nce of some negatives", "dino")
+PARTNERED = ("info_nce", "info_nce of some negatives", "dino", "clip in groups", "siglip in groups")
 SYMMETRIC = [name for name in CASES if len(case(name, 2, 2).shape) == 3 and name not in PARTNERED]
 
 
@@ -844,6 +972,8 @@ PULLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "margin_contrast": lambda z, labels: margin_contrast(z, labels, 1.5),
     "nt_xent": lambda z, _: nt_xent(z.reshape(2, 8, 8), 0.2),
     "info_nce": lambda z, _: info_nce(z[:8], z[8:], z[8:], 0.2, ~torch.eye(8, dtype=torch.bool)),
+    "clip": lambda z, _: clip(z[:8], z[8:], torch.tensor(5.0), torch.arange(8)),
+    "siglip": lambda z, _: siglip(z[:8], z[8:], torch.tensor(5.0), torch.tensor(-2.0), torch.arange(8)),
 }
 
 

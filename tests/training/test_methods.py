@@ -26,15 +26,17 @@ from training.augment import augment
 from training.backbones import Backbone, build_backbone
 from training.losses import (
     barlow_twins,
+    clip,
     dino,
     info_nce,
     margin_contrast,
     nt_xent,
+    siglip,
     supcon,
     triplet,
     vicreg,
 )
-from training.methods import METHODS, Batch, Method, build_method
+from training.methods import METHODS, Batch, Captioned, Method, build_method
 from training.methods.infonce import next_of_label
 from training.methods.moco import MoCo, SplitBatchNorm, split_batch_norms
 from training.methods.supcon import apart
@@ -43,11 +45,15 @@ from training.recipe import MethodName, Recipe
 # The source has this many pictures.
 COUNT = 64
 NEED_LABELS = {"supcon", "triplet", "margin", "infonce"}
+# Of the batches' texts: as many tokens, and as many in the tower's vocabulary.
+LENGTH, VOCABULARY = 6, 300
 
 
 def recipe_of(tiny_recipe: Recipe, method: str, **changes: Any) -> Recipe:
     """The tiny recipe of a method, its table and other keys changed; moco with 4 parts and a small queue."""
+    text = {"width": 16, "layers": 2, "heads": 2, "max_length": 8, "vocabulary": VOCABULARY}
     content = tiny_recipe.model_dump() | {"method": method, "moco": {"queue": 48, "splits": 4}}
+    content |= {"text": text, "clip": {"dimension": 256}}
     for key, value in changes.items():
         content[key] = content[key] | value if isinstance(value, dict) else value
     return Recipe.model_validate(content)
@@ -70,7 +76,11 @@ def batch_of(views: int = 2, count: int = 16, seed: int = 0, labels: int = 4, fi
     pictures = torch.randn(count, 1, 8, 8, generator=generator)
     noisy = pictures + torch.randn(views, count, 1, 8, 8, generator=generator)
     local = pictures + torch.randn(3, count, 1, 8, 8, generator=generator)
-    return Batch(noisy, first + torch.arange(count), torch.arange(count) % labels, local, progress=0.5)
+    numbers = torch.arange(count)
+    # Every two pictures have the same caption, and every two captions say the same.
+    tokens = torch.randint(VOCABULARY, (-(-count // 2), LENGTH), generator=generator)
+    captions = Captioned(tokens, torch.ones_like(tokens), numbers // 2, numbers // 4)
+    return Batch(noisy, first + numbers, numbers % labels, local, progress=0.5, captions=captions)
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -173,6 +183,8 @@ TUNED: list[tuple[MethodName, str, Any]] = [
     ("triplet", "mining", "hard"),
     ("margin", "margin", 1.7),
     ("infonce", "temperature", 0.7),
+    ("clip", "temperature", 0.7),
+    ("clip", "loss", "sigmoid"),
 ]
 
 
@@ -213,7 +225,7 @@ def accuracy_of(backbone: nn.Module, digits: Tensor) -> float:
 
 
 # The gains are of k-NN; the other methods need more steps.
-GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03}
+GAINS = {"simclr": 0.005, "supcon": 0.03, "triplet": 0.03, "infonce": 0.03, "clip": 0.03}
 
 
 @pytest.mark.parametrize("name", some_slow(METHODS, "trains each method", kept=("simclr", "moco", "supcon")))
@@ -235,7 +247,8 @@ def test_a_few_dozen_steps_on_digits_lower_the_loss_and_some_beat_the_untrained_
         if method.multi_crop:
             small = [augment(digits[chosen], recipe.augmentation, generator, 6, (0.3, 0.8)) for _ in range(2)]
             local = (torch.stack(small) - 0.3) / 0.35
-        batch = Batch((views - 0.3) / 0.35, chosen, labels[chosen], local, number / steps)
+        words = Captioned(torch.arange(10)[:, None], torch.ones(10, 1).long(), labels[chosen], labels[chosen])
+        batch = Batch((views - 0.3) / 0.35, chosen, labels[chosen], local, number / steps, words)
         step = method.step(batch)
         backward(step.loss)
         optimizer.step()
@@ -856,3 +869,72 @@ def test_a_batch_of_one_label_does_no_harm(name: str, tiny_recipe: Recipe) -> No
     for weight in method.backbone.parameters():
         assert weight.grad is not None
         assert bool(weight.grad.isfinite().all())
+
+
+# CLIP and SigLIP.
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_clip_is_its_loss_of_pictures_and_their_captions(form: str, views: int, tiny_recipe: Recipe) -> None:
+    recipe = recipe_of(tiny_recipe, "clip", clip={"loss": form, "dimension": 24, "temperature": 0.25, "bias": -3.0})
+    method, batch = flat(recipe), batch_of(views)
+    assert batch.captions is not None
+    with torch.no_grad():
+        images = batch.views.flatten(0, 1).flatten(1) @ method.backbone[1].weight.T
+        texts = method.text(batch.captions.tokens, batch.captions.mask)
+        # Picture n has the caption n // 2, whatever the view.
+        texts = torch.stack([texts[n // 2] for _ in range(views) for n in range(16)])
+    groups = torch.tensor([n // 4 for _ in range(views) for n in range(16)])
+    if form == "softmax":
+        expected = clip(images, texts, torch.tensor(4.0), groups)
+    else:
+        expected = siglip(images, texts, torch.tensor(4.0), torch.tensor(-3.0), groups)
+    step = method.step(batch)
+    assert float(step.loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    assert step.embeddings.shape == (views * 16, 24)
+    assert float(step.diagnostics["logit_scale"]) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_the_temperature_learns_and_is_clamped_at_a_hundredth(form: str, tiny_recipe: Recipe) -> None:
+    method = flat(recipe_of(tiny_recipe, "clip", clip={"loss": form}))
+    backward(method.step(batch_of()).loss)
+    assert method.log_scale.grad is not None
+    assert (method.bias.grad is not None) if form == "sigmoid" else not hasattr(method, "bias")
+    method.log_scale.data.fill_(7.0)
+    method.update(0.5)
+    told = method.scales()
+    assert told["logit_scale"] == pytest.approx(100)
+    assert told.get("logit_bias") == (-10 if form == "sigmoid" else None)
+    method.log_scale.data.fill_(1.0)
+    method.update(0.5)
+    assert method.scales()["logit_scale"] == pytest.approx(math.e)
+
+
+def test_a_locked_backbone_is_no_part_of_what_learns(tiny_recipe: Recipe) -> None:
+    recipe = recipe_of(tiny_recipe, "clip", backbone="locked", clip={"dimension": 7})
+    method: Any = build_method(recipe, Backbone(nn.Identity(), 64), COUNT)
+    embeddings = torch.randn(1, 16, 64)
+    step = method.step(batch_of()._replace(views=embeddings))
+    assert torch.equal(step.embeddings, embeddings[0])
+    assert not list(method.backbone.parameters())
+    assert method.text.projection.weight.shape == (64, 16)
+    backward(step.loss)
+    assert all(weight.grad is not None for weight in method.text.parameters())
+
+
+def test_padding_behind_a_text_changes_nothing(tiny_recipe: Recipe) -> None:
+    text = flat(recipe_of(tiny_recipe, "clip")).text.eval()
+    tokens = torch.randint(VOCABULARY, (3, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    with torch.no_grad():
+        together = text(tokens, mask)
+        alone = torch.cat(
+            [
+                text(row[:length][None], torch.ones(1, length, dtype=torch.long))
+                for row, length in zip(tokens, mask.sum(1).tolist(), strict=True)
+            ]
+        )
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert float((together[0] - together[1]).abs().max()) > 0.01

@@ -671,6 +671,12 @@ def assert_resumed_as_if_never_stopped(
     assert traces[0] == traces[1]
 
 
+# Each picture has one of two captions, drawn anew in each step.
+WORDS: dict[str, object] = {
+    "words": {str(number): f"digit {'abcdefghij'[number] * 2}" for number in range(10)},
+    "templates": ["{label}", "a picture of {label}"],
+    "width": 16, "layers": 1, "heads": 2, "vocabulary": 300,
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, object]] = {
     # The queue wraps around.
     "moco": {"queue": 96, "splits": 4},
@@ -684,6 +690,8 @@ def test_every_method_goes_on_to_the_last_bit(
     name: MethodName, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {name: SETTINGS[name]} if name in SETTINGS else {}
+    if name == "clip":
+        settings = {"text": WORDS, "views": 1}
     recipe = changed(recipe, method=name, batch_size=32, epochs=3, **settings)
     # 7 batches an epoch: 21 steps, stopped in the middle of the first epoch and just before the end of the second
     assert_resumed_as_if_never_stopped(recipe, open_source("digits[:240]"), tmp_path, (5, 8), monkeypatch)

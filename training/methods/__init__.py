@@ -3,11 +3,12 @@
 from training.backbones import Backbone
 from training.methods.barlow import Barlow
 from training.methods.byol import BYOL
+from training.methods.clip import CLIP
 from training.methods.clusters import Clusters
 from training.methods.dino import DINO
 from training.methods.infonce import InfoNCE
 from training.methods.margin import Margin
-from training.methods.method import Batch, Method, Step
+from training.methods.method import Batch, Captioned, Method, Step
 from training.methods.moco import MoCo
 from training.methods.simclr import SimCLR
 from training.methods.simsiam import SimSiam
@@ -16,7 +17,7 @@ from training.methods.triplet import Triplet
 from training.methods.vicreg import VICReg
 from training.recipe import MethodName, Recipe
 
-__all__ = ["METHODS", "Batch", "Method", "Step", "build_method"]
+__all__ = ["METHODS", "Batch", "Captioned", "Method", "Step", "build_method"]
 
 METHODS: dict[MethodName, type[Method]] = {
     "simclr": SimCLR,
@@ -31,6 +32,7 @@ METHODS: dict[MethodName, type[Method]] = {
     "triplet": Triplet,
     "margin": Margin,
     "infonce": InfoNCE,
+    "clip": CLIP,
 }
 
 

@@ -14,6 +14,22 @@ from training.recipe import Recipe
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+class Captioned(NamedTuple):
+    """The captions of a batch's N pictures, one for each; those that are the same are encoded once.
+
+    Attributes:
+        tokens: (M, T) int64, of M distinct texts.
+        mask: (M, T) int64, 1 for a token and 0 for padding.
+        which: (N,) int64, each picture's row in tokens.
+        groups: (N,) int64; texts of one group say the same.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    which: Tensor
+    groups: Tensor
+
+
 class Batch(NamedTuple):
     """The input of a method.
 
@@ -23,6 +39,8 @@ class Batch(NamedTuple):
         labels: (N,) int64, −1 for a picture without a label; or None if the source has none.
         local: (L, N, C, s, s) float32, normalised: local views, for a multi-crop method.
         progress: share of the run that is done, 0..1.
+        captions: of the pictures, for a method that learns from them. With a locked backbone the views are its
+            embeddings, (1, N, D).
     """
 
     views: Tensor
@@ -30,6 +48,7 @@ class Batch(NamedTuple):
     labels: Tensor | None
     local: Tensor | None = None
     progress: float = 0.0
+    captions: Captioned | None = None
 
 
 class Step(NamedTuple):
@@ -51,11 +70,13 @@ class Method(nn.Module, ABC):
 
     Attributes:
         needs_labels: of "all" pictures of a batch, of "some" pictures of the source, or None.
+        needs_captions: whether a batch has captions.
         multi_crop: whether a batch has local views, as the recipe's table `dino` says.
         backbone: f, the part that is exported in the end.
     """
 
     needs_labels: ClassVar[Literal["all", "some"] | None] = None
+    needs_captions: ClassVar[bool] = False
     multi_crop: ClassVar[bool] = False
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
