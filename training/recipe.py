@@ -458,7 +458,8 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise InvalidRequest(f"{path}: {where}: unknown key{_nearest(where)}") from error
-        raise InvalidRequest(f"{path}: {where}{': ' if where else ''}{first['msg']}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequest(f"{path}: {where}{': ' if where else ''}{message}") from error
 
 
 def _change(content: dict[str, Any], change: str) -> None:

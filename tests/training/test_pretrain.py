@@ -689,7 +689,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 def test_every_method_goes_on_to_the_last_bit(
     name: MethodName, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {name: SETTINGS[name]} if name in SETTINGS else {}
+    settings: dict[str, object] = {name: SETTINGS[name]} if name in SETTINGS else {}
     if name == "clip":
         settings = {"text": WORDS, "views": 1}
     recipe = changed(recipe, method=name, batch_size=32, epochs=3, **settings)

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,7 @@ def test_a_locked_run_goes_on_where_it_stopped(recipe: Recipe, tiny_model: Path,
     original = loop.train
 
     def interrupted(*given: Any) -> Checkpoint:
-        return original(*given, session_s=0.0)
+        return partial(original, session_s=0.0)(*given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train", interrupted)
@@ -224,7 +225,7 @@ def test_a_locked_run_goes_on_where_it_stopped(recipe: Recipe, tiny_model: Path,
     stopped = read_checkpoint(tmp_path / "broken.run")
     assert stopped is not None
     assert stopped.progress.step == 1
-    pretrain("digits[:300]", short, tmp_path / "broken", *arguments, resume=True)
+    partial(pretrain, resume=True)("digits[:300]", short, tmp_path / "broken", *arguments)
     assert (tmp_path / "broken" / "text.onnx").read_bytes() == (tmp_path / "straight" / "text.onnx").read_bytes()
 
 
@@ -325,11 +326,11 @@ def test_a_run_is_not_gone_on_with_by_other_captions_or_another_encoder(
         pretrain(*arguments)
     write(lambda number: f"number {number // 2}")
     with pytest.raises(InvalidSource, match="its pictures or captions are not those that the run began with"):
-        pretrain(*arguments, resume=True)
+        partial(pretrain, resume=True)(*arguments)
     write(lambda number: f"number {number}")
     another_preprocessing(own)
     with pytest.raises(InvalidRequest, match="is not the encoder that the run began with"):
-        pretrain(*arguments, resume=True)
+        partial(pretrain, resume=True)(*arguments)
 
 
 def another_preprocessing(folder: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_folder_has_the_captions_of_its_metadata_jsonl(tmp_path: Path) -> None
 
 def test_a_folder_has_the_captions_of_a_metadata_csv_in_each_part(tmp_path: Path) -> None:
     csv = '\ufefffile_name,text\r\na.png,"a ""cat"",\nlying"\r\n'
-    files = {"train/a.png": PICTURE, "val/a.png": PICTURE, "train/metadata.csv": csv}
+    files: dict[str, bytes | str] = {"train/a.png": PICTURE, "val/a.png": PICTURE, "train/metadata.csv": csv}
     files |= {"val/metadata.csv": "file_name,caption\na.png,another\na.png,and again\n"}
     assert captions_of(open_source(str(write(tmp_path, files)))) == {
         "train/a.png": ['a "cat",\nlying'],
