@@ -139,8 +139,8 @@ def main(
         print(f"text tower: {megabytes:.2f} MB, texts of {min(tokens)} to {max(tokens)} tokens; k = {_K}, 1 connection")
         (folder / "requests").mkdir()
         requests = write_requests(folder / "requests")
-        index = [Path(sys.executable).with_name("lookalike"), "index", "digits", "--model", model]
-        subprocess.run([*index, "--store", folder / "store"], check=True, capture_output=True)
+        index = [str(Path(sys.executable).with_name("lookalike")), "index", "digits", "--model", str(model)]
+        subprocess.run([*index, "--store", str(folder / "store")], check=True, capture_output=True)
         results: dict[str, list[load.Result]] = {kind: [] for kind in requests}
         with serving(OURS, read_card(model).folder, "fp32", folder, _PATIENCE_S) as port:
             for _ in range(turns):

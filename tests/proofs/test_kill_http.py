@@ -16,6 +16,7 @@ import httpx2
 import pytest
 
 from service.sources import open_source
+from tests.conftest import MODEL
 from tests.serving import killed, serving
 
 pytestmark = pytest.mark.proof
@@ -152,7 +153,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(JUMPS)
     client = Client("", 0, {}, random.Random(0))
     for _ in range(2):
-        with serving(tmp_path, "", **KEEPING, PYTHONPATH=str(tmp_path)) as url:
+        with serving(tmp_path, "", MODEL, **KEEPING, PYTHONPATH=str(tmp_path)) as url:
             assert _read(url) == client.held
             with httpx2.Client(base_url=url, timeout=20) as http:
                 begun = time.monotonic()
