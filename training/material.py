@@ -204,13 +204,13 @@ def _look_at(canvas: Canvas, locked: bool) -> tuple[tuple[Tensor, Tensor], list[
     seen = canvas.take(sample(canvas.source, _SAMPLED))[0].cpu()  # (n, C, S, S)
     if not len(seen):
         raise InvalidSource(f"{name}: no picture of it can be decoded")
-    if bool((seen == seen[:1]).all()) and (locked or bool((seen[0] != seen[0].flatten()[0]).any())):
-        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
-    if locked:
-        return (torch.zeros(1), torch.ones(1)), []
-    mean, std = statistics(seen)
+    mean, std = (torch.zeros(1), torch.ones(1)) if locked else statistics(seen)
     if float(std.max()) == 0:
         raise InvalidSource(f"{name}: all pictures are one flat colour; there is nothing to learn")
+    if bool((seen == seen[:1]).all()):
+        raise InvalidSource(f"{name}: all pictures are identical; there is nothing to learn")
+    if locked:
+        return (mean, std), []
     # One channel may be empty, as in two-colour microscopy.
     std = std.clamp(min=1 / 255)
     return (mean, std), tones(seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy())
