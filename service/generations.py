@@ -264,6 +264,8 @@ def follow(
     inherited = {name: fact for name, fact in read_meta(earlier.path.parent).items() if name in _INHERITED}
     if inherited:
         store.note(inherited)
+    if dismissed := earlier.dismissed():
+        store.dismiss([*dismissed])
     for id in earlier.removed(since):
         if earlier.get(id) is None:
             store.remove(id)

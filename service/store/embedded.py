@@ -152,6 +152,10 @@ class EmbeddedStore:
         """See Store.note."""
         self._commits.run(lambda writer, _: writer.note(facts))
 
+    def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:
+        """See Store.dismiss."""
+        self._commits.run(lambda writer, _: writer.dismiss(pairs, dismissed))
+
     # Searching and reading ---------------------------------------------------------------------------
 
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
