@@ -165,6 +165,13 @@ class PatchBody(Body):
     metadata: dict[str, Any]
 
 
+class DismissBody(Body):
+    """Items of which no two are duplicates."""
+
+    ids: list[str] = Field(min_length=2, max_length=100, json_schema_extra={"uniqueItems": True})
+    dismissed: bool = Field(True, description="false takes an earlier dismissal back.")
+
+
 class OpenAIBody(Body):
     """A request of OpenAI's clients to /v1/embeddings, with pictures as data URIs."""
 
@@ -243,6 +250,48 @@ class Page(BaseModel):
     next: str | None
 
 
+class Copy(BaseModel):
+    """An item of a group: its score with the best copy, whether it has the same bytes, and what its file says."""
+
+    id: str
+    score: float = Field(ge=-1, le=1)
+    exact: bool
+    width: int | None
+    height: int | None
+    size_bytes: int | None
+    format: str | None
+    date: str | None
+
+
+class Group(BaseModel):
+    """Items that show the same, the best copy first, and why it is the best."""
+
+    best: str
+    reason: str
+    items: list[Copy]
+
+
+class Groups(BaseModel):
+    """Groups as of a change of the store; `next` is the cursor of the next page, null at the end."""
+
+    sequence: int
+    total: int
+    groups: list[Group]
+    next: str | None
+
+
+class Progress(BaseModel):
+    """The share of the work that is done."""
+
+    progress: float = Field(ge=0, le=1)
+
+
+class Dismissed(BaseModel):
+    """How many pairs of pictures were told apart, or are not any more."""
+
+    pairs: int
+
+
 class BulkLine(BaseModel):
     """The outcome of one picture: status 201 for a new item, 200 for a replaced one, else the error.
 
@@ -310,6 +359,7 @@ M = TypeVar("M")
 EMBED = TypeAdapter(EmbedBody)
 SEARCH: TypeAdapter[SearchByImage | SearchByVector | SearchById | SearchMany] = TypeAdapter(SearchBody)
 PATCH = TypeAdapter(PatchBody)
+DISMISS = TypeAdapter(DismissBody)
 OPENAI = TypeAdapter(OpenAIBody)
 
 # By the tag of a union, else by the name of the model itself: pydantic's errors have no other mark of the model.
@@ -323,6 +373,7 @@ _MODELS: dict[Any, type[Body]] = {
     "one by id": ById,
     "EmbedBody": EmbedBody,
     "PatchBody": PatchBody,
+    "DismissBody": DismissBody,
     "OpenAIBody": OpenAIBody,
 }
 _FIELDS = {name for model in _MODELS.values() for name in model.model_fields}
@@ -338,6 +389,8 @@ _EXPECTED = {
     "float_type": "a number",
     "finite_number": "a finite number",
     "too_short": "at least {min_length}",
+    "too_long": "at most {max_length}",
+    "bool_type": "true or false",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",
@@ -400,7 +453,7 @@ def _sentence(error: ValidationError) -> str:
     got = "nothing" if value is None else _KINDS.get(type(value), "something else")
     if type(value) is int and abs(value) < _SHOWN_BELOW:
         got = str(value)
-    elif first["type"] == "too_short":
+    elif first["type"] in ("too_short", "too_long"):
         got = str(len(value))
     expected = _EXPECTED.get(first["type"], "something else; /docs shows what").format(**first.get("ctx", {}))
     return f"{place}: expected {expected}, got {got}"

@@ -136,6 +136,10 @@ class Store(Protocol):
         """Return the number of items."""
         ...
 
+    def sequence(self) -> int:
+        """Return the number of the last change of an item; each change takes the next number."""
+        ...
+
     @property
     def writable(self) -> bool:
         """Whether changes are taken now: not on a full or failed disk, nor in a store that was opened read-only."""

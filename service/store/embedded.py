@@ -212,6 +212,10 @@ class EmbeddedStore:
         self._catch_up()
         return len(self._live.index)
 
+    def sequence(self) -> int:
+        """See Store.sequence."""
+        return self._reader.sequence()
+
     @property
     def writable(self) -> bool:
         """See Store.writable."""

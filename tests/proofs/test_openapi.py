@@ -33,4 +33,4 @@ def test_the_service_answers_as_its_document_says(seed: int, tmp_path: Path) -> 
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-20000:]
-    assert "Selected: 12/12" in done.stdout, done.stdout[-3000:]
+    assert "Selected: 14/14" in done.stdout, done.stdout[-3000:]

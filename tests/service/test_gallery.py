@@ -189,6 +189,9 @@ class ArrayStore:
     def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:
         self.told_apart = self.told_apart | {*pairs} if dismissed else self.told_apart - {*pairs}
 
+    def sequence(self) -> int:
+        return len(self.items)
+
     def count(self) -> int:
         return len(self.items)
 
