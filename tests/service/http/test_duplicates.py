@@ -168,6 +168,15 @@ def test_dismissals_that_cannot_be(tmp_path: Path, served: Served, content: Any,
         assert reader.dismissed() == set()
 
 
+def test_a_key_that_may_read_finds_and_does_not_dismiss(served: Served) -> None:
+    client = served(api_keys="read:a-key-that-may-read")
+    headers = {"authorization": "Bearer a-key-that-may-read"}
+    assert client.get("/duplicates?preset=exact", headers=headers).status_code == 202
+    answer = client.post("/duplicates/dismissals", json={"ids": ["a", "b"]}, headers=headers)
+    assert_refused(answer, 403, "read_only_key")
+    assert_refused(client.get("/duplicates"), 401, "unauthorized")
+
+
 @pytest.mark.parametrize(
     "query", ["threshold=0", "threshold=1.1", "threshold=nan", "preset=best", "limit=0", "cursor=a", "treshold=1"]
 )
