@@ -12,15 +12,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from http.client import HTTPConnection
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import typer
 
-from benchmarks.collection import MODEL, apart, held
-from benchmarks.machine import describe
 from benchmarks.servers import free_port, running
 from service import FloatArray, IntArray
 from service.duplicates import find_groups
@@ -29,6 +29,9 @@ from service.store import NewItem
 from service.store.embedded import EmbeddedStore
 from service.store.snapshot import SNAPSHOT
 
+R = TypeVar("R")
+
+MODEL = Path(__file__).parent.parent / "models" / "mnist"
 _PER_CENTRE, _NOISE, _COPY_NOISE = 200, 0.6, 0.25
 _THRESHOLD = 0.9
 _BLOCK, _COMMIT = 50_000, 1024
@@ -53,14 +56,18 @@ def main(
     serve: Annotated[bool, typer.Option("--serve", help="Measure searches beside GET /duplicates.")] = False,
 ) -> None:
     """Print the table."""
+    # Imports torch, whose memory the processes that are measured must not have.
+    from benchmarks.machine import describe
+
     folder = work / f"duplicates-{count}-{groups}-{dimension}-{exact_limit}"
     if not (folder / SNAPSHOT).exists():
-        seconds = apart(_fill, folder, count, groups, dimension, exact_limit)
+        seconds = _apart(_fill, folder, count, groups, dimension, exact_limit)
         print(f"the store was made in {seconds:.0f} s")
     if serve:
+        print(describe())
         _serve(folder, exact_limit)
         return
-    told = apart(_find, folder, count, groups)
+    told = _apart(_find, folder, count, groups)
     print(describe())
     print("| vectors | planted groups | seconds | peak memory, MB | groups found | whole planted groups | wrong |")
     print("|---|---|---|---|---|---|---|")
@@ -119,10 +126,12 @@ def _find(folder: Path, count: int, groups: int) -> Told:
     begun = time.perf_counter()
     found = {frozenset(int(copy.item.id) for copy in group.copies) for group in find_groups(folder, _THRESHOLD).groups}
     seconds = time.perf_counter() - begun
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024.0
     planted = {frozenset(own.tolist()) for own in _members(count, groups)}
     owner = {number: own for own in planted for number in own}
     wrong = sum(not group <= owner.get(min(group), frozenset()) for group in found)
-    return Told(seconds, float(held("VmHWM")), len(found), len(found & planted), wrong)
+    return Told(seconds, peak, len(found), len(found & planted), wrong)
 
 
 def _serve(folder: Path, exact_limit: int) -> None:
@@ -138,7 +147,6 @@ def _serve(folder: Path, exact_limit: int) -> None:
         begun = time.perf_counter()
         beside = _searches(connection, 600, lambda: _asked(connection, f"/duplicates?threshold={_THRESHOLD}") == 202)
         seconds = time.perf_counter() - begun
-    print(describe())
     print("| searches by id, k = 10, one client | number | median, ms | p99, ms |")
     print("|---|---|---|---|")
     for name, times in (("alone", alone), (f"beside GET /duplicates, {seconds:.0f} s", beside)):
@@ -168,6 +176,12 @@ def _asked(connection: HTTPConnection, path: str, body: str | None = None) -> in
     answer = connection.getresponse()
     answer.read()
     return answer.status
+
+
+def _apart(work: Callable[..., R], *arguments: Any) -> R:
+    """Run work in a new process, whose peak of memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def _unit(rows: FloatArray) -> FloatArray:
