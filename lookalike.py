@@ -411,6 +411,58 @@ def search(
 
 
 @cli.command()
+def duplicates(
+    store: StoreFolder,
+    preset: Annotated[
+        Literal["exact", "near", "alike"],
+        typer.Option(help="The same bytes; resized or compressed; also cropped, turned or written on."),
+    ] = "near",
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score of two pictures of a group, in place of the preset's.")
+    ] = None,
+    as_json: Json = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a table.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a sheet with thumbnails.")] = None,
+    script: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a shell script that removes all files but the best.")
+    ] = None,
+    delete_rest: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="LIST",
+            help="List all but the best copies in a file and remove nothing; with --yes, remove what that file lists.",
+        ),
+    ] = None,
+    files: Annotated[
+        bool, typer.Option("--files", help="With --yes, remove their files, too, if they are as they were indexed.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove what LIST names.")] = False,
+) -> None:
+    """Find pictures that a store has more than once, and the best copy of each; a service may keep running."""
+    from service.jobs import duplicates as job
+    from service.settings import read_own_settings
+
+    if (files or yes) and delete_rest is None:
+        raise InvalidRequest(f"{'--yes' if yes else '--files'}: needs the list of --delete-rest LIST")
+    if yes:
+        assert delete_rest is not None
+        from service.jobs.removal import delete_listed
+
+        done = delete_listed(delete_rest, read_own_settings(store=store), files)
+        print(json.dumps(done.facts()) if as_json else "\n".join(done.lines()))
+        raise typer.Exit(1 if done.left else 0)
+    found = job.search(read_own_settings(store=store, read_only=True), preset, threshold)
+    notes = found.write(csv, html, script, delete_rest)
+    if as_json:
+        print(json.dumps(found.shown()))
+    elif csv is html is script is delete_rest is None:
+        for line in found.lines():
+            print(line)
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+@cli.command()
 def serve(
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of the store; made when it is not there.")] = None,

@@ -84,6 +84,8 @@ def _learn(source: Source) -> dict[str, Any]:
             "power": 0.0,
             "dimension": encoder.dimension,
         },
+        # benchmarks/duplicates.py measures what these were chosen by.
+        "duplicates": read_numbers()["duplicates"],
         "quality": {MODEL_FILE: {"pictures": len(pixels) - len(rows)}, **judged},
         "sha256": {VARIANTS[name]: hashlib.sha256(graph).hexdigest() for name, graph in made.items()},
         "canary": base64.b64encode(known.astype("<f4").tobytes()).decode(),

@@ -102,6 +102,7 @@ class Worker:
     def close(self) -> None:
         """Close the gallery and its store."""
         self.app.state.slots.close()
+        self.app.state.groupings.close()
         self.gallery.close()
 
 

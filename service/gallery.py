@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.encoding.images import decode, decode_pixels, thumbnail, to_pixels,
 from service.encoding.text import TextEncoder, check_text, open_text_tower
 from service.errors import (
     InvalidQuery,
+    InvalidRequest,
     InvalidStore,
     ItemNotFound,
     LookalikeError,
@@ -270,6 +272,22 @@ class Gallery:
         """Remove an item. Raises ItemNotFound."""
         if not self.store.remove(id):
             raise _no_item()
+
+    def tell_apart(self, ids: Sequence[str], apart: bool = True) -> int:
+        """Remember that no two of these items are duplicates, or forget it; return the number of their pairs.
+
+        It holds for their pictures as they are now, by their digests.
+
+        Raises:
+            ItemNotFound: no item has an id.
+            InvalidRequest: an id that no item can have, or an id twice.
+        """
+        found = each("id", ids, lambda id: self.get(self.check_id(id)))
+        if len({item.id for item in found}) < len(ids):
+            raise InvalidRequest("ids: expected each id once")
+        pairs = [(one.digest, other.digest) for one, other in combinations(found, 2)]
+        self.store.dismiss(pairs, apart)
+        return len(pairs)
 
     def find(
         self, queries: Sequence[Query], k: int, threshold: float = -1, where: Filter | None = None

@@ -24,8 +24,9 @@ from service.store.layout import current, generation, generations, lock, remove
 Add = Callable[[Sequence[NewPicture[bytes]]], list[Outcome[bool]]]
 
 _ITEMS_AT_ONCE = 64
-# Facts about the store that a later generation takes over: the prefixes of its sources (see jobs/naming.py).
-_INHERITED = ("prefixes",)
+# Facts about the store that a later generation takes over: the prefixes of its sources (see jobs/naming.py), and the
+# folders whose files are its pictures (see originals.py).
+_INHERITED = ("prefixes", "folders")
 # The fact that holds the fingerprints of all encoders before, from the first on.
 _REPLACED = "replaced"
 
@@ -264,6 +265,8 @@ def follow(
     inherited = {name: fact for name, fact in read_meta(earlier.path.parent).items() if name in _INHERITED}
     if inherited:
         store.note(inherited)
+    if dismissed := earlier.dismissed():
+        store.dismiss([*dismissed])
     for id in earlier.removed(since):
         if earlier.get(id) is None:
             store.remove(id)

@@ -55,6 +55,19 @@ def test_search(tmp_path: Path) -> None:
     assert_as_promised("search", json.loads(run("search", picture, "--store", store, "--json").stdout))
 
 
+def test_duplicates(tmp_path: Path) -> None:
+    store, pictures = tmp_path / "store", tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a.png", "b.png"):
+        (pictures / name).write_bytes(open_source("digits").entry(7).data)
+    assert run("index", pictures, "--model", MODEL, "--store", store).returncode == 0
+    command = ("duplicates", "--store", store, "--preset", "exact", "--json")
+    assert_as_promised("duplicates", json.loads(run(*command).stdout))
+    assert run(*command, "--delete-rest", tmp_path / "list").returncode == 0
+    done = json.loads(run(*command, "--delete-rest", tmp_path / "list", "--yes").stdout)
+    assert done == {"items": ["b.png"], "files": [], "left": []}
+
+
 def test_verbs_that_account_for_what_they_saw(tmp_path: Path) -> None:
     store, pictures, out = tmp_path / "store", tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()

@@ -388,3 +388,43 @@ def test_a_store_goes_out_as_parquet_and_into_another(store: Path, tmp_path: Pat
     assert "index.snapshot: it does not begin like a snapshot" in done.stdout
     assert "no store there" in refused("store", "check", "--store", tmp_path / "nowhere")
     assert "is of the encoder mnist already" in refused("reindex", "--model", MODEL, "--store", copy)
+
+
+def test_duplicates_are_listed_first_and_removed_by_that_list(tmp_path: Path) -> None:
+    pictures, folder = tmp_path / "pictures", tmp_path / "store"
+    pictures.mkdir()
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        (pictures / name).write_bytes(encoded(scene(seed=seed)))
+    assert run("index", pictures, "--model", MODEL, "--store", folder).returncode == 0
+    chosen = ("duplicates", "--store", folder, "--preset", "exact")
+    done = run(*chosen)
+    assert done.stdout == "a.png  keep: first added\n  same bytes  b.png\n"
+    assert done.stderr == f"{folder}: 1 groups of 2 pictures with scores from 1 on\n"
+    (group,) = json.loads(run(*chosen, "--json").stdout)["groups"]
+    assert (group["best"], [item["id"] for item in group["items"]]) == ("a.png", ["a.png", "b.png"])
+    found = json.loads(run("duplicates", "--store", folder, "--threshold", "0.999", "--json").stdout)
+    assert (found["threshold"], len(found["groups"])) == (0.999, 1)
+    files = [tmp_path / name for name in ("table.csv", "sheet.html", "remove.sh", "list")]
+    done = run(
+        *chosen, "--csv", files[0], "--html", files[1], "--script", files[2], "--delete-rest", files[3], "--files"
+    )
+    assert all(file.stat().st_size for file in files)
+    assert "lists 1 items; nothing is removed" in done.stderr
+    assert (pictures / "b.png").exists()
+    done = run(*chosen, "--delete-rest", files[3], "--files", "--yes")
+    assert done.stdout == "removed  b.png\n1 items and 1 files removed, 0 left\n"
+    assert sorted(path.name for path in pictures.iterdir()) == ["a.png", "c.png"]
+    done = run(*chosen, "--delete-rest", files[3], "--yes", "--json")
+    assert done.returncode == 1
+    assert [one["id"] for one in json.loads(done.stdout)["left"]] == ["b.png"]
+
+
+def test_duplicates_refuse_in_a_sentence(store: Path, tmp_path: Path) -> None:
+    assert "no store there" in refused("duplicates", "--store", tmp_path / "none")
+    assert "no store there" in refused("duplicates", "--store", tmp_path / "none", "--delete-rest", "x", "--yes")
+    assert not (tmp_path / "none").exists()
+    assert "expected a number above 0" in refused("duplicates", "--store", store, "--threshold", "2")
+    assert "needs the list" in refused("duplicates", "--store", store, "--yes")
+    assert "needs the list" in refused("duplicates", "--store", store, "--files")
+    assert "cannot be written" in refused("duplicates", "--store", store, "--csv", tmp_path / "none" / "a.csv")
+    assert "cannot be read" in refused("duplicates", "--store", store, "--delete-rest", tmp_path / "none", "--yes")

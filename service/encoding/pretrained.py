@@ -86,7 +86,7 @@ def import_efficientnet_lite0(out: Path, overwrite: bool = False) -> None:
                 f"{file} of {EFFICIENTNET_LITE0} comes out with sha256 {actual[:12]}… here, expected "
                 f"{numbers['sha256'][file][:12]}…; install the locked requirements (onnx is {onnx.__version__} here)"
             )
-    facts = {key: numbers[key] for key in ("about", "method", "licence", "origin", "data", "whitening")}
+    facts = {key: numbers[key] for key in ("about", "method", "licence", "origin", "data", "whitening", "duplicates")}
     write_model(out, made, preprocessing(), facts, numbers["quality"], numbers["canary"], name="photos")
 
 

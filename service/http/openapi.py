@@ -23,6 +23,8 @@ _DOT = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
 )
 _FINGERPRINT = "7630ccfe" + "0" * 56
+_COPY = {"id": "b.jpg", "score": 0.9123, "exact": False, "width": 320, "height": 240}
+_COPY |= {"size_bytes": 51200, "format": "JPEG", "date": "2026-11-27T10:00:00"}
 _HIT = {"id": "digits/00634", "score": 0.9897, "metadata": {"label": "7"}}
 
 
@@ -67,6 +69,7 @@ _BODIES: dict[type[BaseModel], dict[str, Any]] = {
     query_bodies.SearchMany: {"queries": [{"id": "digits/00007"}, {"image": _DOT}], "k": 5},
     schemas.ClassifyBody: {"images": [_DOT], "labels": ["cat", "dog"], "templates": ["a photo of a {label}"]},
     schemas.PatchBody: {"metadata": {"label": "8", "year": None}},
+    schemas.DismissBody: {"ids": ["digits/00007", "digits/00634"]},
     schemas.OpenAIBody: {"model": "mnist", "input": [_DOT], "modality": "image"},
     schemas.OpenAITextBody: {"model": "clip", "input": ["a red bicycle"], "modality": "text"},
 }
@@ -105,6 +108,20 @@ _ANSWERS: dict[type[BaseModel], Any] = {
     schemas.ItemAnswer: {"id": "digits/00007", "metadata": {"label": "7"}},
     schemas.ItemDetails: {"id": "digits/00007", "metadata": {"label": "7"}, "variant": "int8"},
     schemas.Page: {"items": [{"id": "digits/00007", "metadata": {"label": "7"}}], "next": "8"},
+    schemas.Groups: {
+        "sequence": 1797,
+        "total": 1,
+        "groups": [
+            {
+                "best": "a.png",
+                "reason": "most pixels, 640×480",
+                "items": [_COPY | {"id": "a.png", "score": 1.0, "width": 640, "height": 480}, _COPY],
+            }
+        ],
+        "next": None,
+    },
+    schemas.Progress: {"progress": 0.42},
+    schemas.Dismissed: {"pairs": 1},
     schemas.BulkLine: {"index": 0, "id": "a.png", "status": 201},
 }
 
@@ -181,7 +198,7 @@ def answers(
     return told | {status: _problem(status, openai) for status in sorted(statuses)}
 
 
-_DONE = {200: "Done.", 201: "The id is new.", 204: "The item is removed."}
+_DONE = {200: "Done.", 202: "Not done yet.", 201: "The id is new.", 204: "The item is removed."}
 
 
 def ndjson() -> dict[str, Any]:
@@ -258,6 +275,7 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         properties[name]["vector"] |= {"minItems": dimension, "maxItems": dimension}
     for name in ("ById", "PartById", "SearchById"):
         properties[name]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
+    properties["DismissBody"]["ids"]["items"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
     for name in ("SearchById", "SearchByImage", "SearchByText", "SearchByVector", "SearchByAll"):
         properties[name]["k"]["maximum"] = settings.max_k
     properties["SearchMany"]["k"]["maximum"] = settings.max_k_of_many

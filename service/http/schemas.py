@@ -93,6 +93,13 @@ class PatchBody(Body):
     metadata: dict[str, Any]
 
 
+class DismissBody(Body):
+    """Items of which no two are duplicates."""
+
+    ids: list[str] = Field(min_length=2, max_length=100, json_schema_extra={"uniqueItems": True})
+    dismissed: bool = Field(True, description="false takes an earlier dismissal back.")
+
+
 class OpenAIBody(Body):
     """A request of OpenAI's clients to /v1/embeddings, with pictures as data URIs.
 
@@ -203,6 +210,48 @@ class Page(BaseModel):
     next: str | None
 
 
+class Copy(BaseModel):
+    """An item of a group: its score with the best copy, whether it has the same bytes, and what its file says."""
+
+    id: str
+    score: float = Field(ge=-1, le=1)
+    exact: bool
+    width: int | None
+    height: int | None
+    size_bytes: int | None
+    format: str | None
+    date: str | None
+
+
+class Group(BaseModel):
+    """Items that show the same, the best copy first, and why it is the best."""
+
+    best: str
+    reason: str
+    items: list[Copy]
+
+
+class Groups(BaseModel):
+    """Groups as of a change of the store; `next` is the cursor of the next page, null at the end."""
+
+    sequence: int
+    total: int
+    groups: list[Group]
+    next: str | None
+
+
+class Progress(BaseModel):
+    """The share of the work that is done."""
+
+    progress: float = Field(ge=0, le=1)
+
+
+class Dismissed(BaseModel):
+    """How many pairs of pictures were told apart, or are not any more."""
+
+    pairs: int
+
+
 class BulkLine(BaseModel):
     """The outcome of one picture: status 201 for a new item, 200 for a replaced one, else the error.
 
@@ -283,6 +332,7 @@ EMBED: TypeAdapter[EmbedBody | EmbedTextsBody] = TypeAdapter(AnyEmbedBody)
 SEARCH: TypeAdapter[SearchBody] = TypeAdapter(SearchBody)
 CLASSIFY = TypeAdapter(ClassifyBody)
 PATCH = TypeAdapter(PatchBody)
+DISMISS = TypeAdapter(DismissBody)
 OPENAI = TypeAdapter(OpenAIBody)
 
 # By the tag of a union, else by the name of the model itself: pydantic's errors have no other mark of the model.
@@ -291,6 +341,7 @@ _MODELS: dict[Any, type[Body]] = TAGGED | {
     "embed texts": EmbedTextsBody,
     "ClassifyBody": ClassifyBody,
     "PatchBody": PatchBody,
+    "DismissBody": DismissBody,
     "OpenAIBody": OpenAIBody,
 }
 _FIELDS = {name for model in _MODELS.values() for name in model.model_fields}
@@ -319,6 +370,7 @@ _EXPECTED = {
     "too_long": "at most {max_length}",
     "string_too_long": "at most {max_length} characters",
     "string_pattern_mismatch": "a text with {{label}} in it once, and no other braces",
+    "bool_type": "true or false",
     "greater_than_equal": "{ge} or more",
     "less_than_equal": "{le} or less",
     "literal_error": "{expected}",

@@ -11,6 +11,7 @@ from service.gallery import Gallery, ReadPicture
 from service.items import NewPicture
 from service.jobs.naming import Naming, choose_names, owner_of
 from service.jobs.reading import in_two_stages, progress, read_ahead, use_good
+from service.originals import note_folder
 from service.sources.source import Source
 from service.store import Item, NewItem
 
@@ -47,6 +48,8 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None, ke
     account = Account.of(source)
     naming = choose_names(source, gallery, prefix)
     account.notes += naming.notes
+    if source.in_files:
+        note_folder(gallery.store, naming.origin)
     indexing = _Indexing(source, gallery, naming, keep_originals)
     replaced: list[int] = []
     with progress("indexing", len(source), 0) as bar:

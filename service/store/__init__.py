@@ -111,6 +111,13 @@ class Store(Protocol):
         """Write facts into the store; facts of the same names are replaced. Durable when it returns."""
         ...
 
+    def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:
+        """Remember pairs of digests that are no duplicates of each other to the user, or forget them.
+
+        A pair of a digest with itself says that its exact copies are to stay. Durable when it returns.
+        """
+        ...
+
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """Return the k items most like each query, best first, equal scores in the order of adding.
 
@@ -127,6 +134,10 @@ class Store(Protocol):
 
     def count(self) -> int:
         """Return the number of items."""
+        ...
+
+    def sequence(self) -> int:
+        """Return the number of the last change of an item; each change takes the next number."""
         ...
 
     @property

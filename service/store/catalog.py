@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ from service.errors import InvalidStore
 from service.store import Item, NewItem
 
 FILE = "catalog.sqlite"
-SCHEMA = 3
+SCHEMA = 4
+# Schemas that are read as they are, beside the process that would migrate them: 3 lacks the table `dismissed` alone.
+_READABLE = ("3", str(SCHEMA))
 VECTOR_TYPES = {"float32": "<f4", "float16": "<f2"}
 LATEST = "SELECT max((SELECT coalesce(max(sequence), 0) FROM items), (SELECT coalesce(max(sequence), 0) FROM removed))"
 _META = {"fingerprint", "dimension", "vector_type", "model", "model_folder"}
@@ -45,9 +47,11 @@ CREATE TABLE pictures (
     thumbnail BLOB NOT NULL, original BLOB);
 CREATE TABLE removed (sequence INTEGER PRIMARY KEY, key INTEGER NOT NULL, id TEXT NOT NULL);
 CREATE INDEX items_by_sequence ON items (sequence);
+CREATE TABLE dismissed (one TEXT NOT NULL, other TEXT NOT NULL, PRIMARY KEY (one, other)) WITHOUT ROWID;
 """
 # Each script brings a catalog to the next schema. In schema 1 model.onnx had made every vector, so there were no
-# variants. Schema 2 had no tombstones, and numbered only the changes of vectors.
+# variants. Schema 2 had no tombstones, and numbered only the changes of vectors. Schema 3 had no pairs of digests that
+# the user holds for no duplicates.
 MIGRATIONS = {
     "1": """
 ALTER TABLE items ADD COLUMN variant TEXT NOT NULL DEFAULT 'fp32';
@@ -63,6 +67,10 @@ CREATE TABLE removed (sequence INTEGER PRIMARY KEY, key INTEGER NOT NULL, id TEX
 CREATE INDEX items_by_sequence ON items (sequence);
 INSERT INTO meta VALUES ('vector_type', 'float32');
 UPDATE meta SET value = '3' WHERE name = 'schema';
+""",
+    "3": """
+CREATE TABLE dismissed (one TEXT NOT NULL, other TEXT NOT NULL, PRIMARY KEY (one, other)) WITHOUT ROWID;
+UPDATE meta SET value = '4' WHERE name = 'schema';
 """,
 }
 
@@ -224,6 +232,13 @@ class CatalogWriter:
                 "UPDATE items SET source = ?, sequence = ? WHERE id = ?", (source, self._sequence, id)
             )
 
+    def dismiss(self, pairs: Iterable[tuple[str, str]], dismissed: bool = True) -> None:
+        """Remember pairs of digests that are no duplicates, or forget them. The order within a pair does not count."""
+        query = "INSERT OR IGNORE INTO dismissed VALUES (?, ?)"
+        if not dismissed:
+            query = "DELETE FROM dismissed WHERE one = ? AND other = ?"
+        self._database.executemany(query, [(min(pair), max(pair)) for pair in pairs])
+
     def note(self, facts: dict[str, str]) -> None:
         """Write facts about the store into the table meta; facts of the same names are replaced."""
         self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", facts.items())
@@ -287,7 +302,7 @@ def checked_meta(path: Path, meta: dict[str, str]) -> dict[str, str]:
         InvalidStore: another schema, or a fact that is missing or cannot be used.
     """
     schema = meta.get("schema")
-    if schema != str(SCHEMA):
+    if schema not in _READABLE:
         hint = "; `lookalike index` or `serve` brings it up to date" if schema in MIGRATIONS else ""
         raise InvalidStore(f"{path}: schema {schema}, this version reads {SCHEMA}{hint}")
     wrong = sorted(_META - meta.keys())

@@ -1,5 +1,6 @@
 """Reads a catalog: its items, pictures and vectors, and the changes after a sequence number."""
 
+import json
 import threading
 import zlib
 from collections.abc import Iterator
@@ -144,6 +145,44 @@ class CatalogReader:
         with self.connections.borrow() as database:
             rows = database.execute("SELECT key FROM items INDEXED BY items_by_sequence WHERE sequence > -1")
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
+
+    def items_of(self, keys: IntArray) -> list[tuple[int, Item]]:
+        """Return the items of keys (N,), in their order; those that are not in the catalog are skipped."""
+        if not len(keys):
+            return []
+        query = (
+            "SELECT items.key, id, metadata, source, digest, variant FROM carray(?) "
+            "CROSS JOIN items ON items.key = value CROSS JOIN vectors ON vectors.key = value"
+        )
+        with self.connections.borrow() as database:
+            rows = database.execute(query, (apsw.carray(np.ascontiguousarray(keys, np.int64)),))
+            return [(key, Item(id, json.loads(metadata), *rest)) for key, id, metadata, *rest in rows]
+
+    def digests(self) -> tuple[IntArray, IntArray]:
+        """Return all keys, and hashes of 64 bits of their items' digests, equal for equal ones, in this process.
+
+        Cost: reads every item.
+        """
+        with self.connections.borrow() as database:
+            rows = database.execute("SELECT key, digest FROM items")
+            flat = np.fromiter((number for key, digest in rows for number in (key, hash(digest))), np.int64)
+        return flat[::2], flat[1::2]
+
+    def dismissed(self) -> set[tuple[str, str]]:
+        """Return the pairs of digests that are no duplicates to the user, each pair in both orders."""
+        with self.connections.borrow() as database:
+            # A catalog of schema 3 has no such table.
+            there = one(database, "SELECT 1 FROM sqlite_schema WHERE name = 'dismissed'")
+            rows: list[Any] = database.execute("SELECT one, other FROM dismissed").fetchall() if there else []
+        return {pair for a, b in rows for pair in ((a, b), (b, a))}
+
+    def original_head(self, id: str, limit: int) -> tuple[bytes, int] | None:
+        """Return the first bytes of an item's kept image file, and its size; None if the store does not keep it."""
+        query = """SELECT substr(original, 1, ?), length(original) FROM pictures
+            WHERE key = (SELECT key FROM items WHERE id = ?) AND original IS NOT NULL"""
+        with self.connections.borrow() as database:
+            row = next(database.execute(query, (limit, id)), None)
+        return None if row is None else (bytes(row[0]), int(row[1]))
 
     # Changes after a sequence number -----------------------------------------------------------------
 

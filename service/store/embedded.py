@@ -152,6 +152,10 @@ class EmbeddedStore:
         """See Store.note."""
         self._commits.run(lambda writer, _: writer.note(facts))
 
+    def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:
+        """See Store.dismiss."""
+        self._commits.run(lambda writer, _: writer.dismiss(pairs, dismissed))
+
     # Searching and reading ---------------------------------------------------------------------------
 
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
@@ -207,6 +211,10 @@ class EmbeddedStore:
         """See Store.count."""
         self._catch_up()
         return len(self._live.index)
+
+    def sequence(self) -> int:
+        """See Store.sequence."""
+        return self._reader.sequence()
 
     @property
     def writable(self) -> bool:

@@ -22,6 +22,8 @@ _MAX_LISTS = 65_536
 # Upper bound on the error of a cosine with one side rounded to float16: half a unit in the last of 11 bits, plus the
 # rounding of numbers below float16's smallest normal one.
 _ROUNDING = 2**-11 * 1.01 + 1e-5
+# The error of a cosine of two vectors from 8-bit codes is below this.
+_CODE_ERROR = 0.02
 # The exact index proposes at first so many candidates beyond k.
 _EXACT_EXTRA = 24
 # A filter that matches so few keys needs no index: the catalog reads their vectors at once.
@@ -296,6 +298,30 @@ class FaissIndex:
         return codes
 
     # As arrays ---------------------------------------------------------------------------------------
+
+    @property
+    def lists(self) -> int:
+        """The number of lists."""
+        return int(self._lists.nlist)
+
+    @property
+    def rounding(self) -> float:
+        """Upper bound on the error of a score of two members; as measured for an approximate index."""
+        return 2 * _ROUNDING if self.partition is None else _CODE_ERROR
+
+    def members(self, number: int) -> tuple[IntArray, FloatArray]:
+        """Return the keys (N,) of a list and their vectors (N, D), rounded as its codes are."""
+        size = self._lists.list_size(number)
+        if not size:
+            return np.empty(0, np.int64), np.empty((0, self.dimension), np.float32)
+        codes = self._codes(number, size).reshape(size, -1)
+        vectors: FloatArray = (
+            codes.view("<f2").astype(np.float32) if self.partition is None else self._index.sq.decode(codes)
+        )
+        if self.partition is not None:
+            vectors += self.partition.centroids[number]
+        # A copy: the list may move in memory.
+        return self._ids(number, size).copy(), vectors
 
     def keys(self) -> IntArray:
         """Return all keys, in order."""

@@ -32,7 +32,8 @@ def table(first: str) -> list[list[str]]:
 
 def test_the_table_of_routes_and_statuses_is_the_documents() -> None:
     head, _, *rows = table("route")
-    written = {row[0].strip("`"): {code for code, mark in zip(head[1:], row[1:], strict=True) if mark} for row in rows}
+    # As in Markdown, cells that are missing at the end of a row are empty.
+    written = {row[0].strip("`"): {code for code, mark in zip(head[1:], row[1:], strict=False) if mark} for row in rows}
     assert written == {route: set(operation["responses"]) for route, operation in ROUTES.items()}
 
 

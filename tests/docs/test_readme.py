@@ -126,6 +126,7 @@ def test_every_verb_is_in_the_readme() -> None:
         "index",
         "reindex",
         "search",
+        "duplicates",
         "serve",
         "info",
         "whiten",

@@ -32,6 +32,7 @@ def served(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) ->
             app.state.slots = Slots(read.max_waiting, read.work_timeout_s)
             stack.callback(app.state.gallery.close)
             stack.callback(app.state.slots.close)
+            stack.callback(app.state.groupings.close)
             return TestClient(Guard(app, read), raise_server_exceptions=False)
 
         yield serve

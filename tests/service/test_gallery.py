@@ -137,6 +137,7 @@ class ArrayStore:
     def __init__(self) -> None:
         self.items: dict[str, NewItem] = {}
         self.noted: dict[str, str] = {}
+        self.told_apart: set[tuple[str, str]] = set()
         self.closed = False
 
     def add(self, items: Sequence[NewItem]) -> list[bool]:
@@ -184,6 +185,12 @@ class ArrayStore:
 
     def note(self, facts: dict[str, str]) -> None:
         self.noted |= facts
+
+    def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:
+        self.told_apart = self.told_apart | {*pairs} if dismissed else self.told_apart - {*pairs}
+
+    def sequence(self) -> int:
+        return len(self.items)
 
     def count(self) -> int:
         return len(self.items)

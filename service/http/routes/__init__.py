@@ -3,8 +3,9 @@
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
+from service.grouping import Groupings
 from service.http import openapi, problems
-from service.http.routes import classify, embed, info, items, search
+from service.http.routes import classify, duplicates, embed, info, items, search
 
 
 def create_app() -> FastAPI:
@@ -24,9 +25,11 @@ def create_app() -> FastAPI:
             *classify.direct.routes,
             *items.pictures.routes,
             *items.router.routes,
+            *duplicates.router.routes,
             *info.router.routes,
         ],
     )
+    app.state.groupings = Groupings()
     # The scripts of /docs, from a package instead of another host.
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
     app.mount("/page", StaticFiles(directory=info.PAGE), name="page")

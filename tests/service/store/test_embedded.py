@@ -3,6 +3,7 @@
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from service.encoding.card import Card, Preprocessing, read_card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
 from service.store import NewItem
 from service.store.catalog import FILE, CatalogWriter
+from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore, recorded_model
 from service.store.snapshot import SNAPSHOT
 from tests.conftest import MODEL
@@ -332,7 +334,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     # models/mnist had this fingerprint in those versions.
     fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"
     encoder = replace(read_card(MODEL), fingerprint=fingerprint)
-    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 3; `lookalike index` or `serve`"):
+    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 4; `lookalike index` or `serve`"):
         EmbeddedStore(tmp_path, encoder, 256, read_only=True)
     assert recorded_model(tmp_path) == (Path("/models/mnist"), "mnist")
     store = EmbeddedStore(tmp_path, encoder, 256)
@@ -346,9 +348,35 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     store.remove("b")
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
+    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("4",)]
     assert list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key")) == before
     columns = "key, vector, checksum, sequence"
     assert list(database.execute(f"SELECT {columns} FROM vectors ORDER BY key")) == vectors
     assert list(database.execute("SELECT * FROM pictures ORDER BY key")) == pictures
     assert list(database.execute("SELECT sequence, key, id FROM removed")) == [(22, 21, "b")]
     database.close()
+
+
+def test_a_store_of_schema_3_is_read_beside_the_process_that_would_migrate_it(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item("a", unit(D))])
+    store.close()
+    database = apsw.Connection(str(tmp_path / FILE))
+    database.execute("DROP TABLE dismissed; UPDATE meta SET value = '3' WHERE name = 'schema'").fetchall()
+    database.close()
+    store = EmbeddedStore(tmp_path, card(), D, read_only=True)
+    assert [hit.id for hit in store.search(unit(1, D), 1)[0]] == ["a"]
+    store.close()
+    with closing(CatalogReader(tmp_path)) as reader:
+        assert reader.dismissed() == set()
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.dismiss([("2", "1"), ("3", "3")])
+    store.dismiss([("1", "2")])
+    store.close()
+    with closing(CatalogReader(tmp_path)) as reader:
+        assert reader.dismissed() == {("1", "2"), ("2", "1"), ("3", "3")}
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.dismiss([("1", "2")], dismissed=False)
+    store.close()
+    with closing(CatalogReader(tmp_path)) as reader:
+        assert reader.dismissed() == {("3", "3")}
