@@ -31,7 +31,7 @@ from training.data import open_training_source
 from training.figures import alignment, effective_rank, linear_probe, uniformity
 from training.knn import MOST_K, find_neighbours, neighbour_figures
 from training.overlap import NO_OVERLAP, Identities, Overlap, find_overlap
-from training.zero_shot import labels_as_text, open_text_tower
+from training.zero_shot import check_reads_texts, labels_as_text
 
 _CHUNK = 64
 # Bytes of memory for each value of a pixel: uint8, and the float32 rows that raw pixels are compared as.
@@ -189,7 +189,7 @@ def evaluate(
     """
     card = read_card(model)
     if as_text is not None:
-        open_text_tower(card)
+        check_reads_texts(card)
     opened = [_open(name, data_root, card, image_key) for name in (bank_name, queries_name)]
     accounts = [Account.of(side) if isinstance(side, Source) else Account() for side in opened]
     sides = [_labelled(side, account) for side, account in zip(opened, accounts, strict=True)]

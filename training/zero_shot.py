@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from service import FloatArray, IntArray
-from service.encoding.card import TEXT_FILE, Card
-from service.encoding.layouts import TOKENIZER_FILE
-from service.encoding.text import TEXT_CONFIG_FILE, TextConfig, TextTower
+from service.encoding.card import Card
+from service.encoding.text import TextTower, open_text_tower
 from service.errors import InvalidModel
 from training.captions import label_words, zero_shot_texts
 from training.recipe import Text
@@ -17,22 +16,17 @@ _BATCH = 64
 _PLACES = (1, 5, 10)
 
 
-def open_text_tower(card: Card) -> TextTower:
-    """Open the text tower of an encoder.
+def check_reads_texts(card: Card) -> None:
+    """Make sure that an encoder has a text tower.
 
     Raises:
-        InvalidModel: it has none, or one that cannot be read.
+        InvalidModel: it has none.
     """
-    if not (card.folder / TEXT_FILE).exists():
+    if card.text is None:
         raise InvalidModel(
             f"{card.folder}: has no text tower; expected an encoder that `lookalike pretrain` trained with "
             "clip, or one as `lookalike import hf:Xenova/clip-vit-base-patch32` brings it"
         )
-    try:
-        files = [(card.folder / file).read_bytes() for file in (TEXT_FILE, TOKENIZER_FILE, TEXT_CONFIG_FILE)]
-    except OSError as error:
-        raise InvalidModel(f"{error.filename}: cannot be read: {error.strerror}") from error
-    return TextTower(files[0], files[1], TextConfig.from_json(files[2]))
 
 
 def labels_as_text(
@@ -55,14 +49,12 @@ def labels_as_text(
         InvalidModel: it has no text tower, or one of another dimension.
         InvalidSource: a label is no word, and the card has none for it.
     """
-    tower, told = open_text_tower(card), card.facts.get("text") or {}
+    check_reads_texts(card)
+    tower, told = open_text_tower(card, rows.shape[1]), card.facts.get("text") or {}
+    assert tower is not None
     used = tuple(templates) or tuple(told.get("templates", ())) or ("a photo of a {label}",)
     words = label_words(classes, Text(words=told.get("words", {})), "zero-shot")
     embeddings = class_embeddings(tower, zero_shot_texts([words[label][0] for label in classes], used))
-    if embeddings.shape[1] != rows.shape[1]:
-        raise InvalidModel(
-            f"{card.folder}: gives {embeddings.shape[1]} numbers a text, and {rows.shape[1]} numbers a picture"
-        )
     return {
         "accuracy": round(zero_shot(rows, labels, embeddings), 4),
         "classes": len(classes),

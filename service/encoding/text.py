@@ -8,7 +8,6 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime as ort
 from tokenizers import Tokenizer
 
 from service import FloatArray, IntArray, cores, metrics
@@ -85,6 +84,9 @@ class TextTower:
                 tokenizer has tokens that the graph does not know.
         """
         self.config = config
+        # Imported late: a machine that only trains has no onnxruntime.
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

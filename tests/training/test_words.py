@@ -16,7 +16,7 @@ import torch
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.encoding.images import OWN_FILES, decode_pixels
-from service.encoding.text import TextConfig, TextTower
+from service.encoding.text import TextConfig, TextTower, open_text_tower
 from service.errors import InvalidModel, InvalidOutput, InvalidRequest, InvalidSource
 from service.sources import open_source
 from tests.test_json import assert_as_promised
@@ -29,7 +29,7 @@ from training.checkpoint import Checkpoint, read_checkpoint, run_folder
 from training.evaluate import evaluate
 from training.pretrain import export_run, pretrain
 from training.recipe import Recipe, read_recipe
-from training.zero_shot import class_embeddings, labels_as_text, open_text_tower, pair_recalls, zero_shot
+from training.zero_shot import class_embeddings, labels_as_text, pair_recalls, zero_shot
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RECIPE = """
@@ -108,7 +108,7 @@ def test_words_find_digits_that_no_run_saw(words: Path) -> None:
     assert report["zero_shot"]["accuracy"] > report["figures"]["k5"] - 0.08
     assert report["zero_shot"]["templates"] == ["{label}", "a handwritten {label}"]
     # Each picture's most alike word, by hand.
-    tower, encoder, source = open_text_tower(read_card(words)), Encoder(read_card(words), "cpu"), open_source("digits")
+    tower, encoder, source = opened_tower(words), Encoder(read_card(words), "cpu"), open_source("digits")
     texts = np.stack([tower.encode([name, f"a handwritten {name}"]).mean(0) for name in NAMES])
     right = 0
     for position in range(1400, 1797):
@@ -333,6 +333,13 @@ def test_a_run_is_not_gone_on_with_by_other_captions_or_another_encoder(
         partial(pretrain, resume=True)(*arguments)
 
 
+def opened_tower(folder: Path) -> TextTower:
+    """Open the text tower of an encoder of 32 numbers."""
+    tower = open_text_tower(read_card(folder), 32)
+    assert tower is not None
+    return tower
+
+
 def another_preprocessing(folder: Path) -> None:
     """Make the encoder in a folder another one: its pictures are resized otherwise."""
     config = json.loads((folder / "preprocessor_config.json").read_text())
@@ -372,7 +379,7 @@ def test_the_command_prints_zero_shot(words: Path) -> None:
 
 
 def test_class_embeddings_are_means_of_unit_rows(words: Path) -> None:
-    tower = open_text_tower(read_card(words))
+    tower = opened_tower(words)
     found = class_embeddings(tower, [["seven", "a seven", "7"], ["eight"]])
     mean = tower.encode(["seven", "a seven", "7"]).mean(0)
     np.testing.assert_allclose(found, [mean / np.linalg.norm(mean), tower.encode(["eight"])[0]], atol=1e-6)
@@ -402,5 +409,5 @@ def test_labels_that_are_no_words_and_towers_of_another_dimension_are_refused(wo
     bare = replace(card, facts={key: value for key, value in card.facts.items() if key != "text"})
     with pytest.raises(InvalidSource, match="its labels are no words: 7, 8"):
         labels_as_text(bare, rows, np.array([0, 1]), ["7", "8"])
-    with pytest.raises(InvalidModel, match="gives 32 numbers a text, and 2 numbers a picture"):
+    with pytest.raises(InvalidModel, match="gives 32 numbers a text, and the image tower 2 numbers a picture"):
         labels_as_text(card, np.eye(2, dtype=np.float32), np.array([0, 1]), ["7", "8"])
