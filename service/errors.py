@@ -89,6 +89,13 @@ class NoTextTower(InvalidRequest):
     code = "no_text_tower"
 
 
+class PageNotFound(LookalikeError):
+    """A cursor of groups that are not kept any more."""
+
+    status = 404
+    code = "page_not_found"
+
+
 class ItemNotFound(LookalikeError):
     """No item, or no stored bytes of it, under this id."""
 

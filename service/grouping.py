@@ -22,7 +22,7 @@ import numpy as np
 import service.errors
 from service import IntArray
 from service.duplicates import find_groups
-from service.errors import InvalidRequest, InvalidStore, LookalikeError
+from service.errors import InvalidStore, LookalikeError, PageNotFound
 from service.store.near_pairs import Pairs
 
 # Results that are kept, one for each store and threshold.
@@ -185,13 +185,13 @@ class Groupings:
         """Return the groups that follow a page.
 
         Raises:
-            InvalidRequest: the cursor is not of the groups that are kept for this store and threshold.
+            PageNotFound: the cursor is not of the groups that are kept for this store and threshold.
         """
         with self._lock:
             result = self._results.get(wanted)
             number, start = divmod(int(cursor), _MOST_GROUPS)
             if result is None or number != result.number or not 0 < start < len(result.ends):
-                raise InvalidRequest("cursor: its groups are not kept any more; begin again without a cursor")
+                raise PageNotFound("cursor: its groups are not kept any more; begin again without a cursor")
             return result.page(start, limit)
 
     def forget(self) -> None:

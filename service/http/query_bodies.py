@@ -37,7 +37,7 @@ Text = Annotated[
     str,
     Field(
         description="Words, for an encoder that reads them. What is longer than the encoder takes is cut.",
-        json_schema_extra={"minLength": 1, "pattern": r"\S"},
+        json_schema_extra={"minLength": 1, "pattern": r"[^\s\u001c-\u001f\u0085]"},
     ),
 ]
 Vector = Annotated[

@@ -69,7 +69,7 @@ AnyEmbedBody = Annotated[
 ]
 
 
-Label = Annotated[str, Field(max_length=_LONGEST_LABEL, json_schema_extra={"minLength": 1, "pattern": r"\S"})]
+Label = Annotated[str, Field(max_length=_LONGEST_LABEL, json_schema_extra={"minLength": 1, "pattern": r"[^\s\u001c-\u001f\u0085]"})]
 Template = Annotated[str, Field(max_length=_LONGEST_TEMPLATE, pattern=r"^[^{}]*\{label\}[^{}]*$")]
 
 

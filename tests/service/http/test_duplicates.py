@@ -123,9 +123,9 @@ def test_pages_follow_each_other_until_the_groups_are_found_anew(served: Served)
     # Pages of what was found go on.
     assert client.get(f"/duplicates?preset=exact&limit=3{cursor}").status_code == 200
     ready(client)
-    assert_refused(client.get(f"/duplicates?preset=exact&limit=3{cursor}"), 400, "invalid_request")
-    assert_refused(client.get("/duplicates?preset=exact&cursor=7"), 400, "invalid_request")
-    assert_refused(client.get(f"/duplicates?preset=exact&cursor={10**18 - 1}"), 400, "invalid_request")
+    assert_refused(client.get(f"/duplicates?preset=exact&limit=3{cursor}"), 404, "page_not_found")
+    assert_refused(client.get("/duplicates?preset=exact&cursor=7"), 404, "page_not_found")
+    assert_refused(client.get(f"/duplicates?preset=exact&cursor={10**18 - 1}"), 404, "page_not_found")
 
 
 def test_pictures_that_are_told_apart_leave_their_group_for_good(served: Served) -> None:
