@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic.config import JsonDict
 
 from service.http.bodies import picture_of
 from service.queries import ItemQuery, PictureQuery, SumQuery, TextQuery, VectorQuery
@@ -17,6 +18,8 @@ QUERY_KINDS = (*PART_KINDS, "all")
 SEARCH_KINDS = (*QUERY_KINDS, "queries")
 # Parts of a weighted sum, and the largest weight.
 _MOST_PARTS, _LARGEST_WEIGHT = 16, 1000
+# The white space of Python's str.strip: that of regular expressions in JavaScript, and five separators.
+NOT_BLANK: JsonDict = {"minLength": 1, "pattern": r"[^\s\u001c-\u001f\u0085]"}
 
 
 class Body(BaseModel):
@@ -37,7 +40,7 @@ Text = Annotated[
     str,
     Field(
         description="Words, for an encoder that reads them. What is longer than the encoder takes is cut.",
-        json_schema_extra={"minLength": 1, "pattern": r"[^\s\u001c-\u001f\u0085]"},
+        json_schema_extra=NOT_BLANK,
     ),
 ]
 Vector = Annotated[

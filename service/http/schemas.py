@@ -12,6 +12,7 @@ from service import FloatArray
 from service.errors import InvalidRequest
 from service.http.bodies import read_body
 from service.http.query_bodies import (
+    NOT_BLANK,
     PART_KINDS,
     QUERY_KINDS,
     SEARCH_KINDS,
@@ -69,7 +70,7 @@ AnyEmbedBody = Annotated[
 ]
 
 
-Label = Annotated[str, Field(max_length=_LONGEST_LABEL, json_schema_extra={"minLength": 1, "pattern": r"[^\s\u001c-\u001f\u0085]"})]
+Label = Annotated[str, Field(max_length=_LONGEST_LABEL, json_schema_extra=NOT_BLANK)]
 Template = Annotated[str, Field(max_length=_LONGEST_TEMPLATE, pattern=r"^[^{}]*\{label\}[^{}]*$")]
 
 
