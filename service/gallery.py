@@ -20,7 +20,6 @@ from service.encoding.images import decode, decode_pixels, thumbnail, to_pixels,
 from service.encoding.text import TextEncoder, check_text, open_text_tower
 from service.errors import (
     InvalidQuery,
-    InvalidRequest,
     InvalidStore,
     ItemNotFound,
     LookalikeError,
@@ -276,16 +275,14 @@ class Gallery:
     def tell_apart(self, ids: Sequence[str], apart: bool = True) -> int:
         """Remember that no two of these items are duplicates, or forget it; return the number of their pairs.
 
-        It holds for their pictures as they are now, by their digests.
+        It holds for their pictures as they are now, by their digests. An id that is given twice counts once.
 
         Raises:
             ItemNotFound: no item has an id.
-            InvalidRequest: an id that no item can have, or an id twice.
+            InvalidRequest: an id that no item can have.
         """
-        found = each("id", ids, lambda id: self.get(self.check_id(id)))
-        if len({item.id for item in found}) < len(ids):
-            raise InvalidRequest("ids: expected each id once")
-        pairs = [(one.digest, other.digest) for one, other in combinations(found, 2)]
+        found = {item.id: item for item in each("id", ids, lambda id: self.get(self.check_id(id)))}
+        pairs = [(one.digest, other.digest) for one, other in combinations(found.values(), 2)]
         self.store.dismiss(pairs, apart)
         return len(pairs)
 

@@ -97,7 +97,7 @@ class PatchBody(Body):
 class DismissBody(Body):
     """Items of which no two are duplicates."""
 
-    ids: list[str] = Field(min_length=2, max_length=100, json_schema_extra={"uniqueItems": True})
+    ids: list[str] = Field(min_length=2, max_length=100)
     dismissed: bool = Field(True, description="false takes an earlier dismissal back.")
 
 

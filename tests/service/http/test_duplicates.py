@@ -133,7 +133,8 @@ def test_pictures_that_are_told_apart_leave_their_group_for_good(served: Served)
     for id in "ab":
         put(client, id, 1)
     assert ids(ready(client)) == [["a", "b"]]
-    answer = client.post("/duplicates/dismissals", json={"ids": ["a", "b"]})
+    assert client.post("/duplicates/dismissals", json={"ids": ["a", "a"]}).json() == {"pairs": 0}
+    answer = client.post("/duplicates/dismissals", json={"ids": ["a", "b", "a"]})
     assert (answer.status_code, answer.json()) == (200, {"pairs": 1})
     assert ids(ready(client)) == []
     client.delete("/images/b")
@@ -148,7 +149,6 @@ def test_pictures_that_are_told_apart_leave_their_group_for_good(served: Served)
     [
         ({"ids": ["a"]}, 400, "ids: expected at least 2, got 1"),
         ({"ids": ["a"] * 101}, 400, "ids: expected at most 100, got 101"),
-        ({"ids": ["a", "a"]}, 400, "ids: expected each id once"),
         ({"ids": ["a", 7]}, 400, "expected a text, got 7"),
         ({"ids": ["a", "\0"]}, 400, "id: expected text without control characters"),
         ({"ids": ["a", "b"], "dismissed": 1}, 400, "dismissed: expected true or false, got 1"),

@@ -268,6 +268,11 @@ def test_refused(colours: TestClient, row: Row) -> None:
     assert_refused(send(colours, row), row.status, row.code, row.content.replace(b"nothing", b""))
 
 
+def test_a_sum_whose_parts_cancel_says_so(colours: TestClient) -> None:
+    answer = colours.post("/search", json={"all": [{"text": "red"}, {"text": "red", "weight": -1}]})
+    assert answer.json()["detail"].startswith("all: expected a sum with a direction")
+
+
 def test_bad_texts_are_named_by_their_place(colours: TestClient) -> None:
     answer = colours.post("/embed", json={"texts": ["red", "", "nothing", " "]})
     assert answer.status_code == 400
