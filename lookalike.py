@@ -444,6 +444,8 @@ def duplicates(
 
     if (files or yes) and delete_rest is None:
         raise InvalidRequest(f"{'--yes' if yes else '--files'}: needs the list of --delete-rest LIST")
+    if yes and (csv or html or script):
+        raise InvalidRequest("--yes: removes what LIST names and writes nothing; expected no --csv, --html or --script")
     if yes:
         assert delete_rest is not None
         from service.jobs.removal import delete_listed

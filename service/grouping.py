@@ -156,8 +156,8 @@ class Groupings:
     def first_page(self, wanted: Wanted, sequence: int, limit: int) -> Page | float:
         """Return the first groups of a store, or the share of the work that is done.
 
-        A result whose state is not the store's any more is given once, to whoever asks first, and made anew after
-        that: else nobody would get one of a store that changes all the time.
+        A result that is older than the store's last change answers one request, and is then rebuilt. Without that
+        answer a store that changes all the time would never have a result.
 
         Args:
             wanted: the store and the threshold.

@@ -426,5 +426,7 @@ def test_duplicates_refuse_in_a_sentence(store: Path, tmp_path: Path) -> None:
     assert "expected a number above 0" in refused("duplicates", "--store", store, "--threshold", "2")
     assert "needs the list" in refused("duplicates", "--store", store, "--yes")
     assert "needs the list" in refused("duplicates", "--store", store, "--files")
+    listed = ("--delete-rest", tmp_path / "list", "--yes")
+    assert "writes nothing" in refused("duplicates", "--store", store, *listed, "--csv", tmp_path / "a.csv")
     assert "cannot be written" in refused("duplicates", "--store", store, "--csv", tmp_path / "none" / "a.csv")
     assert "cannot be read" in refused("duplicates", "--store", store, "--delete-rest", tmp_path / "none", "--yes")

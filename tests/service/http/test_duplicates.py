@@ -104,7 +104,7 @@ def test_near_ones_go_by_the_threshold(served: Served) -> None:
     ready(client, "/duplicates")
 
 
-def test_pages_follow_each_other_until_the_groups_are_found_anew(served: Served) -> None:
+def test_pages_follow_each_other_until_the_groups_are_rebuilt(served: Served) -> None:
     client = served()
     for number in range(7):
         for letter in "ab":
