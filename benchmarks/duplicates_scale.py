@@ -21,13 +21,14 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 import typer
 
-from benchmarks.servers import free_port, running
+from benchmarks.servers import running
 from service import FloatArray, IntArray
 from service.duplicates import find_groups
 from service.encoding.card import read_card
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore
 from service.store.snapshot import SNAPSHOT
+from tests.ports import free_port
 
 R = TypeVar("R")
 

@@ -21,11 +21,12 @@ import typer
 
 from benchmarks.collection import FILTERS, MODEL, QUERIES, Collection, apart, folder_bytes, held, item, synthetic
 from benchmarks.search_peers import D, Faiss, Hnswlib, Lancedb, Milvus, Peer, Usearch, chunks
-from benchmarks.servers import OURS, free_port, running
+from benchmarks.servers import OURS, running
 from service import FloatArray, IntArray
 from service.store.embedded import EmbeddedStore
 from service.store.filters import Filter, parse_filter
 from service.store.snapshot import SNAPSHOT
+from tests.ports import free_port
 
 # Programs take turns after so many queries, so that other work on the host slows all of them alike.
 _BLOCK = 50

@@ -1,7 +1,6 @@
 """The measured servers: commands, requests, and context managers that start and end them."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import psutil
 
 from benchmarks.load import form, raw
 from service.encoding.card import VARIANTS, read_card
+from tests.ports import free_port
 
 _BIN = Path(sys.executable).parent
 _UVICORN = f"{_BIN}/uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "
@@ -88,13 +88,6 @@ def serving(server: Server, model: Path, variant: str, folder: Path, patience_s:
     ready = f"http://127.0.0.1:{port}{server.ready}"
     with running(command, ready, environment | server.environment, folder / "log", patience_s):
         yield port
-
-
-def free_port() -> int:
-    """Return an unused port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

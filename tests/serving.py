@@ -15,15 +15,9 @@ from urllib.parse import urlsplit
 import psutil
 
 from tests.conftest import MODEL
+from tests.ports import free_port
 
 LOOKALIKE = Path(sys.executable).with_name("lookalike")
-
-
-def free_port() -> int:
-    """Return a free TCP port of 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

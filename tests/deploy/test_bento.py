@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ports import free_port
 from tests.serving import wait_until_ready
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +48,7 @@ def test_a_built_bento_serves(tmp_path: Path) -> None:
 @contextmanager
 def serving(bento: str, folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """Serve a bento on a free port until it is ready, and end every process of it afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(BENTOML), "serve", bento, "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "serve.log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)

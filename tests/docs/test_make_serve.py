@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT, encoded, missing, scene
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow("installs an environment from the package index and starts the service four times")
 
@@ -45,9 +46,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def served(checkout: Path, *variables: str) -> Iterator[tuple[dict[str, Any], Path]]:
     """Run `make serve`; yield the answer of /info and the log; stop the service with SIGINT."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = checkout / "log"
     # A new user has no active virtual environment and none of our settings.
     clean = {key: value for key, value in os.environ.items() if not re.match("LOOKALIKE_|VIRTUAL_ENV|MAKE|MFLAGS", key)}

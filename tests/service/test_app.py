@@ -16,7 +16,8 @@ import pytest
 from service.encoding.card import read_card
 from service.store.embedded import EmbeddedStore
 from tests.conftest import MODEL, another_encoder
-from tests.serving import LOOKALIKE, free_port, running, serving, wait_until_ready
+from tests.ports import free_port
+from tests.serving import LOOKALIKE, running, serving, wait_until_ready
 
 
 def get(address: str) -> tuple[int, bytes]:

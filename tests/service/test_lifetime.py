@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from tests.conftest import MODEL, encoded, scene
-from tests.serving import LOOKALIKE, free_port, running, status_of, wait_until_ready
+from tests.ports import free_port
+from tests.serving import LOOKALIKE, running, status_of, wait_until_ready
 
 PHOTO = encoded(scene(500, 375), "JPEG", quality=95)
 

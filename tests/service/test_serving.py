@@ -8,7 +8,7 @@ import pytest
 
 from service.errors import InvalidRequest
 from service.serving import _bentoml_home, _free_address
-from tests.serving import free_port
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(("host", "addresses"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1 ::1")])

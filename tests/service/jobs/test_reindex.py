@@ -19,7 +19,7 @@ from service.sources import open_source
 from service.store.embedded import EmbeddedStore
 from service.store.layout import current
 from tests.conftest import MODEL, another_encoder, encoded, scene
-from tests.serving import free_port
+from tests.ports import free_port
 
 GOLDEN = Path(__file__).parents[1] / "golden_store"
 
