@@ -1,7 +1,6 @@
 """Encoder → models/NAME: ONNX with its preprocessing and card, checked against torch on real pictures."""
 
 import importlib
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from service.encoding.voting import headline_accuracy
 from service.encoding.whitening import LEAST_LEARNT, Whitening, append_whitening, default_whitening, learn_whitening
 from service.errors import InvalidModel, InvalidRequest
 from training.encoder import Encoder
+from training.onnx_graph import to_graph
 from training.text_export import TextSide
 from training.variants import to_int8
 
@@ -188,20 +188,8 @@ def compare(encoder: Encoder, card: Card, pixels: np.ndarray[Any, Any], batch: i
 
 def to_onnx(encoder: Encoder, side: int) -> bytes:
     """Return the ONNX graph of an encoder, for any batch size."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL_FILE
-        torch.onnx.export(
-            encoder,
-            (torch.zeros(2, 3, side, side, dtype=torch.uint8),),
-            str(path),
-            input_names=["pixels"],
-            output_names=["embedding"],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("N")}},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        return path.read_bytes()
+    pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8)
+    return to_graph(encoder, {"pixels": pixels}, {0: torch.export.Dim("N")})
 
 
 def _random_pixels(side: int) -> np.ndarray[Any, Any]:

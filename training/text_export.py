@@ -1,9 +1,6 @@
 """The text tower of a run → text.onnx, checked against torch, with its tokenizer and the figures of held-out pairs."""
 
-import tempfile
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +14,7 @@ from service.errors import InvalidModel, InvalidSource
 from service.sources.source import Source
 from training.captions import Captions, label_words, zero_shot_texts
 from training.methods.clip import CLIP
+from training.onnx_graph import to_graph
 from training.recipe import Text
 from training.text_encoder import TextEncoder, UnitText
 from training.zero_shot import class_embeddings, embed_texts, pair_recalls, zero_shot
@@ -82,22 +80,9 @@ def text_to_onnx(encoder: TextEncoder, max_length: int) -> bytes:
     # Two tensors: the exporter takes one that is given twice for one input.
     example = torch.ones(2, 3, dtype=torch.int64)
     shape = {0: torch.export.Dim("N"), 1: torch.export.Dim("T", max=max_length)}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # It tells that both inputs have the same axes.
-        warnings.filterwarnings("ignore", "# The axis name")
-        path = Path(folder) / TEXT_FILE
-        torch.onnx.export(
-            UnitText(encoder).cpu().eval(),
-            (example, torch.ones_like(example)),
-            str(path),
-            input_names=["input_ids", "attention_mask"],
-            output_names=["embedding"],
-            dynamic_shapes={"input_ids": shape, "attention_mask": shape},
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-        return path.read_bytes()
+    return to_graph(
+        UnitText(encoder).cpu().eval(), {"input_ids": example, "attention_mask": torch.ones_like(example)}, shape
+    )
 
 
 def compare_text(encoder: UnitText, tower: TextTower, texts: Sequence[str], batch: int) -> float:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from service.encoding.card import CARD_FILE, PREPROCESSOR_FILE, VARIANTS, Card, Preprocessing, fingerprint
+from service.encoding.card import CARD_FILE, PREPROCESSOR_FILE, TEXT_FILE, VARIANTS, Card, Preprocessing, fingerprint
 from service.errors import InvalidOutput
 from service.files import write_folder
 
@@ -103,9 +103,10 @@ def _readme(content: dict[str, Any]) -> str:
         f"- fingerprint: {content['fingerprint']}",
         *(f"- {file}: {json.dumps(figures)}" for file, figures in content["quality"].items()),
     ]
+    taken = "pictures, and words for them," if TEXT_FILE in content["sha256"] else "pictures"
     about = f"{content['about']}\n\n" if "about" in content else ""
     return (
-        f"# {content['name']}\n\nAn image encoder: pictures to {content['dimension']} numbers of length 1.\n\n{about}"
+        f"# {content['name']}\n\nAn image encoder: {taken} to {content['dimension']} numbers of length 1.\n\n{about}"
         + "\n".join(lines)
         + "\n"
     )

@@ -54,6 +54,11 @@ def test_the_graph_takes_pixels_and_gives_embeddings(session: ort.InferenceSessi
     assert (embedding.name, embedding.type) == ("embedding", "tensor(float)")
 
 
+def test_a_graph_names_no_file_of_the_machine_that_exported_it(tiny_model: Path) -> None:
+    for graph in tiny_model.glob("*.onnx"):
+        assert b'.py"' not in graph.read_bytes(), graph.name
+
+
 @pytest.mark.parametrize("count", [1, 2, 64, 65])
 def test_embeddings_have_length_one_at_any_batch(count: int, session: ort.InferenceSession) -> None:
     pixels = random_pixels(count).transpose(0, 3, 1, 2)
