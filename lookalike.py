@@ -1,6 +1,7 @@
 """The front door: the `lookalike` command. A verb imports its room only when it runs."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -18,7 +19,7 @@ _EXTRAS = {
     **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "timm", "torch", "torchvision"), "train"),
 }
 
-cli = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+cli = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 
 def _show_version(asked: bool) -> None:
@@ -66,7 +67,7 @@ Overwrite = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike pretrain digits --recipe mnist-simclr --set epochs=1 --out models/mine")
 def pretrain(
     source: Source,
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a .toml file.")],
@@ -119,7 +120,7 @@ def pretrain(
     _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done, as_json)
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike export models/mine.run --out models/mine --overwrite")
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a pretraining run, OUT.run.")],
     out: Annotated[Path, typer.Option(help="Folder to write the encoder to.")],
@@ -134,7 +135,7 @@ def export(
     export_run(run_folder, out, data_root, overwrite, read_own_settings().limits)
 
 
-@cli.command("import")
+@cli.command("import", epilog="Example: lookalike import efficientnet-lite0 --out models/photos")
 def import_encoder(
     what: Annotated[
         str,
@@ -204,7 +205,7 @@ def import_encoder(
     import_backbone(what, weights, out)
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike whiten models/mine --calibrate digits --out models/white")
 def whiten(
     model: Annotated[Path, typer.Argument(help="Folder of an encoder.")],
     calibrate: Annotated[
@@ -236,7 +237,7 @@ def whiten(
     _finish(f"{out}: learnt on {done.added} pictures; {done.bad} could not be read", done)
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike evaluate models/mine --bank 'digits[:1000]' --queries 'digits[1000:]'")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Folder of the encoder.")],
     bank: Annotated[str, typer.Option(help="The pictures that vote: SOURCE with labels, or a folder of `embed`.")],
@@ -287,7 +288,7 @@ def evaluate(
     raise typer.Exit(1 if account.lost else 0)
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike embed digits --model models/mine --out embeddings")
 def embed(
     source: Source,
     model: Model,
@@ -307,7 +308,7 @@ def embed(
     )
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike index digits --model models/mine --store gallery")
 def index(
     source: Source,
     store: Annotated[Path, typer.Option(help="Folder of the store; made when it is not there.")],
@@ -354,7 +355,7 @@ def index(
     )
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike reindex --model models/white --store gallery")
 def reindex(
     store: StoreFolder,
     model: Annotated[
@@ -375,7 +376,7 @@ def reindex(
     )
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike search seven.png --store gallery -k 5")
 def search(
     store: Annotated[Path, typer.Option(help="Folder of the store.")],
     image: Annotated[Path | None, typer.Argument(help="A picture.")] = None,
@@ -410,7 +411,7 @@ def search(
         print(f"{hit.score:.4f}  {hit.id}  {hit.metadata_json}")
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike duplicates --store gallery --html duplicates.html")
 def duplicates(
     store: StoreFolder,
     preset: Annotated[
@@ -464,7 +465,7 @@ def duplicates(
         print(note, file=sys.stderr)
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike serve --store gallery")
 def serve(
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
     store: Annotated[Path | None, typer.Option(help="Folder of the store; made when it is not there.")] = None,
@@ -496,7 +497,37 @@ def serve(
     run(settings)
 
 
-@store_cli.command()
+@cli.command("try", epilog="Example: lookalike try digits")
+def try_out(
+    source: Source,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the encoder; the one for photographs if left out.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
+    data_root: DataRoot = Path("data"),
+) -> None:
+    """Index a folder of pictures, serve it, and open the page: `index` and `serve` in one, with a store by itself."""
+    import zlib
+
+    from service.jobs.open_page import open_page_later
+    from service.settings import read_settings
+
+    # Each source has a store of its own, which the next call finds again.
+    path = Path(source).absolute()
+    store = Path(".lookalike/try") / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
+    try:
+        index(source, store, model, data_root=data_root)
+    except typer.Exit as done:
+        if done.exit_code == 2:
+            raise
+    settings = read_settings(host=host, port=port)
+    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
+    open_page_later(f"http://{shown}:{settings.port}{settings.root_path}")
+    serve(model, store, host, port)
+
+
+@store_cli.command(epilog="Example: lookalike store check --store gallery")
 def check(store: StoreFolder) -> None:
     """Read everything in a store and name each problem; exit code 1 if there is one."""
     from service.store.check import examine
@@ -510,7 +541,7 @@ def check(store: StoreFolder) -> None:
     raise typer.Exit(1 if problems else 0)
 
 
-@store_cli.command()
+@store_cli.command(epilog="Example: lookalike store backup --store gallery --out gallery.backup")
 def backup(
     store: StoreFolder,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, in place of an earlier backup.")],
@@ -529,7 +560,7 @@ def backup(
         )
 
 
-@store_cli.command()
+@store_cli.command(epilog="Example: lookalike store restore gallery.backup --store restored")
 def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file of `store backup`.")],
     store: Annotated[Path, typer.Option(help="Folder of the new store.")],
@@ -540,7 +571,7 @@ def restore(
     print(f"{store}: {run(file, store)} items restored", file=sys.stderr)
 
 
-@store_cli.command()
+@store_cli.command(epilog="Example: lookalike store rollback --store gallery")
 def rollback(store: StoreFolder) -> None:
     """Go back to the encoder before the last `reindex`, with all changes since; a service may keep running."""
     from service.jobs.reindex import rollback as run
@@ -553,7 +584,7 @@ def rollback(store: StoreFolder) -> None:
     )
 
 
-@store_cli.command()
+@store_cli.command(epilog="Example: lookalike store prune --store gallery")
 def prune(store: StoreFolder) -> None:
     """Remove all generations but the current one, with the pictures that were deleted since."""
     from service.generations import prune as run
@@ -565,7 +596,7 @@ def prune(store: StoreFolder) -> None:
         print(f"{store}: has no generation but the current one", file=sys.stderr)
 
 
-@store_cli.command("export")
+@store_cli.command("export", epilog="Example: lookalike store export --store gallery --out items")
 def export_store(
     store: StoreFolder, out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write.")]
 ) -> None:
@@ -584,7 +615,7 @@ def export_store(
         print(f"{len(bare)} of them without their pictures, such as {bare[0].id}: {bare[0].error}", file=sys.stderr)
 
 
-@store_cli.command("import")
+@store_cli.command("import", epilog="Example: lookalike store import items --store copy --model models/mine")
 def import_items(
     source: Annotated[Path, typer.Argument(metavar="PARQUET", help="A .parquet file, or a folder of them.")],
     store: StoreFolder,
@@ -608,7 +639,28 @@ def import_items(
     )
 
 
-@cli.command()
+@cli.command(epilog="Example: lookalike doctor --store gallery")
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="Folder of an encoder; the store's own if left out.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of a store.")] = None,
+    paths: Annotated[bool, typer.Option("--paths", help="Show paths, not their last parts alone.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what a report of a problem should say: versions, machine, encoder and store, each checked."""
+    from service.jobs.doctor import examine
+    from service.settings import read_settings
+
+    lines = []
+    for line in examine(read_settings(model=model, store=store), paths):
+        lines.append(line)
+        if not as_json:
+            print(f"{'PROBLEM' if line.problem else 'ok':8}{line.about:10} {line.found}")
+    if as_json:
+        print(json.dumps({"lines": [line._asdict() for line in lines]}))
+    raise typer.Exit(1 if any(line.problem for line in lines) else 0)
+
+
+@cli.command(epilog="Example: lookalike info models/mine")
 def info(
     model: Annotated[Path, typer.Argument(help="Folder of the encoder.")],
     as_json: Json = False,

@@ -55,6 +55,10 @@ def test_search(tmp_path: Path) -> None:
     assert_as_promised("search", json.loads(run("search", picture, "--store", store, "--json").stdout))
 
 
+def test_doctor(tmp_path: Path) -> None:
+    assert_as_promised("doctor", json.loads(run("doctor", "--store", tmp_path / "none", "--json").stdout))
+
+
 def test_duplicates(tmp_path: Path) -> None:
     store, pictures = tmp_path / "store", tmp_path / "pictures"
     pictures.mkdir()

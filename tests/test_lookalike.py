@@ -251,7 +251,7 @@ def test_photographs_get_their_encoder_and_digits_theirs_and_both_are_said(tmp_p
     # By now it is the store's own encoder.
     assert "encoder:" not in again.stderr
     done = run("index", "digits[:20]", "--store", tmp_path / "digits")
-    assert "encoder: models/mnist, the default for digits; --model names another" in done.stderr
+    assert "encoder: models/digits, the default for digits; --model names another" in done.stderr
     assert "note:" not in done.stderr
     done = run("index", "digits[:20]", "--model", tmp_path / ".lookalike/models/photos", "--store", tmp_path / "wrong")
     assert "these pictures look like handwritten digits" in done.stderr
@@ -430,3 +430,46 @@ def test_duplicates_refuse_in_a_sentence(store: Path, tmp_path: Path) -> None:
     assert "writes nothing" in refused("duplicates", "--store", store, *listed, "--csv", tmp_path / "a.csv")
     assert "cannot be written" in refused("duplicates", "--store", store, "--csv", tmp_path / "none" / "a.csv")
     assert "cannot be read" in refused("duplicates", "--store", store, "--delete-rest", tmp_path / "none", "--yes")
+
+
+def test_a_shell_completes_the_verbs() -> None:
+    typed = {"COMP_WORDS": "lookalike sea", "COMP_CWORD": "1", "_LOOKALIKE_COMPLETE": "complete_bash"}
+    command = Path(sys.executable).with_name("lookalike")
+    done = subprocess.run([command], env=os.environ | typed, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["search"]
+
+
+def test_no_color_takes_the_colours_out() -> None:
+    command = [Path(sys.executable).with_name("lookalike"), "search", "--help"]
+    for wanted, coloured in (({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+        done = subprocess.run(command, env=os.environ | wanted, capture_output=True, text=True, check=True)
+        assert ("\x1b[3" in done.stdout) == coloured
+
+
+def test_doctor_checks_machine_encoder_and_store(store: Path, tmp_path: Path) -> None:
+    done = run("doctor", "--store", store)
+    assert done.returncode == 0, done.stdout
+    about = ["versions", "python", "processor", "memory", "disk", "runtimes", "setting", "encoder", "store"]
+    assert list(dict.fromkeys(line.split()[1] for line in done.stdout.splitlines())) == about
+    assert "200 items of the encoder mnist" in done.stdout
+    assert str(store.parent) not in done.stdout
+    assert str(store) in run("doctor", "--store", store, "--paths").stdout
+    # Each problem has its line, and the other checks go on.
+    done = run("doctor", "--store", store, "--model", tmp_path / "nothing")
+    assert (done.returncode, done.stdout.count("PROBLEM")) == (1, 1)
+    assert str(tmp_path) not in done.stdout
+    done = run("doctor", "--store", store, "--model", ROOT / "models" / "cifar10")
+    assert done.returncode == 1
+    assert "another encoder built it" in done.stdout
+    damaged = Path(shutil.copytree(store, tmp_path / "damaged"))
+    with (damaged / "catalog.sqlite").open("r+b") as file:
+        file.truncate(8192)
+    done = run("doctor", "--store", damaged, "--model", MODEL)
+    assert done.returncode == 1
+    assert "PROBLEM store" in done.stdout
+
+
+def test_doctor_shows_no_key() -> None:
+    done = run("doctor", environment={"LOOKALIKE_API_KEYS": "write:secret-0123456789abcdef"})
+    assert "api_keys = (hidden)" in done.stdout
+    assert "secret" not in done.stdout

@@ -130,6 +130,8 @@ def test_every_verb_is_in_the_readme() -> None:
         "serve",
         "info",
         "whiten",
+        "try",
+        "doctor",
     }
     names |= {
         f"store {command.name or command.callback.__name__}"
