@@ -12,6 +12,7 @@ from typing import NamedTuple
 import onnxruntime as ort
 from pydantic import SecretStr
 
+from service import cores
 from service.encoder_choice import choose_model
 from service.encoding.card import Card, read_card
 from service.encoding.encoder import Encoder, canary
@@ -88,9 +89,8 @@ def _machine(settings: Settings) -> Iterator[Line]:
     versions = {name: _version(name) for name in _PACKAGES}
     yield Line("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
     yield Line("python", f"{platform.python_version()} on {platform.platform()}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _processor()
-    yield Line("processor", f"{cores} cores of {model}; {' '.join(flags) or 'no instructions that we look for'}")
+    yield Line("processor", f"{cores()} cores of {model}; {' '.join(flags) or 'no instructions that we look for'}")
     yield Line("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB")
     folder = next(part for part in (settings.store.absolute(), *settings.store.absolute().parents) if part.is_dir())
     disk = shutil.disk_usage(folder)

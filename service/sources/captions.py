@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def metadata_captions(
     name: str, files: Sequence[str], read: Callable[[str], bytes], ids: Iterable[str]
 ) -> list[list[str]]:
     """Return the captions of pictures, a list for each.
+
+    What they tell of pictures that are not there is counted on stderr.
 
     A row names its picture in file_name, relative to the file's own folder. Its captions are in the column caption,
     else in text: a text, or in JSON a list of texts. Several rows of a picture add to one another.
@@ -53,9 +56,12 @@ def metadata_captions(
                 found.setdefault(compose(f"{folder}/{picture}" if folder else picture), []).extend(own)
         except (OSError, ValueError, csv.Error) as error:
             raise InvalidSource(f"{name}: {file}: cannot be read as captions: {error}") from error
-    captions = [found.get(id, []) for id in ids]
+    captions = [found.pop(id, []) for id in ids]
     if any(found.values()) and not any(captions):
         raise InvalidSource(f"{name}: {', '.join(files)}: no row is of a picture of this source; {next(iter(found))}?")
+    if found:
+        absent = f"{len(found)} pictures of {', '.join(files)} are not there, such as {next(iter(found))!r}"
+        print(f"note: {name}: {absent}", file=sys.stderr)
     return captions
 
 

@@ -42,8 +42,12 @@ PICTURES: dict[str, bytes | str] = dict.fromkeys(("a.png", "b.png", "c.png"), PI
 EXPECTED = {"a.png": ["a cat"], "b.png": ["a dog", "a hound"], "c.png": []}
 
 
-def test_a_folder_has_the_captions_of_its_metadata_jsonl(tmp_path: Path) -> None:
+def test_a_folder_has_the_captions_of_its_metadata_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert captions_of(open_source(str(write(tmp_path, PICTURES | {"metadata.jsonl": JSONL})))) == EXPECTED
+    assert "1 pictures of metadata.jsonl are not there, such as 'gone.png'" in capsys.readouterr().err
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, ROWS[:2])))
+    captions_of(open_source(str(tmp_path)))
+    assert not capsys.readouterr().err
 
 
 def test_a_folder_has_the_captions_of_a_metadata_csv_in_each_part(tmp_path: Path) -> None:
