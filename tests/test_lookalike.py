@@ -440,7 +440,7 @@ def test_a_shell_completes_the_verbs() -> None:
 
 
 def test_no_color_takes_the_colours_out() -> None:
-    command = [Path(sys.executable).with_name("lookalike"), "search", "--help"]
+    command = [str(Path(sys.executable).with_name("lookalike")), "search", "--help"]
     for wanted, coloured in (({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
         done = subprocess.run(command, env=os.environ | wanted, capture_output=True, text=True, check=True)
         assert ("\x1b[3" in done.stdout) == coloured

@@ -38,6 +38,7 @@ def test_every_verb_has_an_example_of_itself() -> None:
 
 
 @pytest.mark.slow("trains, whitens, indexes and serves in one go")
+@pytest.mark.timeout(900)
 def test_the_examples_run_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(shutil.copytree(ROOT / "models", tmp_path / "shipped"))
     (tmp_path / "seven.png").write_bytes(open_source("digits").entry(7).data)
