@@ -339,8 +339,7 @@ def index(
         print(choice, file=sys.stderr)
     gallery = open_gallery(settings.model_copy(update={"model": chosen}))
     try:
-        keep = settings.keep_originals and "keep_originals" in settings.model_fields_set
-        done = index_source(pictures, gallery, prefix, keep)
+        done = index_source(pictures, gallery, prefix, gallery.keeps_all_originals)
         gallery.store.settle()
         notice = gallery.notice()
     finally:

@@ -200,7 +200,7 @@ class Client:
             try:
                 pictures[number] = read(upload.picture)
             except OSError as error:
-                failure = InvalidRequest(f"{upload.picture}: cannot be read: {error.strerror or error}")
+                failure = InvalidRequest(f"{upload.picture!s}: cannot be read: {error.strerror or error}")
                 done[number] = Added(composed(upload.id), False, failure)
         deadline, wait_s, together = time.monotonic() + self._patience_s, 1.0, len(uploads)
         while waiting := [number for number in pictures if number not in done]:
@@ -244,12 +244,10 @@ class Client:
         outcomes = [Added(composed(upload.id), False, lost) for upload, _ in pictures]
         for line in answer.data.splitlines():
             told = json.loads(line)
-            error = None
-            if told["status"] not in (200, 201):
-                error = ServiceError(told["status"], told["code"], told["detail"])
+            good = told["status"] in (200, 201)
+            refusal = None if good else ServiceError(told["status"], told["code"], told["detail"])
             if told["index"] < len(outcomes):
-                id = outcomes[told["index"]].id
-                outcomes[told["index"]] = Added(id, told["status"] == 201, error)
+                outcomes[told["index"]] = Added(outcomes[told["index"]].id, told["status"] == 201, refusal)
         return outcomes
 
     def items(

@@ -120,6 +120,11 @@ class Gallery:
             )
         return self._texts
 
+    @property
+    def keeps_all_originals(self) -> bool:
+        """Whether the store is to keep the bytes of pictures that are files of this machine, too."""
+        return self.settings.keep_originals and "keep_originals" in self.settings.model_fields_set
+
     def read(self, data: bytes) -> ReadPicture:
         """Decode the bytes of an image file, on the caller's thread.
 

@@ -1,19 +1,18 @@
 """Items ↔ Parquet: export a store, and import an export, the parts of `lookalike embed` or other embeddings."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from service.account import LEFT_OUT, Account, Failure
-from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, StoreMismatch, attempt
+from service.errors import InvalidOutput, InvalidSource, LookalikeError, StoreMismatch, attempt
 from service.gallery import Gallery
 from service.jobs.parquet_parts import EARLIER_FAILURES, META, part_path, read_facts, write_parquet
+from service.rows import item_of_row
 from service.store import Item, NewItem
 
 _ROWS_PER_PART = 8192
@@ -120,7 +119,7 @@ def import_items(source: Path, gallery: Gallery) -> Account:
     for path in paths:
         row = 0
         for rows in _chunks(path, gallery.encoder.dimension):
-            outcomes = [attempt(_item, content, gallery) for content in rows]
+            outcomes = [attempt(item_of_row, content, gallery) for content in rows]
             for number, (content, outcome) in enumerate(zip(rows, outcomes, strict=True), row):
                 if isinstance(outcome, LookalikeError):
                     name = f"{path.name}, row {number}" if content["id"] is None else str(content["id"])
@@ -177,38 +176,3 @@ def _lengths(type: Any, path: Path) -> set[int]:
     if pa.types.is_list(type) or pa.types.is_large_list(type):
         return set()
     raise InvalidSource(f"{path}: expected a list of numbers in the column embedding, found {type}")
-
-
-def _item(row: dict[str, Any], gallery: Gallery) -> NewItem:
-    """Return a row as an item. Raises InvalidRequest for a bad row."""
-    id, dimension = row["id"], gallery.encoder.dimension
-    # pandas turns whole numbers into floats where one is missing.
-    if isinstance(id, float) and id.is_integer():
-        id = int(id)
-    if isinstance(id, bool) or not isinstance(id, str | int):
-        raise InvalidRequest(f"id: expected text or a whole number, got {'null' if id is None else type(id).__name__}")
-    try:
-        vector = np.asarray(row["embedding"], np.float64)
-        length = np.linalg.norm(vector)
-        metadata = json.loads(row["metadata"]) if row.get("metadata") else {}
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"the row cannot be read: {error}") from error
-    if vector.shape != (dimension,) or not np.isfinite(length) or not length:
-        raise InvalidRequest(f"embedding: expected {dimension} finite numbers, not all 0")
-    if not isinstance(metadata, dict):
-        raise InvalidRequest("metadata: expected the text of a JSON object")
-    if not row.get("metadata") and row.get("label") is not None:
-        metadata = {"label": str(row["label"])}
-    embedding = np.asarray(vector / length, np.float32)
-    return NewItem(
-        id=gallery.check_id(str(id)),
-        metadata=gallery.check_metadata(metadata),
-        source=row.get("source"),
-        # The digest of `embed` is of a picture that the store does not get, and `index` may add that picture later.
-        digest=(row.get("digest") if "thumbnail" in row else None) or hashlib.sha256(embedding.tobytes()).hexdigest(),
-        variant=row.get("variant") or "fp32",
-        embedding=embedding,
-        thumbnail=row.get("thumbnail") or b"",
-        original=row.get("original"),
-        keep_metadata=not row.get("metadata"),
-    )

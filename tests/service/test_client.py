@@ -200,15 +200,15 @@ def test_a_busy_service_is_asked_again_when_it_says() -> None:
 
 
 def test_patience_ends_and_a_lasting_refusal_is_one() -> None:
-    with stumbling(lambda n, _: http(429, BUSY, "Retry-After: 60")) as (url, seen):
+    with stumbling(lambda *_: http(429, BUSY, "Retry-After: 60")) as (url, seen):
         with pytest.raises(ServiceError, match="busy") as late:
             Connections(url, None, 5, 1).request("GET", "/x")
         assert (late.value.status, len(seen)) == (429, 1)
-    with stumbling(lambda n, _: http(503, {"code": "invalid_store", "detail": "gone"})) as (url, seen):
+    with stumbling(lambda *_: http(503, {"code": "invalid_store", "detail": "gone"})) as (url, seen):
         with pytest.raises(ServiceError, match="gone"):
             Connections(url, None, 5, 20).request("GET", "/x")
         assert len(seen) == 1
-    with stumbling(lambda n, _: http(500, "<html>")) as (url, _), pytest.raises(ServiceError, match="a Lookalike"):
+    with stumbling(lambda *_: http(500, "<html>")) as (url, _), pytest.raises(ServiceError, match="a Lookalike"):
         Connections(url, None, 5, 20).request("GET", "/x")
 
 
