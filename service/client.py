@@ -9,9 +9,7 @@ Written by hand, and with the standard library's HTTP alone: see docs/decisions/
 import io
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,16 +17,17 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from service import FloatArray
-from service.connection import RETRYABLE, Connections, ServiceError
-from service.errors import InvalidRequest
+from service.connection import Connections, ServiceError
 from service.queries import Query
+from service.uploader import TOGETHER, Uploader, ahead
 from service.wire import (
     Added,
+    EmbeddedUpload,
     Included,
+    ServedGroups,
     ServedHit,
     ServedItem,
     Upload,
-    composed,
     form,
     item_of,
     item_path,
@@ -43,12 +42,6 @@ from service.wire import (
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Pictures and bytes of one request of `add`: enough for the encoder's batches, and little to send again.
-_TOGETHER, _BYTES_TOGETHER = 32, 8_000_000
-# The limit of a request is for the whole body: pictures, their names and what stands between them.
-_SHARE_OF_BODY = 0.8
-# Statuses of a request that may be due to one of its pictures.
-_OF_ONE = (400, 413, 415, 422)
 # Seconds between two questions for groups that are being found.
 _LOOK_S = 0.5
 
@@ -94,6 +87,10 @@ class Client:
         return limits
 
     @cached_property
+    def _uploader(self) -> Uploader:
+        return Uploader(self._connections, self.limits["max_request_bytes"], self._patience_s)
+
+    @cached_property
     def dimension(self) -> int:
         """The numbers of an embedding, D."""
         return int(self.info()["dimension"])
@@ -118,12 +115,12 @@ class Client:
             ServiceError: a picture cannot be embedded; the message names its place within its request.
             OSError: a file cannot be read.
         """
-        groups = self._groups(pictures, size, min(_TOGETHER, self.limits["max_images"]))
+        groups = self._uploader.groups(pictures, size, min(TOGETHER, self.limits["max_images"]))
         return self._embedded([self._embed_group(group) for group in groups])
 
     def embed_texts(self, texts: Sequence[str]) -> FloatArray:
         """Embed texts, as many as you like, if the encoder reads them; returns as `embed`."""
-        groups = self._groups(texts, lambda text: 6 * len(text), self.limits["max_texts"])
+        groups = self._uploader.groups(texts, lambda text: 6 * len(text), self.limits["max_texts"])
         return self._embedded(
             [self._embed(json.dumps({"texts": group}).encode(), "application/json") for group in groups]
         )
@@ -159,7 +156,9 @@ class Client:
                 that is expected.
         """
         most = min(self.limits["max_queries"], self.limits["max_images"])
-        groups = self._groups([query_json(query) for query in queries], lambda query: len(json.dumps(query)), most)
+        groups = self._uploader.groups(
+            [query_json(query) for query in queries], lambda query: len(json.dumps(query)), most
+        )
         return [hits for group in groups for hits in self._search({"queries": group, "k": k}, options)]
 
     def _search(self, body: dict[str, Any], options: dict[str, Any]) -> list[list[ServedHit]]:
@@ -189,66 +188,20 @@ class Client:
         Raises:
             ServiceError: the service cannot be reached, or refuses every request. A bad picture is an error of its own.
         """
-        groups = self._groups(uploads, lambda one: size(one.picture), _TOGETHER, lambda one: composed(one.id))
-        yield from (added for group in _ahead(groups, self._add_group, parallel) for added in group)
+        yield from self._uploader.add(uploads, parallel)
 
-    def _add_group(self, uploads: Sequence[Upload]) -> list[Added]:
-        """Send pictures until each is stored or refused for good."""
-        done: dict[int, Added] = {}
-        pictures: dict[int, bytes] = {}
-        for number, upload in enumerate(uploads):
-            try:
-                pictures[number] = read(upload.picture)
-            except OSError as error:
-                failure = InvalidRequest(f"{upload.picture!s}: cannot be read: {error.strerror or error}")
-                done[number] = Added(composed(upload.id), False, failure)
-        deadline, wait_s, together = time.monotonic() + self._patience_s, 1.0, len(uploads)
-        while waiting := [number for number in pictures if number not in done]:
-            sent = waiting[:together]
-            again = False
-            for number, added in zip(sent, self._add_once([(uploads[at], pictures[at]) for at in sent]), strict=True):
-                retryable = added.error is not None and added.error.code in (*RETRYABLE, "timed_out", "unreachable")
-                if retryable and time.monotonic() + wait_s < deadline:
-                    again = True
-                else:
-                    done[number] = added
-            if again:
-                # Fewer pictures take less time, of which a service that timed out had too little.
-                together = max(1, together // 2)
-                time.sleep(wait_s)
-                wait_s = min(2 * wait_s, 10)
-        return [done[number] for number in range(len(uploads))]
+    def add_embedded(self, uploads: Iterable[EmbeddedUpload], fingerprint: str, parallel: int = 4) -> Iterator[Added]:
+        """Add or replace many items by their embeddings, and yield what became of each, in their order.
 
-    def _add_once(self, pictures: Sequence[tuple[Upload, bytes]]) -> list[Added]:
-        texts: dict[str, dict[str, Any]] = {"metadata": {}, "sources": {}}
-        for upload, _ in pictures:
-            if upload.metadata is not None:
-                texts["metadata"][upload.id] = dict(upload.metadata)
-            if upload.source is not None:
-                texts["sources"][upload.id] = upload.source
-        fields: list[tuple[str, str | None, bytes]] = [
-            (name, None, json.dumps(values).encode()) for name, values in texts.items() if values
-        ]
-        fields += [("file", upload.id, data) for upload, data in pictures]
-        body, kind = form(fields)
-        try:
-            answer = self._connections.request("POST", "/images", body=body, headers={"Content-Type": kind})
-        except ServiceError as error:
-            if error.status not in _OF_ONE:
-                raise
-            # One picture that is too large, or metadata that cannot be, refuse the whole request.
-            if len(pictures) > 1:
-                return [added for one in pictures for added in self._add_once([one])]
-            return [Added(composed(pictures[0][0].id), False, error)]
-        lost = ServiceError(0, "unreachable", f"{self.url}: the answer ended before it told of this picture")
-        outcomes = [Added(composed(upload.id), False, lost) for upload, _ in pictures]
-        for line in answer.data.splitlines():
-            told = json.loads(line)
-            good = told["status"] in (200, 201)
-            refusal = None if good else ServiceError(told["status"], told["code"], told["detail"])
-            if told["index"] < len(outcomes):
-                outcomes[told["index"]] = Added(outcomes[told["index"]].id, told["status"] == 201, refusal)
-        return outcomes
+        Args:
+            uploads: the items.
+            fingerprint: of the encoder that made the embeddings; the service refuses those of another one.
+            parallel: requests at a time.
+
+        Raises:
+            ServiceError: as `add`; of code "fingerprint_mismatch" if another encoder runs there.
+        """
+        yield from self._uploader.add_embedded(uploads, fingerprint, parallel)
 
     def items(
         self,
@@ -300,7 +253,7 @@ class Client:
 
     def delete_many(self, ids: Iterable[str], parallel: int = 4) -> int:
         """Remove items by their ids, and return how many there were."""
-        return sum(_ahead(ids, self.delete, parallel))
+        return sum(ahead(ids, self.delete, parallel))
 
     def delete_matching(self, filter: Mapping[str, Any], expect: int, prefix: str = "") -> int:
         """Remove all items whose metadata matches a filter and whose ids begin with a prefix; return their number.
@@ -324,8 +277,8 @@ class Client:
         preset: str = "near",
         threshold: float | None = None,
         progress: Callable[[float], object] | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Yield groups of items that show the same, as GET /duplicates lists them; waits until they are found.
+    ) -> ServedGroups:
+        """Return the groups of items that show the same, once the service has found them.
 
         Args:
             preset: "exact", "near" or "alike".
@@ -333,17 +286,26 @@ class Client:
             progress: is called with the share of the work that is done, now and then.
         """
         query: dict[str, Any] = {"preset": preset, "threshold": threshold, "limit": 1000}
+        groups: list[dict[str, Any]] = []
         while True:
-            answer = self._connections.request("GET", "/duplicates", query)
+            try:
+                answer = self._connections.request("GET", "/duplicates", query)
+            except ServiceError as error:
+                # The groups were rebuilt between two pages, so the first page comes again.
+                if error.code != "page_not_found":
+                    raise
+                query["cursor"] = None
+                groups.clear()
+                continue
             content = answer.json()
             if answer.status == 202:
                 if progress is not None:
                     progress(content["progress"])
                 time.sleep(_LOOK_S)
                 continue
-            yield from content["groups"]
+            groups += content["groups"]
             if content["next"] is None:
-                return
+                return ServedGroups(content["sequence"], content["threshold"], groups)
             query["cursor"] = content["next"]
 
     def dismiss(self, ids: Sequence[str], dismissed: bool = True) -> int:
@@ -358,42 +320,3 @@ class Client:
             "POST", path, body=json.dumps(body).encode(), headers=headers
         ).json()
         return content
-
-    def _groups(
-        self,
-        members: Iterable[T],
-        bytes_of: Callable[[T], int],
-        most: int,
-        name: Callable[[T], str] | None = None,
-    ) -> Iterator[list[T]]:
-        """Yield members in groups that one request may hold; no group has two members of one name."""
-        most_bytes = min(_BYTES_TOGETHER, int(_SHARE_OF_BODY * self.limits["max_request_bytes"]))
-        group: list[T] = []
-        names: set[str] = set()
-        total = 0
-        for member in members:
-            more, named = bytes_of(member), {name(member)} if name is not None else set[str]()
-            if group and (len(group) == most or total + more > most_bytes or names & named):
-                yield group
-                group, names, total = [], set(), 0
-            group.append(member)
-            names |= named
-            total += more
-        if group:
-            yield group
-
-
-def _ahead(members: Iterable[T], work: Callable[[T], R], parallel: int) -> Iterator[R]:
-    """Yield the results of the work in order, while some threads are at work on the next members."""
-    with ThreadPoolExecutor(parallel, "client") as pool:
-        running: deque[Future[R]] = deque()
-        try:
-            for member in members:
-                running.append(pool.submit(work, member))
-                if len(running) > parallel:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()

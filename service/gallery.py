@@ -106,6 +106,11 @@ class Gallery:
         return self._store
 
     @property
+    def dimension(self) -> int:
+        """D of an embedding."""
+        return self.encoder.dimension
+
+    @property
     def reads_texts(self) -> bool:
         """Whether the encoder has a text tower."""
         return self._texts is not None

@@ -3,28 +3,44 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from service.errors import InvalidRequest
-from service.gallery import Gallery
 from service.store import NewItem
 
 
-def item_of_row(row: Mapping[str, Any], gallery: Gallery) -> NewItem:
-    """Return a row as an item for a gallery's store.
+class Rules(Protocol):
+    """What an item has to keep to; a Gallery is one."""
+
+    @property
+    def dimension(self) -> int:
+        """D of an embedding."""
+        ...
+
+    def check_id(self, id: str) -> str:
+        """Return an id in composed form. Raises InvalidRequest."""
+        ...
+
+    def check_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return metadata unchanged. Raises InvalidRequest."""
+        ...
+
+
+def item_of_row(row: Mapping[str, Any], rules: Rules) -> NewItem:
+    """Return a row as an item for a store.
 
     Args:
         row: `id`, a text or a whole number, and `embedding`, D numbers of any length but 0. It may have `metadata`, an
             object or its text, or else `label`, which becomes the metadata; and `source`, `digest`, `variant`,
             `thumbnail` and `original` as NewItem has them.
-        gallery: its encoder made the embedding.
+        rules: of the store that gets it.
 
     Raises:
         InvalidRequest: an id, an embedding or metadata that cannot be.
     """
-    id, dimension = row["id"], gallery.encoder.dimension
+    id, dimension = row["id"], rules.dimension
     # pandas turns whole numbers into floats where one is missing.
     if isinstance(id, float) and id.is_integer():
         id = int(id)
@@ -45,8 +61,8 @@ def item_of_row(row: Mapping[str, Any], gallery: Gallery) -> NewItem:
         metadata = {"label": str(row["label"])}
     embedding = np.asarray(vector / length, np.float32)
     return NewItem(
-        id=gallery.check_id(str(id)),
-        metadata=gallery.check_metadata(metadata),
+        id=rules.check_id(str(id)),
+        metadata=rules.check_metadata(metadata),
         source=row.get("source"),
         # The digest of `embed` is of a picture that the store does not get, and `index` may add that picture later.
         digest=(row.get("digest") if "thumbnail" in row else None) or hashlib.sha256(embedding.tobytes()).hexdigest(),

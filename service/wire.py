@@ -38,6 +38,39 @@ class Upload:
     source: str | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class EmbeddedUpload:
+    """An item to add by its embedding, which the encoder of the service has made.
+
+    Attributes:
+        id, metadata, source: as of `Upload`.
+        embedding: (D,) of any length but 0.
+        digest: sha256 (hex) of its picture; that of `original` if left out.
+        variant: of the encoder.
+        thumbnail: a small WebP file.
+        original: the bytes of the image file.
+    """
+
+    id: str
+    embedding: FloatArray
+    metadata: Mapping[str, Any] | None = None
+    source: str | None = None
+    digest: str | None = None
+    variant: str | None = None
+    thumbnail: bytes | None = None
+    original: bytes | None = None
+
+    def json(self) -> dict[str, Any]:
+        """Return it as JSON of POST /images."""
+        told: dict[str, Any] = {name: getattr(self, name) for name in ("id", "source", "digest", "variant")}
+        told["metadata"] = None if self.metadata is None else dict(self.metadata)
+        told["embedding"] = base64.b64encode(np.asarray(self.embedding, "<f4").tobytes()).decode()
+        for name in ("thumbnail", "original"):
+            data = getattr(self, name)
+            told[name] = None if data is None else base64.b64encode(data).decode()
+        return {name: value for name, value in told.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class Added:
     """What became of an uploaded picture.
@@ -79,6 +112,21 @@ class ServedHit:
     score: float
     metadata: dict[str, Any]
     embedding: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class ServedGroups:
+    """Groups of items that show the same.
+
+    Attributes:
+        sequence: number of the last change of the store that they take into account.
+        threshold: least score of two pictures of a group.
+        groups: each as GET /duplicates shows it: `best`, `reason`, and `items` with the best copy first.
+    """
+
+    sequence: int
+    threshold: float
+    groups: list[dict[str, Any]]
 
 
 def query_json(query: Query) -> dict[str, Any]:

@@ -119,6 +119,7 @@ _ANSWERS: dict[type[BaseModel], Any] = {
     },
     schemas.Groups: {
         "sequence": 1797,
+        "threshold": 0.85,
         "total": 1,
         "groups": [
             {

@@ -311,9 +311,13 @@ class Group(BaseModel):
 
 
 class Groups(BaseModel):
-    """Groups as of a change of the store; `next` is the cursor of the next page, null at the end."""
+    """Groups as of a change of the store; `threshold` is the least score of two pictures of a group.
+
+    `next` is the cursor of the next page, null at the end.
+    """
 
     sequence: int
+    threshold: float
     total: int
     groups: list[Group]
     next: str | None

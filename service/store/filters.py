@@ -84,7 +84,9 @@ def begins(prefix: str) -> Filter:
 
 def both(one: Filter, other: Filter) -> Filter:
     """Return the condition that two conditions hold."""
-    return _join("AND", [each for each in (one, other) if each != EVERY] or [EVERY])
+    if EVERY in (one, other):
+        return other if one == EVERY else one
+    return _join("AND", [one, other])
 
 
 def parse_filter(content: Any) -> Filter:
