@@ -59,8 +59,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[
 
 
 def test_a_served_store_gets_what_a_free_one_gets(store: Path, pictures: Path, tmp_path: Path) -> None:
-    assert run("index", pictures, "--store", tmp_path / "free", "--model", MODEL).returncode == 1
-    for name, chosen in (("free", tmp_path / "free"), ("served", store)):
+    assert run("index", pictures, "--store", tmp_path / "store", "--model", MODEL).returncode == 1
+    for name, chosen in (("free", tmp_path / "store"), ("served", store)):
         assert run("store", "export", "--store", chosen, "--out", tmp_path / name).returncode == 0
     client = served_store(store, KEY)
     assert client is not None

@@ -14,7 +14,7 @@ from service.grouping import Groupings, Page, Wanted
 from service.http import schemas
 from service.http.openapi import BODY, WORK, answers, body, json_body
 from service.http.routes.parameters import Cursor, Limit
-from service.http.routes.state import NumPyJsonResponse, stored_gallery_of, work
+from service.http.routes.state import stored_gallery_of, work
 from service.http.routes.strict import StrictRoute
 from service.http.schemas import read_json
 from service.store.embedded import EmbeddedStore

@@ -111,6 +111,22 @@ def test_an_item_is_shown_with_what_was_asked_for(app: TestClient) -> None:
     assert app.delete("/images/count").status_code == 204
 
 
+def test_a_listing_is_packed_for_a_client_that_takes_gzip(app: TestClient) -> None:
+    asked: dict[str, Any] = {"limit": 1000, "include": ["digest", "source", "variant"]}
+    plain = app.get("/images", params=asked, headers={"accept-encoding": "identity"})
+    assert len(plain.content) > 4096 and "content-encoding" not in plain.headers
+    for accepted in ("gzip", "br;q=1, gzip;q=0.5", "*", "GZIP"):
+        packed = app.get("/images", params=asked, headers={"accept-encoding": accepted})
+        assert packed.headers["content-encoding"] == "gzip"
+        assert int(packed.headers["content-length"]) < len(plain.content) / 3
+        assert packed.json() == plain.json()
+    for accepted in ("", "gzip;q=0", "br", "*;q=0", "gzip;q=0.0, *"):
+        assert "content-encoding" not in app.get("/images", params=asked, headers={"accept-encoding": accepted}).headers
+    assert plain.headers["vary"] == "Accept-Encoding"
+    small = app.get("/images?limit=3", headers={"accept-encoding": "gzip"})
+    assert "content-encoding" not in small.headers
+
+
 def test_a_removal_by_filter_removes_all_or_nothing(app: TestClient) -> None:
     def ids() -> list[str]:
         return [item["id"] for item in app.get("/images?limit=1000").json()["items"]]
