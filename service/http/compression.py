@@ -15,8 +15,8 @@ _CODING = re.compile(r"\s*([\w*.-]+)\s*(?:;\s*q\s*=\s*([0-9.]+)\s*)?")
 def json_answer(request: Request, body: bytes) -> Response:
     """Return JSON, with gzip for a client that takes it. Call it on a worker thread.
 
-    It is for texts such as ids and metadata, a tenth of which remains. Of the digits of embeddings the half remains, and
-    packing them takes as long as sending them: those answers stay as they are.
+    It is for texts such as ids and metadata, a tenth of which remains. Of the digits of embeddings nearly half remain,
+    and packing them takes as long as sending them: those answers stay as they are.
     """
     headers = {"Vary": "Accept-Encoding"}
     if len(body) >= _LEAST_BYTES and takes_gzip(request.headers.get("accept-encoding", "")):
