@@ -191,6 +191,10 @@ def test_a_service_that_was_killed_is_not_found_and_its_lock_is_free(tmp_path: P
             lock(store)
         kill()
         assert address in (store / "LOCK").read_text()
+        # The system needs a moment to end a process of some threads.
+        deadline = time.monotonic() + 30
+        while served_at(store) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert served_at(store) is None
         assert find_service(store, None, None) is None
         # Another service on that port is not that of this store.
