@@ -3,7 +3,7 @@
 # Add a folder of pictures while the service is stopped (a store has one writer):
 #   docker run --rm -v lookalike:/data -v "$PWD/pictures:/pictures:ro" lookalike \
 #     index /pictures --store /data/store
-# The default is the encoder for photographs; --model models/mnist selects the one for handwritten digits.
+# The default is the encoder for photographs; --model models/digits selects the one for handwritten digits.
 FROM python:3.11-slim
 WORKDIR /app
 
@@ -18,7 +18,7 @@ RUN useradd --uid 10001 --user-group --home-dir /tmp --no-create-home --shell /u
     && install -d -o lookalike -g lookalike /data
 
 # A strict umask on the build machine may hide files; chmod makes them readable to the serving user.
-COPY models/mnist models/mnist
+COPY models/digits models/digits
 COPY pyproject.toml lookalike.py ./
 COPY service service
 RUN pip install --no-cache-dir --root-user-action=ignore --no-deps --no-build-isolation --editable . \

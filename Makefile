@@ -7,7 +7,7 @@ PORT   ?= 3000
 IMAGES ?= digits
 # Digits and MNIST have their own encoder. All other pictures use the encoder for photographs, built below.
 PHOTOS := .lookalike/models/photos
-MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/mnist)
+MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/digits)
 
 # Containers often forbid bytecode. The tests start hundreds of processes, and each is seconds faster with it.
 unexport PYTHONDONTWRITEBYTECODE

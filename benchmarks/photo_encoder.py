@@ -75,7 +75,7 @@ def _learn(source: Source) -> dict[str, Any]:
         "data": {
             "source": "ImageNet",
             "pictures": 1_281_167,
-            "unsuited": {"name": "handwritten digits", "instead": "models/mnist", "tones": digits},
+            "unsuited": {"name": "handwritten digits", "instead": "models/digits", "tones": digits},
         },
         "whitening": {
             "of": bare.fingerprint,

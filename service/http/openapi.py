@@ -73,7 +73,7 @@ _BODIES: dict[type[BaseModel], dict[str, Any]] = {
     schemas.AddItemsBody: {"items": [{"id": "a.png", "embedding": [0.6, -0.8], "metadata": {"label": "7"}}]},
     schemas.CountBody: {"filter": {"label": {"$ne": "7"}}, "prefix": "digits/"},
     schemas.DismissBody: {"ids": ["digits/00007", "digits/00634"]},
-    schemas.OpenAIBody: {"model": "mnist", "input": [_DOT], "modality": "image"},
+    schemas.OpenAIBody: {"model": "digits", "input": [_DOT], "modality": "image"},
     schemas.OpenAITextBody: {"model": "clip", "input": ["a red bicycle"], "modality": "text"},
 }
 # The models that only an encoder with a text tower takes.
@@ -88,7 +88,7 @@ _OF_TEXTS: tuple[type[BaseModel], ...] = (
 _ANSWERS: dict[type[BaseModel], Any] = {
     schemas.Hits: {"hits": [_HIT]},
     schemas.Results: {"results": [{"hits": [_HIT]}]},
-    schemas.Embeddings: {"model": "mnist", "fingerprint": _FINGERPRINT, "dimension": 2, "embeddings": [[0.6, -0.8]]},
+    schemas.Embeddings: {"model": "digits", "fingerprint": _FINGERPRINT, "dimension": 2, "embeddings": [[0.6, -0.8]]},
     schemas.Classified: {
         "model": "clip",
         "fingerprint": _FINGERPRINT,
@@ -105,7 +105,7 @@ _ANSWERS: dict[type[BaseModel], Any] = {
     schemas.OpenAIEmbeddings: {
         "object": "list",
         "data": [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
-        "model": "mnist",
+        "model": "digits",
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
     },
     schemas.ItemAnswer: {"id": "digits/00007", "metadata": {"label": "7"}},

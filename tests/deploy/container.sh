@@ -14,7 +14,7 @@ for candidate in podman docker; do
 done
 [[ $tool ]] || cannot "neither podman nor docker works here"
 command -v curl >/dev/null || cannot "curl is not here"
-[[ -f models/mnist/model.onnx ]] || cannot "models/mnist is not here"
+[[ -f models/digits/model.onnx ]] || cannot "models/digits is not here"
 if curl -s -o /dev/null "$url"; then cannot "port $port is taken; name another with PORT="; fi
 
 work=$(mktemp -d)

@@ -75,7 +75,7 @@ def served(checkout: Path, *variables: str) -> Iterator[tuple[dict[str, Any], Pa
 
 def test_a_fresh_checkout_serves_the_demo_gallery_without_torch(checkout: Path) -> None:
     with served(checkout) as (info, log):
-        assert (info["model"], info["count"], info["notice"]) == ("mnist", 1797, None)
+        assert (info["model"], info["count"], info["notice"]) == ("digits", 1797, None)
         assert "Lookalike on http://127.0.0.1:" in log.read_text()
     assert not list((checkout / ".venv-serve").glob("lib/*/site-packages/torch"))
     assert "Traceback" not in log.read_text()

@@ -46,7 +46,7 @@ def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
     monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(MODEL, tmp_path / "mine"))
     settings = Settings(store=tmp_path / "store")
-    assert find_model(settings, "digits[:100]") == find_model(settings, "mnist/test") == Path("models/mnist")
+    assert find_model(settings, "digits[:100]") == find_model(settings, "mnist/test") == Path("models/digits")
     photos = Path(".lookalike/models/photos")
     assert find_model(settings) == find_model(settings, str(tmp_path / "digits")) == photos
     assert read_card(photos).name == "photos"
@@ -55,6 +55,8 @@ def test_the_encoder_is_the_named_one_else_the_stores_else_the_default(
     assert find_model(Settings(store=tmp_path / "store", model=MODEL)) == MODEL
     # A store from another machine lacks its encoder's folder; the fingerprint is the same.
     shutil.rmtree(model)
+    assert find_model(settings) == photos
+    shutil.copytree(MODEL, "models/mnist")
     assert find_model(settings) == Path("models/mnist")
 
 

@@ -74,7 +74,7 @@ def test_photographs_suit_it_in_any_tone_and_digits_do_not(photos: Path, data_ro
     for digits in ("digits", "mnist/test"):
         said = suits(card, tones(pixels(digits, 60)), tmp_path)
         assert said is not None
-        assert f"`lookalike reindex --model models/mnist --store {tmp_path}`" in said
+        assert f"`lookalike reindex --model models/digits --store {tmp_path}`" in said
 
 
 def test_the_default_is_made_once_and_made_again_where_it_is_another(
