@@ -301,6 +301,5 @@ def check_choices(client: Client, model: Path | None, keep_originals: bool = Fal
         return
     facts = client.info()
     if read_card(model).fingerprint != facts["fingerprint"]:
-        raise StoreMismatch(
-            f"{client.url}: serves the encoder {facts['model']}, not that of {model}; leave --model out"
-        )
+        said = f"{client.url}: serves the encoder {facts['model']}, not that of {model}"
+        raise StoreMismatch(f"{said}; leave --model out")
