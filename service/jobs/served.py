@@ -23,9 +23,9 @@ from service.sources import origin_of
 from service.sources.source import Source
 from service.store import Item, NewItem
 from service.uploader import ahead
-from service.wire import EmbeddedUpload, ServedItem, Upload
+from service.wire import EmbeddedUpload, Included, ServedItem, Upload
 
-_FACTS = ("digest", "source", "variant")
+_FACTS: tuple[Included, ...] = ("digest", "source", "variant")
 # Items of one file of an export, which have their pictures.
 _ROWS_PER_PART = 1024
 
