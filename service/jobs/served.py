@@ -13,7 +13,8 @@ from tqdm import tqdm
 from service import items
 from service.account import LEFT_OUT, Account, Failure, printable
 from service.client import Client
-from service.errors import InvalidRequest, ItemNotFound, LookalikeError, Outcome, attempt
+from service.encoding.card import read_card
+from service.errors import InvalidRequest, ItemNotFound, LookalikeError, Outcome, StoreMismatch, attempt
 from service.jobs.naming import PREFIXES, Naming, choose_names
 from service.jobs.reading import progress, read_ahead
 from service.jobs.transfer import chunks_of, export_row, parquet_files, write_export
@@ -22,9 +23,9 @@ from service.sources import origin_of
 from service.sources.source import Source
 from service.store import Item, NewItem
 from service.uploader import ahead
-from service.wire import EmbeddedUpload, ServedItem, Upload
+from service.wire import EmbeddedUpload, Included, ServedItem, Upload
 
-_FACTS = ("digest", "source", "variant")
+_FACTS: tuple[Included, ...] = ("digest", "source", "variant")
 # Items of one file of an export, which have their pictures.
 _ROWS_PER_PART = 1024
 
@@ -281,7 +282,24 @@ def left_out_of(store: Path | None, verb: str) -> Path:
     return Path(".lookalike") / f"{verb}.{LEFT_OUT}" if store is None else store / LEFT_OUT
 
 
-def refuse(option: str, why: str, given: bool) -> None:
-    """Raise InvalidRequest if an option was given that does not go with a running service."""
-    if given:
-        raise InvalidRequest(f"{option}: {why}")
+def check_choices(client: Client, model: Path | None, keep_originals: bool = False) -> None:
+    """Check options that a running service has decided already.
+
+    Args:
+        client: of the service.
+        model: folder of the encoder that the user names, or None.
+        keep_originals: whether the user wants copies of all pictures.
+
+    Raises:
+        InvalidRequest: keep_originals.
+        StoreMismatch: another encoder runs there.
+        ServiceError: the service cannot be reached.
+    """
+    if keep_originals:
+        raise InvalidRequest("--keep-originals: a running service decides by its own settings; leave the option out")
+    if model is None:
+        return
+    facts = client.info()
+    if read_card(model).fingerprint != facts["fingerprint"]:
+        said = f"{client.url}: serves the encoder {facts['model']}, not that of {model}"
+        raise StoreMismatch(f"{said}; leave --model out")

@@ -89,7 +89,7 @@ OPERATORS = {"$and", "$or", "$not", "$eq", "$ne", "$in", "$nin", "$gt", "$gte", 
 def test_the_filters_of_the_docs_are_the_grammar() -> None:
     _, _, *rows = table("filter")
     cells = [example for row in rows for example in re.findall(r"`(\{.*?\})`(?: or|,|$)", row[0])]
-    assert len(cells) == 13
+    assert len(cells) == 14
     for example in [*cells, *re.findall(r"\{\"\w+\": (?:\"\w+\"|\{.*?\})\}", DESCRIPTION)]:
         example = example.replace("[...]", '[{"a": 1}]').replace("{...}", '{"a": 1}')
         parse_filter(json.loads(example))

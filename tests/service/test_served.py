@@ -80,7 +80,7 @@ def test_a_served_store_gets_what_a_free_one_gets(store: Path, pictures: Path, t
 
 
 def test_a_second_time_nothing_is_sent(store: Path, pictures: Path) -> None:
-    content = done("index", pictures, "--store", store, code=1, LOOKALIKE_KEY=KEY)
+    content = done("index", pictures, "--store", store, "--model", MODEL, code=1, LOOKALIKE_KEY=KEY)
     assert (content["added"], content["replaced"], content["known"]) == (0, 0, 13)
 
 
@@ -166,7 +166,7 @@ def test_an_import_goes_through_the_service(store: Path, tmp_path: Path) -> None
 
 def test_options_that_a_service_decides_are_refused(store: Path, pictures: Path) -> None:
     for options, says in (
-        (("--store", store, "--model", MODEL), "--model: the service at"),
+        (("--store", store, "--model", MODEL.parent / "digits"), "serves the encoder mnist, not that of"),
         (("--store", store, "--keep-originals"), "--keep-originals: a running service decides"),
         (("--store", store, "--url", "http://127.0.0.1:1"), "expected --store or --url, and not both"),
         (("--url", "http://127.0.0.1:1"), "the service cannot be reached"),
