@@ -163,11 +163,17 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
                 assert path.name in tree, path
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
+def test_every_link_leads_to_a_file_and_a_heading() -> None:
     for document in [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
-            if "://" not in target:
-                assert (document.parent / target).exists(), f"{document}: {target}"
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            if "://" in target:
+                continue
+            name, _, heading = target.partition("#")
+            path = document.parent / name if name else document
+            assert path.exists(), f"{document}: {target}"
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if heading else []
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in anchors, f"{document}: {target}"
 
 
 def test_nothing_of_this_machine_is_committed() -> None:
