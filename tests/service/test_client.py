@@ -214,7 +214,8 @@ def test_patience_ends_and_a_lasting_refusal_is_one() -> None:
 
 def test_a_connection_that_was_closed_meanwhile_is_no_error() -> None:
     with stumbling(lambda n, _: b"" if n == 2 else http(200, {"n": n})) as (url, seen):
-        connections = Connections(url, "k", 5, 20)
+        # Without patience, so that it is no second try.
+        connections = Connections(url, "k", 5, 0)
         assert [connections.request("GET", "/x").json()["n"] for _ in range(2)] == [1, 3]
         assert b"Authorization: Bearer k" in seen[0]
 

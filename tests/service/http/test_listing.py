@@ -245,7 +245,8 @@ def test_items_come_with_their_embeddings(app: TestClient, encoder: Encoder) -> 
 def test_a_picture_that_is_a_file_of_this_machine_stays_in_it(app: TestClient, tmp_path: Path) -> None:
     same, other = tmp_path / "same.png", tmp_path / "other.png"
     same.write_bytes(PICTURE)
-    other.write_bytes(OTHER)
+    # As many bytes, of which the last one differs.
+    other.write_bytes(PICTURE[:-1] + b"x")
     sources = {"s/0": str(same), "s/1": str(other), "s/2": "shards.tar/7", "s/3": "/dev/zero", "s/4": "\u0000"}
     content = form(*((id, PICTURE) for id in sources), sources=json.dumps(sources))
     answer = app.post("/images", content=content, headers={"content-type": FORM})
