@@ -6,7 +6,8 @@ A picture's source in the store is ORIGIN/ID: where its SOURCE lies (a real path
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -34,6 +35,7 @@ class Naming:
         everywhere: whether all ids begin with the prefix, or only those that another source has with other bytes.
         moved: whether the store has most of these pictures from another place, where the source was before.
         notes: sentences that tell the user of a choice.
+        known: ids that pictures have in the store already, by their ids in the source.
     """
 
     origin: str
@@ -41,6 +43,7 @@ class Naming:
     everywhere: bool = False
     moved: bool = False
     notes: tuple[str, ...] = ()
+    known: Mapping[str, str] = field(default_factory=dict)
 
     def source_of(self, id: str) -> str:
         """Return what the store records as the source of a picture."""
@@ -52,6 +55,8 @@ class Naming:
         Raises:
             InvalidRequest: as Gallery.check_id.
         """
+        if id in self.known:
+            return self.known[id]
         plain = gallery.check_id(id)
         if not self.prefix:
             return plain

@@ -6,8 +6,9 @@ A source opens the file at every read. So threads and processes may read at once
 import filecmp
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from service.sources.captions import is_metadata, metadata_captions
 from service.sources.compact import Names
@@ -28,17 +29,57 @@ def gather(root: Path) -> Gathered[None]:
     return gathered
 
 
-def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
+class Stamp(NamedTuple):
+    """What a disk says of a file without opening it: bytes, and when it was changed last in nanoseconds since 1970."""
+
+    size_bytes: int
+    mtime_ns: int
+
+
+def gather_stamped(root: Path, known: Mapping[str, tuple[int | None, int | None]]) -> Gathered[Stamp]:
+    """Return what `gather` returns, with the stamp of each picture.
+
+    Args:
+        root: the folder.
+        known: pictures that were in the folder earlier, by path. One with the same stamp is a picture still, and is not
+            opened, whatever its ending.
+    """
+    gathered: Gathered[Stamp] = Gathered(lambda one, other: _same(root / one[0], root / other[0]))
+    top = os.path.join(root, "")  # noqa: PTH118
+    for path, left_out in walk(root):
+        if left_out is None:
+            try:
+                status = os.stat(top + path)  # noqa: PTH116
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                gathered.left_out.append(LeftOut(path, f"unreadable: {error.strerror}", not is_hidden(path)))
+                continue
+            stamp = Stamp(status.st_size, status.st_mtime_ns)
+            if known.get(path) != stamp:
+                left_out = judge(path, lambda path=path: _start(root / path))  # type: ignore[misc]
+            if left_out is None:
+                gathered.add(path, stamp)
+                continue
+        gathered.left_out.append(left_out)
+    return gathered
+
+
+def open_folder(name: str, root: Path, gathered: Gathered[Any]) -> Source:
     """Open a folder of pictures. Ids are sorted paths in composed Unicode; labels are as path_labels says."""
     pictures = sorted(gathered.found)
     ids = Names(pictures)
     metadata = [one.name for one in gathered.left_out if is_metadata(one.name)]
     # Most paths are composed already.
     stored = {at: gathered.found[id][0] for at, id in enumerate(pictures) if gathered.found[id][0] != id}
+
+    def path(position: int) -> Path:
+        return root / stored.get(position, ids[position])
+
     return Source(
         name,
         ids,
-        lambda position: (root / stored.get(position, ids[position])).read_bytes(),
+        lambda position: path(position).read_bytes(),
         path_labels(pictures),
         left_out=Omissions(gathered.left_out),
         in_files=True,
@@ -47,6 +88,7 @@ def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
             if metadata
             else None
         ),
+        mtime_ns=lambda position: path(position).stat().st_mtime_ns,
     )
 
 

@@ -334,7 +334,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     # models/mnist had this fingerprint in those versions.
     fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"
     encoder = replace(read_card(MODEL), fingerprint=fingerprint)
-    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 4; `lookalike index` or `serve`"):
+    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 5; `lookalike index` or `serve`"):
         EmbeddedStore(tmp_path, encoder, 256, read_only=True)
     assert recorded_model(tmp_path) == (Path("/models/mnist"), "mnist")
     store = EmbeddedStore(tmp_path, encoder, 256)
@@ -348,7 +348,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     store.remove("b")
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
-    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("4",)]
+    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("5",)]
     assert list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key")) == before
     columns = "key, vector, checksum, sequence"
     assert list(database.execute(f"SELECT {columns} FROM vectors ORDER BY key")) == vectors
