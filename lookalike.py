@@ -63,6 +63,13 @@ ImageKey = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the encoder in OUT, which stays until the new one is whole.")
 ]
+MaybeStore = Annotated[
+    Path | None, typer.Option("--store", help="Folder of the store; a service that serves it does the work.")
+]
+Url = Annotated[
+    str | None, typer.Option(help="A running service, in place of --store; LOOKALIKE_URL if neither is given.")
+]
+Key = Annotated[str | None, typer.Option(help="API key of the service; LOOKALIKE_KEY if left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -310,7 +317,10 @@ def embed(
 @cli.command()
 def index(
     source: Source,
-    store: Annotated[Path, typer.Option(help="Folder of the store; made when it is not there.")],
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the store, made when it is not there; a service that serves it does the work."),
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
     prefix: Annotated[
         str | None,
@@ -323,9 +333,23 @@ def index(
     ] = False,
     image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
+    url: Url = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Add a source's pictures to a store. Those already there with the same bytes are passed over."""
+    from service.served import find_service
+
+    client = find_service(store, url, key)
+    if client is not None:
+        from service.jobs.served import index_served, left_out_of, refuse
+        from service.sources import open_source
+
+        refuse("--model", f"the service at {client.url} has its encoder; leave the option out", model is not None)
+        refuse("--keep-originals", "a running service decides by its own settings", keep_originals)
+        done = index_served(open_source(source, data_root, image_key), client, prefix, left_out_of(store, "index"))
+        _finish_index(client.url, done, as_json)
+    assert store is not None
     from service.encoder_choice import choose_model
     from service.gallery import open_gallery
     from service.jobs.index import index_source
@@ -339,19 +363,13 @@ def index(
         print(choice, file=sys.stderr)
     gallery = open_gallery(settings.model_copy(update={"model": chosen}))
     try:
-        keep = settings.keep_originals and "keep_originals" in settings.model_fields_set
-        done = index_source(pictures, gallery, prefix, keep)
+        done = index_source(pictures, gallery, prefix, gallery.keeps_all_originals)
         gallery.store.settle()
         notice = gallery.notice()
     finally:
         gallery.close()
     done.notes += [notice] if notice else []
-    replaced = f", {done.replaced} replaced" if done.replaced else ""
-    _finish(
-        f"{store}: {done.added} pictures added{replaced}, {done.known} there already, {done.bad} could not be read",
-        done,
-        as_json,
-    )
+    _finish_index(str(store), done, as_json)
 
 
 @cli.command()
@@ -377,16 +395,17 @@ def reindex(
 
 @cli.command()
 def search(
-    store: Annotated[Path, typer.Option(help="Folder of the store.")],
+    store: MaybeStore = None,
     image: Annotated[Path | None, typer.Argument(help="A picture.")] = None,
     text: Annotated[str | None, typer.Option(help="Words in place of a picture, if the encoder reads them.")] = None,
     k: Annotated[int, typer.Option("-k", help="Hits to show.")] = 10,
+    url: Url = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Find the pictures of a store that are most like a picture, or like words."""
-    from service.gallery import open_gallery
     from service.queries import PictureQuery, Query, TextQuery
-    from service.settings import read_own_settings
+    from service.served import find_service
 
     query: Query
     if text is not None and image is None:
@@ -398,21 +417,28 @@ def search(
             raise InvalidRequest(f"{image}: cannot be read: {error.strerror}") from error
     else:
         raise InvalidRequest("expected a picture or --text, and not both")
-    gallery = open_gallery(read_own_settings(store=store, read_only=True))
-    try:
-        hits = gallery.find([query], k)[0]
-    finally:
-        gallery.close()
+    client = find_service(store, url, key)
+    if client is not None:
+        found = [(hit.id, hit.score, hit.metadata) for hit in client.search(query, k)]
+    else:
+        from service.gallery import open_gallery
+        from service.settings import read_own_settings
+
+        gallery = open_gallery(read_own_settings(store=store, read_only=True))
+        try:
+            found = [(hit.id, hit.score, hit.metadata) for hit in gallery.find([query], k)[0]]
+        finally:
+            gallery.close()
     if as_json:
-        print(json.dumps({"hits": [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]}))
+        print(json.dumps({"hits": [{"id": id, "score": score, "metadata": metadata} for id, score, metadata in found]}))
         return
-    for hit in hits:
-        print(f"{hit.score:.4f}  {hit.id}  {hit.metadata_json}")
+    for id, score, metadata in found:
+        print(f"{score:.4f}  {id}  {json.dumps(metadata, ensure_ascii=False)}")
 
 
 @cli.command()
 def duplicates(
-    store: StoreFolder,
+    store: MaybeStore = None,
     preset: Annotated[
         Literal["exact", "near", "alike"],
         typer.Option(help="The same bytes; resized or compressed; also cropped, turned or written on."),
@@ -437,11 +463,15 @@ def duplicates(
         bool, typer.Option("--files", help="With --yes, remove their files, too, if they are as they were indexed.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what LIST names.")] = False,
+    url: Url = None,
+    key: Key = None,
 ) -> None:
     """Find pictures that a store has more than once, and the best copy of each; a service may keep running."""
     from service.jobs import duplicates as job
+    from service.served import find_service
     from service.settings import read_own_settings
 
+    client = find_service(store, url, key)
     if (files or yes) and delete_rest is None:
         raise InvalidRequest(f"{'--yes' if yes else '--files'}: needs the list of --delete-rest LIST")
     if yes and (csv or html or script):
@@ -450,9 +480,20 @@ def duplicates(
         assert delete_rest is not None
         from service.jobs.removal import delete_listed
 
-        done = delete_listed(delete_rest, read_own_settings(store=store), files)
+        if store is None:
+            raise InvalidRequest("--yes: works on the store's own machine; expected --store")
+        done = delete_listed(delete_rest, read_own_settings(store=store), files, client)
         print(json.dumps(done.facts()) if as_json else "\n".join(done.lines()))
         raise typer.Exit(1 if done.left else 0)
+    if store is None:
+        from service.jobs.served import find_duplicates
+
+        assert client is not None
+        if csv or html or script or delete_rest:
+            raise InvalidRequest("--csv, --html, --script and --delete-rest need --store, on the store's own machine")
+        for line in find_duplicates(client, preset, threshold, as_json):
+            print(line)
+        return
     found = job.search(read_own_settings(store=store, read_only=True), preset, threshold)
     notes = found.write(csv, html, script, delete_rest)
     if as_json:
@@ -567,18 +608,32 @@ def prune(store: StoreFolder) -> None:
 
 @store_cli.command("export")
 def export_store(
-    store: StoreFolder, out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write.")]
+    out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write.")],
+    store: Annotated[Path | None, typer.Option("--store", help="Folder of the store; a service may serve it.")] = None,
+    url: Url = None,
+    key: Key = None,
 ) -> None:
     """Write a store's items as Parquet: embeddings, metadata and pictures. A service may keep running."""
-    from service.gallery import open_gallery
-    from service.jobs.transfer import export_store as run
-    from service.settings import read_settings
+    if store is None:
+        from service.jobs.served import export_served
+        from service.served import find_service
 
-    gallery = open_gallery(read_settings(store=store, read_only=True))
-    try:
-        count, bare = run(gallery, out)
-    finally:
-        gallery.close()
+        client = find_service(store, url, key)
+        assert client is not None
+        count, bare = export_served(client, out)
+    else:
+        from service.gallery import open_gallery
+        from service.jobs.transfer import export_store as run
+        from service.settings import read_settings
+
+        if url is not None:
+            raise InvalidRequest("expected --store or --url, and not both")
+        # Beside the service, whose files these are.
+        gallery = open_gallery(read_settings(store=store, read_only=True))
+        try:
+            count, bare = run(gallery, out)
+        finally:
+            gallery.close()
     print(f"{out}: {count} items written", file=sys.stderr)
     if bare:
         print(f"{len(bare)} of them without their pictures, such as {bare[0].id}: {bare[0].error}", file=sys.stderr)
@@ -587,24 +642,36 @@ def export_store(
 @store_cli.command("import")
 def import_items(
     source: Annotated[Path, typer.Argument(metavar="PARQUET", help="A .parquet file, or a folder of them.")],
-    store: StoreFolder,
+    store: MaybeStore = None,
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
+    url: Url = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Add the items of Parquet files: of `store export`, of `embed`, or made elsewhere: id and embedding at least."""
-    from service.gallery import open_gallery
-    from service.jobs.transfer import import_items as run
-    from service.settings import read_settings
+    from service.served import find_service
 
-    gallery = open_gallery(read_settings(model=model, store=store))
-    try:
-        done = run(source, gallery)
-        gallery.store.settle()
-    finally:
-        gallery.close()
+    client = find_service(store, url, key)
+    if client is not None:
+        from service.jobs.served import import_served, left_out_of, refuse
+
+        refuse("--model", f"the service at {client.url} has its encoder; leave the option out", model is not None)
+        done = import_served(source, client, left_out_of(store, "import"))
+    else:
+        from service.gallery import open_gallery
+        from service.jobs.transfer import import_items as run
+        from service.settings import read_settings
+
+        gallery = open_gallery(read_settings(model=model, store=store))
+        try:
+            done = run(source, gallery)
+            gallery.store.settle()
+        finally:
+            gallery.close()
     replaced = f", {done.replaced} replaced" if done.replaced else ""
+    where = store if client is None else client.url
     _finish(
-        f"{store}: {done.added} items added{replaced}, {done.known} there already, {done.bad} cannot be", done, as_json
+        f"{where}: {done.added} items added{replaced}, {done.known} there already, {done.bad} cannot be", done, as_json
     )
 
 
@@ -634,6 +701,12 @@ def info(
         return
     for key, value in facts.items():
         print(f"{key:14} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _finish_index(where: str, done: "Account", as_json: bool) -> NoReturn:
+    replaced = f", {done.replaced} replaced" if done.replaced else ""
+    said = f"{done.added} pictures added{replaced}, {done.known} there already, {done.bad} could not be read"
+    _finish(f"{where}: {said}", done, as_json)
 
 
 def _finish(sentence: str, account: "Account", as_json: bool = False) -> NoReturn:

@@ -23,6 +23,7 @@ from service.http.routes import create_app
 from service.http.slots import Slots
 from service.lifetime import Lifetime, forward_hangups
 from service.settings import Settings
+from service.store.layout import announce
 
 log = logging.getLogger("bentoml.lookalike")
 # M_MMAP_THRESHOLD and M_TOP_PAD in glibc's malloc.h.
@@ -53,7 +54,7 @@ class Worker:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.renew, daemon=True).start())
         self._renewing = threading.Lock()
-        self._lifetime = Lifetime(alone=self.settings.workers == 1)
+        self._lifetime = Lifetime(self.settings.workers == 1, self._announce)
         self._failed = ""
 
     @property
@@ -83,6 +84,11 @@ class Worker:
         # Requests that began with the earlier gallery end with it.
         time.sleep(self.settings.work_timeout_s)
         earlier.close()
+
+    def _announce(self, url: str) -> None:
+        """Tell the commands of this machine where the store is served."""
+        if not self.settings.no_store and not self.settings.read_only:
+            announce(self.settings.store, url)
 
     def __is_ready__(self) -> bool:
         """Return whether the canary picture is found as it was at the start, and the process is not ending."""

@@ -143,6 +143,13 @@ class StoreMismatch(LookalikeError):
     code = "store_mismatch"
 
 
+class CountMismatch(LookalikeError):
+    """More or fewer items match than the request expects."""
+
+    status = 409
+    code = "count_mismatch"
+
+
 class NoStore(LookalikeError):
     """A request needs a store, and the service runs without one."""
 
@@ -195,6 +202,13 @@ class UnknownModel(LookalikeError):
     code = "model_not_found"
 
 
+class RangeNotSatisfiable(LookalikeError):
+    """A range of bytes that begins behind the end."""
+
+    status = 416
+    code = "range_not_satisfiable"
+
+
 class SlowBody(LookalikeError):
     """The body did not arrive completely in its time."""
 
@@ -245,13 +259,14 @@ def kept(error: LookalikeError) -> LookalikeError:
     return error
 
 
-def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
+def each(what: str, members: Sequence[T], work: Callable[[T], R], first: int = 0) -> list[R]:
     """Do the work on every member of a list, and return the results in order.
 
     Args:
         what: names a member in messages, such as "picture".
         members: of the list.
         work: is called with one member.
+        first: the number of the first member, if the list is a part of another.
 
     Raises:
         LookalikeError: the work raised it for one or more members. It is of the class of the first one, and its
@@ -259,18 +274,18 @@ def each(what: str, members: Sequence[T], work: Callable[[T], R]) -> list[R]:
     """
     done: list[R] = []
     failed: list[tuple[int, LookalikeError]] = []
-    for number, member in enumerate(members):
+    for number, member in enumerate(members, first):
         try:
             done.append(work(member))
         except LookalikeError as error:
-            if len(members) == 1:
+            if len(members) == 1 and not first:
                 raise
             failed.append((number, kept(error)))
     if not failed:
         return done
-    number, first = failed[0]
+    number, earliest = failed[0]
     more = f"; {len(failed) - 1} more of {len(members)} failed, too" if len(failed) > 1 else ""
-    raise type(first)(f"{what} {number}: {first}{more}", failed)
+    raise type(earliest)(f"{what} {number}: {earliest}{more}", failed)
 
 
 Outcome: TypeAlias = T | LookalikeError

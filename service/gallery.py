@@ -111,6 +111,11 @@ class Gallery:
         return self._store
 
     @property
+    def dimension(self) -> int:
+        """D of an embedding."""
+        return self.encoder.dimension
+
+    @property
     def reads_texts(self) -> bool:
         """Whether the encoder has a text tower."""
         return self._texts is not None
@@ -124,6 +129,11 @@ class Gallery:
                 "--out models/clip` brings one that does, and `lookalike reindex` gives it to a store"
             )
         return self._texts
+
+    @property
+    def keeps_all_originals(self) -> bool:
+        """Whether the store is to keep the bytes of pictures that are files of this machine, too."""
+        return self.settings.keep_originals and "keep_originals" in self.settings.model_fields_set
 
     def read(self, data: bytes, mtime_ns: int | None = None) -> ReadPicture:
         """Decode the bytes of an image file, on the caller's thread.

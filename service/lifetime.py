@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -48,12 +49,15 @@ class Lifetime:
         ending: whether the worker is ending; it is not ready then.
     """
 
-    def __init__(self, alone: bool) -> None:
+    def __init__(self, alone: bool, announce: Callable[[str], None]) -> None:
         """Catch SIGTERM and watch the parent, if uvicorn runs this process; any other process stays untouched.
 
         Args:
             alone: whether no other worker listens on the same socket.
+            announce: is called on another thread with the URL at which this machine reaches the process, once it
+                listens.
         """
+        self._announce = announce
         self.ending = False
         self._alone = alone
         self._parent = os.getppid()
@@ -70,13 +74,28 @@ class Lifetime:
             self._loop.call_soon_threadsafe(self._end, _SEEN_S, _LAST_S)
 
     def _watch_parent(self) -> None:
+        announced = False
         while os.getppid() == self._parent:
+            if not announced and (url := self._url()) is not None:
+                announced = True
+                self._announce(url)
             time.sleep(_LOOK_S)
         log.error("the process that started this one is gone; so this one ends, too")
         self._loop.call_soon_threadsafe(self._end, 0, _ORPHAN_S)
         time.sleep(_ORPHAN_S)
         # The event loop may be blocked, so the process does not wait for it.
         os._exit(1)
+
+    def _url(self) -> str | None:
+        """Return the URL of the socket on which uvicorn listens; None before it does."""
+        listening = [one for server in self._server.servers for one in server.sockets] if self._server.started else []
+        if not listening:
+            return None
+        host, port, *_ = listening[0].getsockname()
+        # An address for all interfaces is reached through that of the machine itself.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        scheme = "https" if self._server.config.is_ssl else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _end(self, seen_s: float, last_s: float) -> None:
         self.ending = True

@@ -39,6 +39,19 @@ def read_source(item: Item) -> bytes:
     return data
 
 
+def is_same_file(source: str, data: bytes) -> bool:
+    """Return whether a source is the path of a file on this machine that holds these bytes.
+
+    Cost: reads the file, if it has as many bytes.
+    """
+    path = Path(source)
+    try:
+        return path.is_absolute() and path.stat().st_size == len(data) and _read(path) == data
+    # The second is of a text that no path can be.
+    except (OSError, ValueError):
+        return False
+
+
 def note_folder(store: Store, folder: str) -> None:
     """Let a store remember a folder whose files `index` recorded as the sources of items."""
     known = folders(store.facts())

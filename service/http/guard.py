@@ -22,7 +22,7 @@ from service.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OPEN = re.compile(r"/(livez|readyz|healthz|page/[^/]*)?")
-_READING_POSTS = ("/embed", "/search", "/classify", "/v1/embeddings")
+_READING_POSTS = ("/embed", "/search", "/classify", "/v1/embeddings", "/images/count")
 # httptools has no limit of its own.
 _MOST_HEADER_BYTES = 32_768
 _QUIET = ("/livez", "/readyz", "/healthz", "/metrics")
@@ -45,8 +45,8 @@ class Guard:
                 self._serve,
                 allow_origins=origins,
                 allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
-                expose_headers=["X-Request-ID", "Retry-After"],
+                allow_headers=["Authorization", "Content-Type", "If-None-Match", "If-Range", "Range", "X-Request-ID"],
+                expose_headers=["Accept-Ranges", "Content-Range", "ETag", "Retry-After", "X-Request-ID"],
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -42,3 +42,9 @@ def answer(body: OpenAIBody, gallery: Gallery, embeddings: FloatArray) -> dict[s
         "model": gallery.card.name,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
     }
+
+
+def models(gallery: Gallery) -> dict[str, Any]:
+    """Return the answer of OpenAI's API for its list of models."""
+    model = {"id": gallery.card.name, "object": "model", "created": 0, "owned_by": "lookalike"}
+    return {"object": "list", "data": [model]}

@@ -48,6 +48,7 @@ STATUSES = {
     404: ("not_found", "no item has this id"),
     408: ("slow_body", f"the body did not come in full within {_default('body_timeout_s'):g} s"),
     409: ("fingerprint_mismatch", "the request names another encoder than the one that runs here"),
+    416: ("range_not_satisfiable", "the range begins behind the end of the file, which has 51200 bytes"),
     413: ("too_large", f"the picture is 9000x9000; the limit is {_default('max_pixels')} pixels"),
     415: ("unsupported_format", f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}"),
     422: ("undecodable_picture", "the picture is damaged or cut short: image file is truncated"),
@@ -69,6 +70,8 @@ _BODIES: dict[type[BaseModel], dict[str, Any]] = {
     query_bodies.SearchMany: {"queries": [{"id": "digits/00007"}, {"image": _DOT}], "k": 5},
     schemas.ClassifyBody: {"images": [_DOT], "labels": ["cat", "dog"], "templates": ["a photo of a {label}"]},
     schemas.PatchBody: {"metadata": {"label": "8", "year": None}},
+    schemas.AddItemsBody: {"items": [{"id": "a.png", "embedding": [0.6, -0.8], "metadata": {"label": "7"}}]},
+    schemas.CountBody: {"filter": {"label": {"$ne": "7"}}, "prefix": "digits/"},
     schemas.DismissBody: {"ids": ["digits/00007", "digits/00634"]},
     schemas.OpenAIBody: {"model": "mnist", "input": [_DOT], "modality": "image"},
     schemas.OpenAITextBody: {"model": "clip", "input": ["a red bicycle"], "modality": "text"},
@@ -107,9 +110,16 @@ _ANSWERS: dict[type[BaseModel], Any] = {
     },
     schemas.ItemAnswer: {"id": "digits/00007", "metadata": {"label": "7"}},
     schemas.ItemDetails: {"id": "digits/00007", "metadata": {"label": "7"}, "variant": "int8"},
-    schemas.Page: {"items": [{"id": "digits/00007", "metadata": {"label": "7"}}], "next": "8"},
+    schemas.Page: {"items": [{"id": "digits/00007", "metadata": {"label": "7"}}], "total": 1797, "next": "8"},
+    schemas.Count: {"count": 1618},
+    schemas.Removed: {"removed": 3},
+    schemas.OpenAIModels: {
+        "object": "list",
+        "data": [{"id": "mnist", "object": "model", "created": 0, "owned_by": "lookalike"}],
+    },
     schemas.Groups: {
         "sequence": 1797,
+        "threshold": 0.85,
         "total": 1,
         "groups": [
             {
@@ -134,18 +144,22 @@ def json_body(*models: type[BaseModel]) -> dict[str, Any]:
     return {"application/json": {"schema": schema, "examples": examples}}
 
 
-def picture_body(several: bool = False, metadata: str = "", raw: bool = True) -> dict[str, Any]:
+def picture_body(several: bool = False, metadata: str = "", raw: bool = True, sources: bool = False) -> dict[str, Any]:
     """Return the content of a body of pictures: the bytes of one image file, or a form with the field `file`.
 
     Args:
         several: whether the form may hold several files.
         metadata: format of the form's field `metadata`; without that field if empty.
         raw: whether the body may be an image file itself.
+        sources: whether the form may have the field `sources`.
     """
     picture = {"type": "string", "format": "binary"}
     properties: dict[str, Any] = {"file": {"type": "array", "items": picture, "minItems": 1} if several else picture}
     if metadata:
         properties["metadata"] = {"type": "string", "format": metadata, "description": "A JSON object."}
+    if sources:
+        told = "A JSON object of texts by id: where the pictures came from."
+        properties["sources"] = {"type": "string", "format": "metadata-by-id", "description": told}
     form = {"type": "object", "properties": properties, "required": ["file"], "additionalProperties": False}
     encoding = {"file": {"contentType": ", ".join(PICTURE_TYPES[:-1])}}
     content: dict[str, Any] = {"multipart/form-data": {"schema": form, "encoding": encoding}}
@@ -198,7 +212,20 @@ def answers(
     return told | {status: _problem(status, openai) for status in sorted(statuses)}
 
 
-_DONE = {200: "Done.", 202: "Not done yet.", 201: "The id is new.", 204: "The item is removed."}
+def stored_answers(*statuses: int, media: tuple[str, ...]) -> dict[int | str, dict[str, Any]]:
+    """Return the responses of a route that answers with a stored file of one of these media types, or a part of it."""
+    return answers(None, *statuses, 416, media=media, success=(200, 206)) | {
+        304: {"description": "As the client has it."}
+    }
+
+
+_DONE = {
+    206: "A part of the file.",
+    200: "Done.",
+    202: "Not done yet.",
+    201: "The id is new.",
+    204: "The item is removed.",
+}
 
 
 def ndjson() -> dict[str, Any]:
@@ -275,6 +302,9 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         properties[name]["vector"] |= {"minItems": dimension, "maxItems": dimension}
     for name in ("ById", "PartById", "SearchById"):
         properties[name]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
+    properties["NewItemBody"]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
+    properties["NewItemBody"]["embedding"]["anyOf"][0] |= {"minItems": dimension, "maxItems": dimension}
+    properties["AddItemsBody"]["items"]["maxItems"] = settings.max_bulk_images
     properties["DismissBody"]["ids"]["items"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
     for name in ("SearchById", "SearchByImage", "SearchByText", "SearchByVector", "SearchByAll"):
         properties[name]["k"]["maximum"] = settings.max_k
@@ -289,11 +319,10 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
             several | {"maxItems": settings.max_queries, "items": items},
         ],
     }
-    for name, most in (("OpenAIBody", settings.max_images), ("OpenAITextBody", settings.max_texts)):
+    for name in ("OpenAIBody", "OpenAITextBody"):
         openai = properties[name]
         openai["model"]["const"] = gallery.card.name
         openai["dimensions"] = {"enum": [dimension, None]}
-        openai["input"]["anyOf"][1]["maxItems"] = most
     _bound_texts(document, gallery)
     for operations in document["paths"].values():
         for operation in operations.values():

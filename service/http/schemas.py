@@ -19,6 +19,7 @@ from service.http.query_bodies import (
     TAGGED,
     Base64,
     Body,
+    FilterObject,
     Fingerprint,
     SearchBody,
     Text,
@@ -34,8 +35,12 @@ from service.settings import Settings
 _LONG = 100_000
 
 EncodingFormat = Literal["float", "base64"]
+# What an item may be shown with, besides its id and metadata.
+IncludedOfItem = Literal["embedding", "digest", "source", "variant"]
 # Characters of a label and of a template, so that a text of both stays within the limits.
 _LONGEST_LABEL, _LONGEST_TEMPLATE = 1000, 1000
+# Linux has no longer paths.
+_LONGEST_SOURCE = 4096
 # CLIP's own list has 80.
 _MOST_TEMPLATES = 100
 
@@ -92,6 +97,38 @@ class PatchBody(Body):
     """A merge patch (RFC 7396) of an item: a metadata field given as null is removed, others are set."""
 
     metadata: dict[str, Any]
+
+
+class NewItemBody(Body):
+    """An item to add by its embedding, which the encoder that runs here has made, such as a row of an export.
+
+    Without `metadata` an item that is replaced keeps its own.
+    """
+
+    id: str
+    embedding: list[Annotated[float, Field(allow_inf_nan=False)]] | str = Field(
+        description="Made unit length here; or base64 of little-endian float32."
+    )
+    metadata: dict[str, Any] | None = None
+    source: str | None = Field(None, max_length=_LONGEST_SOURCE, description="Where the picture came from.")
+    digest: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="The sha256 of the picture.")
+    variant: Literal["fp32", "fp16", "int8"] | None = None
+    thumbnail: str | None = Field(None, description="A small WebP in base64.", json_schema_extra={"format": "picture"})
+    original: str | None = Field(None, description="The picture in base64.", json_schema_extra={"format": "picture"})
+
+
+class AddItemsBody(Body):
+    """Items to add by their embeddings."""
+
+    items: list[NewItemBody] = Field(min_length=1)
+    fingerprint: Fingerprint = None
+
+
+class CountBody(Body):
+    """Which items to count: those that match a filter and whose ids begin with a prefix."""
+
+    filter: FilterObject = None
+    prefix: str = Field("", max_length=2000)
 
 
 class DismissBody(Body):
@@ -174,6 +211,22 @@ class Classified(BaseModel):
     results: list[Labels]
 
 
+class OpenAIModel(BaseModel):
+    """The encoder that runs here. `created` is unknown, and 0."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class OpenAIModels(BaseModel):
+    """The models of this service, in OpenAI's shape: one."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
 class OpenAIEmbedding(BaseModel):
     """The embedding of one picture or text."""
 
@@ -198,17 +251,42 @@ class ItemAnswer(BaseModel):
     metadata: dict[str, Any]
 
 
+class ListedItem(ItemAnswer):
+    """An item, and what `include` names: digest is the sha256 of its picture, source where that came from."""
+
+    embedding: list[float] | str | None = None
+    digest: str | None = None
+    source: str | None = None
+    variant: str | None = None
+
+
 class ItemDetails(ItemAnswer):
-    """An item, and the variant of the encoder that embedded it."""
+    """An item, the variant of the encoder that embedded it, and what `include` names."""
 
     variant: str
+    embedding: list[float] | str | None = None
+    digest: str | None = None
+    source: str | None = None
 
 
 class Page(BaseModel):
-    """Items in the order of adding; `next` is the cursor of the next page, null at the end."""
+    """Items in an order, and how many match in all; `next` is the cursor of the next page, null at the end."""
 
-    items: list[ItemAnswer]
+    items: list[ListedItem]
+    total: int
     next: str | None
+
+
+class Count(BaseModel):
+    """How many items match."""
+
+    count: int
+
+
+class Removed(BaseModel):
+    """How many items were removed."""
+
+    removed: int
 
 
 class Copy(BaseModel):
@@ -233,9 +311,13 @@ class Group(BaseModel):
 
 
 class Groups(BaseModel):
-    """Groups as of a change of the store; `next` is the cursor of the next page, null at the end."""
+    """Groups as of a change of the store; `threshold` is the least score of two pictures of a group.
+
+    `next` is the cursor of the next page, null at the end.
+    """
 
     sequence: int
+    threshold: float
     total: int
     groups: list[Group]
     next: str | None
@@ -333,6 +415,8 @@ EMBED: TypeAdapter[EmbedBody | EmbedTextsBody] = TypeAdapter(AnyEmbedBody)
 SEARCH: TypeAdapter[SearchBody] = TypeAdapter(SearchBody)
 CLASSIFY = TypeAdapter(ClassifyBody)
 PATCH = TypeAdapter(PatchBody)
+ADD_ITEMS = TypeAdapter(AddItemsBody)
+COUNT = TypeAdapter(CountBody)
 DISMISS = TypeAdapter(DismissBody)
 OPENAI = TypeAdapter(OpenAIBody)
 
@@ -342,6 +426,9 @@ _MODELS: dict[Any, type[Body]] = TAGGED | {
     "embed texts": EmbedTextsBody,
     "ClassifyBody": ClassifyBody,
     "PatchBody": PatchBody,
+    "AddItemsBody": AddItemsBody,
+    "NewItemBody": NewItemBody,
+    "CountBody": CountBody,
     "DismissBody": DismissBody,
     "OpenAIBody": OpenAIBody,
 }

@@ -1,5 +1,6 @@
 """Many pictures in one request → a line of JSON for each, once it is stored or refused."""
 
+import hashlib
 import io
 import json
 import zipfile
@@ -7,21 +8,30 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from service.errors import InvalidRequest, LookalikeError, Outcome, TooLarge, UnsupportedFormat, attempt
+import numpy as np
+
+from service.errors import InvalidRequest, LookalikeError, Outcome, TooLarge, UnsupportedFormat, attempt, map_values
 from service.gallery import Gallery
 from service.http import logs
-from service.http.bodies import Form, parse_json_object
+from service.http.bodies import Form, from_base64, parse_json_object
+from service.http.schemas import NewItemBody
 from service.http.slots import Slots
 from service.items import NewPicture
+from service.originals import is_same_file
+from service.rows import item_of_row
 from service.settings import Settings
 from service.sources.kinds import holds_none
 from service.sources.paths import compose
 from service.sources.source import LeftOut
 from service.sources.zip import judged, member_paths
+from service.store import NewItem
 
 METADATA = "metadata.json"
-# Pictures per commit.
-_TOGETHER = 32
+# Fields of a form.
+METADATA_FIELD, SOURCES_FIELD = "metadata", "sources"
+_LONGEST_SOURCE = 4096
+# Pictures per commit, which are embedded together, and embeddings per commit.
+_TOGETHER, _ROWS_TOGETHER = 32, 1024
 _MOST_BYTES_TOGETHER = 32_000_000
 # A zip may unpack to so many times the limit of a request. Pictures hardly shrink in a zip.
 _MOST_UNPACKED = 10
@@ -34,11 +44,13 @@ class Candidate(NamedTuple):
         id: as the client gave it.
         data: the bytes of the image file, or the error that replaced them.
         metadata: (its metadata,); () if the client gave none.
+        source: where it came from, if the client says.
     """
 
     id: str
     data: Outcome[bytes]
     metadata: tuple[Any, ...]
+    source: str | None = None
 
 
 class Archive:
@@ -77,7 +89,7 @@ class Archive:
         for path, member in member_paths(self._zip.infolist()):
             if path == METADATA:
                 text = self._unpack(member, settings.max_request_bytes).decode(errors="replace")
-                self._metadata = metadata_by_id(text, {id for id, _ in self._members})
+                self._metadata = by_id(text, {id for id, _ in self._members}, METADATA_FIELD)
 
     @property
     def sizes(self) -> list[int]:
@@ -118,8 +130,12 @@ class Uploads:
 
     def __init__(self, form: Form) -> None:
         self._files = [(compose(name), data) for name, data in form.files]
-        metadata = form.texts.get("metadata", "{}")
-        self._metadata = metadata_by_id(metadata, {name for name, _ in self._files})
+        metadata = form.texts.get(METADATA_FIELD, "{}")
+        ids = {name for name, _ in self._files}
+        self._metadata = by_id(metadata, ids, METADATA_FIELD)
+        self._sources = by_id(form.texts.get(SOURCES_FIELD, "{}"), ids, SOURCES_FIELD)
+        if not all(isinstance(source, str) and len(source) <= _LONGEST_SOURCE for source in self._sources.values()):
+            raise InvalidRequest(f"sources: expected texts of at most {_LONGEST_SOURCE} characters by id")
 
     @property
     def sizes(self) -> list[int]:
@@ -133,14 +149,65 @@ class Uploads:
 
     def read(self, start: int, stop: int) -> list[Candidate]:
         """Return the pictures from `start` up to `stop`."""
-        return [Candidate(name, data, _find(self._metadata, name)) for name, data in self._files[start:stop]]
+        return [
+            Candidate(name, data, _find(self._metadata, name), self._sources.get(name))
+            for name, data in self._files[start:stop]
+        ]
 
 
-def metadata_by_id(text: str, ids: set[str]) -> dict[str, Any]:
-    """Parse {id: metadata, …}; ids are composed. Raises InvalidRequest, also for an id without a picture."""
-    found = {compose(id): metadata for id, metadata in parse_json_object(text, "metadata").items()}
+class Rows:
+    """Items with their embeddings, as JSON."""
+
+    def __init__(self, rows: Sequence[NewItemBody], settings: Settings) -> None:
+        """Take the items. Raises TooLarge for more than max_bulk_images."""
+        if len(rows) > settings.max_bulk_images:
+            raise TooLarge(f"expected at most {settings.max_bulk_images} items, got {len(rows)}")
+        self._rows, self._most = rows, settings.max_image_bytes
+
+    @property
+    def sizes(self) -> list[int]:
+        """The characters of each item's pictures."""
+        return [len(row.thumbnail or "") + len(row.original or "") for row in self._rows]
+
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """Nothing: each item is one that its sender chose."""
+        return ()
+
+    def add(self, gallery: Gallery, group: range) -> list[dict[str, Any]]:
+        """Add the items of a group in one commit, and return the lines about them."""
+        outcomes = [attempt(self._item, self._rows[number], gallery) for number in group]
+        shown = [None if isinstance(one, LookalikeError) else one.id for one in outcomes]
+
+        def store(items: list[NewItem]) -> list[Outcome[bool]]:
+            stored = attempt(gallery.store.add, items)
+            return [stored] * len(items) if isinstance(stored, LookalikeError) else [*stored]
+
+        return [
+            _failure(id, one) if isinstance(one, LookalikeError) else {"id": id, "status": 201 if one else 200}
+            for id, one in zip(shown, map_values(outcomes, store), strict=True)
+        ]
+
+    def _item(self, body: NewItemBody, gallery: Gallery) -> NewItem:
+        row = body.model_dump()
+        for name in ("thumbnail", "original"):
+            if row[name] is not None:
+                row[name] = from_base64(row[name], self._most)
+        if row["original"] is not None:
+            row["digest"] = hashlib.sha256(row["original"]).hexdigest()
+        if isinstance(row["embedding"], str):
+            data = from_base64(row["embedding"], self._most)
+            if len(data) != 4 * gallery.encoder.dimension:
+                raise InvalidRequest(f"embedding: expected {gallery.encoder.dimension} numbers of 4 bytes")
+            row["embedding"] = np.frombuffer(data, "<f4")
+        return item_of_row(row, gallery)
+
+
+def by_id(text: str, ids: set[str], what: str) -> dict[str, Any]:
+    """Parse {id: …}; ids are composed. Raises InvalidRequest, also for an id without a picture."""
+    found = {compose(id): value for id, value in parse_json_object(text, what).items()}
     if not found.keys() <= ids:
-        raise InvalidRequest("metadata: expected an object of metadata by id, with no id that has no picture")
+        raise InvalidRequest(f"{what}: expected an object of {what} by id, with no id that has no picture")
     return found
 
 
@@ -149,12 +216,12 @@ def _find(metadata: dict[str, Any], id: str) -> tuple[Any, ...]:
     return (metadata[id],) if id in metadata else ()
 
 
-async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
+async def add_all(pictures: Archive | Uploads | Rows, gallery: Gallery, slots: Slots) -> AsyncIterator[str]:
     """Add pictures to the gallery. Yield a line of JSON for each, once it is stored durably or refused.
 
     Lines about what was left out follow: status 415 for what may be a picture, 204 for other files.
     """
-    for group in _groups(pictures.sizes):
+    for group in _groups(pictures.sizes, _ROWS_TOGETHER if isinstance(pictures, Rows) else _TOGETHER):
         try:
             lines = await slots.run(partial(_add, gallery, pictures, group))
         # No free slot, no time left, or a store that cannot be written.
@@ -171,22 +238,24 @@ async def add_all(pictures: Archive | Uploads, gallery: Gallery, slots: Slots) -
         yield json.dumps({"index": number} | line) + "\n"
 
 
-def _groups(sizes: Sequence[int]) -> Iterator[range]:
+def _groups(sizes: Sequence[int], together: int) -> Iterator[range]:
     """Yield the ranges of pictures to add together, bounded in number and in bytes: a range is unpacked at once."""
     start, total = 0, 0
     for number, size in enumerate(sizes):
-        if number > start and (number - start == _TOGETHER or total + size > _MOST_BYTES_TOGETHER):
+        if number > start and (number - start == together or total + size > _MOST_BYTES_TOGETHER):
             yield range(start, number)
             start, total = number, 0
         total += size
     yield range(start, len(sizes))
 
 
-def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[dict[str, Any]]:
+def _add(gallery: Gallery, pictures: Archive | Uploads | Rows, group: range) -> list[dict[str, Any]]:
+    if isinstance(pictures, Rows):
+        return pictures.add(gallery, group)
     candidates = pictures.read(group.start, group.stop)
     lines: dict[int, dict[str, Any]] = {}
     good = []
-    for number, (id, data, metadata) in enumerate(candidates):
+    for number, (id, data, metadata, source) in enumerate(candidates):
         checked = None
         try:
             checked = gallery.check_id(id)
@@ -195,7 +264,8 @@ def _add(gallery: Gallery, pictures: Archive | Uploads, group: range) -> list[di
             own = metadata[0] if metadata else {}
             if not isinstance(own, dict):
                 raise InvalidRequest("metadata: expected a JSON object")
-            picture = NewPicture(checked, data, gallery.check_metadata(own), keep_metadata=not metadata)
+            keep_original = source is None or not is_same_file(source, data) or gallery.keeps_all_originals
+            picture = NewPicture(checked, data, gallery.check_metadata(own), source, not metadata, keep_original)
             good.append((number, picture))
         except LookalikeError as error:
             lines[number] = _failure(checked, error)

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from unicodedata import normalize
 
 from service.account import printable
 from service.errors import LookalikeError, attempt
-from service.gallery import Gallery
 from service.jobs.reading import read_ahead
 from service.sources import origin_of
 from service.sources.source import Source
@@ -23,6 +22,39 @@ from service.store import Item
 # The fact in which a store remembers the prefixes of its sources: {origin: [prefix, whether all ids have it]}.
 PREFIXES = "prefixes"
 _SHOWN = 3
+
+
+class Items(Protocol):
+    """The items of a store, as far as names need them."""
+
+    def get(self, id: str) -> Item | None:
+        """Return an item, or None."""
+        ...
+
+    def count(self) -> int:
+        """Return the number of items."""
+        ...
+
+    def facts(self) -> dict[str, str]:
+        """Return the facts that the store holds about itself."""
+        ...
+
+    def note(self, facts: dict[str, str]) -> None:
+        """Write facts into the store."""
+        ...
+
+
+class Collection(Protocol):
+    """Where a source's pictures go; a Gallery is one."""
+
+    @property
+    def store(self) -> Items:
+        """Its items."""
+        ...
+
+    def check_id(self, id: str) -> str:
+        """Return an id in composed form. Raises InvalidRequest."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +81,7 @@ class Naming:
         """Return what the store records as the source of a picture."""
         return f"{self.origin}/{id}"
 
-    def id_of(self, id: str, digest: str, gallery: Gallery) -> str:
+    def id_of(self, id: str, digest: str, gallery: Collection) -> str:
         """Return the id in the store of the picture with this id in the source.
 
         Raises:
@@ -83,7 +115,7 @@ class _Survey(NamedTuple):
     owners: Counter[str]
 
 
-def choose_names(source: Source, gallery: Gallery, prefix: str | None) -> Naming:
+def choose_names(source: Source, gallery: Collection, prefix: str | None) -> Naming:
     """Decide how a source's pictures are named, and let the store remember a prefix.
 
     A source whose ids the store has from another source, with other bytes, gets a prefix: the name of its folder or
@@ -116,7 +148,7 @@ def choose_names(source: Source, gallery: Gallery, prefix: str | None) -> Naming
     return naming
 
 
-def _decide(source: Source, origin: str, gallery: Gallery, taken: set[str]) -> Naming:
+def _decide(source: Source, origin: str, gallery: Collection, taken: set[str]) -> Naming:
     survey = _look(source, origin, gallery)
     if 2 * survey.agree > len(source):
         note = f"most of these pictures are there already from another place: {source.name} is taken as moved"
@@ -135,7 +167,7 @@ def _decide(source: Source, origin: str, gallery: Gallery, taken: set[str]) -> N
     return Naming(origin, prefix, everywhere=not survey.own, notes=(note,))
 
 
-def _look(source: Source, origin: str, gallery: Gallery) -> _Survey:
+def _look(source: Source, origin: str, gallery: Collection) -> _Survey:
     """Compare a source's ids with the store, until it is certain that the source has moved."""
     own, foreign = 0, dict[int, Item]()
     for position, id in enumerate(source.ids) if gallery.store.count() else ():
@@ -176,13 +208,13 @@ def owner_of(item: Item) -> str:
     return item.source
 
 
-def _get(id: str, gallery: Gallery) -> Item | None:
+def _get(id: str, gallery: Collection) -> Item | None:
     """Return the item of an id of a source; None also for an id that no item can have."""
     checked = attempt(gallery.check_id, id)
     return None if isinstance(checked, LookalikeError) else gallery.store.get(checked)
 
 
-def _free_prefix(source: Source, origin: str, gallery: Gallery, taken: set[str]) -> str:
+def _free_prefix(source: Source, origin: str, gallery: Collection, taken: set[str]) -> str:
     """Return the name of the source's folder or file, with a number if the store has such ids from other sources."""
     path = Path(origin)
     name = path.name if path.is_dir() else path.stem

@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from service.account import printable
+from service.client import Client
 from service.errors import InvalidRequest, LookalikeError
 from service.gallery import open_gallery
 from service.originals import folders, own_file, read_source, remove_file
 from service.settings import Settings
-from service.store import Item, Store
-from service.store.catalog import has_catalog, no_store
+from service.store import Item
+from service.store.catalog import has_catalog, no_store, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.layout import current
 
@@ -41,22 +42,63 @@ class Deleted:
             yield "`index` adds items again as long as their files are there"
 
 
-def delete_listed(plan: Path, settings: Settings, files: bool) -> Deleted:
+class Removing(Protocol):
+    """What a removal needs of a store; a Store is one."""
+
+    def get(self, id: str) -> Item | None:
+        """Return an item, or None."""
+        ...
+
+    def facts(self) -> dict[str, str]:
+        """Return the facts that the store holds about itself."""
+        ...
+
+    def remove(self, id: str) -> bool:
+        """Remove an item, and return whether there was one."""
+        ...
+
+
+class _Served:
+    """A store beside its service: its files are read here, and its service removes."""
+
+    def __init__(self, folder: Path, reader: CatalogReader, client: Client) -> None:
+        self._folder, self._reader, self._client = folder, reader, client
+
+    def get(self, id: str) -> Item | None:
+        return self._reader.get(id)
+
+    def facts(self) -> dict[str, str]:
+        return read_meta(self._folder)
+
+    def remove(self, id: str) -> bool:
+        return self._client.delete(id)
+
+
+def delete_listed(plan: Path, settings: Settings, files: bool, client: Client | None = None) -> Deleted:
     """Open the store that the settings name, and remove the items of a list, as `delete_rest`.
 
+    Args:
+        plan, files: as of `delete_rest`.
+        settings: name the store.
+        client: of the service that serves it, if there is one. That service removes the items then.
+
     Raises:
-        InvalidModel, InvalidRequest, InvalidStore.
+        InvalidModel, InvalidRequest, InvalidStore, ServiceError.
     """
-    if not has_catalog(current(settings.store)):
+    folder = current(settings.store)
+    if not has_catalog(folder):
         raise no_store(settings.store)
+    if client is not None:
+        with closing(CatalogReader(folder)) as reader:
+            return delete_rest(plan, _Served(folder, reader, client), folder, files)
     gallery = open_gallery(settings)
     try:
-        return delete_rest(plan, gallery.store, current(settings.store), files)
+        return delete_rest(plan, gallery.store, folder, files)
     finally:
         gallery.close()
 
 
-def delete_rest(plan: Path, store: Store, folder: Path, files: bool) -> Deleted:
+def delete_rest(plan: Path, store: Removing, folder: Path, files: bool) -> Deleted:
     """Remove the items of a list that `write_plan` made, and with `files` their files.
 
     An item is removed only if it and the best copy of its group are as they were when the list was made, and the two
@@ -118,7 +160,7 @@ def _read_plan(plan: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _check_row(row: dict[str, str], store: Store, removing: set[str], told_apart: set[tuple[str, str]]) -> Item:
+def _check_row(row: dict[str, str], store: Removing, removing: set[str], told_apart: set[tuple[str, str]]) -> Item:
     """Return the item that a row of a list names. Raises InvalidRequest if it is not to be removed any more."""
     item, best = store.get(row["remove"]), store.get(row["keep"])
     if item is None or item.digest != row["digest"]:

@@ -1,19 +1,19 @@
 """Items ↔ Parquet: export a store, and import an export, the parts of `lookalike embed` or other embeddings."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from service import FloatArray
 from service.account import LEFT_OUT, Account, Failure
-from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, StoreMismatch, attempt
+from service.errors import InvalidOutput, InvalidSource, LookalikeError, StoreMismatch, attempt
 from service.gallery import Gallery
 from service.jobs.parquet_parts import EARLIER_FAILURES, META, part_path, read_facts, write_parquet
+from service.rows import item_of_row
 from service.store import Item, NewItem
 
 _ROWS_PER_PART = 8192
@@ -37,26 +37,49 @@ def export_store(gallery: Gallery, out: Path) -> tuple[int, list[Failure]]:
     Raises:
         InvalidOutput: `out` exists and is not empty, or cannot be written.
     """
+    failures: list[Failure] = []
+    facts = {"source": str(gallery.settings.store), "fingerprint": gallery.card.fingerprint}
+    rows_a_part = _ROWS_PER_PICTURE_PART if gallery.settings.keep_originals else _ROWS_PER_PART
+
+    def parts() -> Iterator[tuple[list[dict[str, Any]], bool]]:
+        cursor: int | None = 0
+        while cursor is not None:
+            items, cursor = gallery.store.scan(rows_a_part, cursor)
+            rows = [row for row in (_row(gallery, item, failures) for item in items) if row is not None]
+            yield rows, cursor is None
+
+    return write_export(out, gallery.encoder.dimension, facts, parts()), failures
+
+
+def write_export(
+    out: Path, dimension: int, facts: dict[str, Any], parts: Iterator[tuple[list[dict[str, Any]], bool]]
+) -> int:
+    """Write rows into a folder of Parquet parts, and return their number.
+
+    Args:
+        out: the folder.
+        dimension: D of the embeddings.
+        facts: of all parts: source and fingerprint.
+        parts: the rows of each part, and whether it is the last one.
+
+    Raises:
+        InvalidOutput: `out` exists and is not empty, or cannot be written.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidOutput(f"{out}: is there and not empty; name another --out")
     columns = {name: pa.string() for name in ("metadata", "source", "digest", "variant")}
     columns |= {name: pa.binary() for name in ("thumbnail", "original")}
-    embedding = pa.list_(pa.float32(), gallery.encoder.dimension)
-    schema = pa.schema({"id": pa.string(), "label": pa.string(), "embedding": embedding} | columns)
-    facts = {"source": str(gallery.settings.store), "fingerprint": gallery.card.fingerprint, "failures": []}
-    cursor: int | None = 0
-    written = number = 0
-    failures: list[Failure] = []
-    rows_a_part = _ROWS_PER_PICTURE_PART if gallery.settings.keep_originals else _ROWS_PER_PART
-    while cursor is not None:
-        items, cursor = gallery.store.scan(rows_a_part, cursor)
-        rows = [row for row in (_row(gallery, item, failures) for item in items) if row is not None]
-        own = facts | {"read": len(rows), "variant": ", ".join(sorted({item.variant for item in items}))}
-        own |= {"last": cursor is None}
+    schema = pa.schema(
+        {"id": pa.string(), "label": pa.string(), "embedding": pa.list_(pa.float32(), dimension)} | columns
+    )
+    written = 0
+    for number, (rows, last) in enumerate(parts):
+        variants = ", ".join(sorted({row["variant"] for row in rows}))
+        own = facts | {"failures": [], "read": len(rows), "variant": variants, "last": last}
         meta = {META: json.dumps(own).encode()}
         write_parquet(pa.Table.from_pylist(rows, schema.with_metadata(meta)), part_path(out, number))
-        written, number = written + len(rows), number + 1
-    return written, failures
+        written += len(rows)
+    return written
 
 
 def _row(gallery: Gallery, item: Item, failures: list[Failure]) -> dict[str, Any] | None:
@@ -70,6 +93,11 @@ def _row(gallery: Gallery, item: Item, failures: list[Failure]) -> dict[str, Any
             return None
         failures.append(Failure.of(item.id, original))
         original = None
+    return export_row(item, embedding, thumbnail, original)
+
+
+def export_row(item: Item, embedding: FloatArray, thumbnail: bytes | None, original: bytes | None) -> dict[str, Any]:
+    """Return an item as a row of an export."""
     label = item.metadata.get("label")
     return {
         "id": item.id,
@@ -104,23 +132,12 @@ def import_items(source: Path, gallery: Gallery) -> Account:
         InvalidSource: a file is missing or damaged, lacks a column, or has embeddings of another dimension.
         StoreMismatch: another encoder made the embeddings.
     """
-    paths = [source]
-    if source.is_dir():
-        paths = sorted(path for path in source.glob("*.parquet") if path.name != EARLIER_FAILURES)
-    if not paths or not paths[0].exists():
-        raise InvalidSource(f"{source}: expected a .parquet file or a folder of them")
-    for path in paths:
-        made_by = (read_facts(path) or {}).get("fingerprint", gallery.card.fingerprint)
-        if made_by != gallery.card.fingerprint:
-            raise StoreMismatch(
-                f"{path}: embeddings of the encoder {str(made_by)[:12]}…, not of {gallery.card.name} "
-                f"({gallery.card.fingerprint[:12]}…)"
-            )
+    paths = parquet_files(source, gallery.card.fingerprint, gallery.card.name)
     account = Account()
     for path in paths:
         row = 0
-        for rows in _chunks(path, gallery.encoder.dimension):
-            outcomes = [attempt(_item, content, gallery) for content in rows]
+        for rows in chunks_of(path, gallery.encoder.dimension):
+            outcomes = [attempt(item_of_row, content, gallery) for content in rows]
             for number, (content, outcome) in enumerate(zip(rows, outcomes, strict=True), row):
                 if isinstance(outcome, LookalikeError):
                     name = f"{path.name}, row {number}" if content["id"] is None else str(content["id"])
@@ -130,6 +147,31 @@ def import_items(source: Path, gallery: Gallery) -> Account:
             row += len(rows)
     account.save(gallery.settings.store / LEFT_OUT)
     return account
+
+
+def parquet_files(source: Path, fingerprint: str, name: str) -> list[Path]:
+    """Return the files of a source of Parquet.
+
+    Args:
+        source: a file, or a folder of files.
+        fingerprint, name: of the encoder that must have made the embeddings, if a file names one.
+
+    Raises:
+        InvalidSource: there is none.
+        StoreMismatch: another encoder made them.
+    """
+    paths = [source]
+    if source.is_dir():
+        paths = sorted(path for path in source.glob("*.parquet") if path.name != EARLIER_FAILURES)
+    if not paths or not paths[0].exists():
+        raise InvalidSource(f"{source}: expected a .parquet file or a folder of them")
+    for path in paths:
+        made_by = (read_facts(path) or {}).get("fingerprint", fingerprint)
+        if made_by != fingerprint:
+            raise StoreMismatch(
+                f"{path}: embeddings of the encoder {str(made_by)[:12]}…, not of {name} ({fingerprint[:12]}…)"
+            )
+    return paths
 
 
 def _store(items: list[NewItem], gallery: Gallery, account: Account) -> None:
@@ -150,7 +192,8 @@ def _store(items: list[NewItem], gallery: Gallery, account: Account) -> None:
     account.replaced += len(new) - sum(new)
 
 
-def _chunks(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
+def chunks_of(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a file in chunks. Raises InvalidSource: it is damaged, or has embeddings of another length."""
     try:
         # With Arrow's default settings the whole file ends up in memory.
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
@@ -177,38 +220,3 @@ def _lengths(type: Any, path: Path) -> set[int]:
     if pa.types.is_list(type) or pa.types.is_large_list(type):
         return set()
     raise InvalidSource(f"{path}: expected a list of numbers in the column embedding, found {type}")
-
-
-def _item(row: dict[str, Any], gallery: Gallery) -> NewItem:
-    """Return a row as an item. Raises InvalidRequest for a bad row."""
-    id, dimension = row["id"], gallery.encoder.dimension
-    # pandas turns whole numbers into floats where one is missing.
-    if isinstance(id, float) and id.is_integer():
-        id = int(id)
-    if isinstance(id, bool) or not isinstance(id, str | int):
-        raise InvalidRequest(f"id: expected text or a whole number, got {'null' if id is None else type(id).__name__}")
-    try:
-        vector = np.asarray(row["embedding"], np.float64)
-        length = np.linalg.norm(vector)
-        metadata = json.loads(row["metadata"]) if row.get("metadata") else {}
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"the row cannot be read: {error}") from error
-    if vector.shape != (dimension,) or not np.isfinite(length) or not length:
-        raise InvalidRequest(f"embedding: expected {dimension} finite numbers, not all 0")
-    if not isinstance(metadata, dict):
-        raise InvalidRequest("metadata: expected the text of a JSON object")
-    if not row.get("metadata") and row.get("label") is not None:
-        metadata = {"label": str(row["label"])}
-    embedding = np.asarray(vector / length, np.float32)
-    return NewItem(
-        id=gallery.check_id(str(id)),
-        metadata=gallery.check_metadata(metadata),
-        source=row.get("source"),
-        # The digest of `embed` is of a picture that the store does not get, and `index` may add that picture later.
-        digest=(row.get("digest") if "thumbnail" in row else None) or hashlib.sha256(embedding.tobytes()).hexdigest(),
-        variant=row.get("variant") or "fp32",
-        embedding=embedding,
-        thumbnail=row.get("thumbnail") or b"",
-        original=row.get("original"),
-        keep_metadata=not row.get("metadata"),
-    )

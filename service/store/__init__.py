@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from service import FloatArray
 from service.file_facts import FileFacts
 from service.store.filters import Filter
+
+Order = Literal["added", "-added", "id", "-id"]
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,35 @@ class Store(Protocol):
         """Return up to `limit` items in the order of adding, and the cursor of the next page, or None at the end."""
         ...
 
-    def count(self) -> int:
-        """Return the number of items."""
+    def page(
+        self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
+    ) -> tuple[list[Item], int | None]:
+        """Return up to `limit` items in an order, and the cursor of the next page, or None at the end.
+
+        Args:
+            limit: 1 or more.
+            after: the cursor of this page; 0 for the first one. It goes with the same `where` and `order`.
+            where: only items that match; None for all.
+            order: of adding, or of ids by code point; with − the other way round.
+            offset: so many items are passed over first.
+
+        Cost: reads the items from the cursor on, until so many match.
+        """
+        ...
+
+    def remove_matching(self, where: Filter, expect: int | None = None) -> int:
+        """Remove all items that match or, if these are not as many as expected, none. Durable when it returns.
+
+        Returns:
+            The number of items that were removed.
+
+        Raises:
+            CountMismatch: more or fewer items match than expected.
+        """
+        ...
+
+    def count(self, where: Filter | None = None) -> int:
+        """Return the number of items that match; of all without a filter."""
         ...
 
     def sequence(self) -> int:

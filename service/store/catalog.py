@@ -22,6 +22,7 @@ from service import FloatArray
 from service.errors import InvalidRequest, InvalidStore
 from service.file_facts import FileFacts
 from service.store import Item, Move, NewItem
+from service.store.filters import Filter
 
 FILE = "catalog.sqlite"
 SCHEMA = 5
@@ -225,6 +226,12 @@ class CatalogWriter:
         self._database.execute("DELETE FROM items WHERE key = ?", (row[0],))
         self._database.execute("INSERT INTO removed VALUES (?, ?, ?)", (self._sequence, row[0], id))
         return Change(row[0], np.frombuffer(row[1], self._dtype).astype(np.float32), None)
+
+    def ids_matching(self, where: Filter) -> list[str]:
+        """Return the ids of all items that match. Cost: reads the metadata of all items."""
+        # The SQL holds no value itself.
+        query = "SELECT id FROM items WHERE " + where.sql  # noqa: S608
+        return [id for (id,) in self._database.execute(query, where.values)]
 
     def change_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
         """Replace an item's metadata by the result of `change`; None if no item has this id."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from service import FloatArray, IntArray
 from service.errors import InvalidStore
-from service.store import Item, Known
+from service.store import Item, Known, Order
 from service.store.catalog import (
     FILE,
     LATEST,
@@ -149,6 +149,28 @@ class CatalogReader:
         with self.connections.borrow() as database:
             rows = database.execute(query, (len(origin) + 2, f"{origin}/", f"{origin}0"))
             return list(map(Known._make, rows))
+
+    def page(self, limit: int, after: int, where: Filter, order: Order, offset: int) -> list[tuple[int, Item]]:
+        """Return up to `limit` items in an order; see Store.page.
+
+        A cursor is the key of the last item that was shown. In the order of ids it stands for the item's id, which a
+        tombstone keeps if the item was removed.
+        """
+        column, descends = ("items.key", "items.id")[order.endswith("id")], order.startswith("-")
+        values: tuple[Any, ...] = where.values
+        begun = ""
+        if after:
+            key = "?"
+            values += (after,)
+            if order.endswith("id"):
+                key = "coalesce((SELECT id FROM items WHERE key = ?), (SELECT id FROM removed WHERE key = ?))"
+                values += (after,)
+            begun = f"AND {column} {'<' if descends else '>'} {key}"
+        direction = "DESC" if descends else "ASC"
+        # Our own words and question marks alone.
+        condition = f"WHERE {where.sql} {begun} ORDER BY {column} {direction} LIMIT ? OFFSET ?"
+        with self.connections.borrow() as database:
+            return read_items(database, condition, *values, limit, offset, facts=self._facts)
 
     def keys(self) -> IntArray:
         """Return all keys, in order. Cost: reads an index of the database, no table."""

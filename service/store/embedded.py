@@ -11,14 +11,14 @@ import numpy as np
 
 from service import FloatArray
 from service.encoding.card import Card
-from service.errors import InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
-from service.store import Hit, Item, Known, Move, NewItem
+from service.errors import CountMismatch, InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
+from service.store import Hit, Item, Known, Move, NewItem, Order
 from service.store.catalog import FILE, CatalogWriter, Change, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.commits import Commits
 from service.store.faiss_index import Partition, checked
 from service.store.filter_cache import FilterCache
-from service.store.filters import Filter
+from service.store.filters import EVERY, Filter
 from service.store.layout import current, lock
 from service.store.live_index import LiveIndex
 from service.store.maintenance import Maintenance, load_index
@@ -136,6 +136,18 @@ class EmbeddedStore:
 
         return self._commits.run(work)
 
+    def remove_matching(self, where: Filter, expect: int | None = None) -> int:
+        """See Store.remove_matching. Cost: reads the metadata of all items, and holds other changes up meanwhile."""
+
+        def work(writer: CatalogWriter, changes: list[Change]) -> int:
+            ids = writer.ids_matching(where)
+            if expect is not None and len(ids) != expect:
+                raise CountMismatch(f"expected {expect} items that match, found {len(ids)}; nothing is removed")
+            changes += [change for id in ids if (change := writer.remove(id)) is not None]
+            return len(ids)
+
+        return self._commits.run(work)
+
     def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
         """See Store.set_metadata."""
         return self._commits.run(lambda writer, _: writer.change_metadata(id, change))
@@ -170,6 +182,7 @@ class EmbeddedStore:
             InvalidStore: the catalog cannot be read.
         """
         queries = checked(queries, self._dimension)
+        where = None if where == EVERY else where
         if k < 1:
             raise InvalidQuery(f"k must be 1 or more, not {k}")
         if not len(queries):
@@ -211,8 +224,17 @@ class EmbeddedStore:
         rows = self._reader.scan(limit + 1, after)
         return [item for _, item in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
 
-    def count(self) -> int:
-        """See Store.count."""
+    def page(
+        self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
+    ) -> tuple[list[Item], int | None]:
+        """See Store.page."""
+        rows = self._reader.page(limit + 1, after, where or EVERY, order, offset)
+        return [item for _, item in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
+
+    def count(self, where: Filter | None = None) -> int:
+        """See Store.count. Cost: with a filter as FilterCache.get."""
+        if where not in (None, EVERY):
+            return self._filters.get(where).keys.count
         self._catch_up()
         return len(self._live.index)
 

@@ -3,8 +3,12 @@
     {"label": "7"}                        equal; also {"label": {"$eq": "7"}}
     {"place.city": "Rome"}                the field city of the object, or of an object in the list, in the field place
     {"label": {"$in": ["7", "8"]}}        one of them
+    {"label": {"$ne": "7"}}, {"label": {"$nin": ["7", "8"]}}   not this value, none of them
+    {"label": {"$exists": true}}          the field is there, even with null; false: it is not
+    {"label": {"$contains": "7"}}         a text with this text in it, or a list with this value
     {"year": {"$gte": 2000, "$lt": 2010}} a range: of numbers, or of texts by code point
     {"$and": […]}, {"$or": […]}, {"$not": …}
+    {}                                    every item
 
 All fields of an object must match. As in MongoDB, a field that is a list matches a condition if the list has a member
 that does, and a number in a name, as in "tags.0", is a place in a list. A field that an item lacks matches no value,
@@ -13,6 +17,7 @@ and names are equal however Unicode composes them.
 """
 
 import json
+import sys
 import unicodedata
 from typing import Any, NamedTuple
 
@@ -22,16 +27,16 @@ from service.names import unknown
 _MAX_CONDITIONS = 100
 _MAX_VALUES = 1000
 _RANGES = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
-_FOR_FIELDS = ("$eq", "$in", *_RANGES)
+_FOR_FIELDS = ("$eq", "$ne", "$in", "$nin", *_RANGES, "$exists", "$contains")
 _FOR_FILTERS = ("$and", "$or", "$not")
 # Operators of MongoDB and of vector databases. A message may name them: they are words of ours, not a client's.
 _OTHERS = (
-    "$ne $neq $nin $notIn $not_in $nor $exists $type $isNull $is_null $expr $jsonSchema $mod $regex $options $text "
+    "$neq $notIn $not_in $nor $type $isNull $is_null $expr $jsonSchema $mod $regex $options $text "
     "$search $where $geoIntersects $geoWithin $near $nearSphere $all $any $elemMatch $size $bitsAllClear $bitsAllSet "
-    "$bitsAnyClear $bitsAnySet $comment $rand $sampleRate $contains $not_contains $containsAny $contains_any "
+    "$bitsAnyClear $bitsAnySet $comment $rand $sampleRate $not_contains $containsAny $contains_any "
     "$containsAll $contains_all $like $ilike $between $startsWith $endsWith $overlap $range $xor"
 )
-_NEGATIONS = "$not $ne $neq $nin $notIn $not_in $nor $exists $isNull $is_null $not_contains"
+_NEGATIONS = "$not $neq $notIn $not_in $nor $isNull $is_null $not_contains"
 _MAX_INTEGER = 2**63 - 1
 # The nodes along a name with dots: each has the rest of the name that is still to be found in it, null at its end.
 # Keys may contain dots themselves, so a key matches if the rest is that key, or begins with it and a dot.
@@ -61,6 +66,29 @@ class Filter(NamedTuple):
     values: tuple[Any, ...]
 
 
+# Matches every item.
+EVERY = Filter("TRUE", ())
+
+
+def begins(prefix: str) -> Filter:
+    """Return the condition that an id begins with a text, in any Unicode normal form."""
+    prefix = unicodedata.normalize("NFC", prefix)
+    # A range of an index. The order of UTF-8 is that of code points, of which the highest have no next one.
+    head = prefix.rstrip(chr(sys.maxunicode))
+    if not head:
+        return Filter("items.id >= ?", (prefix,)) if prefix else EVERY
+    # Surrogates are no characters.
+    after = chr(0xE000 if head[-1] == "\ud7ff" else ord(head[-1]) + 1)
+    return Filter("(items.id >= ? AND items.id < ?)", (prefix, head[:-1] + after))
+
+
+def both(one: Filter, other: Filter) -> Filter:
+    """Return the condition that two conditions hold."""
+    if EVERY in (one, other):
+        return other if one == EVERY else one
+    return _join("AND", [one, other])
+
+
 def parse_filter(content: Any) -> Filter:
     """Parse a filter.
 
@@ -75,8 +103,10 @@ def parse_filter(content: Any) -> Filter:
 
 
 def _parse(content: Any, budget: list[int]) -> Filter:
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict):
         raise InvalidQuery('filter: expected an object such as {"label": "7"} or {"$and": [...]}')
+    if not content:
+        return EVERY
     return _join("AND", [_member(name, wanted, budget) for name, wanted in content.items()])
 
 
@@ -97,27 +127,46 @@ def _member(name: str, wanted: Any, budget: list[int]) -> Filter:
     if not isinstance(wanted, dict):
         wanted = {"$eq": wanted}
     if not wanted:
-        raise InvalidQuery("filter: expected a value, or an object of $eq, $in, $gt, $gte, $lt, $lte, for a field")
-    return _field(name, [_condition(operator, value, budget) for operator, value in wanted.items()])
+        raise InvalidQuery(f"filter: expected a value, or an object of {_listed('and')}, for a field")
+    conditions = [_condition(operator, value, budget) for operator, value in wanted.items()]
+    held = [condition for condition, negated in conditions if not negated]
+    parts = [_field(name, held)] if held else []
+    for condition, negated in conditions:
+        if negated:
+            field = _field(name, [condition])
+            parts.append(Filter(f"NOT ({field.sql})", field.values))
+    return _join("AND", parts)
 
 
-def _condition(operator: str, wanted: Any, budget: list[int]) -> Filter:
+def _condition(operator: str, wanted: Any, budget: list[int]) -> tuple[Filter, bool]:
+    """Return a condition on the columns `type` and `value` of a field, and whether no value of the field may match."""
     budget[0] -= 1
     if budget[0] < 0:
         raise InvalidQuery(f"filter: expected at most {_MAX_CONDITIONS} conditions")
-    if operator == "$eq":
-        return _equal(wanted)
-    if operator == "$in":
+    if operator in ("$eq", "$ne"):
+        return _of_list_or_value(_one_of([wanted])), operator == "$ne"
+    if operator in ("$in", "$nin"):
         if not isinstance(wanted, list) or not 1 <= len(wanted) <= _MAX_VALUES:
-            raise InvalidQuery(f"filter: $in expects a list of 1 to {_MAX_VALUES} values")
-        return _one_of(wanted)
+            raise InvalidQuery(f"filter: {operator} expects a list of 1 to {_MAX_VALUES} values")
+        return _of_list_or_value(_one_of(wanted)), operator == "$nin"
+    if operator == "$exists":
+        if not isinstance(wanted, bool):
+            raise InvalidQuery("filter: $exists expects true or false")
+        return EVERY, not wanted
+    if operator == "$contains":
+        return _of_list_or_value(_one_of([wanted]), _has_text(wanted)), False
     if operator not in _RANGES:
-        raise InvalidQuery(_refusal(operator, _FOR_FIELDS, "$eq, $in, $gt, $gte, $lt or $lte in the object of a field"))
+        raise InvalidQuery(_refusal(operator, _FOR_FIELDS, f"{_listed('or')} in the object of a field"))
     if isinstance(wanted, str):
-        return Filter(f"(type = 'text' AND value {_RANGES[operator]} ?)", (_text(wanted),))
+        return _of_list_or_value(Filter(f"(type = 'text' AND value {_RANGES[operator]} ?)", (_text(wanted),))), False
     if isinstance(wanted, bool) or not isinstance(wanted, int | float):
         raise InvalidQuery(f"filter: {operator} expects a number or a text")
-    return Filter(f"(type IN ('integer', 'real') AND value {_RANGES[operator]} ?)", (_number(wanted),))
+    numbers = Filter(f"(type IN ('integer', 'real') AND value {_RANGES[operator]} ?)", (_number(wanted),))
+    return _of_list_or_value(numbers), False
+
+
+def _listed(word: str) -> str:
+    return f"{', '.join(_FOR_FIELDS[:-1])} {word} {_FOR_FIELDS[-1]}"
 
 
 def _refusal(name: str, known: tuple[str, ...], expected: str) -> str:
@@ -132,8 +181,13 @@ def _refusal(name: str, known: tuple[str, ...], expected: str) -> str:
     return f'filter: expected {expected}; "a.b" is the name of the field b inside the field a'
 
 
-def _equal(value: Any) -> Filter:
-    return _one_of([value])
+def _has_text(wanted: Any) -> Filter:
+    """Return the condition that a value is a text with this text in it."""
+    if not isinstance(wanted, str):
+        return Filter("FALSE", ())
+    spellings = _spellings(wanted)
+    found = " OR ".join(["instr(value, ?) > 0"] * len(spellings))
+    return Filter(f"(type = 'text' AND ({found}))", tuple(spellings))
 
 
 def _one_of(values: list[Any]) -> Filter:
@@ -169,15 +223,16 @@ def _field(name: str, conditions: list[Filter]) -> Filter:
     one_leaf = "SELECT 1 FROM json_each(items.metadata) WHERE key IN (SELECT value FROM json_each(?)) AND "
     # Through a list, a name with dots leads to several values, of which each condition may have its own.
     walk, groups = (_WALK, [[each] for each in conditions]) if "." in name else (one_leaf, [conditions])
-    tests = [_join("AND", [_of_list_or_value(each) for each in group]) for group in groups]
+    tests = [_join("AND", group) for group in groups]
     return _join("AND", [Filter(f"EXISTS ({walk} {test.sql})", (names, *test.values)) for test in tests])
 
 
-def _of_list_or_value(condition: Filter) -> Filter:
-    """Return the condition that a value matches or, if it is a list, that one of its members does."""
+def _of_list_or_value(member: Filter, alone: Filter | None = None) -> Filter:
+    """Return the condition that a field is a list of which a member matches `member`, or else matches `alone`."""
+    alone = alone or member
     # The innermost table is the one that `type` and `value` name. CASE evaluates no branch but the one it takes.
-    members = f"EXISTS (SELECT 1 FROM (SELECT value AS list) JOIN json_each(list) WHERE {condition.sql})"  # noqa: S608
-    return Filter(f"CASE type WHEN 'array' THEN {members} ELSE {condition.sql} END", condition.values * 2)
+    members = f"EXISTS (SELECT 1 FROM (SELECT value AS list) JOIN json_each(list) WHERE {member.sql})"  # noqa: S608
+    return Filter(f"CASE type WHEN 'array' THEN {members} ELSE {alone.sql} END", member.values + alone.values)
 
 
 def _join(word: str, filters: list[Filter]) -> Filter:
@@ -215,7 +270,8 @@ def _text(value: str) -> str:
 
 DESCRIPTION = (
     'Conditions on metadata: {"label": "7"}, {"label": {"$in": ["7", "8"]}}, {"year": {"$gte": 2000, "$lt": 2010}}, '
-    '{"place.city": "Rome"}, joined by $and, $or, $not. A list matches by any of its members.'
+    '{"place.city": "Rome"}, {"a": {"$exists": true}}, {"a": {"$contains": "b"}}, joined by $and, $or, $not. '
+    "A list matches by any of its members; {} matches every item."
 )
 
 
@@ -226,14 +282,14 @@ def json_schemas(prefix: str) -> dict[str, Any]:
         prefix: the text before a name in a reference, such as "#/components/schemas/".
     """
     scalar = {"type": ["string", "number", "boolean", "null"]}
+    several = {"type": "array", "minItems": 1, "maxItems": _MAX_VALUES, "items": scalar}
     filter, condition = {"$ref": f"{prefix}Filter"}, {"$ref": f"{prefix}Condition"}
     filters = {"type": "array", "minItems": 1, "items": filter}
     return {
         "Filter": {
             "title": "Filter",
-            "description": "Conditions on metadata; several in one object must all hold.",
+            "description": "Conditions on metadata; several in one object must all hold, and {} matches every item.",
             "type": "object",
-            "minProperties": 1,
             "properties": {"$and": filters, "$or": filters, "$not": filter},
             "propertyNames": {"pattern": r"^([^$]|$|\$(and|or|not)$)"},
             "additionalProperties": {"anyOf": [scalar, condition]},
@@ -243,10 +299,8 @@ def json_schemas(prefix: str) -> dict[str, Any]:
             "title": "Condition",
             "type": "object",
             "minProperties": 1,
-            "properties": {
-                "$eq": scalar,
-                "$in": {"type": "array", "minItems": 1, "maxItems": _MAX_VALUES, "items": scalar},
-            }
+            "properties": {"$eq": scalar, "$ne": scalar, "$in": several, "$nin": several}
+            | {"$exists": {"type": "boolean"}, "$contains": scalar}
             | {operator: {"type": ["string", "number"]} for operator in _RANGES},
             "additionalProperties": False,
         },

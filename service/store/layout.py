@@ -9,6 +9,8 @@ import fcntl
 import os
 import re
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from service.errors import InvalidStore
@@ -18,6 +20,8 @@ from service.store.snapshot import SNAPSHOT
 
 _LOCK = "LOCK"
 _CURRENT = "CURRENT"
+# A reader of the lock's file holds the lock for an instant; a process that wants it tries again so often.
+_TRIES, _PAUSE_S = 10, 0.02
 _NAME = re.compile(r"generation-([1-9][0-9]{0,8})")
 
 
@@ -121,9 +125,9 @@ def lock(folder: Path) -> int:
     except OSError as error:
         raise InvalidStore(f"{folder}: cannot be used as a store: {error.strerror}") from error
     try:
-        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(guard)
     except OSError as error:
-        holder = os.read(guard, 32).decode(errors="replace").strip()
+        holder = os.read(guard, 32).decode(errors="replace").partition("\n")[0].strip()
         os.close(guard)
         raise InvalidStore(
             f"{folder}: in use by process {holder}; add pictures to a served store with POST /images, "
@@ -136,6 +140,63 @@ def lock(folder: Path) -> int:
     except OSError:
         pass
     return guard
+
+
+def announce(folder: Path, url: str) -> None:
+    """Write into a store's lock where the process that holds it serves the store. Only that process may call it."""
+    # Without room on the disk the service is there all the same, and has to be named by its URL.
+    with suppress(OSError):
+        guard = os.open(folder / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(guard, f"{os.getpid()}\n{url}\n".encode(), 0)
+        finally:
+            os.close(guard)
+
+
+def served_at(folder: Path) -> str | None:
+    """Return the URL at which a running process of this machine serves the store in a folder; None without one.
+
+    What a process that was killed has left in the file does not count: the system released its lock.
+    """
+    try:
+        guard = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid, _, url = os.read(guard, 4096).decode(errors="replace").partition("\n")
+            # A process that has just taken the lock may not have emptied the file yet.
+            return url.strip() or None if url.endswith("\n") and _runs(pid) else None
+        except OSError:
+            return None
+        return None
+    finally:
+        os.close(guard)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    # A process of another user may run, too.
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _take(guard: int) -> None:
+    """Lock a file for this process. Raises OSError if another process holds it."""
+    for tries in range(_TRIES, -1, -1):
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not tries:
+                raise
+            time.sleep(_PAUSE_S)
 
 
 def _make(folder: Path) -> None:

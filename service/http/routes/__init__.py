@@ -23,6 +23,7 @@ def create_app() -> FastAPI:
             *embed.direct.routes,
             *search.direct.routes,
             *classify.direct.routes,
+            *embed.router.routes,
             *items.pictures.routes,
             *items.router.routes,
             *duplicates.router.routes,

@@ -44,17 +44,23 @@ async def list_duplicates(
     """
     gallery, groupings = stored_gallery_of(request), groupings_of(request)
 
-    def find() -> Page | float:
+    def find() -> tuple[float, Page | float]:
         wanted = _wanted(gallery, preset, threshold)
         if cursor is not None:
-            return groupings.next_page(wanted, cursor, limit)
-        return groupings.first_page(wanted, gallery.store.sequence(), limit)
+            return wanted.threshold, groupings.next_page(wanted, cursor, limit)
+        return wanted.threshold, groupings.first_page(wanted, gallery.store.sequence(), limit)
 
-    found = await work(request, find)
+    used, found = await work(request, find)
     if isinstance(found, float):
         return JSONResponse({"progress": found}, 202, {"Retry-After": _RETRY_S})
     groups = [orjson.Fragment(group) for group in found.groups]
-    content = {"sequence": found.sequence, "total": found.total, "groups": groups, "next": found.next}
+    content = {
+        "sequence": found.sequence,
+        "threshold": used,
+        "total": found.total,
+        "groups": groups,
+        "next": found.next,
+    }
     return NumPyJsonResponse(content)
 
 

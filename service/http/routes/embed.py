@@ -15,12 +15,14 @@ from service.http.openapi import BODY, WORK, answers, body, json_body, picture_b
 from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import Fingerprint
 from service.http.routes.state import NumPyJsonResponse, check_content_type, check_fingerprint, gallery_of, slots_of
+from service.http.routes.strict import StrictRoute
 from service.http.schemas import EmbedTextsBody, EncodingFormat, read_json
 from service.queries import PictureQuery, TextQuery
 
 _NPY = "application/x-npy"
 
 direct = APIRouter(route_class=DirectRoute, tags=["embeddings"])
+router = APIRouter(route_class=StrictRoute, tags=["embeddings"])
 
 
 @direct.post(
@@ -73,20 +75,47 @@ async def embed(
     responses=answers(schemas.OpenAIEmbeddings, *WORK, *BODY, 404, 422, openai=True),
 )
 async def openai_embeddings(request: Request) -> Response:
-    """Embed pictures or texts for clients of OpenAI's API. Errors have its shape, too."""
+    """Embed pictures or texts for clients of OpenAI's API, as many as a body may hold. Errors have its shape, too."""
     gallery = gallery_of(request)
     check_content_type(request, "application/json")
     asked = await read_json(request, gallery.settings, schemas.OPENAI)
-    embeddings = await _embed(request, openai.inputs(asked, gallery))
-    return NumPyJsonResponse(openai.answer(asked, gallery, embeddings))
+    done = await _encode_all(request, openai.inputs(asked, gallery))
+    return NumPyJsonResponse(openai.answer(asked, gallery, done))
 
 
-async def _embed(request: Request, inputs: Sequence[PictureQuery | TextQuery]) -> FloatArray:
-    """Return the embeddings (N, D) of pictures and texts; an error names every bad one. Raises as `encode`."""
+@router.get("/v1/models", responses=answers(schemas.OpenAIModels, *WORK, openai=True))
+async def openai_models(request: Request) -> Response:
+    """List the one model that runs here, for clients of OpenAI's API."""
+    return NumPyJsonResponse(openai.models(gallery_of(request)))
+
+
+async def _encode_all(request: Request, inputs: Sequence[PictureQuery | TextQuery]) -> FloatArray:
+    """Return the embeddings (N, D) of any number of pictures and texts, a part of them at a time.
+
+    Each part has a slot and a timeout of its own, so other requests come between. The first part with a bad member ends
+    the request, and its error names all of that part.
+    """
+    settings = gallery_of(request).settings
+    # Decoded pictures are a thousand times larger than the smallest files of them.
+    most = settings.max_images if any(isinstance(one, PictureQuery) for one in inputs) else settings.max_texts
+    parts = []
+    for start in range(0, len(inputs), most):
+        parts.append(await _embed(request, inputs[start : start + most], start))
+    return np.concatenate(parts)
+
+
+async def _embed(request: Request, inputs: Sequence[PictureQuery | TextQuery], first: int = 0) -> FloatArray:
+    """Return the embeddings (N, D) of pictures and texts; an error names every bad one. Raises as `encode`.
+
+    Args:
+        request: the request.
+        inputs: N of them.
+        first: the place of the first one in the request.
+    """
     done = await encode(request, inputs)
     texts = sum(isinstance(one, TextQuery) for one in inputs)
     what = "picture" if not texts else "text" if texts == len(inputs) else "member"
-    return np.array(each(what, done, Future.result))
+    return np.array(each(what, done, Future.result, first))
 
 
 async def encode(request: Request, inputs: Sequence[PictureQuery | TextQuery]) -> "list[Future[FloatArray]]":

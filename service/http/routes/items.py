@@ -1,6 +1,8 @@
 """/images: add, list, show, change and remove items."""
 
-from collections.abc import AsyncIterator
+import hashlib
+import re
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -10,11 +12,36 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from service.encoding.images import media_type
-from service.errors import UnsupportedFormat
+from service.errors import InvalidRequest, UnsupportedFormat
+from service.gallery import Gallery
 from service.http import schemas, uploads
 from service.http.bodies import content_type, parse_json_object, read_body, read_form, read_one_picture
-from service.http.openapi import BODY, PICTURE_TYPES, WORK, answers, body, json_body, ndjson, picture_body, zip_body
-from service.http.routes.parameters import Cursor, Fingerprint, ItemId, Limit, Metadata
+from service.http.openapi import (
+    BODY,
+    PICTURE_TYPES,
+    WORK,
+    answers,
+    body,
+    json_body,
+    ndjson,
+    picture_body,
+    stored_answers,
+    zip_body,
+)
+from service.http.routes.parameters import (
+    Cursor,
+    Expect,
+    FilterText,
+    Fingerprint,
+    IncludeOfItem,
+    ItemId,
+    Limit,
+    ListOrder,
+    Metadata,
+    NeededFilter,
+    Offset,
+    Prefix,
+)
 from service.http.routes.state import (
     check_content_type,
     check_fingerprint,
@@ -24,10 +51,14 @@ from service.http.routes.state import (
     work,
 )
 from service.http.routes.strict import StrictRoute
-from service.http.schemas import read_json
+from service.http.schemas import EncodingFormat, IncludedOfItem, listed, read_json
+from service.http.stored_files import file_answer, has_it, not_modified, steady
 from service.store import Item
+from service.store.filters import EVERY, Filter, begins, both, parse_filter
 
 _MERGE_PATCH = "application/merge-patch+json"
+_FORM_FIELDS = {uploads.METADATA_FIELD, uploads.SOURCES_FIELD}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _PictureRoute(StrictRoute):
@@ -59,20 +90,68 @@ pictures = APIRouter(route_class=_PictureRoute, tags=["images"])
 
 
 @router.get("/images", responses=answers(schemas.Page, 400, 404, *WORK))
-async def list_images(request: Request, limit: Limit = 100, cursor: Cursor = None) -> Response:
-    """List items in the order of adding; `next` is the cursor of the next page, or null."""
+async def list_images(
+    request: Request,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    filter: FilterText = None,
+    prefix: Prefix = "",
+    order: ListOrder = "added",
+    offset: Offset = 0,
+    include: IncludeOfItem = (),
+    encoding_format: EncodingFormat = "float",
+) -> Response:
+    """List the items that match a filter and whose ids begin with `prefix`, and their `total`.
+
+    `next` is the cursor of the next page, or null; it goes with the same filter, prefix and order.
+    """
+    where = _where(None if filter is None else parse_json_object(filter, "filter"), prefix)
 
     def list_page() -> Response:
-        items, following = gallery_of(request).store.scan(limit, int(cursor or 0))
+        gallery = gallery_of(request)
+        items, following = gallery.store.page(limit, int(cursor or 0), where, order, offset)
         after = None if following is None else str(following)
-        return JSONResponse({"items": [_shown(item) for item in items], "next": after})
+        shown = [_shown(item) | _included(gallery, item, include, encoding_format) for item in items]
+        return JSONResponse({"items": shown, "total": gallery.store.count(where), "next": after})
 
     return await work(request, list_page)
 
 
 @router.post(
+    "/images/count",
+    openapi_extra=body(json_body(schemas.CountBody)),
+    responses=answers(schemas.Count, *WORK, *BODY, 404),
+)
+async def count_images(request: Request) -> Response:
+    """Count the items that match a filter and whose ids begin with `prefix`."""
+    gallery = stored_gallery_of(request)
+    check_content_type(request, "application/json")
+    asked = await read_json(request, gallery.settings, schemas.COUNT)
+    where = _where(asked.filter, asked.prefix)
+    return JSONResponse({"count": await work(request, lambda: gallery.store.count(where))})
+
+
+@router.delete("/images", responses=answers(schemas.Removed, 400, 403, 404, 409, *WORK))
+async def delete_images(request: Request, filter: NeededFilter, prefix: Prefix = "", expect: Expect = None) -> Response:
+    """Remove all items that match a filter and whose ids begin with `prefix`, in one step.
+
+    With `expect` nothing is removed, and the answer is 409, if there are more or fewer. A filter that matches every
+    item, {}, needs `expect` or a prefix.
+    """
+    gallery = stored_gallery_of(request)
+    where = _where(parse_json_object(filter, "filter"), prefix)
+    if where == EVERY and expect is None:
+        raise InvalidRequest("a filter that matches every item needs expect, the number of all items, or a prefix")
+    return JSONResponse({"removed": await work(request, lambda: gallery.store.remove_matching(where, expect))})
+
+
+@router.post(
     "/images",
-    openapi_extra=body(picture_body(several=True, metadata="metadata-by-id", raw=False) | zip_body()),
+    openapi_extra=body(
+        picture_body(several=True, metadata="metadata-by-id", raw=False, sources=True)
+        | zip_body()
+        | json_body(schemas.AddItemsBody)
+    ),
     response_class=Response,
     responses=answers(None, *BODY, *WORK, 403, 404, 409)
     | {200: {"description": "One line per picture.", "content": ndjson()}},
@@ -81,22 +160,28 @@ async def add_images(request: Request, fingerprint: Fingerprint = None) -> Respo
     """Add or replace many pictures. Their ids are the file names of the form's `file` fields, or the paths in a zip.
 
     The form's field `metadata`, or the zip's member `metadata.json`, is an object of metadata by id; an item that is
-    replaced and has none there keeps its metadata. The answer is one line of JSON per picture, written once it is
-    stored or refused: status 201 for a new item, 200 for one that replaces another. Sending a picture again is safe.
+    replaced and has none there keeps its metadata. The form's field `sources` says by id where pictures came from; one
+    that is the path of a file with the same bytes on this machine is not copied. JSON brings items with embeddings that
+    this encoder has made. The answer is one line of JSON per picture, written once it is stored or refused: status 201
+    for a new item, 200 for one that replaces another. Sending a picture again is safe.
     """
     gallery = stored_gallery_of(request)
     check_fingerprint(gallery, fingerprint)
     kind = content_type(request)
-    pictures: uploads.Archive | uploads.Uploads
+    pictures: uploads.Archive | uploads.Uploads | uploads.Rows
     if kind == "multipart/form-data":
         pictures = uploads.Uploads(
-            await read_form(request, gallery.settings, gallery.settings.max_bulk_images, {"metadata"})
+            await read_form(request, gallery.settings, gallery.settings.max_bulk_images, _FORM_FIELDS)
         )
     elif kind in ("application/zip", "application/x-zip-compressed"):
         content = await read_body(request, gallery.settings.max_request_bytes)
         pictures = await work(request, lambda: uploads.Archive(content, gallery.settings))
+    elif kind == "application/json":
+        asked = await read_json(request, gallery.settings, schemas.ADD_ITEMS)
+        check_fingerprint(gallery, asked.fingerprint)
+        pictures = uploads.Rows(asked.items, gallery.settings)
     else:
-        raise UnsupportedFormat("expected multipart/form-data with fields file, or application/zip")
+        raise UnsupportedFormat("expected multipart/form-data with fields file, application/zip or application/json")
     lines: AsyncIterator[str] = uploads.add_all(pictures, gallery, slots_of(request))
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
@@ -104,26 +189,45 @@ async def add_images(request: Request, fingerprint: Fingerprint = None) -> Respo
 @pictures.get(
     "/images/{id:path}/thumbnail",
     response_class=Response,
-    responses=answers(None, 400, 404, *WORK, media=("image/webp",)),
+    responses=stored_answers(400, 404, *WORK, media=("image/webp",)),
 )
 async def get_thumbnail(request: Request, id: ItemId) -> Response:
-    """A small WebP of an item."""
+    """A small WebP of an item. If-None-Match and Range are read."""
     gallery = gallery_of(request)
-    data = await work(request, lambda: gallery.thumbnail(gallery.check_id(id)))
-    return Response(data, media_type="image/webp")
+
+    def read() -> Response:
+        data = gallery.thumbnail(gallery.check_id(id))
+        tag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return not_modified(tag) if has_it(request, tag) else file_answer(request, data, tag, "image/webp")
+
+    return await work(request, read)
 
 
 @pictures.get(
     "/images/{id:path}/content",
     response_class=Response,
-    responses=answers(None, 400, 404, *WORK, media=PICTURE_TYPES[:-1]),
+    responses=stored_answers(400, 404, *WORK, media=PICTURE_TYPES[:-1]),
 )
 async def get_content(request: Request, id: ItemId) -> Response:
-    """The picture's own bytes: as the store keeps them, or from the indexed file if that has not changed since."""
+    """The picture's own bytes: as the store keeps them, or from the indexed file if that has not changed since.
+
+    If-None-Match and Range are read.
+    """
     gallery = gallery_of(request)
-    data = await work(request, lambda: gallery.original(gallery.check_id(id)))
-    # A client sent these bytes. We decide their type, and the guard forbids a browser to guess another.
-    return Response(data, media_type=media_type(data))
+
+    def tag() -> str:
+        # Nearly always a sha256; an import may have brought another text.
+        digest = gallery.get(gallery.check_id(id)).digest
+        return f'"{digest if _SHA256.fullmatch(digest) else hashlib.sha256(digest.encode()).hexdigest()}"'
+
+    def read() -> Response:
+        if has_it(request, own := tag()):
+            return not_modified(own)
+        data, own = steady(tag, lambda: gallery.original(gallery.check_id(id)))
+        # A client sent these bytes. We decide their type, and the guard forbids a browser to guess another.
+        return file_answer(request, data, own, media_type(data))
+
+    return await work(request, read)
 
 
 @router.put(
@@ -156,11 +260,17 @@ async def put_image(
 
 
 @router.get("/images/{id:path}", responses=answers(schemas.ItemDetails, 400, 404, *WORK))
-async def get_image(request: Request, id: ItemId) -> Response:
-    """An item's id and metadata, and the variant of the encoder that embedded it."""
+async def get_image(
+    request: Request, id: ItemId, include: IncludeOfItem = (), encoding_format: EncodingFormat = "float"
+) -> Response:
+    """An item's id and metadata, the variant of the encoder that embedded it, and what `include` names."""
     gallery = gallery_of(request)
-    item = await work(request, lambda: gallery.get(gallery.check_id(id)))
-    return JSONResponse(_shown(item) | {"variant": item.variant})
+
+    def read() -> dict[str, Any]:
+        item = gallery.get(gallery.check_id(id))
+        return _shown(item) | {"variant": item.variant} | _included(gallery, item, include, encoding_format)
+
+    return JSONResponse(await work(request, read))
 
 
 @router.patch(
@@ -192,3 +302,18 @@ async def delete_image(request: Request, id: ItemId) -> Response:
 
 def _shown(item: Item) -> dict[str, Any]:
     return {"id": item.id, "metadata": item.metadata}
+
+
+def _included(gallery: Gallery, item: Item, include: Sequence[IncludedOfItem], form: EncodingFormat) -> dict[str, Any]:
+    """Return what `include` names of an item. Its embedding is left out if it has been removed meanwhile."""
+    told: dict[str, Any] = {name: getattr(item, name) for name in ("digest", "source", "variant") if name in include}
+    embedding = gallery.store.embedding(item.id) if "embedding" in include else None
+    if embedding is not None:
+        (row,) = listed(embedding[None], form)
+        told["embedding"] = row if isinstance(row, str) else row.tolist()
+    return told
+
+
+def _where(filter: dict[str, Any] | None, prefix: str) -> Filter:
+    """Return the condition of a filter and a prefix of ids. Raises InvalidQuery for a malformed filter."""
+    return both(EVERY if filter is None else parse_filter(filter), begins(prefix))

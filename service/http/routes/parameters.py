@@ -8,6 +8,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from service.http.openapi import ITEM_ID
 from service.http.query_bodies import Included
+from service.http.schemas import IncludedOfItem
+from service.store import Order
 
 # A longer one, percent-encoded, would not fit into a line of the HTTP parser.
 _MAX_CHARACTERS = 2000
@@ -21,6 +23,21 @@ FilterText = Annotated[
     Annotated[str, Field(max_length=_MAX_CHARACTERS)] | _Missing,
     Query(description='JSON, as {"label": "7"}.', json_schema_extra={"format": "filter"}),
 ]
+NeededFilter = Annotated[
+    str,
+    Query(
+        max_length=_MAX_CHARACTERS,
+        description='JSON, as {"label": "7"}; {} matches every item.',
+        json_schema_extra={"format": "filter"},
+    ),
+]
+Prefix = Annotated[str, Query(max_length=_MAX_CHARACTERS, description="Only items whose ids begin with this text.")]
+ListOrder = Annotated[Order, Query(description="Of the time of adding, or of ids; with - the other way round.")]
+Offset = Annotated[int, Query(ge=0, le=10**12, description="So many items are passed over first.")]
+Expect = Annotated[
+    Annotated[int, Field(ge=0, le=10**12)] | _Missing, Query(description="How many items have to match; else 409.")
+]
+IncludeOfItem = Annotated[tuple[IncludedOfItem, ...], Query(description="What is shown besides id and metadata.")]
 Include = Annotated[tuple[Included, ...], Query()]
 Fingerprint = Annotated[
     Annotated[str, Field(max_length=128)] | _Missing,

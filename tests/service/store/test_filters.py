@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from service.errors import InvalidQuery
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore
-from service.store.filters import parse_filter
+from service.store.filters import begins, both, parse_filter
 
 _names = st.sampled_from(["a", "b", "label", 'x"y', "$.a", "", "é", "a.b"])
 _asked_names = _names | st.sampled_from(
@@ -36,9 +36,11 @@ _metadata = st.dictionaries(_names, _values, max_size=4)
 _bounds = _numbers | st.sampled_from(["", "a", "b", "é"])
 _conditions: Any = st.dictionaries(
     st.sampled_from(["$gt", "$gte", "$lt", "$lte"]), _bounds, min_size=1, max_size=2
-) | st.fixed_dictionaries({"$in": st.lists(_scalars, min_size=1, max_size=3)})
+) | st.dictionaries(st.sampled_from(["$in", "$nin"]), st.lists(_scalars, min_size=1, max_size=3), min_size=1)
+_conditions |= st.dictionaries(st.sampled_from(["$ne", "$eq", "$contains"]), _scalars, min_size=1, max_size=2)
+_conditions |= st.fixed_dictionaries({"$exists": st.booleans()}, optional={"$ne": _scalars, "$lt": _bounds})
 _fields = st.dictionaries(
-    _asked_names.filter(lambda name: not name.startswith("$")), _scalars | _conditions, min_size=1
+    _asked_names.filter(lambda name: not name.startswith("$")), _scalars | _conditions, max_size=3
 )
 _filters = st.recursive(
     _fields,
@@ -91,13 +93,30 @@ def meets(metadata: dict[str, Any], content: dict[str, Any]) -> bool:
             good = not meets(metadata, wanted)
         else:
             conditions = wanted if isinstance(wanted, dict) else {"$eq": wanted}
-            good = all(
-                any(holds_for(have, operator, value) for have in found(metadata, name))
-                for operator, value in conditions.items()
-            )
+            good = all(field_holds([*found(metadata, name)], *condition) for condition in conditions.items())
         if not good:
             return False
     return True
+
+
+def field_holds(values: list[Any], operator: str, wanted: Any) -> bool:
+    """Whether a field that leads to these values matches one condition."""
+    if operator == "$exists":
+        return bool(values) == wanted
+    if operator in ("$ne", "$nin"):
+        return not field_holds(values, {"$ne": "$eq", "$nin": "$in"}[operator], wanted)
+    if operator == "$contains":
+        return any(
+            any(equal(member, wanted) for member in have)
+            if isinstance(have, list)
+            else isinstance(have, str) and isinstance(wanted, str) and has_text(have, wanted)
+            for have in values
+        )
+    return any(holds_for(have, operator, wanted) for have in values)
+
+
+def has_text(have: str, wanted: str) -> bool:
+    return any(unicodedata.normalize(form, wanted) in have for form in ("NFC", "NFD")) or wanted in have
 
 
 def holds_for(have: Any, operator: str, wanted: Any) -> bool:
@@ -159,6 +178,24 @@ TAGGED |= {"shots": [{"lens": "50mm", "iso": [100, 200]}, {"lens": "35mm"}]}
         ({"shots.iso": 200}, True),
         ({"label": "Müller"}, True),
         ({"label": {"$in": ["M\u00fcller"]}}, True),
+        ({}, True),
+        ({"$not": {}}, False),
+        ({"$and": [{}, {"tags": "red"}]}, True),
+        ({"tags": {"$ne": "red"}}, False),
+        ({"tags": {"$ne": "green"}}, True),
+        ({"nobody": {"$ne": "red"}}, True),
+        ({"tags": {"$nin": ["green", "blue"]}}, False),
+        ({"place.city": {"$exists": True}}, True),
+        ({"place.street": {"$exists": True}}, False),
+        ({"place.street": {"$exists": False}}, True),
+        ({"shots.iso": {"$exists": True, "$ne": 300}}, True),
+        ({"label": {"$contains": "üll"}}, True),
+        ({"label": {"$contains": "lul"}}, False),
+        ({"label": {"$contains": ""}}, True),
+        ({"tags": {"$contains": "red"}}, True),
+        ({"tags": {"$contains": "re"}}, False),
+        ({"years": {"$contains": 2020}}, True),
+        ({"a.b": {"$contains": 1}}, False),
     ],
 )
 def test_lists_and_names_with_dots_match_as_in_mongodb(content: Any, matches: bool) -> None:
@@ -178,15 +215,17 @@ def test_the_largest_filter_is_answered(store: EmbeddedStore) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ({}, "expected an object such as"),
         ([], "expected an object such as"),
         ({"$nor": []}, '$nor is not an operator here; expected $and, $or, $not or the name of a field; {"$not"'),
         ({"$nott": {"a": 1}}, "an operator that is not known here; the nearest is $not"),
         ({"$gt": 3}, "$gt belongs in another place"),
-        ({"a": {"$not": {"$eq": 1}}}, "$not belongs in another place; expected $eq, $in"),
-        ({"a": {"$ne": 1}}, "$ne is not an operator here; expected $eq, $in, $gt, $gte, $lt or $lte"),
-        ({"a": {"$regex": "^x"}}, "$regex is not an operator here; expected $eq, $in"),
-        ({"a": {"$exists": True}}, "$exists is not an operator here; expected $eq, $in"),
+        ({"a": {"$not": {"$eq": 1}}}, "$not belongs in another place; expected $eq, $ne, $in"),
+        ({"$ne": 1}, "$ne belongs in another place; expected $and"),
+        ({"a": {"$regex": "^x"}}, "$regex is not an operator here; expected $eq, $ne, $in, $nin, $gt, $gte, $lt, $lte"),
+        ({"a": {"$not_in": [1]}}, "$not_in is not an operator here; expected $eq, $ne, $in, $nin"),
+        ({"a": {"$exists": 1}}, "$exists expects true or false"),
+        ({"a": {"$contains": ["x"]}}, "expected a text, a number"),
+        ({"a": {"$nin": []}}, "$nin expects a list of 1 to 1000"),
         ({"a": {"$gt": 1, "$elemMatch": {}}}, "$elemMatch is not an operator here"),
         ({"a": {"$gtee": 1}}, "the nearest is $gte"),
         ({"a": {"city": "Rome"}}, '"a.b" is the name of the field b inside the field a'),
@@ -194,7 +233,7 @@ def test_the_largest_filter_is_answered(store: EmbeddedStore) -> None:
         ({"$or": {}}, "$or expects a list"),
         ({"$not": 3}, "expected an object such as"),
         ({"a": {}}, "expected a value"),
-        ({"a": {"$like": "x"}}, "$like is not an operator here; expected $eq, $in"),
+        ({"a": {"$like": "x"}}, "$like is not an operator here; expected $eq, $ne"),
         ({"a": {"$in": []}}, "$in expects a list of 1 to 1000"),
         ({"a": {"$in": [1] * 1001}}, "$in expects a list of 1 to 1000"),
         ({"a": {"$gt": True}}, "$gt expects a number or a text"),
@@ -261,3 +300,18 @@ def test_a_filter_that_was_asked_before_knows_what_changed_since(store: Embedded
             kept = [id for id, metadata in model.items() if meets(metadata, content)]
             best = sorted(kept, key=lambda id: -float(rows[int(id)] @ rows[step]))[:10]
             assert [hit.id for hit in hits] == best
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    ids=st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=4), unique=True),
+    prefix=st.text(st.sampled_from(["a", "b", "/", "\ud7ff", "\ue000", "\U0010ffff", "é"]), max_size=3),
+)
+def test_a_prefix_is_the_beginning_of_an_id(ids: list[str], prefix: str) -> None:
+    composed = {unicodedata.normalize("NFC", id) for one in ids for id in (one, prefix + one)}
+    database = apsw.Connection(":memory:")
+    database.execute("CREATE TABLE items (id TEXT NOT NULL UNIQUE, metadata TEXT)")
+    database.executemany("INSERT INTO items VALUES (?, '{}')", [(id,) for id in composed])
+    where = both(parse_filter({}), begins(prefix))
+    found = {id for (id,) in database.execute("SELECT id FROM items WHERE " + where.sql, where.values)}
+    assert found == {id for id in composed if id.startswith(unicodedata.normalize("NFC", prefix))}

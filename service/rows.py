@@ -1,0 +1,74 @@
+"""A row of a table as an item: what `store import` reads from Parquet, and POST /images from JSON."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from service.errors import InvalidRequest
+from service.store import NewItem
+
+
+class Rules(Protocol):
+    """What an item has to keep to; a Gallery is one."""
+
+    @property
+    def dimension(self) -> int:
+        """D of an embedding."""
+        ...
+
+    def check_id(self, id: str) -> str:
+        """Return an id in composed form. Raises InvalidRequest."""
+        ...
+
+    def check_metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return metadata unchanged. Raises InvalidRequest."""
+        ...
+
+
+def item_of_row(row: Mapping[str, Any], rules: Rules) -> NewItem:
+    """Return a row as an item for a store.
+
+    Args:
+        row: `id`, a text or a whole number, and `embedding`, D numbers of any length but 0. It may have `metadata`, an
+            object or its text, or else `label`, which becomes the metadata; and `source`, `digest`, `variant`,
+            `thumbnail` and `original` as NewItem has them.
+        rules: of the store that gets it.
+
+    Raises:
+        InvalidRequest: an id, an embedding or metadata that cannot be.
+    """
+    id, dimension = row["id"], rules.dimension
+    # pandas turns whole numbers into floats where one is missing.
+    if isinstance(id, float) and id.is_integer():
+        id = int(id)
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise InvalidRequest(f"id: expected text or a whole number, got {'null' if id is None else type(id).__name__}")
+    try:
+        vector = np.asarray(row["embedding"], np.float64)
+        length = np.linalg.norm(vector)
+        given = row.get("metadata") or {}
+        metadata = json.loads(given) if isinstance(given, str) else given
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the row cannot be read: {error}") from error
+    if vector.shape != (dimension,) or not np.isfinite(length) or not length:
+        raise InvalidRequest(f"embedding: expected {dimension} finite numbers, not all 0")
+    if not isinstance(metadata, dict):
+        raise InvalidRequest("metadata: expected the text of a JSON object")
+    if row.get("metadata") in (None, "") and row.get("label") is not None:
+        metadata = {"label": str(row["label"])}
+    embedding = np.asarray(vector / length, np.float32)
+    return NewItem(
+        id=rules.check_id(str(id)),
+        metadata=rules.check_metadata(metadata),
+        source=row.get("source"),
+        # The digest of `embed` is of a picture that the store does not get, and `index` may add that picture later.
+        digest=(row.get("digest") if "thumbnail" in row else None) or hashlib.sha256(embedding.tobytes()).hexdigest(),
+        variant=row.get("variant") or "fp32",
+        embedding=embedding,
+        thumbnail=row.get("thumbnail") or b"",
+        original=row.get("original"),
+        keep_metadata=row.get("metadata") in (None, ""),
+    )
