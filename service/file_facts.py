@@ -68,6 +68,24 @@ class FileFacts(NamedTuple):
             return cls()
 
 
+class Move(NamedTuple):
+    """What became of the file of an item.
+
+    Attributes:
+        id: of the item.
+        digest: of the item; one that has another picture by now is left alone.
+        to: its id from now on, often the same; None removes it.
+        source, facts, mtime_ns: as Item has them, from now on.
+    """
+
+    id: str
+    digest: str
+    to: str | None
+    source: str | None = None
+    facts: FileFacts = FileFacts()
+    mtime_ns: int | None = None
+
+
 def _utc(mtime_ns: int) -> str | None:
     try:
         return datetime.fromtimestamp(mtime_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")

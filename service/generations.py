@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from service.errors import InvalidRequest, InvalidStore, LookalikeError, Outcome, attempt
-from service.file_facts import FileFacts
+from service.file_facts import FileFacts, Move
 from service.items import NewPicture
 from service.originals import read_source
-from service.store import Move, Store
+from service.store import Store
 from service.store.catalog import has_catalog, no_store, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore

@@ -7,14 +7,14 @@ from typing import NamedTuple, TypeVar
 
 from service.account import LEFT_OUT, Account, Failure, printable
 from service.errors import LookalikeError, Outcome
-from service.file_facts import HEAD_BYTES, FileFacts
+from service.file_facts import HEAD_BYTES, FileFacts, Move
 from service.gallery import Gallery, ReadPicture
 from service.items import NewPicture
 from service.jobs.naming import Naming, choose_names, owner_of
 from service.jobs.reading import in_two_stages, progress, read_ahead, use_good
 from service.originals import note_folder
 from service.sources.source import Entry, Source
-from service.store import Item, Move, NewItem
+from service.store import Item, NewItem
 
 
 class _Known(NamedTuple):

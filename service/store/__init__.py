@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from service import FloatArray
-from service.file_facts import FileFacts
+from service.file_facts import FileFacts, Move
 from service.store.filters import Filter
 
 Order = Literal["added", "-added", "id", "-id"]
@@ -50,24 +50,6 @@ class NewItem(Item):
     thumbnail: bytes
     original: bytes | None
     keep_metadata: bool = False
-
-
-class Move(NamedTuple):
-    """What became of the file of an item.
-
-    Attributes:
-        id: of the item.
-        digest: of the item; one that has another picture by now is left alone.
-        to: its id from now on, often the same; None removes it.
-        source, facts, mtime_ns: as Item has them, from now on.
-    """
-
-    id: str
-    digest: str
-    to: str | None
-    source: str | None = None
-    facts: FileFacts = FileFacts()
-    mtime_ns: int | None = None
 
 
 class Known(NamedTuple):

@@ -20,8 +20,8 @@ import numpy as np
 
 from service import FloatArray
 from service.errors import InvalidRequest, InvalidStore
-from service.file_facts import FileFacts
-from service.store import Item, Move, NewItem
+from service.file_facts import FileFacts, Move
+from service.store import Item, NewItem
 from service.store.filters import Filter
 
 FILE = "catalog.sqlite"

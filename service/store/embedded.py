@@ -12,7 +12,8 @@ import numpy as np
 from service import FloatArray
 from service.encoding.card import Card
 from service.errors import CountMismatch, InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
-from service.store import Hit, Item, Known, Move, NewItem, Order
+from service.file_facts import Move
+from service.store import Hit, Item, Known, NewItem, Order
 from service.store.catalog import FILE, CatalogWriter, Change, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.commits import Commits

@@ -19,11 +19,12 @@ from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
 from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFound, NoEmbedding, UnsupportedFormat
+from service.file_facts import Move
 from service.gallery import Gallery, open_gallery, succeed
 from service.items import NewPicture
 from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
-from service.store import Hit, Item, Known, Move, NewItem
+from service.store import Hit, Item, Known, NewItem
 from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
 from service.store.filters import Filter

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from service.errors import InvalidRequest, ItemNotFound
+from service.file_facts import Move
 from service.gallery import Gallery
 from service.jobs.index import index_source
 from service.queries import PictureQuery
 from service.sources import open_source
 from service.sources.compact import Labels
 from service.sources.source import LeftOut, Source
-from service.store import Move
 from tests.conftest import encoded, missing, scene
 from tests.service.jobs.test_embed import counts
 
