@@ -18,7 +18,7 @@ from service.file_facts import HEAD_BYTES, FileFacts, Move
 from service.jobs.naming import Collection, Naming, choose_names, name_more
 from service.jobs.reading import progress, read_ahead
 from service.sources import origin_of
-from service.sources.folder import Stamp, gather_stamped, open_folder
+from service.sources.folder import NOWHERE, Stamp, gather_stamped, open_folder
 from service.sources.kinds import holds_none
 from service.sources.paths import Gathered, compose
 from service.sources.source import LeftOut, Source
@@ -181,7 +181,7 @@ def _from_elsewhere(gathered: Gathered[Stamp], stored: Catalogued) -> list[Known
 
 def _compare(known: list[Known], gathered: Gathered[Stamp], decide: Decide) -> _Compared:
     items = {one.path: one for one in known}
-    lost = {compose(one.name).rstrip("/") for one in gathered.left_out if one.lost}
+    lost = {compose(one.name).rstrip("/") for one in gathered.left_out if one.lost or one.reason.startswith(NOWHERE)}
     gone = [one for one in known if one.path not in gathered.found]
     kept = [one for one in gone if lost and _within(one.path, lost)]
     vanished = [one for one in gone if not (lost and _within(one.path, lost))]
@@ -256,6 +256,8 @@ class _Match:
     def _look(self, paths: list[str]) -> dict[str, _Looked]:
         """Read files, and return what they say; those that cannot be read are failures."""
         looked: dict[str, _Looked] = {}
+        if not paths:
+            return looked
 
         def read(position: int) -> _Looked:
             return _read(self._root / self._gathered.found[paths[position]][0])

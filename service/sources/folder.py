@@ -17,6 +17,10 @@ from service.sources.paths import Gathered, path_labels
 from service.sources.source import LeftOut, Omissions, Source
 
 
+# How the reason begins for which a link is left out whose file or folder is not there, now.
+NOWHERE = "a link that leads nowhere"
+
+
 def gather(root: Path) -> Gathered[None]:
     """Return the pictures in a folder, at any depth, and what it holds besides. Raises OSError if it is unreadable."""
     gathered: Gathered[None] = Gathered(lambda one, other: _same(root / one[0], root / other[0]))
@@ -153,7 +157,7 @@ def _follow(root: Path, link: str, entered: set[str], links: list[str]) -> Itera
         mode = (root / link).stat().st_mode
     except OSError as error:
         picture = judge(link, lambda: b"") is None
-        yield link, LeftOut(link, f"a link that leads nowhere: {error.strerror}", picture)
+        yield link, LeftOut(link, f"{NOWHERE}: {error.strerror}", picture)
         return
     real = os.path.realpath(root / link)
     if stat.S_ISDIR(mode):
