@@ -174,11 +174,12 @@ def wanted(include: Sequence[Included]) -> dict[str, Any]:
 
 def item_of(content: Mapping[str, Any]) -> ServedItem:
     """Return an item from its JSON."""
-    told = [content.get(name) for name in ("digest", "source", "variant")]
+    digest, source, variant = (content.get(name) for name in ("digest", "source", "variant"))
     file = content.get("file")
     facts = None if file is None else FileFacts(*(file[name] for name in FileFacts._fields))
     mtime_ns = None if file is None else file["mtime_ns"]
-    return ServedItem(content["id"], content["metadata"], vector_of(content), *told, facts, mtime_ns)
+    vector = vector_of(content)
+    return ServedItem(content["id"], content["metadata"], vector, digest, source, variant, facts, mtime_ns)
 
 
 def move_json(move: Move) -> dict[str, Any]:

@@ -23,11 +23,11 @@ from service.sources import origin_of
 from service.sources.source import Source
 from service.store import Item, Known, NewItem
 from service.uploader import ahead
-from service.wire import EmbeddedUpload, ServedItem, Upload
+from service.wire import EmbeddedUpload, Included, ServedItem, Upload
 
-_FACTS = ("digest", "source", "variant")
+_FACTS: tuple[Included, ...] = ("digest", "source", "variant")
 # What a sync compares, and names need.
-_OF_FILES = (*_FACTS, "file")
+_OF_FILES: tuple[Included, ...] = (*_FACTS, "file")
 # Items of one file of an export, which have their pictures.
 _ROWS_PER_PART = 1024
 
@@ -105,6 +105,10 @@ class ServedItems:
             for one in self._items.values()
             if one.source is not None and one.source.startswith(begins)
         ]
+
+    def stamps(self, origin: str) -> dict[str, tuple[int | None, int | None]]:
+        """Return bytes and times of change of the pictures of a source, by their paths in it."""
+        return {one.path: one[3:] for one in self.below(origin)}
 
     def close(self) -> None:
         """Do nothing: the client is its owner's."""

@@ -68,6 +68,10 @@ class StoredItems:
         """Return the items that came from a source; see Store.below."""
         return [] if self._reader is None else self._reader.below(origin)
 
+    def stamps(self, origin: str) -> dict[str, tuple[int | None, int | None]]:
+        """Return bytes and times of change of the pictures of a source, by their paths in it."""
+        return {} if self._reader is None else self._reader.stamps(origin)
+
     def facts(self) -> dict[str, str]:
         """Return the facts that the store holds about itself."""
         return ({} if self._folder is None else read_meta(self._folder)) | self.noted

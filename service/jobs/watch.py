@@ -53,7 +53,7 @@ class Settling:
         self._now[path] = (stamp, since)
         if path in self._failed and self._failed[path] == stamp:
             return "pass"
-        recent = self._looks > 0 if stamp is None else abs(time.time() - stamp.mtime_ns / 1e9) < _STEADY_S
+        recent = self._looks > 0 if stamp is None else abs(time.time() - stamp[1] / 1e9) < _STEADY_S
         return "wait" if recent and now - since < _LOOK_S / 2 else "take"
 
 

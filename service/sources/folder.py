@@ -8,14 +8,13 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from service.sources.captions import is_metadata, metadata_captions
 from service.sources.compact import Names
 from service.sources.kinds import FIRST_BYTES, HIDDEN, is_hidden, judge
 from service.sources.paths import Gathered, path_labels
 from service.sources.source import LeftOut, Omissions, Source
-
 
 # How the reason begins for which a link is left out whose file or folder is not there, now.
 NOWHERE = "a link that leads nowhere"
@@ -33,34 +32,51 @@ def gather(root: Path) -> Gathered[None]:
     return gathered
 
 
-class Stamp(NamedTuple):
-    """What a disk says of a file without opening it: bytes, and when it was changed last in nanoseconds since 1970."""
-
-    size_bytes: int
-    mtime_ns: int
+Stamp = tuple[int, int]
+"""What a disk says of a file without opening it: bytes, and when it was changed last in nanoseconds since 1970."""
 
 
-def gather_stamped(root: Path, known: Mapping[str, tuple[int | None, int | None]]) -> Gathered[Stamp]:
+class Stamped(Gathered[Stamp]):
+    """The pictures of a folder with their stamps.
+
+    Attributes:
+        unchanged: number of pictures that have the stamp they had earlier.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(lambda one, other: _same(root / one[0], root / other[0]))
+        self.unchanged = 0
+
+
+def gather_stamped(root: Path, known: Mapping[str, tuple[int | None, int | None]]) -> Stamped:
     """Return what `gather` returns, with the stamp of each picture.
 
     Args:
         root: the folder.
-        known: pictures that were in the folder earlier, by path. One with the same stamp is a picture still, and is not
-            opened, whatever its ending.
+        known: stamps of pictures that were in the folder earlier, by composed path. One with the same stamp is a
+            picture still, and is not opened, whatever its ending.
+
+    Cost: twice that of a bare walk, so the loop has no call that it can do without.
     """
-    gathered: Gathered[Stamp] = Gathered(lambda one, other: _same(root / one[0], root / other[0]))
+    gathered = Stamped(root)
+    found, status_of, stamp_of = gathered.found, os.stat, known.get
     top = os.path.join(root, "")  # noqa: PTH118
     for path, left_out in walk(root):
         if left_out is None:
             try:
-                status = os.stat(top + path)  # noqa: PTH116
+                status = status_of(top + path)
             except FileNotFoundError:
                 continue
             except OSError as error:
                 gathered.left_out.append(LeftOut(path, f"unreadable: {error.strerror}", not is_hidden(path)))
                 continue
-            stamp = Stamp(status.st_size, status.st_mtime_ns)
-            if known.get(path) != stamp:
+            stamp = (status.st_size, status.st_mtime_ns)
+            if stamp_of(path) == stamp:
+                gathered.unchanged += 1
+                if path not in found:
+                    found[path] = path, stamp
+                    continue
+            else:
                 left_out = judge(path, lambda path=path: _start(root / path))  # type: ignore[misc]
             if left_out is None:
                 gathered.add(path, stamp)

@@ -143,12 +143,19 @@ class CatalogReader:
 
     def below(self, origin: str) -> list[Known]:
         """Return the items that came from a source; see Store.below."""
-        columns = "size_bytes, mtime_ns" if "mtime_ns" in self._facts else "NULL, NULL"
-        # The folders below an origin: 0 is the character after the slash.
-        query = f"SELECT substr(source, ?), id, digest, {columns} FROM items WHERE source > ? AND source < ?"  # noqa: S608
         with self.connections.borrow() as database:
-            rows = database.execute(query, (len(origin) + 2, f"{origin}/", f"{origin}0"))
-            return list(map(Known._make, rows))
+            return list(map(Known._make, self._below(database, "id, digest, ", origin)))
+
+    def stamps(self, origin: str) -> dict[str, tuple[int | None, int | None]]:
+        """Return bytes and times of change of the pictures of a source, by their paths in it."""
+        with self.connections.borrow() as database:
+            return {path: (size_bytes, mtime_ns) for path, size_bytes, mtime_ns in self._below(database, "", origin)}
+
+    def _below(self, database: apsw.Connection, columns: str, origin: str) -> Any:
+        stamp = "size_bytes, mtime_ns" if "mtime_ns" in self._facts else "NULL, NULL"
+        # The folders below an origin: 0 is the character after the slash.
+        query = f"SELECT substr(source, ?), {columns}{stamp} FROM items WHERE source > ? AND source < ?"  # noqa: S608
+        return database.execute(query, (len(origin) + 2, f"{origin}/", f"{origin}0"))
 
     def page(self, limit: int, after: int, where: Filter, order: Order, offset: int) -> list[tuple[int, Item]]:
         """Return up to `limit` items in an order; see Store.page.

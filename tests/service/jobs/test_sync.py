@@ -15,7 +15,6 @@ from service.errors import InvalidRequest, InvalidSource
 from service.file_facts import Move
 from service.jobs.sync import Synced, Target, in_steps
 from service.settings import Settings, read_own_settings
-from service.sources.folder import Stamp
 from service.store.catalog_reader import CatalogReader
 from tests.conftest import MODEL, encoded, scene
 from tests.serving import LOOKALIKE
@@ -300,6 +299,7 @@ def test_moves_that_exchange_ids_are_one_commit() -> None:
     assert len(list(in_steps([]))) == 0
 
 
+@pytest.mark.slow("it starts the command six times")
 def test_a_sync_that_is_killed_is_run_again(shelf: Shelf) -> None:
     for n in range(300):
         shelf.write(f"{n:03}.png", n)
@@ -359,7 +359,3 @@ def test_the_command_prints_counts_lists_and_exit_codes(shelf: Shelf) -> None:
     assert "1 failed" in run("--sync", code=1)[0]
     assert "--yes: is for --sync" in run("--yes", code=2)[1]
     assert "expected one of them" in run("--watch", "--dry-run", code=2)[1]
-
-
-def test_stamps_compare_as_the_catalog_gives_them() -> None:
-    assert Stamp(1, 2) == (1, 2)
