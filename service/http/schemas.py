@@ -144,7 +144,7 @@ class MoveBody(Body):
     digest: str = Field(max_length=128)
     to: str | None = Field(description="Its id from now on, often the same; null removes it.")
     source: str | None = Field(None, max_length=_LONGEST_SOURCE, description="Where its picture is now.")
-    file: FileBody = FileBody()
+    file: FileBody | None = None
 
 
 class MovesBody(Body):

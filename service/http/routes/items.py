@@ -148,8 +148,8 @@ async def move_images(request: Request) -> Response:
     asked = await read_json(request, gallery.settings, schemas.MOVES)
 
     def check(one: schemas.MoveBody) -> Move:
-        file = one.file.model_dump()
-        mtime_ns = file.pop("mtime_ns")
+        file = {} if one.file is None else one.file.model_dump()
+        mtime_ns = file.pop("mtime_ns", None)
         to = None if one.to is None else gallery.check_id(one.to)
         return Move(gallery.check_id(one.id), one.digest, to, one.source, FileFacts(**file), mtime_ns)
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,10 +35,10 @@ class Shelf:
         path.write_bytes(encoded(scene(*size, seed=seed)))
         return path
 
-    def sync(self, source: Path | None = None, **options: bool) -> Synced:
+    def sync(self, source: Path | None = None, **options: Any) -> Synced:
         return Target(self.settings).sync(str(source or self.pictures), **options)
 
-    def counts(self, source: Path | None = None, **options: bool) -> tuple[int, int, int, int, int]:
+    def counts(self, source: Path | None = None, **options: Any) -> tuple[int, int, int, int, int]:
         """Added, replaced, renamed, removed and unchanged."""
         facts = self.sync(source, **options).facts()
         added, replaced, renamed, removed, unchanged = (
@@ -73,7 +74,7 @@ def test_five_of_seventeen_files_that_are_gone_are_found_no_more(shelf: Shelf) -
         (shelf.pictures / f"{n:02}.png").unlink()
     would = shelf.sync(dry_run=True)
     assert sorted(would.changes.removed) == [f"{n:02}.png" for n in range(5)]
-    assert [*would.lines()][0] == "remove   00.png"
+    assert next(would.lines()) == "remove   00.png"
     assert len(shelf.items()) == 17
     assert shelf.counts() == (0, 0, 0, 5, 12)
     assert sorted(shelf.items()) == [f"{n:02}.png" for n in range(5, 17)]
@@ -249,9 +250,7 @@ def test_odd_names_are_named_and_never_confused(shelf: Shelf) -> None:
     shelf.write("plain.png", 1)
     odd = [b"new\nline.png", b"caf\xe9.png", b"-rf.png", b"$(x).png", "e\u0301.png".encode(), b"a b/c'd.png"]
     for n, name in enumerate(odd):
-        path = os.fsencode(shelf.pictures) + b"/" + name
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        Path(os.fsdecode(path)).write_bytes(encoded(scene(seed=n + 5)))
+        shelf.write(os.fsdecode(name), n + 5)
     for added in (5, 0):
         done = shelf.sync()
         assert len(done.changes.added) == added
@@ -311,7 +310,17 @@ def test_a_sync_that_is_killed_is_run_again(shelf: Shelf) -> None:
             path.rename(shelf.pictures / f"renamed-{n:03}.png")
         elif n % 3 == 1:
             shelf.write(path.name, n + 1000)
-    command = [LOOKALIKE, "index", shelf.pictures, "--store", shelf.store, "--model", MODEL, "--sync", "--json"]
+    command: list[str | Path] = [
+        LOOKALIKE,
+        "index",
+        shelf.pictures,
+        "--store",
+        shelf.store,
+        "--model",
+        MODEL,
+        "--sync",
+        "--json",
+    ]
     for tries in range(6):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         sequence = _sequence(shelf)
@@ -340,7 +349,16 @@ def test_the_command_prints_counts_lists_and_exit_codes(shelf: Shelf) -> None:
         shelf.write(f"{n}.png", n)
 
     def run(*options: str, code: int = 0) -> tuple[str, str]:
-        command = [LOOKALIKE, "index", shelf.pictures, "--store", shelf.store, "--model", MODEL, *options]
+        command: list[str | Path] = [
+            LOOKALIKE,
+            "index",
+            shelf.pictures,
+            "--store",
+            shelf.store,
+            "--model",
+            MODEL,
+            *options,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done.stdout, done.stderr
