@@ -369,11 +369,10 @@ def index(
         if given:
             raise InvalidRequest(f"{option}: is for --sync; expected both")
     if client is not None:
-        from service.jobs.served import index_served, left_out_of, refuse
+        from service.jobs.served import check_choices, index_served, left_out_of
         from service.sources import open_source
 
-        refuse("--model", f"the service at {client.url} has its encoder; leave the option out", model is not None)
-        refuse("--keep-originals", "a running service decides by its own settings", keep_originals)
+        check_choices(client, model, keep_originals)
         done = index_served(open_source(source, data_root, image_key), client, prefix, left_out_of(store, "index"))
         _finish_index(client.url, done, as_json)
     assert store is not None
@@ -680,9 +679,9 @@ def import_items(
 
     client = find_service(store, url, key)
     if client is not None:
-        from service.jobs.served import import_served, left_out_of, refuse
+        from service.jobs.served import check_choices, import_served, left_out_of
 
-        refuse("--model", f"the service at {client.url} has its encoder; leave the option out", model is not None)
+        check_choices(client, model)
         done = import_served(source, client, left_out_of(store, "import"))
     else:
         from service.gallery import open_gallery

@@ -19,7 +19,7 @@ import numpy as np
 from service import FloatArray
 from service.connection import Connections, ServiceError
 from service.file_facts import Move
-from service.queries import Query
+from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery
 from service.uploader import TOGETHER, Uploader, ahead
 from service.wire import (
     Added,
@@ -40,6 +40,18 @@ from service.wire import (
     vector_of,
     wanted,
 )
+
+__all__ = [
+    "Client",
+    "EmbeddedUpload",
+    "ItemQuery",
+    "PictureQuery",
+    "ServiceError",
+    "SumQuery",
+    "TextQuery",
+    "Upload",
+    "VectorQuery",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")

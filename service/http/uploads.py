@@ -238,7 +238,7 @@ async def add_all(pictures: Archive | Uploads | Rows, gallery: Gallery, slots: S
         yield json.dumps({"index": number} | line) + "\n"
 
 
-def _groups(sizes: Sequence[int], together: int) -> Iterator[range]:
+def _groups(sizes: Sequence[int], together: int = _TOGETHER) -> Iterator[range]:
     """Yield the ranges of pictures to add together, bounded in number and in bytes: a range is unpacked at once."""
     start, total = 0, 0
     for number, size in enumerate(sizes):

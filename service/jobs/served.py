@@ -13,7 +13,8 @@ from tqdm import tqdm
 from service import items
 from service.account import LEFT_OUT, Account, Failure, printable
 from service.client import Client
-from service.errors import InvalidRequest, ItemNotFound, LookalikeError, Outcome, attempt
+from service.encoding.card import read_card
+from service.errors import InvalidRequest, ItemNotFound, LookalikeError, Outcome, StoreMismatch, attempt
 from service.file_facts import FileFacts
 from service.jobs.naming import PREFIXES, Collection, Naming, choose_names, prefix_of
 from service.jobs.reading import progress, read_ahead
@@ -319,7 +320,24 @@ def left_out_of(store: Path | None, verb: str) -> Path:
     return Path(".lookalike") / f"{verb}.{LEFT_OUT}" if store is None else store / LEFT_OUT
 
 
-def refuse(option: str, why: str, given: bool) -> None:
-    """Raise InvalidRequest if an option was given that does not go with a running service."""
-    if given:
-        raise InvalidRequest(f"{option}: {why}")
+def check_choices(client: Client, model: Path | None, keep_originals: bool = False) -> None:
+    """Check options that a running service has decided already.
+
+    Args:
+        client: of the service.
+        model: folder of the encoder that the user names, or None.
+        keep_originals: whether the user wants copies of all pictures.
+
+    Raises:
+        InvalidRequest: keep_originals.
+        StoreMismatch: another encoder runs there.
+        ServiceError: the service cannot be reached.
+    """
+    if keep_originals:
+        raise InvalidRequest("--keep-originals: a running service decides by its own settings; leave the option out")
+    if model is None:
+        return
+    facts = client.info()
+    if read_card(model).fingerprint != facts["fingerprint"]:
+        said = f"{client.url}: serves the encoder {facts['model']}, not that of {model}"
+        raise StoreMismatch(f"{said}; leave --model out")

@@ -83,13 +83,13 @@ def test_limits_in_the_document_are_those_of_the_settings() -> None:
     assert f"up to {limits['max_metadata_bytes'] // 1024} KB" in API
 
 
-OPERATORS = {"$and", "$or", "$not", "$eq", "$in", "$gt", "$gte", "$lt", "$lte"}
+OPERATORS = {"$and", "$or", "$not", "$eq", "$ne", "$in", "$nin", "$gt", "$gte", "$lt", "$lte", "$exists", "$contains"}
 
 
 def test_the_filters_of_the_docs_are_the_grammar() -> None:
     _, _, *rows = table("filter")
-    cells = [example for row in rows for example in re.findall(r"`(\{.+?\})`(?: or|,|$)", row[0])]
-    assert len(cells) == 9
+    cells = [example for row in rows for example in re.findall(r"`(\{.*?\})`(?: or|,|$)", row[0])]
+    assert len(cells) == 14
     for example in [*cells, *re.findall(r"\{\"\w+\": (?:\"\w+\"|\{.*?\})\}", DESCRIPTION)]:
         example = example.replace("[...]", '[{"a": 1}]').replace("{...}", '{"a": 1}')
         parse_filter(json.loads(example))
@@ -107,15 +107,15 @@ FILTERS: list[Any] = [
     *({"a": value} for value in SCALARS),
     *(
         {"a": {operator: value}}
-        for operator in OPERATORS | {"$ne"}
+        for operator in OPERATORS | {"$regex"}
         for value in [*SCALARS, [], ["a"], [{}], {}, {"b": 1}]
     ),
     *(
         {operator: value}
-        for operator in OPERATORS | {"$ne"}
+        for operator in OPERATORS | {"$regex"}
         for value in [*SCALARS, [], ["a"], [{}], {}, {"b": 1}, [{"b": 1}]]
     ),
-    *({"a": {"$in": ["v"] * count}} for count in (999, 1000, 1001)),
+    *({"a": {operator: ["v"] * count}} for operator in ("$in", "$nin") for count in (999, 1000, 1001)),
     *({"a": 1, "b": {"$gt": 1, "$lt": 2}}, {"a": {"$gt": 1, "b": 2}}, {}, [], "a", 1, None, {"a": []}),
 ]
 

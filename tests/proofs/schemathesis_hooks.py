@@ -36,8 +36,11 @@ def _zip(names: list[str]) -> bytes:
 _words = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20)
 _scalars: Any = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | _words
 _fields = _words.filter(lambda word: not word.startswith("$"))
+_conditions: Any = _scalars | st.fixed_dictionaries({"$exists": st.booleans()}, optional={"$ne": _scalars})
+_conditions |= st.dictionaries(st.sampled_from(["$in", "$nin"]), st.lists(_scalars, min_size=1, max_size=3), min_size=1)
+_conditions |= st.fixed_dictionaries({"$contains": _scalars})
 _filters = st.recursive(
-    st.dictionaries(_fields, _scalars, min_size=1, max_size=3),
+    st.dictionaries(_fields, _conditions, min_size=1, max_size=3),
     lambda inner: st.fixed_dictionaries({"$not": inner}) | st.fixed_dictionaries({"$or": st.lists(inner, min_size=1)}),
     max_leaves=5,
 )
@@ -73,11 +76,13 @@ def _is_zero(body: Any) -> bool:
 
 @schemathesis.hook
 def filter_body(context: Any, body: Any) -> bool:
-    """Leave out zero vectors, and forms whose metadata is invalid only until the form turns it into text."""
+    """Leave out zero vectors, and forms with texts that are invalid only until the form turns them into text."""
     # A form whose parts have their own media types is wrapped in an object.
     form = getattr(body, "body", body)
     is_form = isinstance(form, dict) and "file" in form
-    return not _is_zero(form) and not (is_form and isinstance(form.get("metadata"), list | dict))
+    return not _is_zero(form) and not (
+        is_form and any(isinstance(form.get(field), list | dict) for field in ("metadata", "sources"))
+    )
 
 
 @schemathesis.hook

@@ -114,7 +114,7 @@ def test_many_pictures_with_what_is_wrong_with_some(client: Client, tmp_path: Pa
 
 def test_arrays_go_in_and_come_out(client: Client, service: Service) -> None:
     embeddings = client.embed([PICTURES[n % 6] for n in range(70)])
-    assert (embeddings.shape, embeddings.dtype) == ((70, 128), np.float32)
+    assert embeddings.shape == (70, 128) and embeddings.dtype == np.float32
     ours = [service.gallery.embed_soon(data).result() for data in PICTURES]
     assert np.allclose(embeddings[:6], ours, atol=1e-6)
     assert client.embed([]).shape == (0, 128)

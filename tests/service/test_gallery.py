@@ -18,16 +18,24 @@ from service.encoder_choice import find_model
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.errors import EmptyPicture, InvalidQuery, InvalidStore, ItemNotFound, NoEmbedding, UnsupportedFormat
+from service.errors import (
+    CountMismatch,
+    EmptyPicture,
+    InvalidQuery,
+    InvalidStore,
+    ItemNotFound,
+    NoEmbedding,
+    UnsupportedFormat,
+)
 from service.file_facts import Move
 from service.gallery import Gallery, open_gallery, succeed
 from service.items import NewPicture
 from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
-from service.store import Hit, Item, Known, NewItem
+from service.store import Hit, Item, Known, NewItem, Order
 from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
-from service.store.filters import Filter
+from service.store.filters import EVERY, Filter
 from tests.conftest import MODEL, encoded, scene
 from tests.service.jobs.test_embed import blind_model
 
@@ -194,6 +202,20 @@ class ArrayStore:
             if item.source is not None and item.source.startswith(f"{origin}/")
         ]
 
+    def page(
+        self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
+    ) -> tuple[list[Item], int | None]:
+        assert where is None and order == "added"
+        return self.scan(limit, after + offset)
+
+    def remove_matching(self, where: Filter, expect: int | None = None) -> int:
+        assert where == EVERY
+        count = len(self.items)
+        if expect not in (None, count):
+            raise CountMismatch(f"expected {expect}, found {count}")
+        self.items.clear()
+        return count
+
     def facts(self) -> dict[str, str]:
         return self.noted
 
@@ -206,7 +228,8 @@ class ArrayStore:
     def sequence(self) -> int:
         return len(self.items)
 
-    def count(self) -> int:
+    def count(self, where: Filter | None = None) -> int:
+        assert where is None
         return len(self.items)
 
     @property

@@ -59,8 +59,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Iterator[
 
 
 def test_a_served_store_gets_what_a_free_one_gets(store: Path, pictures: Path, tmp_path: Path) -> None:
-    assert run("index", pictures, "--store", tmp_path / "free", "--model", MODEL).returncode == 1
-    for name, chosen in (("free", tmp_path / "free"), ("served", store)):
+    assert run("index", pictures, "--store", tmp_path / "store", "--model", MODEL).returncode == 1
+    for name, chosen in (("free", tmp_path / "store"), ("served", store)):
         assert run("store", "export", "--store", chosen, "--out", tmp_path / name).returncode == 0
     client = served_store(store, KEY)
     assert client is not None
@@ -80,7 +80,7 @@ def test_a_served_store_gets_what_a_free_one_gets(store: Path, pictures: Path, t
 
 
 def test_a_second_time_nothing_is_sent(store: Path, pictures: Path) -> None:
-    content = done("index", pictures, "--store", store, code=1, LOOKALIKE_KEY=KEY)
+    content = done("index", pictures, "--store", store, "--model", MODEL, code=1, LOOKALIKE_KEY=KEY)
     assert (content["added"], content["replaced"], content["known"]) == (0, 0, 13)
 
 
@@ -166,7 +166,7 @@ def test_an_import_goes_through_the_service(store: Path, tmp_path: Path) -> None
 
 def test_options_that_a_service_decides_are_refused(store: Path, pictures: Path) -> None:
     for options, says in (
-        (("--store", store, "--model", MODEL), "--model: the service at"),
+        (("--store", store, "--model", MODEL.parent / "digits"), "serves the encoder mnist, not that of"),
         (("--store", store, "--keep-originals"), "--keep-originals: a running service decides"),
         (("--store", store, "--url", "http://127.0.0.1:1"), "expected --store or --url, and not both"),
         (("--url", "http://127.0.0.1:1"), "the service cannot be reached"),
@@ -191,6 +191,10 @@ def test_a_service_that_was_killed_is_not_found_and_its_lock_is_free(tmp_path: P
             lock(store)
         kill()
         assert address in (store / "LOCK").read_text()
+        # The system needs a moment to end a process of some threads.
+        deadline = time.monotonic() + 30
+        while served_at(store) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert served_at(store) is None
         assert find_service(store, None, None) is None
         # Another service on that port is not that of this store.

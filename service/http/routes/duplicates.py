@@ -12,9 +12,10 @@ from service.errors import InvalidStore
 from service.gallery import Gallery
 from service.grouping import Groupings, Page, Wanted
 from service.http import schemas
+from service.http.compression import json_answer
 from service.http.openapi import BODY, WORK, answers, body, json_body
 from service.http.routes.parameters import Cursor, Limit
-from service.http.routes.state import NumPyJsonResponse, stored_gallery_of, work
+from service.http.routes.state import stored_gallery_of, work
 from service.http.routes.strict import StrictRoute
 from service.http.schemas import read_json
 from service.store.embedded import EmbeddedStore
@@ -44,24 +45,19 @@ async def list_duplicates(
     """
     gallery, groupings = stored_gallery_of(request), groupings_of(request)
 
-    def find() -> tuple[float, Page | float]:
+    def find() -> Response:
         wanted = _wanted(gallery, preset, threshold)
         if cursor is not None:
-            return wanted.threshold, groupings.next_page(wanted, cursor, limit)
-        return wanted.threshold, groupings.first_page(wanted, gallery.store.sequence(), limit)
+            found: Page | float = groupings.next_page(wanted, cursor, limit)
+        else:
+            found = groupings.first_page(wanted, gallery.store.sequence(), limit)
+        if isinstance(found, float):
+            return JSONResponse({"progress": found}, 202, {"Retry-After": _RETRY_S})
+        facts = {"sequence": found.sequence, "threshold": wanted.threshold, "total": found.total}
+        groups = [orjson.Fragment(group) for group in found.groups]
+        return json_answer(request, orjson.dumps(facts | {"groups": groups, "next": found.next}))
 
-    used, found = await work(request, find)
-    if isinstance(found, float):
-        return JSONResponse({"progress": found}, 202, {"Retry-After": _RETRY_S})
-    groups = [orjson.Fragment(group) for group in found.groups]
-    content = {
-        "sequence": found.sequence,
-        "threshold": used,
-        "total": found.total,
-        "groups": groups,
-        "next": found.next,
-    }
-    return NumPyJsonResponse(content)
+    return await work(request, find)
 
 
 @router.post(

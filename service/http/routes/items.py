@@ -17,6 +17,7 @@ from service.file_facts import FileFacts, Move
 from service.gallery import Gallery
 from service.http import schemas, uploads
 from service.http.bodies import content_type, parse_json_object, read_body, read_form, read_one_picture
+from service.http.compression import json_answer
 from service.http.openapi import (
     BODY,
     PICTURE_TYPES,
@@ -113,7 +114,8 @@ async def list_images(
         items, following = gallery.store.page(limit, int(cursor or 0), where, order, offset)
         after = None if following is None else str(following)
         shown = [_shown(item) | _included(gallery, item, include, encoding_format) for item in items]
-        return JSONResponse({"items": shown, "total": gallery.store.count(where), "next": after})
+        page = JSONResponse({"items": shown, "total": gallery.store.count(where), "next": after})
+        return page if "embedding" in include else json_answer(request, bytes(page.body))
 
     return await work(request, list_page)
 

@@ -18,6 +18,8 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/embeddings", {"json": {"model": "mnist", "input": BASE64}}),
     ("GET", "/images", {}),
     ("GET", "/images/kept", {}),
+    ("POST", "/images/count", {"json": {}}),
+    ("GET", "/v1/models", {}),
     ("GET", "/info", {}),
     ("GET", "/docs", {}),
     ("GET", "/openapi.json", {}),
@@ -26,8 +28,9 @@ ASKED: list[tuple[str, str, dict[str, Any]]] = [
     ("PATCH", "/images/kept", {"json": {"metadata": {"a": 1}}}),
     ("POST", "/images", {"content": form(("b", PICTURE)), "headers": {"content-type": FORM}}),
     ("DELETE", "/images/kept", {}),
+    ("DELETE", '/images?filter={"a": 1}', {}),
 ]
-READING = 9
+READING = 11
 
 
 def ask(client: TestClient, method: str, path: str, authorization: str | None, options: dict[str, Any]) -> Any:

@@ -167,7 +167,7 @@ def filtered(name: str, filter: str) -> list[Row]:
 FILTERS = [
     *filtered("with an unknown operator", '{"label": {"$lookslike": "seventeen"}}'),
     *filtered("with an unknown word", '{"$neither": [{"label": "seventeen"}]}'),
-    *filtered("of an empty object", "{}"),
+    *filtered("of a negated list", '{"$not": [{}]}'),
     *filtered("of an empty condition", '{"label": {}}'),
     *filtered("of an empty $and", '{"$and": []}'),
     *filtered("of an empty $in", '{"label": {"$in": []}}'),

@@ -102,7 +102,7 @@ def meets(metadata: dict[str, Any], content: dict[str, Any]) -> bool:
 def field_holds(values: list[Any], operator: str, wanted: Any) -> bool:
     """Whether a field that leads to these values matches one condition."""
     if operator == "$exists":
-        return bool(values) == wanted
+        return bool(values) is wanted
     if operator in ("$ne", "$nin"):
         return not field_holds(values, {"$ne": "$eq", "$nin": "$in"}[operator], wanted)
     if operator == "$contains":
