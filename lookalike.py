@@ -361,6 +361,12 @@ def index(
 
         if watch and dry_run:
             raise InvalidRequest("--watch and --dry-run: expected one of them")
+        if image_key is not None:
+            raise InvalidRequest("--image-key: is for samples in a .tar, which --sync does not follow")
+        if client is not None:
+            from service.jobs.served import check_choices
+
+            check_choices(client, model, keep_originals)
         settings = read_own_settings(model=model, store=store, keep_originals=keep_originals or None)
         target = Target(settings, client if store is None else None, key)
         _sync(source, target, prefix, watch, dry_run, yes, as_json)

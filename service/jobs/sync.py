@@ -110,6 +110,7 @@ class Synced:
         account = found.account.facts()
         return {
             **self._counts(),
+            "known": found.unchanged,
             **{name: account[name] for name in ("left_out", "lost", "listed_in")},
             "dry_run": self.dry_run,
             "changes": {
