@@ -12,6 +12,7 @@ from service.errors import InvalidRequest, LookalikeError
 
 if TYPE_CHECKING:
     from service.account import Account
+    from service.jobs.sync import Synced, Target
 
 # Packages that only an extra of the project installs.
 _EXTRAS = {
@@ -332,6 +333,19 @@ def index(
     keep_originals: Annotated[
         bool, typer.Option("--keep-originals", help="Copy a folder's pictures into the store, so that it stands alone.")
     ] = False,
+    sync: Annotated[
+        bool,
+        typer.Option(
+            "--sync", help="Follow a folder: also replace, rename and remove what was changed; metadata stay."
+        ),
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="--sync at once, and after each change of the folder, until Ctrl-C.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --sync: list what would be done.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --sync: remove items even if that is most of them, or all.")
+    ] = False,
     image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     url: Url = None,
@@ -342,6 +356,25 @@ def index(
     from service.served import find_service
 
     client = find_service(store, url, key)
+    if sync or watch:
+        from service.jobs.sync import Target
+        from service.settings import read_own_settings
+
+        if watch and dry_run:
+            raise InvalidRequest("--watch and --dry-run: expected one of them")
+        if image_key is not None:
+            raise InvalidRequest("--image-key: is for samples in a .tar, which --sync does not follow")
+        if client is not None:
+            from service.jobs.served import check_choices
+
+            check_choices(client, model, keep_originals)
+        settings = read_own_settings(model=model, store=store, keep_originals=keep_originals or None)
+        target = Target(settings, client if store is None else None, key)
+        _sync(source, target, prefix, watch, dry_run, yes, as_json)
+        return
+    for option, given in (("--dry-run", dry_run), ("--yes", yes)):
+        if given:
+            raise InvalidRequest(f"{option}: is for --sync; expected both")
     if client is not None:
         from service.jobs.served import check_choices, index_served, left_out_of
         from service.sources import open_source
@@ -752,6 +785,29 @@ def info(
         return
     for key, value in facts.items():
         print(f"{key:14} {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _sync(
+    source: str, target: "Target", prefix: str | None, watch: bool, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Follow a folder once, or until Ctrl-C; exit code 1 if a picture could not be taken."""
+    from service.jobs.watch import follow
+
+    def show(done: "Synced") -> None:
+        done.changes.account.report()
+        if as_json:
+            print(json.dumps(done.facts()), flush=True)
+            return
+        for line in done.lines() if done.dry_run else ():
+            print(line)
+        print(f"{target.name}: {'would be ' if done.dry_run else ''}{done.summary()}", flush=True)
+
+    if watch:
+        follow(source, target, prefix, yes, show)
+        return
+    done = target.sync(source, prefix, dry_run, yes)
+    show(done)
+    raise typer.Exit(1 if done.changes.account.lost else 0)
 
 
 def _finish_index(where: str, done: "Account", as_json: bool) -> NoReturn:

@@ -18,6 +18,7 @@ import numpy as np
 
 from service import FloatArray
 from service.connection import Connections, ServiceError
+from service.file_facts import Move
 from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery
 from service.uploader import TOGETHER, Uploader, ahead
 from service.wire import (
@@ -31,6 +32,7 @@ from service.wire import (
     form,
     item_of,
     item_path,
+    move_json,
     none_if_missing,
     query_json,
     read,
@@ -258,6 +260,10 @@ class Client:
         body = json.dumps({"metadata": dict(metadata)}).encode()
         headers = {"Content-Type": "application/json"}
         return item_of(self._connections.request("PATCH", item_path(id), body=body, headers=headers).json())
+
+    def move(self, moves: Sequence[Move]) -> int:
+        """Record what became of the files of items, all in one step, and return how many were there; see Store.move."""
+        return int(self._post("/images/moves", {"moves": [move_json(move) for move in moves]})["moved"])
 
     def delete(self, id: str) -> bool:
         """Remove an item, and return whether there was one."""

@@ -27,7 +27,8 @@ class FileFacts(NamedTuple):
         width, height: pixels as stored.
         size_bytes: of the file.
         format: such as JPEG.
-        date: when it was taken by its EXIF, else when the file was changed last, as 2026-11-27T10:00:00 in UTC.
+        date: when it was taken by its EXIF (a camera's own time), else when the file was changed last, in UTC; as
+            2026-11-27T10:00:00.
     """
 
     width: int | None = None
@@ -37,10 +38,9 @@ class FileFacts(NamedTuple):
     date: str | None = None
 
     @classmethod
-    def of(cls, head: bytes, size: int, changed: float | None = None) -> "FileFacts":
+    def of(cls, head: bytes, size: int, mtime_ns: int | None = None) -> "FileFacts":
         """Return the facts of a file from its first bytes, its size, and the time of its last change if known."""
-        format = format_of(head)
-        date = None if changed is None else datetime.fromtimestamp(changed, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        format, date = format_of(head), None if mtime_ns is None else _utc(mtime_ns)
         if format not in _READ:
             return cls(None, None, size, format, date)
         try:
@@ -63,9 +63,35 @@ class FileFacts(NamedTuple):
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     return cls()
-                return cls.of(file.read(HEAD_BYTES), status.st_size, status.st_mtime)
+                return cls.of(file.read(HEAD_BYTES), status.st_size, status.st_mtime_ns)
         except (OSError, ValueError):
             return cls()
+
+
+class Move(NamedTuple):
+    """What became of the file of an item.
+
+    Attributes:
+        id: of the item.
+        digest: of the item; one that has another picture by now is left alone.
+        to: its id from now on, often the same; None removes it.
+        source, facts, mtime_ns: as Item has them, from now on.
+    """
+
+    id: str
+    digest: str
+    to: str | None
+    source: str | None = None
+    facts: FileFacts = FileFacts()
+    mtime_ns: int | None = None
+
+
+def _utc(mtime_ns: int) -> str | None:
+    try:
+        return datetime.fromtimestamp(mtime_ns // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    # A damaged file system may name any time, and a client, too.
+    except (OverflowError, ValueError, OSError):
+        return None
 
 
 def _date(text: object) -> str | None:

@@ -30,6 +30,7 @@ from service.errors import (
     each,
     map_values,
 )
+from service.file_facts import HEAD_BYTES, FileFacts
 from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
 from service.originals import read_source
@@ -53,11 +54,15 @@ class ReadPicture:
         data: the bytes of the image file.
         pixels: (S, S, 3) uint8.
         thumbnail: a small WebP file.
+        facts: about the file.
+        mtime_ns: when it was changed last; None if that is unknown.
     """
 
     data: bytes
     pixels: PixelArray
     thumbnail: bytes
+    facts: FileFacts
+    mtime_ns: int | None
 
 
 class Gallery:
@@ -130,15 +135,20 @@ class Gallery:
         """Whether the store is to keep the bytes of pictures that are files of this machine, too."""
         return self.settings.keep_originals and "keep_originals" in self.settings.model_fields_set
 
-    def read(self, data: bytes) -> ReadPicture:
+    def read(self, data: bytes, mtime_ns: int | None = None) -> ReadPicture:
         """Decode the bytes of an image file, on the caller's thread.
+
+        Args:
+            data: the bytes.
+            mtime_ns: when the file was changed last; None if that is unknown.
 
         Raises:
             EmptyPicture, UnsupportedFormat, TooLarge, UndecodablePicture.
         """
         picture = decode(data, self.card.preprocessing.decoded_side, self.settings.limits)
         small = thumbnail(data, picture, self.settings.limits)
-        return ReadPicture(data, to_pixels(picture, self.card.preprocessing), small)
+        facts = FileFacts.of(data[:HEAD_BYTES], len(data), mtime_ns)
+        return ReadPicture(data, to_pixels(picture, self.card.preprocessing), small, facts, mtime_ns)
 
     def embed_soon(self, data: bytes | Callable[[], bytes]) -> Future[FloatArray]:
         """Begin to embed a picture, without blocking.
@@ -204,7 +214,7 @@ class Gallery:
             For each picture whether its id was new, or the error that kept it out of the store: as `embed_soon` for a
             picture of its own, InvalidStore for all of them.
         """
-        reading = [self._decoders.submit(self.read, one.picture) for one in pictures]
+        reading = [self._decoders.submit(self.read, one.picture, one.mtime_ns) for one in pictures]
 
         def read(one: NewPicture[bytes], picture: Future[ReadPicture]) -> NewPicture[ReadPicture]:
             fields = (one.metadata, one.source, one.keep_metadata, one.keep_original)
@@ -237,6 +247,8 @@ class Gallery:
                 thumbnail=one.picture.thumbnail,
                 original=one.picture.data if one.keep_original and self.settings.keep_originals else None,
                 keep_metadata=one.keep_metadata,
+                facts=one.picture.facts,
+                mtime_ns=one.picture.mtime_ns,
             )
             for one, embedding in zip(pictures, embeddings, strict=True)
         ]

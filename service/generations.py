@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from service.errors import InvalidRequest, InvalidStore, LookalikeError, Outcome, attempt
+from service.file_facts import FileFacts, Move
 from service.items import NewPicture
 from service.originals import read_source
 from service.store import Store
@@ -287,12 +288,24 @@ def follow(
                         failed.append(f"{item.id}: {data}")
                 else:
                     whether = kept is not None
-                    pictures.append(NewPicture(item.id, data, item.metadata, item.source, keep_original=whether))
+                    pictures.append(
+                        NewPicture(
+                            item.id,
+                            data,
+                            item.metadata,
+                            item.source,
+                            keep_original=whether,
+                            mtime_ns=item.mtime_ns,
+                        )
+                    )
             else:
                 if have.metadata != item.metadata:
                     store.set_metadata(item.id, lambda _, new=item.metadata: new)  # type: ignore[misc]
-                if item.source is not None and have.source != item.source:
-                    store.set_sources({item.id: item.source})
+                # An earlier generation of an earlier schema knows no facts.
+                of = have if item.facts == FileFacts() else item
+                moved = Move(item.id, item.digest, item.id, item.source or have.source, of.facts, of.mtime_ns)
+                if moved[3:] != (have.source, have.facts, have.mtime_ns):
+                    store.move([moved])
         outcomes = zip(pictures, add(pictures), strict=True)
         failed += [f"{one.id}: {outcome}" for one, outcome in outcomes if isinstance(outcome, LookalikeError)]
         done(len(rows))

@@ -24,6 +24,7 @@ class NewPicture(Generic[P]):
         source: where the picture came from, such as a path; None for a picture sent over HTTP.
         keep_metadata: an item that is replaced keeps its metadata, except the fields that `metadata` has.
         keep_original: the store keeps the bytes of the image file, unless its settings forbid it.
+        mtime_ns: when the file was changed last, in nanoseconds since 1970; None if that is unknown.
     """
 
     id: str
@@ -32,6 +33,7 @@ class NewPicture(Generic[P]):
     source: str | None = None
     keep_metadata: bool = False
     keep_original: bool = True
+    mtime_ns: int | None = None
 
 
 def check_id(id: str, max_bytes: int) -> str:

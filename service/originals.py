@@ -39,17 +39,22 @@ def read_source(item: Item) -> bytes:
     return data
 
 
-def is_same_file(source: str, data: bytes) -> bool:
-    """Return whether a source is the path of a file on this machine that holds these bytes.
+def mtime_of_same(source: str, data: bytes) -> int | None:
+    """Return when a file was changed last, if a source is its path on this machine and it holds these bytes.
+
+    Returns:
+        Nanoseconds since 1970; None for any other source.
 
     Cost: reads the file, if it has as many bytes.
     """
     path = Path(source)
     try:
-        return path.is_absolute() and path.stat().st_size == len(data) and _read(path) == data
+        status = path.stat() if path.is_absolute() else None
+        same = status is not None and status.st_size == len(data) and _read(path) == data
+        return status.st_mtime_ns if same and status is not None else None
     # The second is of a text that no path can be.
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def note_folder(store: Store, folder: str) -> None:

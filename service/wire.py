@@ -14,11 +14,12 @@ import numpy as np
 from service import FloatArray
 from service.connection import ServiceError
 from service.errors import LookalikeError
+from service.file_facts import FileFacts, Move
 from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery
 
 T = TypeVar("T")
 
-Included = Literal["embedding", "digest", "source", "variant"]
+Included = Literal["embedding", "digest", "source", "variant", "file"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class ServedItem:
     Attributes:
         id, metadata: of the item.
         embedding: (D,) float32 of L2 norm 1.
-        digest, source, variant: as service.store.Item has them.
+        digest, source, variant, facts, mtime_ns: as service.store.Item has them; the last two are the `file`.
     """
 
     id: str
@@ -102,6 +103,8 @@ class ServedItem:
     digest: str | None = None
     source: str | None = None
     variant: str | None = None
+    facts: FileFacts | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,8 +174,18 @@ def wanted(include: Sequence[Included]) -> dict[str, Any]:
 
 def item_of(content: Mapping[str, Any]) -> ServedItem:
     """Return an item from its JSON."""
-    told = [content.get(name) for name in ("digest", "source", "variant")]
-    return ServedItem(content["id"], content["metadata"], vector_of(content), *told)
+    digest, source, variant = (content.get(name) for name in ("digest", "source", "variant"))
+    file = content.get("file")
+    facts = None if file is None else FileFacts(*(file[name] for name in FileFacts._fields))
+    mtime_ns = None if file is None else file["mtime_ns"]
+    vector = vector_of(content)
+    return ServedItem(content["id"], content["metadata"], vector, digest, source, variant, facts, mtime_ns)
+
+
+def move_json(move: Move) -> dict[str, Any]:
+    """Return a move as JSON of POST /images/moves."""
+    file = move.facts._asdict() | {"mtime_ns": move.mtime_ns}
+    return {"id": move.id, "digest": move.digest, "to": move.to, "source": move.source, "file": file}
 
 
 def vector_of(content: Mapping[str, Any]) -> FloatArray | None:

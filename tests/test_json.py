@@ -16,7 +16,7 @@ from tests.test_lookalike import run
 
 _ROWS = re.findall(r"^\| `([a-z ]+)` \| (.*) \| (.*) \|$", (ROOT / "docs" / "json.md").read_text(), re.MULTILINE)
 ALWAYS = {verb: set(re.findall(r"`([^`]+)`", always)) for verb, always, _ in _ROWS}
-MAYBE = {verb: set(re.findall(r"`([^`]+)`", maybe)) - {"card.json"} for verb, _, maybe in _ROWS}
+MAYBE = {verb: set(re.findall(r"`([^`]+)`", maybe)) - {"card.json", "--sync"} for verb, _, maybe in _ROWS}
 
 
 def keys(content: Any, path: str = "") -> Iterator[str]:
@@ -88,6 +88,25 @@ def test_verbs_that_account_for_what_they_saw(tmp_path: Path) -> None:
     done = run("store", "import", out, "--store", tmp_path / "copy", "--model", MODEL, "--json")
     assert_as_promised("store import", json.loads(done.stdout))
     assert json.loads(done.stdout)["listed_in"] is None
+
+
+def test_index_that_follows_a_folder(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "good.png").write_bytes(open_source("digits").entry(7).data)
+    command = ("index", pictures, "--model", MODEL, "--store", tmp_path / "store", "--sync", "--json")
+    content = json.loads(run(*command, "--dry-run").stdout)
+    assert_as_promised("index", content)
+    assert (content["dry_run"], content["changes"]["added"]) == (True, ["good.png"])
+    assert json.loads(run(*command).stdout)["added"] == 1
+    (pictures / "good.png").rename(pictures / "renamed.png")
+    (pictures / "bad.png").write_bytes(b"no picture")
+    done = run(*command)
+    assert done.returncode == 1
+    content = json.loads(done.stdout)
+    assert_as_promised("index", content)
+    assert content["changes"]["renamed"] == [{"id": "good.png", "to": "renamed.png"}]
+    assert content["failures"][0]["id"] == "bad.png"
 
 
 def test_info_of_every_encoder_that_comes_along() -> None:

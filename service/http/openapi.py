@@ -72,6 +72,7 @@ _BODIES: dict[type[BaseModel], dict[str, Any]] = {
     schemas.PatchBody: {"metadata": {"label": "8", "year": None}},
     schemas.AddItemsBody: {"items": [{"id": "a.png", "embedding": [0.6, -0.8], "metadata": {"label": "7"}}]},
     schemas.CountBody: {"filter": {"label": {"$ne": "7"}}, "prefix": "digits/"},
+    schemas.MovesBody: {"moves": [{"id": "a.png", "digest": "0" * 64, "to": "b.png", "source": "/pictures/b.png"}]},
     schemas.DismissBody: {"ids": ["digits/00007", "digits/00634"]},
     schemas.OpenAIBody: {"model": "digits", "input": [_DOT], "modality": "image"},
     schemas.OpenAITextBody: {"model": "clip", "input": ["a red bicycle"], "modality": "text"},

@@ -36,11 +36,13 @@ _LONG = 100_000
 
 EncodingFormat = Literal["float", "base64"]
 # What an item may be shown with, besides its id and metadata.
-IncludedOfItem = Literal["embedding", "digest", "source", "variant"]
+IncludedOfItem = Literal["embedding", "digest", "source", "variant", "file"]
 # Characters of a label and of a template, so that a text of both stays within the limits.
 _LONGEST_LABEL, _LONGEST_TEMPLATE = 1000, 1000
 # Linux has no longer paths.
 _LONGEST_SOURCE = 4096
+# Of SQLite's whole numbers.
+_LARGEST = 2**63 - 1
 # CLIP's own list has 80.
 _MOST_TEMPLATES = 100
 
@@ -122,6 +124,33 @@ class AddItemsBody(Body):
 
     items: list[NewItemBody] = Field(min_length=1)
     fingerprint: Fingerprint = None
+
+
+class FileBody(Body):
+    """What a picture's file says; null for what is unknown."""
+
+    width: int | None = Field(None, ge=0, le=_LARGEST)
+    height: int | None = Field(None, ge=0, le=_LARGEST)
+    size_bytes: int | None = Field(None, ge=0, le=_LARGEST)
+    format: str | None = Field(None, max_length=20)
+    date: str | None = Field(None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}$")
+    mtime_ns: int | None = Field(None, ge=-_LARGEST, le=_LARGEST, description="Time of its last change, since 1970.")
+
+
+class MoveBody(Body):
+    """What became of the file of an item. An item that has another picture than `digest` by now is left alone."""
+
+    id: str
+    digest: str = Field(max_length=128)
+    to: str | None = Field(description="Its id from now on, often the same; null removes it.")
+    source: str | None = Field(None, max_length=_LONGEST_SOURCE, description="Where its picture is now.")
+    file: FileBody | None = None
+
+
+class MovesBody(Body):
+    """What became of the files of items, in one step."""
+
+    moves: list[MoveBody] = Field(min_length=1)
 
 
 class CountBody(Body):
@@ -251,6 +280,17 @@ class ItemAnswer(BaseModel):
     metadata: dict[str, Any]
 
 
+class FileAnswer(BaseModel):
+    """What the file of a picture says: size as stored, format, date, and when it was changed last; null if unknown."""
+
+    width: int | None
+    height: int | None
+    size_bytes: int | None
+    format: str | None
+    date: str | None
+    mtime_ns: int | None
+
+
 class ListedItem(ItemAnswer):
     """An item, and what `include` names: digest is the sha256 of its picture, source where that came from."""
 
@@ -258,12 +298,14 @@ class ListedItem(ItemAnswer):
     digest: str | None = None
     source: str | None = None
     variant: str | None = None
+    file: FileAnswer | None = None
 
 
 class ItemDetails(ItemAnswer):
-    """An item, the variant of the encoder that embedded it, and what `include` names."""
+    """An item, the variant of the encoder that embedded it, its file, and what `include` names."""
 
     variant: str
+    file: FileAnswer
     embedding: list[float] | str | None = None
     digest: str | None = None
     source: str | None = None
@@ -281,6 +323,12 @@ class Count(BaseModel):
     """How many items match."""
 
     count: int
+
+
+class Moved(BaseModel):
+    """How many items were there as the request says."""
+
+    moved: int
 
 
 class Removed(BaseModel):
@@ -417,6 +465,7 @@ CLASSIFY = TypeAdapter(ClassifyBody)
 PATCH = TypeAdapter(PatchBody)
 ADD_ITEMS = TypeAdapter(AddItemsBody)
 COUNT = TypeAdapter(CountBody)
+MOVES = TypeAdapter(MovesBody)
 DISMISS = TypeAdapter(DismissBody)
 OPENAI = TypeAdapter(OpenAIBody)
 
@@ -429,6 +478,7 @@ _MODELS: dict[Any, type[Body]] = TAGGED | {
     "AddItemsBody": AddItemsBody,
     "NewItemBody": NewItemBody,
     "CountBody": CountBody,
+    "MovesBody": MovesBody,
     "DismissBody": DismissBody,
     "OpenAIBody": OpenAIBody,
 }

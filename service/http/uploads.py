@@ -17,7 +17,7 @@ from service.http.bodies import Form, from_base64, parse_json_object
 from service.http.schemas import NewItemBody
 from service.http.slots import Slots
 from service.items import NewPicture
-from service.originals import is_same_file
+from service.originals import mtime_of_same
 from service.rows import item_of_row
 from service.settings import Settings
 from service.sources.kinds import holds_none
@@ -264,8 +264,10 @@ def _add(gallery: Gallery, pictures: Archive | Uploads | Rows, group: range) -> 
             own = metadata[0] if metadata else {}
             if not isinstance(own, dict):
                 raise InvalidRequest("metadata: expected a JSON object")
-            keep_original = source is None or not is_same_file(source, data) or gallery.keeps_all_originals
-            picture = NewPicture(checked, data, gallery.check_metadata(own), source, not metadata, keep_original)
+            mtime_ns = None if source is None else mtime_of_same(source, data)
+            keep_original = mtime_ns is None or gallery.keeps_all_originals
+            own = gallery.check_metadata(own)
+            picture = NewPicture(checked, data, own, source, not metadata, keep_original, mtime_ns)
             good.append((number, picture))
         except LookalikeError as error:
             lines[number] = _failure(checked, error)

@@ -7,20 +7,21 @@ from typing import NamedTuple, TypeVar
 
 from service.account import LEFT_OUT, Account, Failure, printable
 from service.errors import LookalikeError, Outcome
+from service.file_facts import HEAD_BYTES, FileFacts, Move
 from service.gallery import Gallery, ReadPicture
 from service.items import NewPicture
 from service.jobs.naming import Naming, choose_names, owner_of
 from service.jobs.reading import in_two_stages, progress, read_ahead, use_good
 from service.originals import note_folder
-from service.sources.source import Source
+from service.sources.source import Entry, Source
 from service.store import Item, NewItem
 
 
 class _Known(NamedTuple):
-    """The item that the store has already for a picture, with its bytes, and the id of the picture in the source."""
+    """The item that the store has already for a picture, with its bytes, and what it does not know of its file yet."""
 
     item: Item
-    id: str
+    move: Move | None
 
 
 # The pictures of a chunk that were there already, and the outcomes of the others.
@@ -45,8 +46,12 @@ def index_source(source: Source, gallery: Gallery, prefix: str | None = None, ke
         InvalidModel, OutOfMemory, InvalidStore: the encoder or the store failed. Bad pictures are counted instead.
         InvalidRequest: the prefix cannot begin an id.
     """
+    return index_named(source, gallery, choose_names(source, gallery, prefix), keep_originals)
+
+
+def index_named(source: Source, gallery: Gallery, naming: Naming, keep_originals: bool) -> Account:
+    """Do what `index_source` does, with names that are chosen already."""
     account = Account.of(source)
-    naming = choose_names(source, gallery, prefix)
     account.notes += naming.notes
     if source.in_files:
         note_folder(gallery.store, naming.origin)
@@ -90,24 +95,45 @@ class _Indexing:
 
     def read(self, position: int) -> NewPicture[ReadPicture] | _Known:
         """Return the picture at a position, or the item that the store has for it."""
+        mtime_ns = self._mtime_ns(position)
         entry = self._source.entry(position)
         digest = hashlib.sha256(entry.data).hexdigest()
         id = self._naming.id_of(entry.id, digest, self._gallery)
         item = self._gallery.store.get(id)
         if item is not None and item.digest == digest:
             if not self._keep_originals or self._gallery.store.original(id) is not None:
-                return _Known(item, entry.id)
+                return _Known(item, self._learnt(item, entry, mtime_ns))
             self.completed.add(position)
         elif item is not None:
             self.earlier[position] = item
         return NewPicture(
             id,
-            self._gallery.read(entry.data),
+            self._gallery.read(entry.data, mtime_ns),
             {} if entry.label is None else {"label": entry.label},
             self._naming.source_of(entry.id),
             keep_metadata=True,
             keep_original=self._keep_originals or not self._source.in_files,
+            mtime_ns=mtime_ns,
         )
+
+    def _mtime_ns(self, position: int) -> int | None:
+        """Return when a file was changed last, before it is read: a later change shows the next time."""
+        try:
+            return None if self._source.mtime_ns is None else self._source.mtime_ns(position)
+        # To read the file says why.
+        except OSError:
+            return None
+
+    def _learnt(self, item: Item, entry: Entry, mtime_ns: int | None) -> Move | None:
+        """Return what the store does not know yet of the file of an item: where it is by now, its size, its date."""
+        source = self._naming.source_of(entry.id)
+        own = self._naming.moved or item.source == source
+        mtime_ns = mtime_ns if own else item.mtime_ns
+        facts = item.facts
+        if facts.size_bytes is None or mtime_ns != item.mtime_ns:
+            facts = FileFacts.of(entry.data[:HEAD_BYTES], len(entry.data), mtime_ns)
+        learnt = Move(item.id, item.digest, item.id, source if own else item.source, facts, mtime_ns)
+        return None if learnt[3:] == (item.source, item.facts, item.mtime_ns) else learnt
 
     def embed(self, chunk: Sequence[tuple[int, Outcome[NewPicture[ReadPicture] | _Known]]]) -> _Chunk[NewItem]:
         """Embed the pictures that the store does not have."""
@@ -116,10 +142,10 @@ class _Indexing:
         return known, use_good(fresh, self._gallery.embed_read)
 
     def commit(self, embedded: _Chunk[NewItem]) -> _Chunk[bool]:
-        """Store the embedded pictures, and record where those of a source that has moved are now."""
+        """Store the embedded pictures, and what was learnt of the files of the others."""
         known, outcomes = embedded
-        if self._naming.moved:
-            self._gallery.store.set_sources({one.item.id: self._naming.source_of(one.id) for one in known})
+        if learnt := [one.move for one in known if one.move is not None]:
+            self._gallery.store.move(learnt)
         return known, use_good(outcomes, self._gallery.store.add)
 
 

@@ -6,7 +6,8 @@ A picture's source in the store is ORIGIN/ID: where its SOURCE lies (a real path
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from unicodedata import normalize
@@ -16,7 +17,7 @@ from service.errors import LookalikeError, attempt
 from service.jobs.reading import read_ahead
 from service.sources import origin_of
 from service.sources.source import Source
-from service.store import Item
+from service.store import Item, Known
 
 # The fact in which a store remembers the prefixes of its sources: {origin: [prefix, whether all ids have it]}.
 PREFIXES = "prefixes"
@@ -66,6 +67,7 @@ class Naming:
         everywhere: whether all ids begin with the prefix, or only those that another source has with other bytes.
         moved: whether the store has most of these pictures from another place, where the source was before.
         notes: sentences that tell the user of a choice.
+        known: ids that pictures have in the store already, by their ids in the source.
     """
 
     origin: str
@@ -73,6 +75,7 @@ class Naming:
     everywhere: bool = False
     moved: bool = False
     notes: tuple[str, ...] = ()
+    known: Mapping[str, str] = field(default_factory=dict)
 
     def source_of(self, id: str) -> str:
         """Return what the store records as the source of a picture."""
@@ -84,6 +87,8 @@ class Naming:
         Raises:
             InvalidRequest: as Gallery.check_id.
         """
+        if id in self.known:
+            return self.known[id]
         plain = gallery.check_id(id)
         if not self.prefix:
             return plain
@@ -141,6 +146,51 @@ def choose_names(source: Source, gallery: Collection, prefix: str | None) -> Nam
     if tuple(remembered.get(origin, ())) != chosen:
         store.note({PREFIXES: json.dumps(remembered | {origin: chosen})})
     return naming
+
+
+def name_more(
+    source: Source, new: Sequence[str], known: Sequence[Known], gallery: Collection, prefix: str | None
+) -> Naming:
+    """Decide how new pictures of a source are named of which the store has others, as `choose_names` does.
+
+    Args:
+        source: all pictures of the source.
+        new: the paths of the new ones.
+        known: the items that the store has of it.
+        gallery: where the new ones go.
+        prefix: as of `choose_names`.
+
+    Cost: looks up the new ids.
+    """
+    origin = origin_of(source.name)
+    remembered: dict[str, tuple[str, bool]] = json.loads(gallery.store.facts().get(PREFIXES, "{}"))
+    if prefix is not None or origin in remembered:
+        return choose_names(source, gallery, prefix)
+    naming = Naming(origin, *prefix_of((one.path, one.id) for one in known))
+    if not naming.prefix:
+        found = (_get(id, gallery) for id in new)
+        foreign = [item for item in found if item is not None and item.source != naming.source_of(item.id)]
+        if not foreign:
+            return naming
+        taken = _free_prefix(source, origin, gallery, {one for one, _ in remembered.values()})
+        note = (
+            f"{printable(foreign[0].id)}: the store has another picture under this id, from "
+            f"{printable(owner_of(foreign[0]))}; ids of such pictures begin with {taken}/"
+        )
+        naming = Naming(origin, taken, notes=(note,))
+    gallery.store.note({PREFIXES: json.dumps(remembered | {origin: (naming.prefix, naming.everywhere)})})
+    return naming
+
+
+def prefix_of(pairs: Iterable[tuple[str, str]]) -> tuple[str, bool]:
+    """Return the prefix of a source, "" for none, and whether all its ids have it.
+
+    Args:
+        pairs: the id in the source and the id in the store of each picture that the store has.
+    """
+    found = {id.removesuffix(own).rstrip("/") if id.endswith(f"/{own}") else "" for own, id in pairs}
+    prefix = max(found, default="", key=len)
+    return prefix, bool(prefix) and "" not in found
 
 
 def _decide(source: Source, origin: str, gallery: Collection, taken: set[str]) -> Naming:

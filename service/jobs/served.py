@@ -15,17 +15,20 @@ from service.account import LEFT_OUT, Account, Failure, printable
 from service.client import Client
 from service.encoding.card import read_card
 from service.errors import InvalidRequest, ItemNotFound, LookalikeError, Outcome, StoreMismatch, attempt
-from service.jobs.naming import PREFIXES, Naming, choose_names
+from service.file_facts import FileFacts
+from service.jobs.naming import PREFIXES, Collection, Naming, choose_names, prefix_of
 from service.jobs.reading import progress, read_ahead
 from service.jobs.transfer import chunks_of, export_row, parquet_files, write_export
 from service.rows import item_of_row
 from service.sources import origin_of
 from service.sources.source import Source
-from service.store import Item, NewItem
+from service.store import Item, Known, NewItem
 from service.uploader import ahead
 from service.wire import EmbeddedUpload, Included, ServedItem, Upload
 
 _FACTS: tuple[Included, ...] = ("digest", "source", "variant")
+# What a sync compares, and names need.
+_OF_FILES: tuple[Included, ...] = (*_FACTS, "file")
 # Items of one file of an export, which have their pictures.
 _ROWS_PER_PART = 1024
 
@@ -52,8 +55,16 @@ class ServedItems:
         self.dimension, self.fingerprint, self.model = int(facts["dimension"]), facts["fingerprint"], facts["model"]
         self._limits, self._origin = facts["limits"], origin
         self._items = {
-            one.id: Item(one.id, one.metadata, one.source, one.digest or "", one.variant or "")
-            for one in client.items(include=_FACTS)
+            one.id: Item(
+                one.id,
+                one.metadata,
+                one.source,
+                one.digest or "",
+                one.variant or "",
+                facts=one.facts or FileFacts(),
+                mtime_ns=one.mtime_ns,
+            )
+            for one in client.items(include=_OF_FILES)
         }
 
     @property
@@ -80,13 +91,28 @@ class ServedItems:
     def facts(self) -> dict[str, str]:
         """Return the prefix of the source, which its items have in front of the ids of their sources."""
         begins = f"{self._origin}/"
-        found: set[str] = set()
-        for item in self._items.values():
-            if item.source is not None and item.source.startswith(begins):
-                own = item.source.removeprefix(begins)
-                found.add(item.id.removesuffix(own).rstrip("/") if item.id.endswith(f"/{own}") else "")
-        prefix = max(found, default="", key=len)
-        return {PREFIXES: json.dumps({self._origin: [prefix, "" not in found]})} if prefix else {}
+        prefix, everywhere = prefix_of(
+            (item.source.removeprefix(begins), item.id)
+            for item in self._items.values()
+            if item.source is not None and item.source.startswith(begins)
+        )
+        return {PREFIXES: json.dumps({self._origin: [prefix, everywhere]})} if prefix else {}
+
+    def below(self, origin: str) -> list[Known]:
+        """Return the items that came from a source; see Store.below."""
+        begins = f"{origin}/"
+        return [
+            Known(one.source.removeprefix(begins), one.id, one.digest, one.facts.size_bytes, one.mtime_ns)
+            for one in self._items.values()
+            if one.source is not None and one.source.startswith(begins)
+        ]
+
+    def stamps(self, origin: str) -> dict[str, tuple[int | None, int | None]]:
+        """Return bytes and times of change of the pictures of a source, by their paths in it."""
+        return {one.path: one[3:] for one in self.below(origin)}
+
+    def close(self) -> None:
+        """Do nothing: the client is its owner's."""
 
     def note(self, facts: dict[str, str]) -> None:
         """Pass over facts: `facts` finds them again in the items."""
@@ -108,9 +134,22 @@ def index_served(source: Source, client: Client, prefix: str | None, listed: Pat
         ServiceError: the service refuses, or cannot be reached.
         InvalidRequest: the prefix cannot begin an id.
     """
-    account = Account.of(source)
     known = ServedItems(client, origin_of(source.name))
-    naming = choose_names(source, known, prefix)
+    account = send_pictures(source, client, choose_names(source, known, prefix), known)
+    account.save(listed)
+    return account
+
+
+def send_pictures(source: Source, client: Client, naming: Naming, known: Collection) -> Account:
+    """Do what `index_served` does, with names that are chosen already, and list nothing.
+
+    Args:
+        source: the pictures.
+        client: of the service.
+        naming: their names.
+        known: the items of the service.
+    """
+    account = Account.of(source)
     account.notes += naming.notes
     sent: deque[tuple[int, bool]] = deque()
     with progress("indexing", len(source), 0) as bar:
@@ -123,7 +162,7 @@ def index_served(source: Source, client: Client, prefix: str | None, listed: Pat
             for chunk in read_ahead(range(len(source)), lambda position: _upload(source, position, naming, known)):
                 for position, outcome in chunk:
                     if isinstance(outcome, Upload):
-                        sent.append((position, known.get(outcome.id) is not None))
+                        sent.append((position, known.store.get(outcome.id) is not None))
                         yield outcome
                         continue
                     if isinstance(outcome, LookalikeError):
@@ -141,16 +180,15 @@ def index_served(source: Source, client: Client, prefix: str | None, listed: Pat
             else:
                 account.added += 1
             bar.update()
-    account.save(listed)
     return account
 
 
-def _upload(source: Source, position: int, naming: Naming, known: ServedItems) -> Upload | None:
+def _upload(source: Source, position: int, naming: Naming, known: Collection) -> Upload | None:
     """Return what to send for a picture; None if the service has it with the same bytes and from the same place."""
     entry = source.entry(position)
     digest = hashlib.sha256(entry.data).hexdigest()
     id, came_from = naming.id_of(entry.id, digest, known), naming.source_of(entry.id)
-    item = known.get(id)
+    item = known.store.get(id)
     # The service records another place only with the picture.
     if item is not None and item.digest == digest and (item.source == came_from or not naming.moved):
         return None

@@ -92,6 +92,8 @@ class Source:
         captions: reads the captions of the pictures from the source, one list of texts for each, empty for none; None
             when it holds none. Only training asks.
         in_files: whether each picture is a file of its own, at its id below the folder that the name names.
+        mtime_ns: returns when the file of the picture at a position was changed last, in nanoseconds since 1970, or
+            raises OSError; None if the pictures are no files of their own.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Source:
     notes: Sequence[str] = ()
     in_files: bool = False
     captions: Callable[[], Sequence[Sequence[str]]] | None = None
+    mtime_ns: Callable[[int], int] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -139,7 +142,7 @@ def slice_source(source: Source, text: str) -> Source:
     kept = range(count)[start:stop]
     if not kept:
         raise InvalidSource(f"{source.name}: the slice {text} of {count} pictures holds none")
-    blocks, captions = source.blocks, source.captions
+    blocks, captions, mtime_ns = source.blocks, source.captions, source.mtime_ns
     labels = source.labels[kept.start : kept.stop] if source.labels is not None else None
     return replace(
         source,
@@ -150,12 +153,13 @@ def slice_source(source: Source, text: str) -> Source:
         if blocks is None
         else [0] + [block - kept.start for block in blocks if kept.start < block < kept.stop],
         captions=None if captions is None else lambda: captions()[kept.start : kept.stop],
+        mtime_ns=None if mtime_ns is None else lambda position: mtime_ns(kept[position]),
     )
 
 
 def select(source: Source, positions: IntArray) -> Source:
     """Return a source of the pictures at some positions, in ascending order."""
-    kept, captions = positions.tolist(), source.captions
+    kept, captions, mtime_ns = positions.tolist(), source.captions, source.mtime_ns
     return replace(
         source,
         ids=Names(source.ids[position] for position in kept),
@@ -163,6 +167,7 @@ def select(source: Source, positions: IntArray) -> Source:
         labels=None if source.labels is None else Labels(source.labels.codes[positions], source.labels.names),
         blocks=None,
         captions=None if captions is None else lambda: [captions()[position] for position in kept],
+        mtime_ns=None if mtime_ns is None else lambda position: mtime_ns(kept[position]),
     )
 
 

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from service import FloatArray
+from service.file_facts import FileFacts, Move
 from service.store.filters import Filter
 
 Order = Literal["added", "-added", "id", "-id"]
@@ -21,6 +22,8 @@ class Item:
         source: where the picture came from, such as a path; None for a picture sent over HTTP.
         digest: sha256 (hex) of the image file, or of the embedding if the item came without a picture.
         variant: of the encoder that made the embedding.
+        facts: of the image file: its size, format and date, as far as they are known.
+        mtime_ns: when the file was changed last, in nanoseconds since 1970, as the disk says it; None if unknown.
     """
 
     id: str
@@ -28,6 +31,8 @@ class Item:
     source: str | None
     digest: str
     variant: str
+    facts: FileFacts = field(default=FileFacts(), kw_only=True)
+    mtime_ns: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,23 @@ class NewItem(Item):
     thumbnail: bytes
     original: bytes | None
     keep_metadata: bool = False
+
+
+class Known(NamedTuple):
+    """What a sync compares with a file: an item of one source.
+
+    Attributes:
+        path: within the source.
+        id: of the item.
+        digest: sha256 (hex) of the image file.
+        size_bytes, mtime_ns: of the image file; None if unknown.
+    """
+
+    path: str
+    id: str
+    digest: str
+    size_bytes: int | None
+    mtime_ns: int | None
 
 
 class Hit(NamedTuple):
@@ -101,8 +123,22 @@ class Store(Protocol):
         """
         ...
 
-    def set_sources(self, sources: dict[str, str]) -> None:
-        """Record where items come from now, by their ids; ids without an item are skipped. Durable when it returns."""
+    def move(self, moves: Sequence[Move]) -> int:
+        """Record what became of items' files: give items other ids and sources, or remove them. Metadata stay.
+
+        All moves are made or none, in one step, so items may exchange their ids, or take those of removed ones.
+        Durable when it returns.
+
+        Returns:
+            The number of moves that were made; the others' items are not there or have another picture by now.
+
+        Raises:
+            InvalidRequest: an item that does not move has the id that another is to get.
+        """
+        ...
+
+    def below(self, origin: str) -> list[Known]:
+        """Return the items that came from a source, which lies at `origin`. Cost: reads all items, without parsing."""
         ...
 
     def facts(self) -> dict[str, str]:

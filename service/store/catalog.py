@@ -9,8 +9,9 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,20 @@ import apsw
 import numpy as np
 
 from service import FloatArray
-from service.errors import InvalidStore
+from service.errors import InvalidRequest, InvalidStore
+from service.file_facts import FileFacts, Move
 from service.store import Item, NewItem
 from service.store.filters import Filter
 
 FILE = "catalog.sqlite"
-SCHEMA = 4
-# Schemas that are read as they are, beside the process that would migrate them: 3 lacks the table `dismissed` alone.
-_READABLE = ("3", str(SCHEMA))
+SCHEMA = 5
+# Schemas that are read as they are, beside the process that would migrate them: 3 lacks the table `dismissed`, and 3
+# and 4 the facts about files.
+_READABLE = ("3", "4", str(SCHEMA))
 VECTOR_TYPES = {"float32": "<f4", "float16": "<f2"}
 LATEST = "SELECT max((SELECT coalesce(max(sequence), 0) FROM items), (SELECT coalesce(max(sequence), 0) FROM removed))"
+_FACTS = ", ".join((*FileFacts._fields, "mtime_ns"))
+_FIELDS = f"metadata, source, digest, sequence, {_FACTS}"
 _META = {"fingerprint", "dimension", "vector_type", "model", "model_folder"}
 # Each connection has a page cache of its own.
 _CACHE_KB = 16_384
@@ -39,7 +44,8 @@ _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE items (
     key INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
-    metadata TEXT NOT NULL, source TEXT, digest TEXT NOT NULL, sequence INTEGER NOT NULL);
+    metadata TEXT NOT NULL, source TEXT, digest TEXT NOT NULL, sequence INTEGER NOT NULL,
+    width INTEGER, height INTEGER, size_bytes INTEGER, format TEXT, date TEXT, mtime_ns INTEGER);
 CREATE TABLE vectors (
     key INTEGER PRIMARY KEY REFERENCES items ON DELETE CASCADE,
     vector BLOB NOT NULL, checksum INTEGER NOT NULL, sequence INTEGER NOT NULL, variant TEXT NOT NULL);
@@ -48,11 +54,12 @@ CREATE TABLE pictures (
     thumbnail BLOB NOT NULL, original BLOB);
 CREATE TABLE removed (sequence INTEGER PRIMARY KEY, key INTEGER NOT NULL, id TEXT NOT NULL);
 CREATE INDEX items_by_sequence ON items (sequence);
+CREATE INDEX items_by_date ON items (date);
 CREATE TABLE dismissed (one TEXT NOT NULL, other TEXT NOT NULL, PRIMARY KEY (one, other)) WITHOUT ROWID;
 """
 # Each script brings a catalog to the next schema. In schema 1 model.onnx had made every vector, so there were no
 # variants. Schema 2 had no tombstones, and numbered only the changes of vectors. Schema 3 had no pairs of digests that
-# the user holds for no duplicates.
+# the user holds for no duplicates. Schema 4 had no facts about files; `lookalike index` fills them in.
 MIGRATIONS = {
     "1": """
 ALTER TABLE items ADD COLUMN variant TEXT NOT NULL DEFAULT 'fp32';
@@ -72,6 +79,16 @@ UPDATE meta SET value = '3' WHERE name = 'schema';
     "3": """
 CREATE TABLE dismissed (one TEXT NOT NULL, other TEXT NOT NULL, PRIMARY KEY (one, other)) WITHOUT ROWID;
 UPDATE meta SET value = '4' WHERE name = 'schema';
+""",
+    "4": """
+ALTER TABLE items ADD COLUMN width INTEGER;
+ALTER TABLE items ADD COLUMN height INTEGER;
+ALTER TABLE items ADD COLUMN size_bytes INTEGER;
+ALTER TABLE items ADD COLUMN format TEXT;
+ALTER TABLE items ADD COLUMN date TEXT;
+ALTER TABLE items ADD COLUMN mtime_ns INTEGER;
+CREATE INDEX items_by_date ON items (date);
+UPDATE meta SET value = '5' WHERE name = 'schema';
 """,
 }
 
@@ -184,15 +201,12 @@ class CatalogWriter:
         metadata = item.metadata
         if row is not None and item.keep_metadata:
             metadata = json.loads(row[2]) | metadata
-        fields = (_dump(metadata), item.source, item.digest, self._sequence)
+        fields = (_dump(metadata), item.source, item.digest, self._sequence, *item.facts, item.mtime_ns)
         if row is None:
-            execute(
-                "INSERT INTO items (id, metadata, source, digest, sequence) VALUES (?, ?, ?, ?, ?)", (item.id, *fields)
-            )
+            # The SQL holds the names of columns alone.
+            execute(f"INSERT INTO items (id, {_FIELDS}) VALUES (?{', ?' * len(fields)})", (item.id, *fields))  # noqa: S608
         else:
-            execute(
-                "UPDATE items SET metadata = ?, source = ?, digest = ?, sequence = ? WHERE key = ?", (*fields, row[0])
-            )
+            execute(f"UPDATE items SET ({_FIELDS}) = (?{', ?' * (len(fields) - 1)}) WHERE key = ?", (*fields, row[0]))  # noqa: S608
         key = self._database.last_insert_rowid() if row is None else row[0]
         execute(
             "INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?)",
@@ -229,15 +243,39 @@ class CatalogWriter:
         self._sequence += 1
         query = "UPDATE items SET metadata = ?, sequence = ? WHERE id = ?"
         self._database.execute(query, (_dump(metadata), self._sequence, id))
-        return Item(item.id, metadata, item.source, item.digest, item.variant)
+        return replace(item, metadata=metadata)
 
-    def set_sources(self, sources: dict[str, str]) -> None:
-        """Replace the sources of items, by their ids."""
-        for id, source in sources.items():
+    def move(self, moves: Sequence[Move], changes: list[Change]) -> int:
+        """Give items other ids, sources and facts about their files, or remove them; see Store.move.
+
+        Args:
+            moves: what to do.
+            changes: gets those of vectors.
+        """
+        execute, count = self._database.execute, 0
+        staying: list[tuple[int, Move, str]] = []
+        for move in moves:
+            key = one(self._database, "SELECT key FROM items WHERE id = ? AND digest = ?", move.id, move.digest)
+            if key is None:
+                continue
+            count += 1
+            if move.to is None:
+                changes += [change for change in (self.remove(move.id),) if change is not None]
+                continue
+            if move.to != move.id:
+                # Readers that follow the changes forget the id. The item keeps its key, so the tombstone names none.
+                self._sequence += 1
+                execute("INSERT INTO removed VALUES (?, 0, ?)", (self._sequence, move.id))
+                # Items may exchange their ids, so all are free before one is taken. No id has a control character.
+                execute("UPDATE items SET id = ? WHERE key = ?", (f"\x01{key}", key))
+            staying.append((key, move, move.to))
+        for key, move, to in staying:
+            if to != move.id and one(self._database, "SELECT 1 FROM items WHERE id = ?", to):
+                raise InvalidRequest("an item has the id that another item is to get")
             self._sequence += 1
-            self._database.execute(
-                "UPDATE items SET source = ?, sequence = ? WHERE id = ?", (source, self._sequence, id)
-            )
+            values = (to, move.source, self._sequence, *move.facts, move.mtime_ns, key)
+            execute(f"UPDATE items SET (id, source, sequence, {_FACTS}) = (?{', ?' * 8}) WHERE key = ?", values)  # noqa: S608
+        return count
 
     def dismiss(self, pairs: Iterable[tuple[str, str]], dismissed: bool = True) -> None:
         """Remember pairs of digests that are no duplicates, or forget them. The order within a pair does not count."""
@@ -322,12 +360,23 @@ def checked_meta(path: Path, meta: dict[str, str]) -> dict[str, str]:
     return meta
 
 
-def read_items(database: apsw.Connection, where: str, *values: Any) -> list[tuple[int, Item]]:
-    """Return keys and items that match a condition in SQL."""
-    columns = "SELECT key, id, metadata, source, digest, variant FROM items JOIN vectors USING (key) "
-    query = columns + where
+def facts_of(schema: str) -> str:
+    """Return the columns of facts about files, which are null in a catalog of an earlier schema."""
+    return _FACTS if schema == str(SCHEMA) else ", ".join(["NULL"] * (len(FileFacts._fields) + 1))
+
+
+def read_items(
+    database: apsw.Connection,
+    where: str,
+    *values: Any,
+    tables: str = "items JOIN vectors USING (key)",
+    facts: str = _FACTS,
+) -> list[tuple[int, Item]]:
+    """Return keys and items that match a condition in SQL; `facts` are the columns that `facts_of` gives."""
+    query = f"SELECT items.key, id, metadata, source, digest, variant, {facts} FROM {tables} {where}"  # noqa: S608
     return [
-        (key, Item(id, json.loads(metadata), *rest)) for key, id, metadata, *rest in database.execute(query, values)
+        (key, Item(id, json.loads(metadata), source, digest, variant, facts=FileFacts(*known), mtime_ns=mtime_ns))
+        for key, id, metadata, source, digest, variant, *known, mtime_ns in database.execute(query, values)
     ]
 
 

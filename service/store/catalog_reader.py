@@ -1,6 +1,5 @@
 """Reads a catalog: its items, pictures and vectors, and the changes after a sequence number."""
 
-import json
 import threading
 import zlib
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 
 from service import FloatArray, IntArray
 from service.errors import InvalidStore
-from service.store import Item, Order
+from service.store import Item, Known, Order
 from service.store.catalog import (
     FILE,
     LATEST,
@@ -21,6 +20,7 @@ from service.store.catalog import (
     checked_meta,
     connect,
     described,
+    facts_of,
     no_store,
     one,
     read_items,
@@ -105,6 +105,7 @@ class CatalogReader:
             raise no_store(folder)
         self.meta = checked_meta(self.path, read_meta(folder))
         self.connections = Connections(self.path)
+        self._facts = facts_of(self.meta["schema"])
         self._dtype = np.dtype(VECTOR_TYPES[self.meta["vector_type"]])
         self._dimension = int(self.meta["dimension"])
         self._vector_bytes = self._dtype.itemsize * self._dimension
@@ -114,7 +115,7 @@ class CatalogReader:
     def get(self, id: str) -> Item | None:
         """Return an item, or None."""
         with self.connections.borrow() as database:
-            rows = read_items(database, "WHERE id = ?", id)
+            rows = read_items(database, "WHERE id = ?", id, facts=self._facts)
         return rows[0][1] if rows else None
 
     def thumbnail(self, id: str) -> bytes | None:
@@ -138,7 +139,23 @@ class CatalogReader:
     def scan(self, limit: int, after: int) -> list[tuple[int, Item]]:
         """Return up to `limit` items with keys above `after`, in key order."""
         with self.connections.borrow() as database:
-            return read_items(database, "WHERE key > ? ORDER BY key LIMIT ?", after, limit)
+            return read_items(database, "WHERE key > ? ORDER BY key LIMIT ?", after, limit, facts=self._facts)
+
+    def below(self, origin: str) -> list[Known]:
+        """Return the items that came from a source; see Store.below."""
+        with self.connections.borrow() as database:
+            return list(map(Known._make, self._below(database, "id, digest, ", origin)))
+
+    def stamps(self, origin: str) -> dict[str, tuple[int | None, int | None]]:
+        """Return bytes and times of change of the pictures of a source, by their paths in it."""
+        with self.connections.borrow() as database:
+            return {path: (size_bytes, mtime_ns) for path, size_bytes, mtime_ns in self._below(database, "", origin)}
+
+    def _below(self, database: apsw.Connection, columns: str, origin: str) -> Any:
+        stamp = "size_bytes, mtime_ns" if "mtime_ns" in self._facts else "NULL, NULL"
+        # The folders below an origin: 0 is the character after the slash.
+        query = f"SELECT substr(source, ?), {columns}{stamp} FROM items WHERE source > ? AND source < ?"  # noqa: S608
+        return database.execute(query, (len(origin) + 2, f"{origin}/", f"{origin}0"))
 
     def page(self, limit: int, after: int, where: Filter, order: Order, offset: int) -> list[tuple[int, Item]]:
         """Return up to `limit` items in an order; see Store.page.
@@ -160,7 +177,7 @@ class CatalogReader:
         # Our own words and question marks alone.
         condition = f"WHERE {where.sql} {begun} ORDER BY {column} {direction} LIMIT ? OFFSET ?"
         with self.connections.borrow() as database:
-            return read_items(database, condition, *values, limit, offset)
+            return read_items(database, condition, *values, limit, offset, facts=self._facts)
 
     def keys(self) -> IntArray:
         """Return all keys, in order. Cost: reads an index of the database, no table."""
@@ -172,13 +189,10 @@ class CatalogReader:
         """Return the items of keys (N,), in their order; those that are not in the catalog are skipped."""
         if not len(keys):
             return []
-        query = (
-            "SELECT items.key, id, metadata, source, digest, variant FROM carray(?) "
-            "CROSS JOIN items ON items.key = value CROSS JOIN vectors ON vectors.key = value"
-        )
+        tables = "carray(?) CROSS JOIN items ON items.key = value CROSS JOIN vectors ON vectors.key = value"
         with self.connections.borrow() as database:
-            rows = database.execute(query, (apsw.carray(np.ascontiguousarray(keys, np.int64)),))
-            return [(key, Item(id, json.loads(metadata), *rest)) for key, id, metadata, *rest in rows]
+            given = apsw.carray(np.ascontiguousarray(keys, np.int64))
+            return read_items(database, "", given, tables=tables, facts=self._facts)
 
     def digests(self) -> tuple[IntArray, IntArray]:
         """Return all keys, and hashes of 64 bits of their items' digests, equal for equal ones, in this process.
@@ -222,7 +236,7 @@ class CatalogReader:
         """Return up to `limit` items with keys above `after` that changed after a sequence number, in key order."""
         with self.connections.borrow() as database:
             where = "WHERE key > ? AND items.sequence > ? ORDER BY key LIMIT ?"
-            return read_items(database, where, after, since, limit)
+            return read_items(database, where, after, since, limit, facts=self._facts)
 
     def removed(self, since: int) -> list[str]:
         """Return the ids that were removed after a sequence number. Some may have been added again."""

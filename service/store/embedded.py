@@ -12,7 +12,8 @@ import numpy as np
 from service import FloatArray
 from service.encoding.card import Card
 from service.errors import CountMismatch, InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
-from service.store import Hit, Item, NewItem, Order
+from service.file_facts import Move
+from service.store import Hit, Item, Known, NewItem, Order
 from service.store.catalog import FILE, CatalogWriter, Change, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.commits import Commits
@@ -152,9 +153,13 @@ class EmbeddedStore:
         """See Store.set_metadata."""
         return self._commits.run(lambda writer, _: writer.change_metadata(id, change))
 
-    def set_sources(self, sources: dict[str, str]) -> None:
-        """See Store.set_sources."""
-        self._commits.run(lambda writer, _: writer.set_sources(sources))
+    def move(self, moves: Sequence[Move]) -> int:
+        """See Store.move."""
+        return self._commits.run(lambda writer, changes: writer.move(moves, changes))
+
+    def below(self, origin: str) -> list[Known]:
+        """See Store.below."""
+        return self._reader.below(origin)
 
     def facts(self) -> dict[str, str]:
         """See Store.facts."""

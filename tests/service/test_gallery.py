@@ -27,11 +27,12 @@ from service.errors import (
     NoEmbedding,
     UnsupportedFormat,
 )
+from service.file_facts import Move
 from service.gallery import Gallery, open_gallery, succeed
 from service.items import NewPicture
 from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
-from service.store import Hit, Item, NewItem, Order
+from service.store import Hit, Item, Known, NewItem, Order
 from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
 from service.store.filters import EVERY, Filter
@@ -187,6 +188,22 @@ class ArrayStore:
         page = list(self.items.values())[after : after + limit]
         return [*page], after + limit if after + limit < len(self.items) else None
 
+    def move(self, moves: Sequence[Move]) -> int:
+        taken = [(self.items.pop(move.id), move) for move in moves if move.id in self.items]
+        self.items |= {
+            move.to: replace(item, id=move.to, source=move.source, facts=move.facts, mtime_ns=move.mtime_ns)
+            for item, move in taken
+            if move.to is not None
+        }
+        return len(taken)
+
+    def below(self, origin: str) -> list[Known]:
+        return [
+            Known(item.source.removeprefix(f"{origin}/"), item.id, item.digest, item.facts.size_bytes, item.mtime_ns)
+            for item in self.items.values()
+            if item.source is not None and item.source.startswith(f"{origin}/")
+        ]
+
     def page(
         self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
     ) -> tuple[list[Item], int | None]:
@@ -200,9 +217,6 @@ class ArrayStore:
             raise CountMismatch(f"expected {expect}, found {count}")
         self.items.clear()
         return count
-
-    def set_sources(self, sources: dict[str, str]) -> None:
-        self.items |= {id: replace(self.items[id], source=source) for id, source in sources.items() if id in self.items}
 
     def facts(self) -> dict[str, str]:
         return self.noted

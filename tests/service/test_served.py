@@ -235,3 +235,62 @@ def test_urls_and_keys_come_from_options_and_the_environment(monkeypatch: pytest
     monkeypatch.setenv("LOOKALIKE_URL", " ")
     with pytest.raises(InvalidRequest, match="expected --store DIR"):
         find_service(None, None, None)
+
+
+def test_a_served_store_follows_a_folder_as_a_free_one_does(tmp_path: Path) -> None:
+    pictures, away = tmp_path / "pictures", tmp_path / "store"
+    pictures.mkdir()
+    for n in range(8):
+        (pictures / f"{n}.png").write_bytes(encoded(scene(seed=n)))
+    with serving(tmp_path, api_keys=f"write:{KEY}"):
+        until_served(away)
+        sync = ("index", pictures, "--store", away, "--key", KEY, "--sync")
+        assert done(*sync)["added"] == 8
+        client = served_store(away, KEY)
+        assert client is not None
+        for n in range(8):
+            client.patch(f"{n}.png", {"told": n})
+        # The service has read the files itself, so it knows their stamps.
+        assert done(*sync)["unchanged"] == 8
+        first = client.get("1.png", include=("source", "file"))
+        assert first is not None
+        assert first.facts is not None
+        status = (pictures / "1.png").stat()
+        assert (first.facts.width, first.facts.size_bytes, first.mtime_ns) == (64, status.st_size, status.st_mtime_ns)
+        assert first.source == str(pictures / "1.png")
+        (pictures / "0.png").write_bytes(encoded(scene(seed=20)))
+        (pictures / "1.png").rename(pictures / "x.png")
+        (pictures / "2.png").rename(pictures / "1.png")
+        (pictures / "3.png").unlink()
+        (pictures / "new.png").write_bytes(encoded(scene(seed=21)))
+        os.utime(pictures / "4.png", (10**9, 10**9))
+        client.put("http.png", encoded(scene(seed=22)))
+        would = done(*sync, "--dry-run")
+        found = done(*sync)
+        assert found["changes"] == would["changes"]
+        assert found["changes"] == {
+            "added": ["new.png"],
+            "replaced": ["0.png"],
+            "renamed": [{"id": "2.png", "to": "1.png"}, {"id": "1.png", "to": "x.png"}],
+            "removed": ["3.png"],
+        }
+        assert (found["unchanged"], found["failed"]) == (4, 0)
+        told = {item.id: item.metadata.get("told") for item in client.items()}
+        names = {"0.png": 0, "1.png": 2, "x.png": 1, "4.png": 4, "5.png": 5, "6.png": 6, "7.png": 7}
+        assert told == names | {"new.png": None, "http.png": None}
+        assert done(*sync)["unchanged"] == 8
+        # By its URL, without the store's folder.
+        (pictures / "7.png").unlink()
+        by_url = ("index", pictures, "--url", client.url, "--key", KEY, "--sync")
+        assert (done(*by_url)["removed"], done(*by_url)["unchanged"]) == (1, 7)
+        for path in pictures.iterdir():
+            path.unlink()
+        assert "is it mounted?" in run(*sync).stderr
+        assert client.count() == 8
+        client.close()
+
+
+def until_served(store: Path) -> None:
+    """Wait until the lock of a store names its service."""
+    while served_at(store) is None:
+        time.sleep(0.05)

@@ -12,7 +12,8 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from service.encoding.images import media_type
-from service.errors import InvalidRequest, UnsupportedFormat
+from service.errors import InvalidRequest, UnsupportedFormat, each
+from service.file_facts import FileFacts, Move
 from service.gallery import Gallery
 from service.http import schemas, uploads
 from service.http.bodies import content_type, parse_json_object, read_body, read_form, read_one_picture
@@ -131,6 +132,31 @@ async def count_images(request: Request) -> Response:
     asked = await read_json(request, gallery.settings, schemas.COUNT)
     where = _where(asked.filter, asked.prefix)
     return JSONResponse({"count": await work(request, lambda: gallery.store.count(where))})
+
+
+@router.post(
+    "/images/moves",
+    openapi_extra=body(json_body(schemas.MovesBody)),
+    responses=answers(schemas.Moved, *WORK, *BODY, 403, 404),
+)
+async def move_images(request: Request) -> Response:
+    """Give items other ids, record where their files are, or remove them, all in one step; what else they have stays.
+
+    `lookalike index --sync` calls it. Items may exchange their ids. Items that are not there, or have another picture
+    by now, are left alone; `moved` counts the others.
+    """
+    gallery = stored_gallery_of(request)
+    check_content_type(request, "application/json")
+    asked = await read_json(request, gallery.settings, schemas.MOVES)
+
+    def check(one: schemas.MoveBody) -> Move:
+        file = {} if one.file is None else one.file.model_dump()
+        mtime_ns = file.pop("mtime_ns", None)
+        to = None if one.to is None else gallery.check_id(one.to)
+        return Move(gallery.check_id(one.id), one.digest, to, one.source, FileFacts(**file), mtime_ns)
+
+    moves = each("move", asked.moves, check)
+    return JSONResponse({"moved": await work(request, lambda: gallery.store.move(moves))})
 
 
 @router.delete("/images", responses=answers(schemas.Removed, 400, 403, 404, 409, *WORK))
@@ -265,12 +291,16 @@ async def put_image(
 async def get_image(
     request: Request, id: ItemId, include: IncludeOfItem = (), encoding_format: EncodingFormat = "float"
 ) -> Response:
-    """An item's id and metadata, the variant of the encoder that embedded it, and what `include` names."""
+    """An item's id and metadata, the variant of the encoder that embedded it, its file, and what `include` names."""
     gallery = gallery_of(request)
 
     def read() -> dict[str, Any]:
         item = gallery.get(gallery.check_id(id))
-        return _shown(item) | {"variant": item.variant} | _included(gallery, item, include, encoding_format)
+        return (
+            _shown(item)
+            | {"variant": item.variant, "file": _file(item)}
+            | _included(gallery, item, include, encoding_format)
+        )
 
     return JSONResponse(await work(request, read))
 
@@ -306,9 +336,15 @@ def _shown(item: Item) -> dict[str, Any]:
     return {"id": item.id, "metadata": item.metadata}
 
 
+def _file(item: Item) -> dict[str, Any]:
+    return item.facts._asdict() | {"mtime_ns": item.mtime_ns}
+
+
 def _included(gallery: Gallery, item: Item, include: Sequence[IncludedOfItem], form: EncodingFormat) -> dict[str, Any]:
     """Return what `include` names of an item. Its embedding is left out if it has been removed meanwhile."""
     told: dict[str, Any] = {name: getattr(item, name) for name in ("digest", "source", "variant") if name in include}
+    if "file" in include:
+        told["file"] = _file(item)
     embedding = gallery.store.embedding(item.id) if "embedding" in include else None
     if embedding is not None:
         (row,) = listed(embedding[None], form)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from service.errors import InvalidRequest, ItemNotFound
+from service.file_facts import FileFacts, Move
 from service.gallery import Gallery
 from service.jobs.index import index_source
 from service.queries import PictureQuery
@@ -158,12 +159,18 @@ def test_a_source_that_has_moved_is_the_same_source(tmp_path: Path, gallery: Gal
     assert {item.source for item in gallery.store.scan(9)[0]} == {f"{tmp_path}/there/IMG_000{n}.png" for n in range(4)}
 
 
+def record_as_typed(gallery: Gallery, source: Source) -> None:
+    """Let the store record the sources of items as earlier versions did."""
+    items = [gallery.get(id) for id in source.ids]
+    gallery.store.move([Move(item.id, item.digest, item.id, f"here/{item.id}") for item in items])
+
+
 def test_items_of_an_earlier_version_count_by_the_same_rule(tmp_path: Path, gallery: Gallery) -> None:
     source = folder_of(tmp_path / "here", 0, 1, 2)
     index_source(source, gallery)
-    gallery.store.set_sources({id: f"here/{id}" for id in source.ids})
+    record_as_typed(gallery, source)
     assert counts(index_source(source, gallery)) == (0, 0, 3, 0)
-    gallery.store.set_sources({id: f"here/{id}" for id in source.ids})
+    record_as_typed(gallery, source)
     account = index_source(folder_of(tmp_path / "others", 3, 4, 2), gallery)
     assert counts(account) == (3, 0, 0, 0)
     assert "others/" in account.notes[0]
@@ -202,3 +209,22 @@ def test_what_the_source_left_out_is_counted_and_listed(gallery: Gallery) -> Non
     mended = Source("folder", ["c.png"], lambda _: encoded(scene()), Labels.of([None]))
     assert index_source(mended, gallery).facts()["listed_in"] is None
     assert not (gallery.settings.store / "left_out.jsonl").exists()
+
+
+def test_items_of_an_older_store_learn_what_their_files_say(tmp_path: Path, gallery: Gallery) -> None:
+    source = folder_of(tmp_path / "pictures", 1, 2)
+    path = tmp_path / "pictures" / "IMG_0000.png"
+    os.utime(path, (10**9, 10**9))
+    index_source(source, gallery)
+    known = [gallery.get(id) for id in source.ids]
+    assert known[0].facts == FileFacts(64, 48, path.stat().st_size, "PNG", "2001-09-09T01:46:40")
+    assert known[0].mtime_ns == 10**18
+    for item in known:
+        gallery.store.move([Move(item.id, item.digest, item.id, item.source)])
+    assert gallery.get(source.ids[0]).facts == FileFacts()
+    sequence = gallery.store.sequence()
+    assert counts(index_source(source, gallery)) == (0, 0, 2, 0)
+    assert [gallery.get(id) for id in source.ids] == known
+    assert gallery.store.sequence() == sequence + 2
+    assert counts(index_source(source, gallery)) == (0, 0, 2, 0)
+    assert gallery.store.sequence() == sequence + 2

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from service import FloatArray
 from service.encoding.card import Card, Preprocessing, read_card
 from service.errors import InvalidQuery, InvalidStore, StoreMismatch
+from service.file_facts import FileFacts
 from service.store import NewItem
 from service.store.catalog import FILE, CatalogWriter
 from service.store.catalog_reader import CatalogReader
@@ -334,7 +335,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     # models/mnist had this fingerprint in those versions.
     fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"
     encoder = replace(read_card(MODEL), fingerprint=fingerprint)
-    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 4; `lookalike index` or `serve`"):
+    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 5; `lookalike index` or `serve`"):
         EmbeddedStore(tmp_path, encoder, 256, read_only=True)
     assert recorded_model(tmp_path) == (Path("/models/mnist"), "mnist")
     store = EmbeddedStore(tmp_path, encoder, 256)
@@ -348,7 +349,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     store.remove("b")
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
-    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("4",)]
+    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("5",)]
     assert list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key")) == before
     columns = "key, vector, checksum, sequence"
     assert list(database.execute(f"SELECT {columns} FROM vectors ORDER BY key")) == vectors
@@ -357,15 +358,26 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     database.close()
 
 
-def test_a_store_of_schema_3_is_read_beside_the_process_that_would_migrate_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schema", ["3", "4"])
+def test_a_store_of_an_earlier_schema_is_read_beside_the_process_that_would_migrate_it(
+    tmp_path: Path, schema: str
+) -> None:
     store = EmbeddedStore(tmp_path, card(), D)
     store.add([item("a", unit(D))])
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
-    database.execute("DROP TABLE dismissed; UPDATE meta SET value = '3' WHERE name = 'schema'").fetchall()
+    database.execute("DROP INDEX items_by_date").fetchall()
+    for column in (*FileFacts._fields, "mtime_ns"):
+        database.execute(f"ALTER TABLE items DROP COLUMN {column}").fetchall()
+    if schema == "3":
+        database.execute("DROP TABLE dismissed").fetchall()
+    database.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (schema,)).fetchall()
     database.close()
     store = EmbeddedStore(tmp_path, card(), D, read_only=True)
     assert [hit.id for hit in store.search(unit(1, D), 1)[0]] == ["a"]
+    found = store.get("a")
+    assert found is not None
+    assert (found.facts, found.mtime_ns, store.below("/none")) == (FileFacts(), None, [])
     store.close()
     with closing(CatalogReader(tmp_path)) as reader:
         assert reader.dismissed() == set()
