@@ -586,11 +586,11 @@ def try_out(
     from service.jobs.open_page import open_page_later
     from service.settings import read_settings
 
-    # Each source has a store of its own, which the next call finds again.
+    # Each source has a store of its own, which the next call finds again; it follows a folder that has changed.
     path = Path(source).absolute()
     store = Path(".lookalike/try") / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
     try:
-        index(source, store, model, data_root=data_root)
+        index(source, store, model, sync=path.is_dir(), data_root=data_root)
     except typer.Exit as done:
         if done.exit_code == 2:
             raise
