@@ -93,6 +93,7 @@ def test_the_life_of_an_item(client: Client, service: Service, tmp_path: Path) -
 
 def test_many_pictures_with_what_is_wrong_with_some(client: Client, tmp_path: Path) -> None:
     uploads = [Upload(f"{n}.png", PICTURES[n % 6], {"n": n}) for n in range(100)]
+    uploads[40] = Upload("40.png", PICTURES[0], {"n": 40}, source="elsewhere")
     uploads[41] = Upload("41.png", b"no picture")
     uploads[42] = Upload("42.png", tmp_path / "missing.png")
     uploads[43] = Upload("\x00", PICTURES[0])
@@ -108,6 +109,9 @@ def test_many_pictures_with_what_is_wrong_with_some(client: Client, tmp_path: Pa
     }
     assert [one.is_new for one in done] == [n not in (41, 42, 43, 44, 45) for n in range(100)]
     assert client.count() == 95
+    # One request has no two pictures of one id: the source of the first is not that of the second.
+    later = client.get("40.png", include=["source"])
+    assert later is not None and later.source is None
     items = {item.id: item.metadata["n"] for item in client.items(page=7)}
     assert items == {f"{n}.png": n for n in range(100) if n not in (40, 41, 42, 43, 44, 45)} | {"40.png": "later"}
 
