@@ -93,7 +93,6 @@ def test_the_life_of_an_item(client: Client, service: Service, tmp_path: Path) -
 
 def test_many_pictures_with_what_is_wrong_with_some(client: Client, tmp_path: Path) -> None:
     uploads = [Upload(f"{n}.png", PICTURES[n % 6], {"n": n}) for n in range(100)]
-    uploads[40] = Upload("40.png", PICTURES[0], {"n": 40}, source="elsewhere")
     uploads[41] = Upload("41.png", b"no picture")
     uploads[42] = Upload("42.png", tmp_path / "missing.png")
     uploads[43] = Upload("\x00", PICTURES[0])
@@ -109,11 +108,16 @@ def test_many_pictures_with_what_is_wrong_with_some(client: Client, tmp_path: Pa
     }
     assert [one.is_new for one in done] == [n not in (41, 42, 43, 44, 45) for n in range(100)]
     assert client.count() == 95
-    # One request has no two pictures of one id: the source of the first is not that of the second.
-    later = client.get("40.png", include=["source"])
-    assert later is not None and later.source is None
     items = {item.id: item.metadata["n"] for item in client.items(page=7)}
     assert items == {f"{n}.png": n for n in range(100) if n not in (40, 41, 42, 43, 44, 45)} | {"40.png": "later"}
+
+
+def test_two_pictures_of_one_id_do_not_share_what_is_said_by_id(client: Client) -> None:
+    done = list(client.add([Upload("a", PICTURES[0], {"n": 1}, source="elsewhere"), Upload("a", PICTURES[1])], 1))
+    assert [one.is_new for one in done] == [True, False]
+    item = client.get("a", include=["source"])
+    assert item is not None and (item.source, item.metadata) == (None, {"n": 1})
+    assert client.content("a") == PICTURES[1]
 
 
 def test_arrays_go_in_and_come_out(client: Client, service: Service) -> None:
