@@ -15,6 +15,7 @@ import pytest
 
 from service.encoding.card import read_card
 from service.store.embedded import EmbeddedStore
+from service.store.layout import served_at
 from tests.conftest import MODEL, another_encoder
 from tests.ports import free_port
 from tests.serving import LOOKALIKE, running, serving, wait_until_ready
@@ -73,16 +74,18 @@ def test_a_service_starts_empty_answers_and_stops_cleanly(stop: signal.Signals, 
 def test_a_running_service_takes_up_another_encoder_on_sighup(tmp_path: Path) -> None:
     other = another_encoder(tmp_path / "other")
     with serving(tmp_path, "digits[:20]") as url:
-        worker = int((tmp_path / "store" / "LOCK").read_text())
+        while served_at(tmp_path / "store") != url:
+            time.sleep(0.05)
+        worker = int((tmp_path / "store" / "LOCK").read_text().splitlines()[0])
         assert b'"model":"mnist"' in get(f"{url}/info")[1]
 
         def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
             command = [LOOKALIKE, *arguments, "--store", tmp_path / "store"]
             return subprocess.run(command, capture_output=True, text=True, check=False)
 
-        refused = run("index", "digits[:30]", "--model", MODEL)
+        refused = run("index", "digits[:30]", "--model", other)
         assert refused.returncode == 2
-        assert f"in use by process {worker}; add pictures to a served store with POST /images" in refused.stderr
+        assert "serves the encoder mnist, not that of" in refused.stderr
         assert run("store", "check").returncode == 0
         done = run("reindex", "--model", other)
         assert done.returncode == 0, done.stderr
