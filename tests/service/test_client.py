@@ -112,6 +112,14 @@ def test_many_pictures_with_what_is_wrong_with_some(client: Client, tmp_path: Pa
     assert items == {f"{n}.png": n for n in range(100) if n not in (40, 41, 42, 43, 44, 45)} | {"40.png": "later"}
 
 
+def test_two_pictures_of_one_id_do_not_share_what_is_said_by_id(client: Client) -> None:
+    done = list(client.add([Upload("a", PICTURES[0], {"n": 1}, source="elsewhere"), Upload("a", PICTURES[1])], 1))
+    assert [one.is_new for one in done] == [True, False]
+    item = client.get("a", include=["source"])
+    assert item is not None and (item.source, item.metadata) == (None, {"n": 1})
+    assert client.content("a") == PICTURES[1]
+
+
 def test_arrays_go_in_and_come_out(client: Client, service: Service) -> None:
     embeddings = client.embed([PICTURES[n % 6] for n in range(70)])
     assert embeddings.shape == (70, 128) and embeddings.dtype == np.float32
@@ -214,7 +222,8 @@ def test_patience_ends_and_a_lasting_refusal_is_one() -> None:
 
 def test_a_connection_that_was_closed_meanwhile_is_no_error() -> None:
     with stumbling(lambda n, _: b"" if n == 2 else http(200, {"n": n})) as (url, seen):
-        connections = Connections(url, "k", 5, 20)
+        # Without patience, so that it is no second try.
+        connections = Connections(url, "k", 5, 0)
         assert [connections.request("GET", "/x").json()["n"] for _ in range(2)] == [1, 3]
         assert b"Authorization: Bearer k" in seen[0]
 
