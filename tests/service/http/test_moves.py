@@ -71,8 +71,8 @@ def test_an_item_shows_what_its_file_says(client: TestClient, tmp_path: Path) ->
     client.put("/images/dated", content=data, headers={"Content-Type": "image/jpeg"})
     assert client.get("/images/dated").json()["file"]["date"] == "2020-01-02T03:04:05"
     (path := tmp_path / "a.jpg").write_bytes(data)
-    form = {"files": [("file", ("sent", data))], "data": {"sources": json.dumps({"sent": str(path)})}}
-    assert client.post("/images", **form).status_code == 200
+    sources = {"sources": json.dumps({"sent": str(path)})}
+    assert client.post("/images", files=[("file", ("sent", data))], data=sources).status_code == 200
     (listed,) = client.get("/images?include=file&include=source&prefix=sent").json()["items"]
     assert listed["source"] == str(path)
     assert (listed["file"]["format"], listed["file"]["mtime_ns"]) == ("JPEG", path.stat().st_mtime_ns)

@@ -123,6 +123,7 @@ def test_the_life_of_an_item(client: TestClient) -> None:
     assert client.put(url, content=PICTURE, headers=PNG).status_code == 201
     found = client.get(url).json()
     assert found.pop("variant") == client.get("/info").json()["variant"]
+    assert found.pop("file")["format"] == "PNG"
     assert found == {"id": "holiday ☀/a?b.png", "metadata": {}}
     form = {"files": {"file": ("x", PICTURE)}, "data": {"metadata": '{"year": 2026}'}}
     assert client.put(url, **form).status_code == 200  # type: ignore[arg-type]
