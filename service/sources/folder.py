@@ -35,10 +35,14 @@ def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
     metadata = [one.name for one in gathered.left_out if is_metadata(one.name)]
     # Most paths are composed already.
     stored = {at: gathered.found[id][0] for at, id in enumerate(pictures) if gathered.found[id][0] != id}
+
+    def place(position: int) -> Path:
+        return root / stored.get(position, ids[position])
+
     return Source(
         name,
         ids,
-        lambda position: (root / stored.get(position, ids[position])).read_bytes(),
+        lambda position: place(position).read_bytes(),
         path_labels(pictures),
         left_out=Omissions(gathered.left_out),
         in_files=True,
@@ -47,6 +51,7 @@ def open_folder(name: str, root: Path, gathered: Gathered[None]) -> Source:
             if metadata
             else None
         ),
+        place=place,
     )
 
 
