@@ -51,7 +51,7 @@ def check(ids: list[str], labels: list[str], rows: Any, widths: list[int], expec
     assert labels == list(source.labels or [])
     assert widths == [8] * N
     matrix = np.stack([np.asarray(row, np.float32) for row in rows])
-    np.testing.assert_allclose(matrix, expected, atol=0 if "float32" in out.name else 5e-4)
+    np.testing.assert_allclose(matrix, expected, atol=1e-7 if "float32" in out.name else 5e-4)
 
 
 def test_pandas(out: Path, expected: FloatArray) -> None:
@@ -79,8 +79,8 @@ def test_duckdb(out: Path, expected: FloatArray) -> None:
         f"with one as (select embedding::FLOAT[128] as vector from '{out}/*.parquet' where id = 'digits/00007') "
         f"select id from '{out}/*.parquet', one "
         "order by array_inner_product(embedding::FLOAT[128], vector) desc limit 1"
-    ).fetchone()
-    assert found == ("digits/00007",)
+    ).fetchall()
+    assert found == [("digits/00007",)]
 
 
 def test_datasets(out: Path, expected: FloatArray, tmp_path: Path) -> None:
