@@ -53,6 +53,8 @@ def test_kills(tmp_path: Path) -> None:
             found = _rows(out, npy)
             # What is there at any moment is right, and there once.
             assert found.index.is_unique
+            if found.empty:
+                continue
             known = found.index.intersection(expected.index)
             same = found.loc[known, "digest"] == expected.loc[known, "digest"]
             pandas.testing.assert_frame_equal(found.loc[known][same], expected.loc[known][same])

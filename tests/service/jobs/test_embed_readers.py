@@ -64,8 +64,8 @@ def test_polars(out: Path, expected: FloatArray) -> None:
     polars = pytest.importorskip("polars")
     table = polars.read_parquet(out / "*.parquet")
     assert isinstance(table["embedding"].dtype, polars.Array)
-    columns = [table[name].to_list() for name in ("id", "label", "embedding", "width")]
-    check(*columns, expected, out)
+    ids, labels, rows, widths = (table[name].to_list() for name in ("id", "label", "embedding", "width"))
+    check(ids, labels, rows, widths, expected, out)
     lazy = polars.scan_parquet(out / "*.parquet").filter(polars.col("label") == "7").select(polars.len()).collect()
     assert lazy.item() == table["label"].to_list().count("7")
 
@@ -73,8 +73,8 @@ def test_polars(out: Path, expected: FloatArray) -> None:
 def test_duckdb(out: Path, expected: FloatArray) -> None:
     duckdb = pytest.importorskip("duckdb")
     query = f"select id, label, embedding, width from '{out}/*.parquet' order by id"
-    rows = duckdb.sql(query).fetchall()
-    check(*(list(column) for column in zip(*rows, strict=True)), expected, out)
+    ids, labels, rows, widths = (list(column) for column in zip(*duckdb.sql(query).fetchall(), strict=True))
+    check(ids, labels, rows, widths, expected, out)
     found = duckdb.sql(
         f"with one as (select embedding::FLOAT[128] as vector from '{out}/*.parquet' where id = 'digits/00007') "
         f"select id from '{out}/*.parquet', one "
@@ -102,7 +102,8 @@ def test_the_store(out: Path, expected: FloatArray, tmp_path: Path) -> None:
 def test_evaluate(out: Path, expected: FloatArray) -> None:
     embeddings = open_embeddings(str(out))
     assert embeddings is not None
-    check(list(embeddings.ids), list(embeddings.labels or []), embeddings.rows, [8] * N, expected, out)
+    labels = [str(label) for label in embeddings.labels or ()]
+    check(list(embeddings.ids), labels, embeddings.rows, [8] * N, expected, out)
     assert np.abs(np.linalg.norm(embeddings.rows, axis=1) - 1).max() < 1e-6
 
 
