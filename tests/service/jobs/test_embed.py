@@ -324,3 +324,12 @@ def test_a_list_of_paths_on_stdin(tmp_path: Path) -> None:
         2,
         b"lookalike: -0: is for a list of paths on stdin; expected the source -, got photos\n",
     )
+
+
+def test_width_and_height_are_those_of_the_file(tmp_path: Path) -> None:
+    """A JPEG is decoded at a fraction of its size, and a TIFF in another process."""
+    for format in ("JPEG", "TIFF", "WEBP"):
+        (tmp_path / f"{format}.png").write_bytes(encoded(scene(640, 480), format))
+    embed_source(open_source(str(tmp_path)), MODEL, tmp_path / "out", Settings(variant="fp32"))
+    table = pandas.read_parquet(tmp_path / "out")
+    assert table[["width", "height"]].to_numpy().tolist() == [[640, 480]] * 3
