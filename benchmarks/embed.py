@@ -74,14 +74,15 @@ count = sum(len(batch["image_tensor"]) for batch in reader)
 print(time.perf_counter() - start)
 """
 _MEMORY = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from service.jobs.embed import embed_source
 from service.settings import Settings
 from service.sources import open_source
 folder, model, out = map(Path, sys.argv[1:])
 embed_source(open_source(str(folder)), model, out, Settings(device="cpu", variant="fp32"))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# The peak that getrusage tells may be that of the process which started this one.
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
 
 
@@ -266,7 +267,12 @@ def _print_memory(tiny: Path, work: Path) -> None:
     peaks = []
     for count in _SMALL_COUNTS:
         folder = work / f"{count}-small"
-        write_pictures(folder, count)
+        # A thousand files, each under so many names.
+        write_pictures(folder, 1000)
+        originals = sorted(folder.rglob("*.png"))
+        for number in range(1000, count):
+            original = originals[number % 1000]
+            original.with_name(f"{number}-{original.name}").hardlink_to(original)
         command = [sys.executable, "-c", _MEMORY, str(folder), str(tiny), str(work / f"{count}-out")]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     print("\n| small pictures | peak memory, MB |\n|---|---|")
