@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
-        kills-http power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures container \
+        kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures container \
         setup setup-serve lock clean
 
 help: ## show this list
@@ -51,7 +51,7 @@ survive: setup ## kill a training run 20 times with -9, and compare its result w
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
 
 # CI runs the short forms; LONG=1 runs the forms of a release.
-proofs: fuzz-api generated-client fuzz-pictures guards slow-clients kills kills-http power-loss disk-errors damaged-snapshots many-at-once wild ## all below
+proofs: fuzz-api generated-client fuzz-pictures guards slow-clients kills kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild ## all below
 
 fuzz-api: setup ## send requests derived from our OpenAPI document; LONG=1 for 500 of each, three seeds
 	$(if $(LONG),LOOKALIKE_EXAMPLES=500 LOOKALIKE_SEEDS=3) .venv/bin/python -m pytest -m proof tests/proofs/test_openapi.py
@@ -73,6 +73,9 @@ kills: setup ## kill -9 a process that writes a store, at 25 named points and at
 
 kills-http: setup ## kill -9 the whole service under load, and make its clock jump by a day; LONG=1 for 200 times
 	$(if $(LONG),LOOKALIKE_KILLS=200) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
+
+kills-embed: setup ## kill -9 `lookalike embed` 20 times and resume it; LONG=1 for 200 times
+	$(if $(LONG),LOOKALIKE_KILLS=200) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_embed.py
 
 power-loss: setup ## a disk that loses and tears unsynced writes; LONG=1 for 300 times each
 	$(if $(LONG),LOOKALIKE_POWER_LOSSES=300) .venv/bin/python -m pytest -m proof -s tests/proofs/test_power_loss.py

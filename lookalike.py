@@ -298,21 +298,62 @@ def evaluate(
 
 @cli.command(epilog="Example: lookalike embed digits --model models/mine --out embeddings")
 def embed(
-    source: Source,
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder of Parquet parts to write, or to resume.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="As for `index`: a folder, archive, table, a pattern such as 'photos/**/*.jpg' in quotes, a named "
+            "set; or - for a list of paths on stdin.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of parts to write, or to bring in step with the source.")],
+    model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the default one if left out.")] = None,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the embeddings' numbers.")] = "float32",
+    format: Annotated[
+        Literal["parquet", "npy"],
+        typer.Option(help="Parquet parts, or the layout of clip-retrieval: img_emb/*.npy and metadata/*.parquet."),
+    ] = "parquet",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what is in OUT; a repeat does so without this option, too.")
+    ] = False,
+    nul: Annotated[bool, typer.Option("-0", help="The paths on stdin end with NUL, as from find -print0.")] = False,
     image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     as_json: Json = False,
 ) -> None:
-    """Embed a whole source into a folder of Parquet parts; run it again to resume after an interruption."""
+    """Embed a whole source into a folder of Parquet parts or NumPy files.
+
+    Run again, it goes on after an interruption, embeds what is new or has changed, and drops what is gone.
+
+    Example: find photos -name '*.jpg' -print0 | lookalike embed -0 - --out photos.parquet
+    """
+    del resume
+    from service.encoder_choice import choose_model
     from service.jobs.embed import embed_source
     from service.settings import read_own_settings
     from service.sources import open_source
+    from service.sources.listed import open_list, read_list
 
-    done = embed_source(open_source(source, data_root, image_key), model, out, read_own_settings())
+    if nul and source != "-":
+        raise InvalidRequest(f"-0: is for a list of paths on stdin; expected the source -, got {source}")
+    if source == "-":
+        pictures = open_list(source, read_list(sys.stdin.buffer.read(), nul))
+    else:
+        pictures = open_source(source, data_root, image_key)
+    settings = read_own_settings(model=model)
+    chosen, choice = choose_model(settings.model_copy(update={"no_store": True}), source)
+    if choice:
+        print(choice, file=sys.stderr)
+    try:
+        done = embed_source(pictures, chosen, out, settings, dtype, format == "npy")
+    except KeyboardInterrupt:
+        print(f"{out}: stopped; what is embedded is written, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+    replaced = f", {done.replaced} again because they changed" if done.replaced else ""
     _finish(
-        f"{out}: {done.added} pictures embedded now, {done.known} earlier; {done.bad} could not be read", done, as_json
+        f"{out}: {done.added} pictures embedded now{replaced}, {done.known} earlier; {done.bad} could not be read",
+        done,
+        as_json,
     )
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         for count in _COUNTS:
             root = Path(folder) / f"{count}-pictures"
-            _write(root, count)
+            write_pictures(root, count)
             command = [sys.executable, "-c", _PROGRAM.format(side=_SIDE), str(root)]
             held.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     per_picture = (held[1] - held[0]) / (_COUNTS[1] - _COUNTS[0])
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"\nPer picture: {per_picture:.0f} bytes, {_SIDE * _SIDE} of them its pixels; the limit is 200.")
 
 
-def _write(root: Path, count: int) -> None:
+def write_pictures(root: Path, count: int) -> None:
     """Write pictures in 100 folders, with names like a camera's."""
     generator = np.random.default_rng(0)
     for number in tqdm(range(count), f"writing {count} pictures", leave=False):

@@ -32,6 +32,9 @@ _LEAST_BYTES, _MOST_BYTES = 256_000_000, 2_000_000_000
 # Pictures pass in a few large pieces; the usual 64 KB would cost a switch of processes each.
 _PIPE_BYTES = 1 << 20
 
+# The key, in the `info` of a decoded picture, of the width and height in its file; the picture may be smaller.
+STORED_SIZE = "stored_size"
+
 _ROOT = Path(service.errors.__file__).parents[1]
 # The folder that the parent runs in may hold files that have the names of our packages.
 _CHILD = [
@@ -81,7 +84,9 @@ def decode_apart(data: bytes, budget: Budget, **arguments: Any) -> Image.Image:
     _idle.append(child)
     if "error" in answer:
         raise getattr(service.errors, answer["error"])(answer["says"])
-    return Image.frombytes("RGB", tuple(answer["size"]), pixels)
+    picture = Image.frombytes("RGB", tuple(answer["size"]), pixels)
+    picture.info[STORED_SIZE] = tuple(answer["stored_size"])
+    return picture
 
 
 def serve(decode: Callable[..., Image.Image]) -> None:
@@ -111,7 +116,8 @@ def _decode(
     try:
         picture = decode(data, **request["arguments"])
         pixels = picture.tobytes()
-        return {"size": picture.size, "bytes": len(pixels)}, pixels
+        stored_size = picture.info[STORED_SIZE]
+        return {"size": picture.size, "stored_size": stored_size, "bytes": len(pixels)}, pixels
     except LookalikeError as error:
         if isinstance(error.__cause__, MemoryError):
             return _too_much_memory(budget), b""

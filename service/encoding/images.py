@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 
 from service import PixelArray
-from service.encoding.apart import Budget, decode_apart
+from service.encoding.apart import STORED_SIZE, Budget, decode_apart
 from service.encoding.card import Preprocessing
 from service.encoding.colours import LARGE_PIXELS, raw_mode, to_rgb
 from service.encoding.containers import Parts, needed_parts
@@ -116,7 +116,7 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
         data: a JPEG, PNG, WebP, GIF (first frame), BMP, TIFF (first page), AVIF or HEIF (primary picture) file.
         side: the side in pixels that the caller needs. A JPEG may come back smaller than it is stored, but its short
             edge is at least twice that side unless the stored one is shorter. A picture of more than 50 megapixels
-            comes back at half its size.
+            comes back at half its size. Its info has the size of the file under STORED_SIZE.
         limits: checked on the header, before the pixels are decoded.
 
     Raises:
@@ -175,7 +175,7 @@ def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
         # Pillow unpacks run lengths in Python, pixel by pixel.
         if format == "BMP" and picture.info.get("compression") in _RUN_LENGTHS:
             raise UnsupportedFormat("not a picture that we take: a BMP with run lengths; expected one without")
-        raw = raw_mode(picture)
+        raw, size = raw_mode(picture), picture.size
         # Pillow turns a TIFF while it loads it, and reads XMP for it.
         picture.info.pop("xmp", None)
         least = _DRAFT_MARGIN * side
@@ -183,7 +183,9 @@ def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
         picture.draft(None, (least, least))
         with _one_large if picture.width * picture.height > LARGE_PIXELS else nullcontext():
             picture.load()
-            return _upright(_on_canvas(to_rgb(picture, raw, data), picture), picture)
+            upright = _upright(_on_canvas(to_rgb(picture, raw, data), picture), picture)
+    upright.info[STORED_SIZE] = size
+    return upright
 
 
 def _on_canvas(rgb: Image.Image, picture: Image.Image) -> Image.Image:

@@ -1,140 +1,218 @@
-"""`lookalike embed`: a source → a folder of Parquet parts; resumed after an interruption."""
+"""`lookalike embed`: a source → a folder of Parquet parts or NumPy files, kept in step with the source."""
 
 import hashlib
 import json
+import time
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from service import FloatArray, PixelArray
 from service.account import Account, Failure, printable
+from service.encoding.apart import STORED_SIZE
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import decode_pixels
-from service.errors import InvalidOutput, InvalidRequest, InvalidSource, LookalikeError, Outcome
-from service.jobs.parquet_parts import FAILURES, META, part_path, read_facts, write_parquet
+from service.encoding.images import decode, to_pixels
+from service.errors import InvalidOutput, InvalidRequest, LookalikeError, Outcome
+from service.jobs.description import Description
+from service.jobs.keeping import MEASURED, Stamp, keep
+from service.jobs.parquet_parts import FAILURES, META
+from service.jobs.part_folder import EMBEDDING, PartFolder
 from service.jobs.reading import progress, read_ahead, use_good
 from service.settings import Settings
 from service.sources.source import Source
 
+# A part is written when it has so many rows or is so old, whichever comes first: a kill costs a minute at most.
 _PART_ROWS = 8192
+_PART_S = 60.0
+
+Dtype = Literal["float32", "float16"]
+
+
+class _Measured(NamedTuple):
+    """The values of a picture in the columns MEASURED."""
+
+    width: int
+    height: int
+    digest: str
+    size_bytes: int
+    modified: int | None
 
 
 class _Embedded(NamedTuple):
-    """The outcome of one position: the embedding (D,) of its picture or an error, and the digest of its bytes."""
+    """The position of a picture in the source, its embedding (D,), and what was measured of it."""
 
     position: int
-    row: Outcome[FloatArray]
-    digest: str | None
+    row: FloatArray
+    measured: _Measured
 
 
-def embed_source(source: Source, model: Path, out: Path, settings: Settings) -> Account:
-    """Embed a source into a folder of Parquet parts that reads as one table: id, label, embedding, digest.
+def embed_source(
+    source: Source, model: Path, out: Path, settings: Settings, dtype: Dtype = "float32", npy: bool = False
+) -> Account:
+    """Embed a source into a folder of parts that reads as one table.
 
-    Each part is written whole or not at all. A job that was interrupted resumes after its last part when it is run
-    again. What was left out, such as pictures that cannot be read, is listed in _failures.jsonl if there is any.
+    The columns are id, label, what else the source tells (`Description`), embedding, width, height, digest, size_bytes
+    and modified. Each part is written whole or not at all. Run again, also after an interruption, it embeds what is new
+    or has changed, and drops what the source has no longer. What was left out, such as pictures that cannot be read, is
+    listed in _failures.jsonl if there is any.
 
     Args:
         source: the pictures.
         model: the encoder's folder.
-        out: the folder to write, or to resume in.
+        out: the folder to write, or to bring in step.
         settings: device and picture limits.
+        dtype: of the embeddings that are written.
+        npy: write the layout of clip-retrieval in place of Parquet parts.
 
     Raises:
         InvalidModel: there is no such encoder, or it failed.
-        InvalidOutput: `out` holds something else, or embeddings of another source or encoder.
+        InvalidOutput: `out` holds something else, or embeddings of another source, encoder or dtype.
+        InvalidSource: the source's other columns cannot be read.
+        KeyboardInterrupt: after all that is embedded was written.
     """
     encoder = Encoder(read_card(model), settings.device, settings.variant)
-    ids = hashlib.sha256("\0".join(source.ids).encode(errors="surrogateescape")).hexdigest()
-    identity = {"source": source.name, "ids": ids, "fingerprint": encoder.card.fingerprint}
-    parts = _finished_parts(out, identity)
-    earlier, known = list(parts), sum(part["read"] for part in parts)
-    # A folder that an earlier version began has no digests in any part.
-    digests = not parts or "digest" in parts[0].get("columns", ())
-    bar = progress("embedding", len(source), known)
-    with bar, closing(Batcher(encoder.lanes, encoder.max_batch)) as batcher:
-        for start in range(known, len(source), _PART_ROWS):
-            positions = range(start, min(start + _PART_ROWS, len(source)))
-            outcomes = _embed(source, positions, encoder, batcher, settings, bar)
-            failures = [
-                Failure.of(printable(source.ids[one.position]), one.row)
-                for one in outcomes
-                if isinstance(one.row, LookalikeError)
-            ]
-            part = identity | {"read": len(positions), "failures": failures, "variant": encoder.variant}
-            part |= {"last": positions.stop == len(source), "columns": ["digest"] if digests else []}
-            write_parquet(_table(source, outcomes, encoder.dimension, part), part_path(out, start // _PART_ROWS))
-            parts.append(part)
+    description = Description(source, [EMBEDDING, *MEASURED.names], npy)
     account = Account.of(source)
-    account.failures = [Failure(*failure) for part in parts for failure in part["failures"]]
-    account.known = sum(part["read"] - len(part["failures"]) for part in earlier)
-    account.added = len(source) - account.known - account.bad
-    account.save(out / FAILURES)
+    account.notes += description.notes
+    embedding = pa.field(EMBEDDING, pa.list_(getattr(pa, dtype)(), encoder.dimension))
+    schema = pa.schema([*description.schema, embedding, *MEASURED])
+    with PartFolder(out, npy) as parts:
+        _check(parts, encoder, embedding.type)
+        kept = keep(source, parts, schema, description)
+        facts = {"source": source.name, "fingerprint": encoder.card.fingerprint, "variant": encoder.variant}
+        job = _Embedding(source, encoder, settings, _Writer(parts, schema, description, facts), kept.changed)
+        try:
+            job.run(kept.todo)
+        finally:
+            account.failures = job.failures
+            account.known = len(source) - len(kept.todo)
+            account.added, account.replaced = job.added, job.replaced
+            account.save(out / FAILURES)
+        if kept.removed:
+            account.notes.append(f"{kept.removed} pictures that {source.name} has no longer have left {out}")
     return account
 
 
-def _embed(
-    source: Source,
-    positions: range,
-    encoder: Encoder,
-    batcher: Batcher[PixelArray],
-    settings: Settings,
-    bar: "tqdm[Any]",
-) -> list[_Embedded]:
-    """Return the embedding (D,) of each position, or the error that its picture gave."""
-    digests: dict[int, str] = {}
+def _check(parts: PartFolder, encoder: Encoder, type: Any) -> None:
+    """Refuse parts of another encoder or dtype."""
+    for number in range(parts.count):
+        if parts.facts(number).get("fingerprint") != encoder.card.fingerprint:
+            raise InvalidOutput(f"{parts.folder}: holds embeddings of another encoder; choose another --out")
+        if parts.is_whole(number) and (have := parts.type(number)) != type:
+            raise InvalidOutput(f"{parts.folder}: expected embeddings of {type}, found {have}; choose another --out")
 
-    def read(position: int) -> PixelArray:
+
+class _Writer:
+    """Collects rows, and writes them as parts.
+
+    The rows that wait and the number of their part are one value: Ctrl-C may come between any two steps, and rows that
+    are written twice have to be written into the same part.
+    """
+
+    def __init__(self, parts: PartFolder, schema: Any, description: Description, facts: dict[str, Any]) -> None:
+        self._parts, self._schema, self._description, self._facts = parts, schema, description, facts
+        self._waiting: tuple[int, list[_Embedded]] = (parts.count, [])
+        self._since = time.monotonic()
+
+    def add(self, rows: Sequence[_Embedded]) -> None:
+        """Take rows, and write a part if it is full or a minute old."""
+        self._waiting[1].extend(rows)
+        while len(self._waiting[1]) > _PART_ROWS:
+            self._write(_PART_ROWS, last=False)
+        if time.monotonic() - self._since >= _PART_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that wait."""
+        if self._waiting[1]:
+            self._write(len(self._waiting[1]), last=False)
+
+    def finish(self) -> None:
+        """Write the rows that wait, and that they are the last."""
+        if self._waiting[1] or not self._parts.count:
+            self._write(len(self._waiting[1]), last=True)
+        elif not self._parts.facts(self._parts.count - 1).get("last"):
+            self._parts.mark_finished()
+
+    def _write(self, count: int, last: bool) -> None:
+        number, waiting = self._waiting
+        rows = waiting[:count]
+        columns = self._description.all([row.position for row in rows])
+        width = self._schema.field(EMBEDDING).type.list_size
+        matrix = np.stack([row.row for row in rows]) if rows else np.empty((0, width), np.float32)
+        matrix = matrix.astype(self._schema.field(EMBEDDING).type.value_type.to_pandas_dtype())
+        measured = {
+            field.name: pa.array([getattr(row.measured, field.name) for row in rows], field.type) for field in MEASURED
+        }
+        measured[EMBEDDING] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), width)
+        arrays = [measured[name] if name in measured else columns[name] for name in self._schema.names]
+        meta = {META: json.dumps(self._facts | {"last": last}).encode()}
+        self._parts.write(number, pa.table(arrays, schema=self._schema.with_metadata(meta)))
+        self._waiting = (number + 1, waiting[count:])
+        self._since = time.monotonic()
+
+
+class _Embedding:
+    """Reads, decodes and embeds pictures, and gives them to the writer.
+
+    Attributes:
+        failures: the pictures that could not be read or embedded.
+        added, replaced: how many were embedded, those of `changed` apart.
+    """
+
+    def __init__(
+        self, source: Source, encoder: Encoder, settings: Settings, writer: _Writer, changed: frozenset[int]
+    ) -> None:
+        self._source, self._encoder, self._settings, self._writer = source, encoder, settings, writer
+        self._changed = changed
+        self.failures: list[Failure] = []
+        self.added = self.replaced = 0
+
+    def run(self, todo: Sequence[int]) -> None:
+        """Embed the pictures at ascending positions; what is embedded is written, whatever ends it."""
+        bar = progress("embedding", len(self._source), len(self._source) - len(todo))
+        with bar, closing(Batcher(self._encoder.lanes, self._encoder.max_batch)) as batcher:
+            try:
+                with closing(read_ahead(todo, self._read)) as chunks:
+                    for chunk in chunks:
+                        self._writer.add(self._embed(chunk, batcher))
+                        bar.update(len(chunk))
+            except BaseException:
+                self._writer.flush()
+                raise
+            self._writer.finish()
+
+    def _read(self, position: int) -> tuple[PixelArray, _Measured]:
+        """Return the pixels (height, width, 3) of a picture, and its measures."""
+        source, preprocessing = self._source, self._encoder.card.preprocessing
+        stamp = Stamp.of(source, position)
         data = source.entry(position).data
         # os.fsdecode turns bytes that are not UTF-8 into surrogates, which Parquet cannot hold.
         if not source.ids[position].isascii() and any("\ud800" <= one <= "\udfff" for one in source.ids[position]):
             raise InvalidRequest("its name is not UTF-8; rename it")
-        digests[position] = hashlib.sha256(data).hexdigest()
-        return decode_pixels(data, encoder.card.preprocessing, settings.limits)
+        picture = decode(data, preprocessing.decoded_side, self._settings.limits)
+        width, height = picture.info[STORED_SIZE]
+        measured = _Measured(width, height, hashlib.sha256(data).hexdigest(), len(data), stamp.modified)
+        return to_pixels(picture, preprocessing), measured
 
-    outcomes: list[_Embedded] = []
-    for chunk in read_ahead(positions, read):
-        outcomes += (_Embedded(at, row, digests.get(at)) for at, row in use_good(chunk, batcher.embed))
-        bar.update(len(chunk))
-    return outcomes
-
-
-def _table(source: Source, outcomes: list[_Embedded], dimension: int, part: dict[str, Any]) -> pa.Table:
-    """Return the pictures that have an embedding as a table, with the facts about the part in its schema."""
-    good = [(at, row, digest) for at, row, digest in outcomes if not isinstance(row, LookalikeError)]
-    rows = np.stack([row for _, row, _ in good]) if good else np.empty((0, dimension), np.float32)
-    columns = {
-        "id": pa.array([source.ids[at] for at, _, _ in good], pa.string()),
-        "label": pa.array([source.labels[at] if source.labels else None for at, _, _ in good], pa.string()),
-        "embedding": pa.FixedSizeListArray.from_arrays(rows.ravel(), dimension),
-    }
-    if part["columns"]:
-        columns["digest"] = pa.array([digest for _, _, digest in good], pa.string())
-    return pa.table(columns).replace_schema_metadata({META: json.dumps(part).encode()})
-
-
-def _finished_parts(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the facts that the parts in `out` hold about themselves, in order, up to the first missing part."""
-    if out.exists() and not out.is_dir():
-        raise InvalidOutput(f"{out}: is a file; --out names a folder of Parquet parts")
-    ours = (".parquet", ".parquet.tmp", FAILURES, f"{FAILURES}.tmp")
-    strangers = [path.name for path in out.glob("*") if not path.name.endswith(ours)]
-    if strangers:
-        raise InvalidOutput(f"{out}: is not empty and not ours (it has {strangers[0]}); choose another --out")
-    parts: list[dict[str, Any]] = []
-    while (path := part_path(out, len(parts))).exists():
-        try:
-            part = read_facts(path)
-        except InvalidSource as error:
-            raise InvalidOutput(f"{path}: not a part that we wrote; choose another --out") from error
-        if part is None:
-            raise InvalidOutput(f"{path}: not a part that we wrote; choose another --out")
-        if {key: part.get(key) for key in identity} != identity:
-            raise InvalidOutput(f"{path}: holds embeddings of another source or encoder; choose another --out")
-        parts.append(part)
-    return parts
+    def _embed(
+        self, chunk: Sequence[tuple[int, Outcome[tuple[PixelArray, _Measured]]]], batcher: Batcher[PixelArray]
+    ) -> list[_Embedded]:
+        """Return the rows of a chunk's good pictures, and note the others."""
+        measured = {position: one[1] for position, one in chunk if not isinstance(one, LookalikeError)}
+        rows = []
+        for position, row in use_good(chunk, lambda read: batcher.embed([pixels for pixels, _ in read])):
+            if isinstance(row, LookalikeError):
+                self.failures.append(Failure.of(printable(self._source.ids[position]), row))
+            else:
+                rows.append(_Embedded(position, row, measured[position]))
+        replaced = sum(row.position in self._changed for row in rows)
+        self.replaced += replaced
+        self.added += len(rows) - replaced
+        return rows

@@ -118,8 +118,10 @@ class _Indexing:
 
     def _mtime_ns(self, position: int) -> int | None:
         """Return when a file was changed last, before it is read: a later change shows the next time."""
+        if not self._source.in_files or self._source.place is None:
+            return None
         try:
-            return None if self._source.mtime_ns is None else self._source.mtime_ns(position)
+            return self._source.place(position).stat().st_mtime_ns
         # To read the file says why.
         except OSError:
             return None

@@ -1,8 +1,9 @@
-"""The folders of Parquet parts that `lookalike embed` writes: ids, labels and embeddings of one source by one encoder.
+"""Reading the folders of Parquet parts that `lookalike embed` writes: embeddings of one source by one encoder.
 
-The parts are part-00000.parquet and so on, with the columns id, label, embedding and digest (sha256 of the image file).
-The metadata of each part's schema holds source and encoder as JSON, and in a finished job's last part `"last": true`.
-Beside them lies _failures.jsonl if anything was left out. Earlier versions wrote _failures.parquet, and no digests.
+The parts are part-00000.parquet and so on, with the columns id, label, embedding and digest (sha256 of the image file)
+among others. The metadata of each part's schema holds source and encoder as JSON, and in a finished job's last part
+`"last": true`. Beside them lies _failures.jsonl if anything was left out. Earlier versions wrote _failures.parquet, and
+no digests.
 """
 
 import json
@@ -81,8 +82,8 @@ def open_embeddings(name: str) -> Embeddings | None:
         name: the folder; a slice may follow, as in emb[:8000].
 
     Raises:
-        InvalidSource: a part is missing, damaged, or of another source or encoder than the first; the job has not
-            finished; there is no embedding, or the slice leaves none.
+        InvalidSource: a part is missing, damaged, or of another encoder than the first; the job has not finished;
+             there is no embedding, or the slice leaves none.
     """
     sliced = None if Path(name).exists() else _SLICED.fullmatch(name)
     folder, slicing = (Path(sliced[1]), sliced[2]) if sliced else (Path(name), "")
@@ -96,8 +97,8 @@ def open_embeddings(name: str) -> Embeddings | None:
     if not facts[-1].get("last") and not (folder / EARLIER_FAILURES).exists():
         raise InvalidSource(f"{name}: is not finished, its last part is not there; run its `lookalike embed` again")
     for part, own in zip(parts, facts, strict=True):
-        if any(own.get(key) != facts[0].get(key) for key in ("source", "ids", "fingerprint")):
-            raise InvalidSource(f"{part}: holds embeddings of another source or encoder than {parts[0].name}")
+        if own.get("fingerprint") != facts[0].get("fingerprint"):
+            raise InvalidSource(f"{part}: holds embeddings of another encoder than {parts[0].name}")
     tables = [_read_part(part) for part in parts]
     ids = Names(id for table in tables for id in table[0])
     labels = Labels.of(label for table in tables for label in table[1])
@@ -129,12 +130,15 @@ def _read_part(part: Path) -> tuple[list[str], list[str | None], FloatArray, lis
         table.validate(full=True)
         ids, labels, vectors = (table[name] for name in ("id", "label", "embedding"))
         kind = vectors.type
-        if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32() or ids.null_count:
+        floats = pa.types.is_fixed_size_list(kind) and kind.value_type in (pa.float32(), pa.float16())
+        if not floats or ids.null_count:
             raise ValueError(f"expected an id and a list of float32 in each row, got {ids.type} and {kind}")
         rows = np.asarray(vectors.combine_chunks().flatten(), np.float32).reshape(-1, kind.list_size)
         # Each norm is compared with `<`, because NaN must fail the check.
         if len(rows) != len(ids) or not np.all(np.abs(np.linalg.norm(rows, axis=1) - 1) < 1e-3):
             raise ValueError("expected embeddings of length 1 in every row")
+        if kind.value_type == pa.float16():
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         digests = table["digest"].to_pylist() if "digest" in columns and not table["digest"].null_count else None
         return ids.to_pylist(), labels.to_pylist(), rows, digests
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -154,6 +158,8 @@ def write_parquet(table: pa.Table, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as temporary:
-            pq.write_table(table, temporary)
+            # Only texts repeat; a dictionary of embeddings would be as large as they are.
+            texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+            pq.write_table(table, temporary, use_dictionary=texts)
     except OSError as error:
         raise InvalidOutput(f"{path}: cannot be written: {error.strerror or error}") from error

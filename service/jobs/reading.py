@@ -1,6 +1,6 @@
 """Shared by the jobs: reading pictures ahead of their use, showing progress."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tuple[int, Outcome[T]]]]:
+def read_ahead(positions: Sequence[int], read: Callable[[int], T]) -> Generator[list[tuple[int, Outcome[T]]]]:
     """Yield chunks of positions, each with the outcome of reading it, in order.
 
     The next chunk is read by as many threads as there are cores while the caller uses the current one.
@@ -26,7 +26,8 @@ def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tupl
     def read_one(position: int) -> tuple[int, Outcome[T]]:
         return position, attempt(read, position)
 
-    with ThreadPoolExecutor(cores()) as pool:
+    pool = ThreadPoolExecutor(cores())
+    try:
         current: Iterator[tuple[int, Outcome[T]]] | None = None
         for chunk in chunks:
             ready, current = current, pool.map(read_one, chunk)
@@ -34,6 +35,9 @@ def read_ahead(positions: range, read: Callable[[int], T]) -> Iterator[list[tupl
                 yield list(ready)
         if current is not None:
             yield list(current)
+    finally:
+        # If the caller stops early, what nobody waits for is not begun.
+        pool.shutdown(cancel_futures=True)
 
 
 def use_good(

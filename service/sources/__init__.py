@@ -1,8 +1,8 @@
 """SOURCE → a stream of (id, bytes, label): a folder, .zip, .tar, .parquet, MNIST or digits. Never unpickles.
 
-source.py defines Source. folder.py, zip.py and tar.py open pictures as files, parquet.py opens tables, and named.py
-opens data sets by name. kinds.py tells pictures from other files, paths.py makes ids and labels of paths, files.py
-expands patterns, and compact.py holds ids and labels in a few bytes each.
+source.py defines Source. folder.py, zip.py and tar.py open pictures as files, listed.py those that a glob or a list
+names, parquet.py opens tables, and named.py opens data sets by name. kinds.py tells pictures from other files, paths.py
+makes ids and labels of paths, files.py expands patterns, and compact.py holds ids and labels in a few bytes each.
 """
 
 import os
@@ -14,6 +14,7 @@ from service.errors import InvalidSource
 from service.sources.files import expand
 from service.sources.folder import gather, open_folder
 from service.sources.kinds import HIDDEN, holds_none
+from service.sources.listed import glob_files, glob_root, is_glob, open_glob
 from service.sources.named import open_digits, open_mnist
 from service.sources.source import LeftOut, Omissions, Source, slice_source
 from service.sources.tar import compressed, open_tars
@@ -25,7 +26,7 @@ _SLICED = re.compile(r"(.+)(\[[^\[\]]*\])")
 _PACKED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _EXPECTED = (
     "expected a folder of pictures, a .zip of one, .tar or .parquet files (one, a folder of them, or several as "
-    "in train-{000..009}.tar), mnist/train, mnist/test or digits"
+    "in train-{000..009}.tar), a quoted pattern such as 'photos/**/*.jpg', mnist/train, mnist/test or digits"
 )
 
 
@@ -34,8 +35,9 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT, image_key: str |
 
     Args:
         name: a folder of pictures, a .zip of one, a .tar or .parquet file, a folder of these, several of them
-            as shards/train-{000..009}.tar, or mnist/train, mnist/test, digits. A slice such as [:8000] or
-            [90%:] may follow. An existing path takes precedence over a slice or a pattern.
+            as shards/train-{000..009}.tar, a glob such as photos/**/*.jpg or shards/*.tar, or mnist/train,
+            mnist/test, digits. A slice such as [:8000] or [90%:] may follow. An existing path takes precedence over a
+            slice or a pattern.
         data_root: the folder of named data sets, in torchvision's layout (data_root/MNIST/raw).
         image_key: of the picture to take where a sample in a .tar has several, such as input.jpg or mask.
 
@@ -58,12 +60,15 @@ def open_source(name: str, data_root: Path = DEFAULT_DATA_ROOT, image_key: str |
 
 
 def origin_of(name: str) -> str:
-    """Return where a SOURCE lies, without a slice: the name of its set, or its real path."""
+    """Return where a SOURCE lies, without a slice: the name of its set, or its real path; a glob lies in its folder."""
     named = _NAMED.fullmatch(name)
     if named:
         return named[1]
     sliced = _SLICED.fullmatch(name)
-    return os.path.realpath(sliced[1] if sliced and not Path(name).exists() else name)
+    text = sliced[1] if sliced and not Path(name).exists() else name
+    if is_glob(text) and not Path(text).exists():
+        return os.path.realpath(glob_root(os.path.expanduser(text)))  # noqa: PTH111
+    return os.path.realpath(text)
 
 
 def _open_named(name: str, set_name: str, data_root: Path) -> Source:
@@ -79,12 +84,25 @@ def _open_path(name: str, text: str, image_key: str | None) -> Source:
             return open_folder(name, path, gathered)
         return _open_shards(name, path, gathered.left_out, image_key)
     paths = [path] if path.exists() else expand(text)
+    if not paths and is_glob(text):
+        return _open_glob(name, os.path.expanduser(text), image_key)  # noqa: PTH111
     if not paths:
         raise InvalidSource(f"{name}: no such source; {_EXPECTED}")
     packed = next((ending for ending in _PACKED if text.lower().endswith(ending)), None)
     if packed:
         raise compressed(name, packed)
     return _open_files(name, paths, image_key)
+
+
+def _open_glob(name: str, pattern: str, image_key: str | None) -> Source:
+    """Open what a glob names: .tar files, .parquet files or a .zip if it names nothing else, or pictures."""
+    found = glob_files(pattern)
+    if not found:
+        raise InvalidSource(f"{name}: nothing has a name of this pattern")
+    endings = {path.suffix.lower() for path in found}
+    if endings in ({".tar"}, {".parquet"}) or (endings == {".zip"} and len(found) == 1):
+        return _open_files(name, found, image_key)
+    return open_glob(name, pattern, found)
 
 
 def _open_shards(name: str, folder: Path, files: list[LeftOut], image_key: str | None) -> Source:

@@ -93,13 +93,13 @@ def open_folder(name: str, root: Path, gathered: Gathered[Any]) -> Source:
     # Most paths are composed already.
     stored = {at: gathered.found[id][0] for at, id in enumerate(pictures) if gathered.found[id][0] != id}
 
-    def path(position: int) -> Path:
+    def place(position: int) -> Path:
         return root / stored.get(position, ids[position])
 
     return Source(
         name,
         ids,
-        lambda position: path(position).read_bytes(),
+        lambda position: place(position).read_bytes(),
         path_labels(pictures),
         left_out=Omissions(gathered.left_out),
         in_files=True,
@@ -108,7 +108,7 @@ def open_folder(name: str, root: Path, gathered: Gathered[Any]) -> Source:
             if metadata
             else None
         ),
-        mtime_ns=lambda position: path(position).stat().st_mtime_ns,
+        place=place,
     )
 
 

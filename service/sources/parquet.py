@@ -18,7 +18,7 @@ from service.sources.captions import CAPTION_COLUMNS, texts_of
 from service.sources.compact import Labels, Names
 from service.sources.files import stems
 from service.sources.paths import compose
-from service.sources.source import Source
+from service.sources.source import Columns, Source
 
 _CACHE_BYTES = 256 * 2**20
 # Column names in order of preference, for a file with several binary columns.
@@ -34,6 +34,7 @@ class _Table(NamedTuple):
         leaf: the column of the pictures' bytes, such as image.bytes.
         paths: pa.ChunkedArray of large_string, or None without such a column.
         labels: codes (N,), −1 for a picture without a label, and the label of each code; None without such a column.
+        label: the column of labels; None without one.
         note: a sentence on a column that cannot be a label, or an empty text.
     """
 
@@ -42,6 +43,7 @@ class _Table(NamedTuple):
     leaf: str
     paths: Any
     labels: tuple[Any, list[str]] | None
+    label: str | None
     note: str
 
 
@@ -94,7 +96,17 @@ def open_parquet(name: str, paths: Sequence[Path]) -> Source:
     notes = list(dict.fromkeys(table.note for table in tables if table.note))
     captioned = any(_caption_column(table.footer.schema.to_arrow_schema()) for table in tables)
     captions = (lambda: [own for path in paths for own in _captions(path)]) if captioned else None
-    return Source(name, _ids(tables), read, _merged(tables), starts[:-1].tolist(), notes=notes, captions=captions)
+    return Source(
+        name,
+        _ids(tables),
+        read,
+        _merged(tables),
+        starts[:-1].tolist(),
+        notes=notes,
+        captions=captions,
+        place=lambda position: groups[int(starts.searchsorted(position, "right")) - 1][0],
+        columns=_columns(tables, [(path, footer, number) for path, footer, _, number in groups], starts),
+    )
 
 
 class RowGroups:
@@ -162,9 +174,61 @@ def _read_table(path: Path) -> _Table:
                 raise ValueError(f"expected {file.metadata.num_rows} rows, got {len(small)}")
             paths = small.column(picture_path).cast(pa.large_string()) if wanted else None
             labels = _codes(small.column(label), features.get(label)) if label else None
-            return _Table(path, file.metadata, leaf, paths, labels, note)
+            return _Table(path, file.metadata, leaf, paths, labels, label, note)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InvalidSource(f"{path}: not a Parquet file that can be read: {_first_line(error)}") from error
+
+
+def _columns(tables: Sequence[_Table], groups: Sequence[tuple[Path, Any, int]], starts: Any) -> Columns | None:
+    """Return the columns that are neither pictures nor the labels.
+
+    Args:
+        tables: the files.
+        groups: path, footer and number of each row group.
+        starts: (len(groups) + 1,) the first position of each row group, and the number of rows.
+    """
+    left_out: list[str] = []
+    types: dict[str, Any] = {}
+    for table in tables:
+        for field in table.footer.schema.to_arrow_schema():
+            taken = table.leaf == field.name or table.leaf.startswith(f"{field.name}.")
+            if taken or (table.label == field.name == "label"):
+                continue
+            if _holds_bytes(field.type) or types.setdefault(field.name, field.type) != field.type:
+                left_out.append(field.name)
+    schema = pa.schema([(name, type) for name, type in types.items() if name not in left_out])
+    if not schema.names and not left_out:
+        return None
+
+    def read(positions: Sequence[int]) -> Any:
+        if not schema.names:
+            return schema.empty_table()
+        places, parts = np.asarray(positions, np.int64), [schema.empty_table()]
+        numbers = starts.searchsorted(places, "right") - 1
+        for group in np.unique(numbers).tolist():
+            path, footer, number = groups[group]
+            rows = places[numbers == group] - starts[group]
+            have = [name for name in schema.names if name in footer.schema.to_arrow_schema().names]
+            try:
+                with pq.ParquetFile(path, metadata=footer) as file:
+                    part = file.read_row_group(number, columns=have, use_threads=False).take(rows)
+                # Full validation finds text that is not UTF-8.
+                part.validate(full=True)
+            except (pa.ArrowException, OSError, ValueError, IndexError) as error:
+                raise InvalidSource(f"{path}: its other columns cannot be read: {_first_line(error)}") from error
+            missing = [name for name in schema.names if name not in have]
+            for name in missing:
+                part = part.append_column(name, pa.nulls(len(rows), schema.field(name).type))
+            parts.append(part.select(schema.names).cast(schema))
+        return pa.concat_tables(parts)
+
+    return Columns(read, tuple(dict.fromkeys(left_out)))
+
+
+def _holds_bytes(type: Any) -> bool:
+    if pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
+        return _holds_bytes(type.value_type)
+    return _is_binary(type) or (pa.types.is_struct(type) and any(_holds_bytes(part.type) for part in type))
 
 
 def _caption_column(schema: Any) -> str | None:

@@ -6,7 +6,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from PIL import Image
@@ -76,6 +77,19 @@ def count_reasons(left_out: Iterable[LeftOut]) -> str:
     return "; ".join(f"{count} {reason}" for reason, count in Counter(one.reason for one in left_out).most_common())
 
 
+class Columns(NamedTuple):
+    """What a source tells of its pictures beside id and label. Only `lookalike embed` asks.
+
+    Attributes:
+        read: returns a pa.Table with a row for each of some ascending positions, and always the same columns. Raises
+            InvalidSource if it cannot be read.
+        left_out: columns that are not read, because they hold bytes or differ in kind from file to file.
+    """
+
+    read: Callable[[Sequence[int]], Any]
+    left_out: Sequence[str] = ()
+
+
 @dataclass(frozen=True)
 class Source:
     """Pictures in a fixed order, read one at a time. Several threads may read at once.
@@ -92,8 +106,9 @@ class Source:
         captions: reads the captions of the pictures from the source, one list of texts for each, empty for none; None
             when it holds none. Only training asks.
         in_files: whether each picture is a file of its own, at its id below the folder that the name names.
-        mtime_ns: returns when the file of the picture at a position was changed last, in nanoseconds since 1970, or
-            raises OSError; None if the pictures are no files of their own.
+        place: returns the file that holds the picture at a position, which may be an archive of many; None where no
+            file tells whether a picture has changed.
+        columns: what else the source tells of the pictures; None if that is nothing.
     """
 
     name: str
@@ -105,7 +120,8 @@ class Source:
     notes: Sequence[str] = ()
     in_files: bool = False
     captions: Callable[[], Sequence[Sequence[str]]] | None = None
-    mtime_ns: Callable[[int], int] | None = None
+    place: Callable[[int], Path] | None = None
+    columns: Columns | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -142,7 +158,7 @@ def slice_source(source: Source, text: str) -> Source:
     kept = range(count)[start:stop]
     if not kept:
         raise InvalidSource(f"{source.name}: the slice {text} of {count} pictures holds none")
-    blocks, captions, mtime_ns = source.blocks, source.captions, source.mtime_ns
+    blocks, captions, place, columns = source.blocks, source.captions, source.place, source.columns
     labels = source.labels[kept.start : kept.stop] if source.labels is not None else None
     return replace(
         source,
@@ -153,13 +169,16 @@ def slice_source(source: Source, text: str) -> Source:
         if blocks is None
         else [0] + [block - kept.start for block in blocks if kept.start < block < kept.stop],
         captions=None if captions is None else lambda: captions()[kept.start : kept.stop],
-        mtime_ns=None if mtime_ns is None else lambda position: mtime_ns(kept[position]),
+        place=None if place is None else lambda position: place(kept[position]),
+        columns=None
+        if columns is None
+        else columns._replace(read=lambda positions: columns.read([kept[position] for position in positions])),
     )
 
 
 def select(source: Source, positions: IntArray) -> Source:
     """Return a source of the pictures at some positions, in ascending order."""
-    kept, captions, mtime_ns = positions.tolist(), source.captions, source.mtime_ns
+    kept, captions, place = positions.tolist(), source.captions, source.place
     return replace(
         source,
         ids=Names(source.ids[position] for position in kept),
@@ -167,7 +186,8 @@ def select(source: Source, positions: IntArray) -> Source:
         labels=None if source.labels is None else Labels(source.labels.codes[positions], source.labels.names),
         blocks=None,
         captions=None if captions is None else lambda: [captions()[position] for position in kept],
-        mtime_ns=None if mtime_ns is None else lambda position: mtime_ns(kept[position]),
+        place=None if place is None else lambda position: place(kept[position]),
+        columns=None,
     )
 
 

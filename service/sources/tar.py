@@ -6,10 +6,11 @@ import sys
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,14 +19,14 @@ from service.sources.compact import Labels, Names, smallest
 from service.sources.files import stems
 from service.sources.kinds import FIRST_BYTES, HIDDEN, holds_none, judge
 from service.sources.paths import Gathered, compose, path_labels
-from service.sources.source import LeftOut, Omissions, Source
+from service.sources.source import Columns, LeftOut, Omissions, Source
 
 _MAX_LABEL_BYTES = 1000
 _TAR_BLOCK_BYTES = 512
 # Two members are compared so many bytes at a time.
 _COMPARED_BYTES = 1 << 20
-_CLASS, _CAPTION = ".cls", ".txt"
-_MAX_CAPTION_BYTES = 100_000
+_CLASS, _CAPTION, _FACTS = ".cls", ".txt", ".json"
+_MAX_TEXT_BYTES = 100_000
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -104,30 +105,97 @@ def open_tars(name: str, paths: Sequence[Path], image_key: str | None = None) ->
             raise OSError(f"the archive is cut short: expected {size} bytes, got {len(data)}")
         return data
 
+    # The rows of one part lie in few shards, and those of the next part in the last of them again.
+    read_texts = lru_cache(maxsize=4)(_texts)
+
+    def texts(ending: str, number: int, positions: Sequence[int]) -> list[str | None]:
+        """Return the text with this ending of the samples at some positions, all of the shard with this number."""
+        found = read_texts(paths[number], ending)
+        own = (ids[position].removeprefix(prefixes[number]) for position in positions)
+        return [next((found[stem] for stem in _stems(id) if stem in found), None) for id in own]
+
     def captions() -> list[list[str]]:
-        texts = [_texts(path) for path in paths]
-        own = (ids[at].removeprefix(prefixes[number]) for at, number in enumerate(numbers.tolist()))
-        found = zip(own, numbers.tolist(), strict=True)
-        return [next(([texts[at][stem]] for stem in _stems(id) if stem in texts[at]), []) for id, at in found]
+        ends = np.cumsum([0, *counts]).tolist()
+        return [
+            [] if text is None else [text]
+            for number in range(len(paths))
+            for text in texts(_CAPTION, number, range(ends[number], ends[number + 1]))
+        ]
 
-    return Source(name, ids, read, labels, left_out=left_out, notes=notes, captions=captions)
+    return Source(
+        name,
+        ids,
+        read,
+        labels,
+        left_out=left_out,
+        notes=notes,
+        captions=captions,
+        place=lambda position: paths[numbers[position]],
+        columns=_columns(left_out, ids, numbers, texts) if _is_webdataset(shards, left_out) else None,
+    )
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """Return the text of each .txt member of a .tar by its path without that ending: the caption of its sample."""
+def _is_webdataset(shards: Sequence[_Shard], left_out: Sequence[LeftOut]) -> bool:
+    beside = (one.name.lower() for one in left_out)
+    return any(shard.classes for shard in shards) or any(name.endswith((_CAPTION, _FACTS)) for name in beside)
+
+
+def _columns(
+    left_out: Sequence[LeftOut],
+    ids: Sequence[str],
+    numbers: Any,
+    texts: Callable[[str, int, Sequence[int]], list[str | None]],
+) -> Columns:
+    """Return the samples' keys and, where there are any, captions (.txt) and facts (.json, as text).
+
+    Args:
+        left_out: the members that are no pictures.
+        ids: of the pictures.
+        numbers: (N,) of their shards.
+        texts: the texts of some samples of a shard, by ending.
+    """
+    beside = {ending for one in left_out for ending in (_CAPTION, _FACTS) if one.name.lower().endswith(ending)}
+
+    def read(positions: Sequence[int]) -> Any:
+        # Imported late because pyarrow loads slowly.
+        import pyarrow as pa
+
+        keys = (_sample(ids[position])[0].rpartition("/")[2] for position in positions)
+        columns = {"key": pa.array(keys, pa.string())}
+        for column, ending in (("caption", _CAPTION), ("json", _FACTS)):
+            if ending in beside:
+                places = np.asarray(positions, np.int64)
+                shards = numbers[places]
+                found: list[str | None] = []
+                for shard in np.unique(shards).tolist():
+                    found += texts(ending, shard, places[shards == shard].tolist())
+                columns[column] = pa.array(found, pa.string())
+        return pa.table(columns)
+
+    return Columns(read)
+
+
+def _texts(path: Path, ending: str) -> dict[str, str]:
+    """Return the text of each member of a .tar with this ending, by its path without it: a .txt is a caption.
+
+    Raises:
+        InvalidSource: a caption is too long. Facts that are too long are passed over.
+    """
     found: dict[str, str] = {}
     with path.open("rb") as file:
         for member in _members(_Shard(path, array("q"), Gathered(lambda one, other: one is other)), file):
             inside = _relative(member.name)
-            if not inside.lower().endswith(_CAPTION) or not member.isreg():
+            if not inside.lower().endswith(ending) or not member.isreg():
                 continue
-            if member.size > _MAX_CAPTION_BYTES:
+            if member.size > _MAX_TEXT_BYTES:
+                if ending != _CAPTION:
+                    continue
                 raise InvalidSource(
-                    f"{path}: {inside}: a caption of {member.size} bytes; expected at most {_MAX_CAPTION_BYTES}"
+                    f"{path}: {inside}: a caption of {member.size} bytes; expected at most {_MAX_TEXT_BYTES}"
                 )
             text = os.pread(file.fileno(), member.size, member.offset_data).decode("utf-8-sig", "replace").strip()
             if text:
-                found[compose(inside[: -len(_CAPTION)])] = compose(text)
+                found[compose(inside[: -len(ending)])] = compose(text)
     return found
 
 

@@ -87,7 +87,8 @@ def open_zip(name: str, path: Path) -> Source:
 
     captions = (lambda: metadata_captions(name, [*metadata], read_metadata, ids)) if metadata else None
     labels = path_labels(paths, path.stem)
-    return Source(name, ids, read, labels, left_out=Omissions(gathered.left_out), captions=captions)
+    omitted = Omissions(gathered.left_out)
+    return Source(name, ids, read, labels, left_out=omitted, captions=captions, place=lambda _: path)
 
 
 def judged(archive: zipfile.ZipFile, aside: str | None = None) -> Iterator[tuple[str, zipfile.ZipInfo, LeftOut | None]]:

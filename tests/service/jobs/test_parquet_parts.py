@@ -116,7 +116,7 @@ def test_a_part_that_is_missing(copy: Path) -> None:
 
 def test_parts_of_two_encoders(copy: Path) -> None:
     rewrite(part_path(copy, 2), fingerprint="0" * 64)
-    with pytest.raises(InvalidSource, match=r"part-00002.parquet: holds embeddings of another source or encoder than"):
+    with pytest.raises(InvalidSource, match=r"part-00002.parquet: holds embeddings of another encoder than"):
         open_embeddings(str(copy))
 
 
