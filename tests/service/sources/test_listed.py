@@ -1,6 +1,7 @@
 """Pictures that a glob or a list names."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def test_globs_of_nothing(folder: Path) -> None:
 
 
 def test_a_file_with_the_marks_of_a_glob_in_its_name(tmp_path: Path) -> None:
+    for name in ("set*.zip", "set2.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr(f"{name[3]}.png", encoded(scene()))
+    assert list(open_source(str(tmp_path / "set*.zip")).ids) == ["*.png"]
     (tmp_path / "what?").mkdir()
     (tmp_path / "what?" / "1.jpg").write_bytes(encoded(scene()))
     assert list(open_source(str(tmp_path / "what?")).ids) == ["1.jpg"]
@@ -63,8 +68,10 @@ def test_a_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     # Named on purpose, a hidden picture is taken.
     listed = ["./b/deep/3.jpg", "a/1.jpg", "a/1.jpg", "", str(folder / "5.jpg"), "b/.hidden/4.jpg", "a", "a/notes.txt"]
+    Path(".6.jpg").write_bytes(encoded(scene(seed=6)))
+    listed.append(".6.jpg")
     source = open_list("-", listed)
-    assert list(source.ids) == sorted(["b/deep/3.jpg", "a/1.jpg", str(folder / "5.jpg"), "b/.hidden/4.jpg"])
+    assert list(source.ids) == sorted(["b/deep/3.jpg", "a/1.jpg", str(folder / "5.jpg"), "b/.hidden/4.jpg", ".6.jpg"])
     assert {one.name: one.reason for one in source.left_out} == {"a": "a folder", "a/notes.txt": "not a picture: .txt"}
     for at, id in enumerate(source.ids):
         assert source.entry(at).data == (folder / id).read_bytes()
