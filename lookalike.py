@@ -394,7 +394,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Add a source's pictures to a store. Those already there with the same bytes are passed over."""
-    from service.served import find_service
+    from service.client.discovery import find_service
 
     client = find_service(store, url, key)
     if sync or watch:
@@ -478,8 +478,8 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the pictures of a store that are most like a picture, or like words."""
+    from service.client.discovery import find_service
     from service.queries import PictureQuery, Query, TextQuery
-    from service.served import find_service
 
     query: Query
     if text is not None and image is None:
@@ -541,8 +541,8 @@ def duplicates(
     key: Key = None,
 ) -> None:
     """Find pictures that a store has more than once, and the best copy of each; a service may keep running."""
+    from service.client.discovery import find_service
     from service.jobs import duplicates as job
-    from service.served import find_service
     from service.settings import read_own_settings
 
     client = find_service(store, url, key)
@@ -719,8 +719,8 @@ def export_store(
 ) -> None:
     """Write a store's items as Parquet: embeddings, metadata and pictures. A service may keep running."""
     if store is None:
+        from service.client.discovery import find_service
         from service.jobs.served import export_served
-        from service.served import find_service
 
         client = find_service(store, url, key)
         assert client is not None
@@ -753,7 +753,7 @@ def import_items(
     as_json: Json = False,
 ) -> None:
     """Add the items of Parquet files: of `store export`, of `embed`, or made elsewhere: id and embedding at least."""
-    from service.served import find_service
+    from service.client.discovery import find_service
 
     client = find_service(store, url, key)
     if client is not None:

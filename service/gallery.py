@@ -414,7 +414,7 @@ class Search:
                 embedding = self._gallery.embed_soon(query.data)
                 return BegunQuery(embedding.result, (embedding,))
             case TextQuery():
-                # Not among the pending ones: to tell a waiting caller of it takes as long as a small tower needs for it.
+                # Not among the pending ones: to tell a waiting caller of it takes as long as a small tower needs.
                 return BegunQuery(self._gallery.embed_text_soon(query.text).result)
             case VectorQuery():
                 return BegunQuery(partial(query.unit, self._gallery.encoder.dimension))

@@ -107,9 +107,7 @@ def _encoder(card: Card, settings: Settings) -> Iterator[Line]:
         encoder.lanes[0](pixels[first : first + encoder.max_batch])
     rate = _PICTURES / (time.perf_counter() - start)
     variants = ", ".join(("fp32", *card.variants))
-    yield Line(
-        "encoder", f"all files as its card says; {encoder.variant} of {variants} runs, {rate:.0f} pictures/s"
-    )
+    yield Line("encoder", f"all files as its card says; {encoder.variant} of {variants} runs, {rate:.0f} pictures/s")
     if open_text_tower(card, encoder.dimension) is not None:
         yield Line("encoder", "reads words")
 

@@ -13,6 +13,8 @@ from tqdm import tqdm
 from service import items
 from service.account import LEFT_OUT, Account, Failure, printable
 from service.client import Client
+from service.client.uploader import ahead
+from service.client.wire import EmbeddedUpload, Included, ServedItem, Upload
 from service.encoding.card import read_card
 from service.errors import InvalidRequest, ItemNotFound, LookalikeError, Outcome, StoreMismatch, attempt
 from service.file_facts import FileFacts
@@ -23,8 +25,6 @@ from service.rows import item_of_row
 from service.sources import origin_of
 from service.sources.source import Source
 from service.store import Item, Known, NewItem
-from service.uploader import ahead
-from service.wire import EmbeddedUpload, Included, ServedItem, Upload
 
 _FACTS: tuple[Included, ...] = ("digest", "source", "variant")
 # What a sync compares, and names need.

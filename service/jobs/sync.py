@@ -12,6 +12,7 @@ import numpy as np
 from service import items
 from service.account import printable
 from service.client import Client
+from service.client.discovery import served_store
 from service.encoder_choice import choose_model
 from service.errors import InvalidRequest
 from service.file_facts import Move
@@ -20,7 +21,6 @@ from service.generations import written
 from service.jobs.changes import Changes, Decide, find_changes
 from service.jobs.index import index_named
 from service.jobs.served import ServedItems, left_out_of, send_pictures
-from service.served import served_store
 from service.settings import Settings
 from service.sources import origin_of
 from service.sources.source import select

@@ -17,11 +17,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from service import FloatArray
-from service.connection import Connections, ServiceError
-from service.file_facts import Move
-from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery
-from service.uploader import TOGETHER, Uploader, ahead
-from service.wire import (
+from service.client.connection import Connections, ServiceError
+from service.client.uploader import TOGETHER, Uploader, ahead
+from service.client.wire import (
     Added,
     EmbeddedUpload,
     Included,
@@ -40,6 +38,8 @@ from service.wire import (
     vector_of,
     wanted,
 )
+from service.file_facts import Move
+from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery
 
 __all__ = [
     "Client",

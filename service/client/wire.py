@@ -12,7 +12,7 @@ from urllib.parse import quote
 import numpy as np
 
 from service import FloatArray
-from service.connection import ServiceError
+from service.client.connection import ServiceError
 from service.errors import LookalikeError
 from service.file_facts import FileFacts, Move
 from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery

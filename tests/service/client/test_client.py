@@ -14,7 +14,8 @@ import pytest
 import uvicorn
 
 from service.client import Client
-from service.connection import Connections, ServiceError
+from service.client.connection import Connections, ServiceError
+from service.client.wire import Upload
 from service.encoding.encoder import Encoder
 from service.errors import InvalidRequest
 from service.gallery import Gallery
@@ -24,7 +25,6 @@ from service.http.slots import Slots
 from service.queries import ItemQuery, PictureQuery, SumQuery, VectorQuery
 from service.settings import Settings
 from service.store.embedded import EmbeddedStore
-from service.wire import Upload
 from tests.conftest import encoded, scene
 
 KEY = "0123456789abcdef"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from service.connection import RETRYABLE, Connections, ServiceError
+from service.client.connection import RETRYABLE, Connections, ServiceError
+from service.client.wire import Added, EmbeddedUpload, Upload, composed, form, read, size
 from service.errors import InvalidRequest
-from service.wire import Added, EmbeddedUpload, Upload, composed, form, read, size
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from service.client.discovery import find_service, served_store
 from service.errors import InvalidRequest, InvalidStore
-from service.served import find_service, served_store
 from service.sources import open_source
 from service.store.layout import announce, lock, served_at
 from tests.conftest import MODEL, encoded, scene
