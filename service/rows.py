@@ -8,7 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from service.errors import InvalidRequest
+from service.file_facts import FileFacts
 from service.store import NewItem
+
+# Characters of a format and of a date, at most.
+_LONGEST = 32
 
 
 class Rules(Protocol):
@@ -34,7 +38,8 @@ def item_of_row(row: Mapping[str, Any], rules: Rules) -> NewItem:
     Args:
         row: `id`, a text or a whole number, and `embedding`, D numbers of any length but 0. It may have `metadata`, an
             object or its text, or else `label`, which becomes the metadata; and `source`, `digest`, `variant`,
-            `thumbnail` and `original` as NewItem has them.
+            `thumbnail` and `original` as NewItem has them; `width`, `height`, `size_bytes`, `format`, `date` and
+            `mtime_ns` of the picture's file.
         rules: of the store that gets it.
 
     Raises:
@@ -71,4 +76,23 @@ def item_of_row(row: Mapping[str, Any], rules: Rules) -> NewItem:
         thumbnail=row.get("thumbnail") or b"",
         original=row.get("original"),
         keep_metadata=row.get("metadata") in (None, ""),
+        facts=_facts(row),
+        mtime_ns=_whole(row.get("mtime_ns")),
     )
+
+
+def _facts(row: Mapping[str, Any]) -> FileFacts:
+    """Return what a row tells of the picture's file. A column of another type is a table's own, and no fact."""
+    width, height, size_bytes = (_whole(row.get(name)) for name in ("width", "height", "size_bytes"))
+    return FileFacts(width, height, size_bytes, _short(row.get("format")), _short(row.get("date")))
+
+
+def _short(value: object) -> str | None:
+    return value if isinstance(value, str) and len(value) <= _LONGEST else None
+
+
+def _whole(value: object) -> int | None:
+    # pandas turns whole numbers into floats where one is missing.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+        return None
+    return int(value) if float(value).is_integer() else None

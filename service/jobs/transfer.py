@@ -22,6 +22,12 @@ _ROWS_PER_PICTURE_PART = 1024
 _ROWS_PER_COMMIT = 1024
 # Each column is read in pieces of this size, which bounds the memory.
 _BUFFER_BYTES = 1 << 20
+# The columns of an export beside id, label and embedding.
+_COLUMNS = (
+    {name: pa.string() for name in ("metadata", "source", "digest", "variant", "format", "date")}
+    | {name: pa.binary() for name in ("thumbnail", "original")}
+    | {name: pa.int64() for name in ("width", "height", "size_bytes", "mtime_ns")}
+)
 
 
 def export_store(gallery: Gallery, out: Path) -> tuple[int, list[Failure]]:
@@ -67,10 +73,8 @@ def write_export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidOutput(f"{out}: is there and not empty; name another --out")
-    columns = {name: pa.string() for name in ("metadata", "source", "digest", "variant")}
-    columns |= {name: pa.binary() for name in ("thumbnail", "original")}
     schema = pa.schema(
-        {"id": pa.string(), "label": pa.string(), "embedding": pa.list_(pa.float32(), dimension)} | columns
+        {"id": pa.string(), "label": pa.string(), "embedding": pa.list_(pa.float32(), dimension)} | _COLUMNS
     )
     written = 0
     for number, (rows, last) in enumerate(parts):
@@ -109,6 +113,8 @@ def export_row(item: Item, embedding: FloatArray, thumbnail: bytes | None, origi
         "variant": item.variant,
         "thumbnail": thumbnail,
         "original": original,
+        **item.facts._asdict(),
+        "mtime_ns": item.mtime_ns,
     }
 
 
@@ -200,7 +206,7 @@ def chunks_of(path: Path, dimension: int) -> Iterator[list[dict[str, Any]]]:
             have = set(file.schema_arrow.names)
             if not {"id", "embedding"} <= have:
                 raise InvalidSource(f"{path}: expected the columns id and embedding, found {', '.join(sorted(have))}")
-            wanted = ("id", "embedding", "label", "metadata", "source", "digest", "variant", "thumbnail", "original")
+            wanted = ("id", "embedding", "label", *_COLUMNS)
             lengths = _lengths(file.schema_arrow.field("embedding").type, path)
             for batch in file.iter_batches(_ROWS_PER_COMMIT, columns=[name for name in wanted if name in have]):
                 rows = batch.to_pylist()

@@ -18,6 +18,7 @@ from service.sources import open_source
 from tests.conftest import ROOT
 from tests.ports import free_port
 from tests.serving import LOOKALIKE, wait_until_ready
+from tests.test_lookalike import run
 
 
 def verbs(command: Any = None, name: str = "") -> Iterator[tuple[str, str]]:
@@ -44,11 +45,11 @@ def test_the_examples_run_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "seven.png").write_bytes(open_source("digits").entry(7).data)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LOOKALIKE_")}
     for name, example in verbs():
-        command = [str(LOOKALIKE), *shlex.split(example.removeprefix("Example: "))[1:]]
+        arguments = shlex.split(example.removeprefix("Example: "))[1:]
         if name in ("serve", "try"):
-            serves(command, tmp_path, environment)
+            serves([str(LOOKALIKE), *arguments], tmp_path, environment)
             continue
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = run(*arguments, cwd=tmp_path)
         assert done.returncode == 0, (example, done.stdout, done.stderr)
     assert (tmp_path / "duplicates.html").exists()
 

@@ -41,7 +41,7 @@ BLOCKS = [Block(*match) for match in re.findall(r"^```(\w+)[ ]?([\w-]*)\n(.*?)^`
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Return the port of a digits gallery, indexed and served by the real commands as `make serve` does."""
-    with serving(tmp_path_factory.mktemp("readme"), "digits") as url:
+    with serving(tmp_path_factory.mktemp("readme"), "digits", ROOT / "models" / "digits") as url:
         yield int(url.rpartition(":")[2])
 
 

@@ -22,7 +22,7 @@ from tests.conftest import MODEL, ROOT, encoded, scene
 pytestmark = pytest.mark.proof
 
 # 200 in the long form.
-KILLS = int(os.environ.get("LOOKALIKE_KILLS", "20"))
+KILLS = int(os.environ.get("LOOKALIKE_KILLS", "10"))
 SEED = int(os.environ.get("LOOKALIKE_KILLS_SEED", "0"))
 PICTURES = 1500
 # The parts of a real job are larger; small ones make more moments at which a kill may do harm.
