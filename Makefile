@@ -74,7 +74,7 @@ kills: setup ## kill -9 a process that writes a store, at 25 named points and at
 kills-http: setup ## kill -9 the whole service under load, and make its clock jump by a day; LONG=1 for 200 times
 	$(if $(LONG),LOOKALIKE_KILLS=200) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_http.py
 
-kills-embed: setup ## kill -9 `lookalike embed` 20 times and resume it; LONG=1 for 200 times
+kills-embed: setup ## kill -9 `lookalike embed` 10 times and resume it; LONG=1 for 200 times
 	$(if $(LONG),LOOKALIKE_KILLS=200) .venv/bin/python -m pytest -m proof -s tests/proofs/test_kill_embed.py
 
 power-loss: setup ## a disk that loses and tears unsynced writes; LONG=1 for 300 times each
