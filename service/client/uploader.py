@@ -44,7 +44,7 @@ class Uploader:
     def add(self, uploads: Iterable[Upload], parallel: int) -> Iterator[Added]:
         """Yield what became of pictures, in their order."""
         groups = self.groups(uploads, lambda one: size(one.picture), TOGETHER, lambda one: composed(one.id))
-        yield from (added for group in ahead(groups, self._add_pictures, parallel) for added in group)
+        yield from (added for group in ahead(groups, self._add_pictures, parallel, _ids) for added in group)
 
     def add_embedded(self, uploads: Iterable[EmbeddedUpload], fingerprint: str, parallel: int) -> Iterator[Added]:
         """Yield what became of items with embeddings, in their order."""
@@ -61,7 +61,7 @@ class Uploader:
             return self._until_done({}, [*range(len(group))], lambda numbers: send([group[at] for at in numbers]))
 
         groups = self.groups(uploads, bytes_of, _ITEMS_TOGETHER, lambda one: composed(one.id))
-        yield from (added for group in ahead(groups, add_items, parallel) for added in group)
+        yield from (added for group in ahead(groups, add_items, parallel, _ids) for added in group)
 
     def groups(
         self,
@@ -170,17 +170,27 @@ class Uploader:
         return outcomes
 
 
-def ahead(members: Iterable[T], work: Callable[[T], R], parallel: int) -> Iterator[R]:
-    """Yield the results of the work in order, while some threads are at work on the next members."""
+def ahead(
+    members: Iterable[T], work: Callable[[T], R], parallel: int, names: Callable[[T], Iterable[str]] = lambda _: ()
+) -> Iterator[R]:
+    """Yield the results of the work in order, while some threads are at work on the next members.
+
+    A member waits for the work on earlier ones that share a name with it: of two pictures of one id the later stays.
+    """
     with ThreadPoolExecutor(parallel, "client") as pool:
-        running: deque[Future[R]] = deque()
+        running: deque[tuple[Future[R], frozenset[str]]] = deque()
         try:
             for member in members:
-                running.append(pool.submit(work, member))
-                if len(running) > parallel:
-                    yield running.popleft().result()
+                own = frozenset(names(member))
+                while len(running) > parallel or any(own & others for _, others in running):
+                    yield running.popleft()[0].result()
+                running.append((pool.submit(work, member), own))
             while running:
-                yield running.popleft().result()
+                yield running.popleft()[0].result()
         finally:
-            for future in running:
+            for future, _ in running:
                 future.cancel()
+
+
+def _ids(group: Sequence[Upload] | Sequence[EmbeddedUpload]) -> list[str]:
+    return [composed(one.id) for one in group]

@@ -261,3 +261,14 @@ def test_pictures_that_were_refused_for_now_are_sent_again() -> None:
             [0, 1, 2, 3],
             [1, 2],
         ]
+
+
+def test_the_later_of_two_pictures_of_one_id_stays(client: Client) -> None:
+    # The first one's request takes longer than the second one's.
+    first = [Upload("twice", PICTURES[0], {"n": 1}), *(Upload(f"{n}", PICTURES[n % 6]) for n in range(20))]
+    for _ in range(5):
+        done = list(client.add([*first, Upload("twice", PICTURES[1], {"n": 2})]))
+        assert [one.error for one in done] == [None] * 22
+        item = client.get("twice")
+        assert item is not None and item.metadata == {"n": 2}
+        client.delete("twice")
