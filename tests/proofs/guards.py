@@ -111,7 +111,7 @@ REMOVALS: list[Removal] = [
     code("StrictRoute", "name not in self._known", "False", "test_an_unknown_parameter_is_refused"),
     code("check_id", 'id = unicodedata.normalize("NFC", id)', "pass", "test_ids"),
     refusal("filter: expected at most {} conditions", "test_depth_is_bounded", "test_filters_that_are_refused"),
-    refusal("filter: $in expects a list of 1 to {} values", "test_filters_that_are_refused"),
+    refusal("filter: {} expects a list of 1 to {} values", "test_filters_that_are_refused"),
     # Trusted files and states.
     refusal("its checksum is not that of its content", "test_any_flipped_bit_and_any_cut_is_noticed"),
     refusal("it has {} bytes, which its header does not say", _SNAPSHOT),
@@ -143,7 +143,7 @@ REMOVALS: list[Removal] = [
         "test_when_the_commit_fails_nobody_is_acknowledged_and_searches_go_on",
     ),
     code("_checked", "zlib.crc32(blob) != checksum", "False", "test_a_damaged_vector_is_named"),
-    code("lock", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "None", "test_a_second_writer_is_refused"),
+    code("_take", "fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)", "None", "test_a_second_writer_is_refused"),
     # Several pictures or queries in a request.
     code(
         "check_fingerprint",
