@@ -309,7 +309,8 @@ def _bound(document: dict[str, Any], gallery: Gallery) -> None:
         properties[name]["vector"] |= {"minItems": dimension, "maxItems": dimension}
     for name in ("ById", "PartById", "SearchById"):
         properties[name]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
-    properties["NewItemBody"]["id"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}
+    for id in (properties["NewItemBody"]["id"], properties["MoveBody"]["id"], properties["MoveBody"]["to"]["anyOf"][0]):
+        id |= ITEM_ID | {"maxLength": settings.max_id_bytes}
     properties["NewItemBody"]["embedding"]["anyOf"][0] |= {"minItems": dimension, "maxItems": dimension}
     properties["AddItemsBody"]["items"]["maxItems"] = settings.max_bulk_images
     properties["DismissBody"]["ids"]["items"] |= ITEM_ID | {"maxLength": settings.max_id_bytes}

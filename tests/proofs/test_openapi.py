@@ -35,6 +35,8 @@ def test_the_service_answers_as_its_document_says(reads: str, routes: int, seed:
             *("run", f"{url}/openapi.json", "--header", f"Authorization: Bearer {KEY}"),
             # Ids are text without control characters, which few generated texts are.
             *("--suppress-health-check", "filter_too_much"),
+            # An item may be called "count" or "moves", so these addresses take the methods of items, too.
+            *("--exclude-checks", "allow_header_conformance"),
             *("--checks", "all", "--max-examples", EXAMPLES, "--seed", str(seed)),
         ]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
