@@ -142,12 +142,12 @@ class ByAll(Body):
         return SumQuery([(part.query(settings), part.weight) for part in self.all])
 
 
-def _whole(value: Any) -> Any:
-    # JSON knows one kind of number: 3.0 is 3.
+def whole(value: Any) -> Any:
+    """Return 3.0 as 3, and all else unchanged: JSON knows one kind of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(whole)]
 
 
 class _Wanted(Body):

@@ -6,7 +6,7 @@ import codecs
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from service import FloatArray
 from service.errors import InvalidRequest
@@ -27,6 +27,7 @@ from service.http.query_bodies import (
     kind_of_part,
     kind_of_query,
     kind_of_search,
+    whole,
 )
 from service.names import unknown
 from service.settings import Settings
@@ -126,15 +127,20 @@ class AddItemsBody(Body):
     fingerprint: Fingerprint = None
 
 
+# The limits stand before the conversion, so that the document has them.
+_Count = Annotated[int, Field(ge=0, le=_LARGEST), BeforeValidator(whole)]
+_Time = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST), BeforeValidator(whole)]
+
+
 class FileBody(Body):
     """What a picture's file says; null for what is unknown."""
 
-    width: int | None = Field(None, ge=0, le=_LARGEST)
-    height: int | None = Field(None, ge=0, le=_LARGEST)
-    size_bytes: int | None = Field(None, ge=0, le=_LARGEST)
+    width: _Count | None = None
+    height: _Count | None = None
+    size_bytes: _Count | None = None
     format: str | None = Field(None, max_length=20)
     date: str | None = Field(None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}$")
-    mtime_ns: int | None = Field(None, ge=-_LARGEST, le=_LARGEST, description="Time of its last change, since 1970.")
+    mtime_ns: _Time | None = Field(None, description="Time of its last change, since 1970.")
 
 
 class MoveBody(Body):
