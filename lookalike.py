@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -624,21 +625,16 @@ def try_out(
     """Index a folder of pictures, serve it, and open the page: `index` and `serve` in one, with a store by itself."""
     import zlib
 
-    from service.jobs.open_page import open_page_later
+    from service.serving import serve as run
     from service.settings import read_settings
 
     # Each source has a store of its own, which the next call finds again; it follows a folder that has changed.
     path = Path(source).absolute()
     store = Path(".lookalike/try") / f"{path.name}-{zlib.crc32(os.fsencode(path)):08x}"
-    try:
+    # Pictures that could not be taken are named, and the others are served.
+    with suppress(typer.Exit):
         index(source, store, model, sync=path.is_dir(), data_root=data_root)
-    except typer.Exit as done:
-        if done.exit_code == 2:
-            raise
-    settings = read_settings(host=host, port=port)
-    shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    open_page_later(f"http://{shown}:{settings.port}{settings.root_path}")
-    serve(model, store, host, port)
+    run(read_settings(model=model, store=store, host=host, port=port), open_page=True)
 
 
 @store_cli.command(epilog="Example: lookalike store check --store gallery")

@@ -380,7 +380,7 @@ class Search:
 
     @property
     def pending(self) -> list[Future[FloatArray]]:
-        """The embeddings of pictures that the encoder computes."""
+        """The embeddings that the encoder computes."""
         return [embedding for query in self._begun for embedding in query.embeddings]
 
     def find(self, k: int, threshold: float = -1, where: Filter | None = None) -> list[list[Hit]]:
@@ -414,8 +414,8 @@ class Search:
                 embedding = self._gallery.embed_soon(query.data)
                 return BegunQuery(embedding.result, (embedding,))
             case TextQuery():
-                # Not among the pending ones: to tell a waiting caller of it takes as long as a small tower needs.
-                return BegunQuery(self._gallery.embed_text_soon(query.text).result)
+                embedding = self._gallery.embed_text_soon(query.text)
+                return BegunQuery(embedding.result, (embedding,))
             case VectorQuery():
                 return BegunQuery(partial(query.unit, self._gallery.encoder.dimension))
             case ItemQuery():

@@ -118,7 +118,7 @@ class BegunQuery:
 
     Attributes:
         vector: returns the unit vector (D,); blocks until it is known, and raises the query's error.
-        embeddings: the futures behind `vector` that take long: those of pictures.
+        embeddings: the futures behind `vector` that the encoder computes.
         excluded_ids: the items that must not appear among the hits.
     """
 

@@ -13,14 +13,19 @@ from service.encoding.encoder import Encoder
 from service.errors import InvalidOutput, InvalidRequest
 from service.gallery import follow_reindex, open_store
 from service.http.keys import read_keys
+from service.jobs.open_page import open_page_later
 from service.settings import Settings
 
 # service/lifetime.py ends the worker a little later.
 _GRACEFUL_SHUTDOWN_S = 18
 
 
-def serve(settings: Settings) -> NoReturn:
+def serve(settings: Settings, open_page: bool = False) -> NoReturn:
     """Replace this process by BentoML's server with these settings; print the address first.
+
+    Args:
+        settings: of the service.
+        open_page: open the page in the user's browser, once the service is ready.
 
     Raises:
         LookalikeError: the server could not start; see `check`.
@@ -34,7 +39,10 @@ def serve(settings: Settings) -> NoReturn:
     if os.environ.get("BENTOML_CONFIG"):
         environment["BENTOML_CONFIG"] = str(Path(os.environ["BENTOML_CONFIG"]).absolute())
     shown = f"[{settings.host}]" if ":" in settings.host else settings.host
-    print(f"Lookalike on http://{shown}:{settings.port}{settings.root_path}  (Ctrl-C stops it)", flush=True)
+    url = f"http://{shown}:{settings.port}{settings.root_path}"
+    print(f"Lookalike on {url}  (Ctrl-C stops it)", flush=True)
+    if open_page:
+        open_page_later(url)
     command = [str(bentoml), "serve", "service.app:Lookalike", "--host", address, "--port", str(settings.port)]
     # BentoML imports from its working folder first, where a user may have a service.py of their own.
     command += ["--working-dir", str(Path(__file__).parents[1])]

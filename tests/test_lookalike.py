@@ -1,5 +1,6 @@
 """The command line as a user sees it: exit codes, one sentence on stderr, never a traceback."""
 
+import http.server
 import importlib.metadata
 import io
 import json
@@ -8,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -466,3 +469,25 @@ def test_doctor_shows_no_key() -> None:
     done = run("doctor", environment={"LOOKALIKE_API_KEYS": "write:secret-0123456789abcdef"})
     assert "api_keys = (hidden)" in done.stdout
     assert "secret" not in done.stdout
+
+
+def test_try_opens_no_page_of_another_service_on_its_port(tmp_path: Path) -> None:
+    opened, browser = tmp_path / "opened", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\ntouch "{opened}"\n')
+    browser.chmod(0o755)
+    environment = {"DISPLAY": ":0", "BROWSER": f"{browser} %s"}
+
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Ready) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        command = ("try", "digits[:3]", "--model", MODEL, "--port", str(other.server_address[1]))
+        done = run(*command, cwd=tmp_path, environment=environment)
+        assert done.returncode == 2
+        assert "Address already in use" in done.stderr
+        time.sleep(2)
+        other.shutdown()
+    assert not opened.exists()

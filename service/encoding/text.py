@@ -133,8 +133,7 @@ class TextTower:
         """
         texts = [text.lower() for text in texts] if self.config.lowercase else list(texts)
         try:
-            # A batch wakes a pool of threads, which costs more than the tokens of one text.
-            encoded = [self._tokenizer.encode(texts[0])] if len(texts) == 1 else self._tokenizer.encode_batch(texts)
+            encoded = self._tokenizer.encode_batch(texts)
         # tokenizers raises a plain Exception.
         except Exception as error:
             raise NoEmbedding("the tokenizer of the encoder cannot read this text") from error
@@ -186,14 +185,11 @@ class TextTower:
 
     def _embed(self, tokens: IntArray, mask: IntArray) -> FloatArray:
         """Return the embeddings (N, D) of tokens (N, T), in batches of the size that the graph fixes, or in one."""
-        size = self.fixed_batch
-        if size is None:
-            embeddings = self._run(tokens, mask)
-        else:
-            # The last batch is filled with the last text.
-            filled = [*range(len(tokens)), *[len(tokens) - 1] * (-len(tokens) % size)]
-            parts = [filled[start : start + size] for start in range(0, len(filled), size)]
-            embeddings = np.concatenate([self._run(tokens[part], mask[part]) for part in parts])[: len(tokens)]
+        size = self.fixed_batch or len(tokens)
+        # The last batch is filled with the last text.
+        filled = [*range(len(tokens)), *[len(tokens) - 1] * (-len(tokens) % size)]
+        parts = [filled[start : start + size] for start in range(0, len(filled), size)]
+        embeddings = np.concatenate([self._run(tokens[part], mask[part]) for part in parts])[: len(tokens)]
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
             raise NoEmbedding("the text tower gives this text no embedding: zero or not finite")

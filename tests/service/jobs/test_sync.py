@@ -35,6 +35,10 @@ class Shelf:
         path.write_bytes(encoded(scene(*size, seed=seed)))
         return path
 
+    def command(self, *options: str) -> list[str | Path]:
+        """Return the command that indexes the pictures into the store."""
+        return [LOOKALIKE, "index", self.pictures, "--store", self.store, "--model", MODEL, *options]
+
     def sync(self, source: Path | None = None, **options: Any) -> Synced:
         return Target(self.settings).sync(str(source or self.pictures), **options)
 
@@ -310,17 +314,7 @@ def test_a_sync_that_is_killed_is_run_again(shelf: Shelf) -> None:
             path.rename(shelf.pictures / f"renamed-{n:03}.png")
         elif n % 3 == 1:
             shelf.write(path.name, n + 1000)
-    command: list[str | Path] = [
-        LOOKALIKE,
-        "index",
-        shelf.pictures,
-        "--store",
-        shelf.store,
-        "--model",
-        MODEL,
-        "--sync",
-        "--json",
-    ]
+    command = shelf.command("--sync", "--json")
     for tries in range(6):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         sequence = _sequence(shelf)
@@ -349,17 +343,7 @@ def test_the_command_prints_counts_lists_and_exit_codes(shelf: Shelf) -> None:
         shelf.write(f"{n}.png", n)
 
     def run(*options: str, code: int = 0) -> tuple[str, str]:
-        command: list[str | Path] = [
-            LOOKALIKE,
-            "index",
-            shelf.pictures,
-            "--store",
-            shelf.store,
-            "--model",
-            MODEL,
-            *options,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(shelf.command(*options), capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done.stdout, done.stderr
 

@@ -14,9 +14,8 @@ import pytest
 
 from service.jobs.sync import Synced, Target
 from service.jobs.watch import Settling, follow
-from tests.conftest import MODEL, encoded, scene
+from tests.conftest import encoded, scene
 from tests.service.jobs.test_sync import Shelf
-from tests.serving import LOOKALIKE
 
 
 @pytest.fixture
@@ -116,17 +115,7 @@ def test_a_folder_that_is_gone_for_a_while_loses_nothing(shelf: Shelf, capsys: p
 
 
 def test_the_command_follows_until_ctrl_c(shelf: Shelf) -> None:
-    command: list[str | Path] = [
-        LOOKALIKE,
-        "index",
-        shelf.pictures,
-        "--store",
-        shelf.store,
-        "--model",
-        MODEL,
-        "--watch",
-        "--json",
-    ]
+    command = shelf.command("--watch", "--json")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline())["added"] == 6
