@@ -1,0 +1,62 @@
+// The service: encoder, numbers, API, key and theme.
+
+import { forgetKey, hasKey } from "../api.js";
+import { make, makeButton } from "../parts/elements.js";
+import { refreshInfo } from "../parts/header.js";
+import { countPictures, formatCount } from "../parts/words.js";
+import { reload } from "../router.js";
+
+/** @type {import("../router.js").View} */
+export async function openAbout({ place, title }) {
+  title("About this service");
+  const info = await refreshInfo();
+  const facts = make("dl", { class: "facts" });
+  /** @type {[string, string][]} */
+  const shown = [
+    ["Pictures", countPictures(info.count ?? 0)],
+    ["Encoder", info.model],
+    ["Embeddings", `${formatCount(info.dimension)} numbers each, fingerprint ${info.fingerprint.slice(0, 12)}`],
+    ["Runs on", `${info.provider}, ${info.variant}`],
+    ["Takes", info.queries.join(", ")],
+    ["Versions", Object.entries(info.versions).map(([name, version]) => `${name} ${version}`).join(", ")],
+  ];
+  for (const [term, value] of shown) facts.append(make("dt", {}, term), make("dd", {}, value));
+  place.append(
+    make("h1", {}, "About this service"),
+    facts,
+    make("p", {}, make("a", { href: "docs" }, "The HTTP API"), " with a form for each request."),
+    make(
+      "p",
+      { class: "buttons" },
+      hasKey() &&
+        makeButton("Forget the API key", () => {
+          forgetKey();
+          reload();
+        }),
+    ),
+    make("h2", {}, "Theme"),
+    makeThemes(),
+  );
+}
+
+const THEME = "lookalike-theme";
+
+/** Three buttons: as the system, light, dark. */
+function makeThemes() {
+  const group = make("p", { class: "buttons", role: "group", "aria-label": "Theme" });
+  for (const [value, text] of [["", "As the system"], ["light", "Light"], ["dark", "Dark"]]) {
+    const isOn = (localStorage.getItem(THEME) ?? "") === value;
+    const button = makeButton(text, () => {
+      localStorage.setItem(THEME, value);
+      applyTheme();
+      for (const other of group.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
+    }, { "aria-pressed": String(isOn) });
+    group.append(button);
+  }
+  return group;
+}
+
+/** Give the page the theme that the visitor has chosen. */
+export function applyTheme() {
+  document.documentElement.dataset.theme = localStorage.getItem(THEME) ?? "";
+}

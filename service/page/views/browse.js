@@ -1,0 +1,232 @@
+// The gallery: a grid of all pictures, by folder, name and metadata.
+
+import { askJson, listItems } from "../api.js";
+import { startDrawing } from "../parts/drawing.js";
+import { make, makeButton } from "../parts/elements.js";
+import { makeGrid } from "../parts/grid.js";
+import { showProblem } from "../parts/problem.js";
+import { makeTile } from "../parts/tile.js";
+import { countPictures, formatCount } from "../parts/words.js";
+import { addressOf, go } from "../router.js";
+
+const PAGE = 100;
+/** @type {Record<string, string>} */
+const ORDERS = {
+  added: "First added",
+  "-added": "Last added",
+  id: "Name",
+  "-id": "Name, backwards",
+  "-date": "Newest",
+  date: "Oldest",
+  "-size": "Largest file",
+  size: "Smallest file",
+};
+/** @type {Record<string, {text: string, width: number, height: number}>} */
+const SIZES = {
+  small: { text: "Small", width: 92, height: 92 },
+  medium: { text: "Medium", width: 152, height: 206 },
+  large: { text: "Large", width: 300, height: 356 },
+};
+const SIZE_KEY = "lookalike-tiles";
+const DEMO = /^(digits|mnist)\//;
+
+/** @type {import("../router.js").View} */
+export async function openBrowse({ params, place, signal, title }) {
+  const state = {
+    folder: params.get("folder") ?? "",
+    name: params.get("name") ?? "",
+    filter: params.get("filter") ?? "",
+    order: params.get("order") ?? "",
+  };
+  const size = SIZES[localStorage.getItem(SIZE_KEY) ?? ""] ? String(localStorage.getItem(SIZE_KEY)) : "medium";
+  const asked = listedOf(params);
+  const limits = new URLSearchParams(Object.entries(state).flatMap(([key, value]) =>
+    value && key !== "order" ? [[key === "folder" ? "prefix" : key, value]] : []));
+  const [page, folders, metadata] = await Promise.all([
+    listItems({ ...asked, limit: PAGE }, signal),
+    askJson(`folders?${limits}`, undefined, { signal }).catch(() => ({ folders: [] })),
+    askJson(`metadata?${limits}`, undefined, { signal }).catch(() => ({ keys: [] })),
+  ]);
+  const { total } = page;
+  const isAll = !state.folder && !state.name && !state.filter;
+  const heading = state.folder ? state.folder.replace(/\/$/, "") : "All pictures";
+  title(state.name ? `“${state.name}”` : isAll ? "" : heading);
+  const change = (/** @type {Partial<typeof state>} */ changes) => addressOf("browse", { ...state, ...changes });
+
+  place.append(
+    make("header", { class: "bar" }, make("div", { class: "titles" }, makeCrumbs(state, change), make("h1", {}, heading))),
+  );
+  if (!total && isAll) {
+    place.append(makeEmpty());
+    return;
+  }
+  const position = make("p", { class: "position soft", "aria-live": "off" }, countPictures(total));
+  place.querySelector(".titles")?.append(position);
+  place.querySelector(".bar")?.append(makeTools(state, size, change));
+  const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state, metadata, change));
+  const body = make("div", { class: "body" });
+  if (side.childElementCount && side.textContent) {
+    const isWide = window.matchMedia("(min-width: 60rem)").matches;
+    body.append(make("details", { class: "side", open: isWide }, make("summary", {}, "Folders and metadata"), side));
+  }
+  const trouble = make("div", { role: "alert" });
+  const content = make("div", { class: "content" }, trouble);
+  if (isAll && DEMO.test(page.items[0]?.id ?? "")) content.append(startDrawing());
+  if (total) {
+    content.append(
+      makeGrid({
+        count: total,
+        first: page.items,
+        load: async (offset, limit, gridSignal) => (await listItems({ ...asked, offset, limit }, gridSignal)).items,
+        makeTile: (item, at) =>
+          makeTile(item, { isLarge: size === "large", address: addressOf("picture", { id: item.id, at, ...state }) }),
+        tile: SIZES[size],
+        label: `${heading}: ${countPictures(total)}`,
+        signal,
+        onMove: (first, last) => {
+          position.textContent =
+            last - first >= total ? countPictures(total) : `${formatCount(Math.min(last, total))} of ${countPictures(total)}`;
+        },
+        onProblem: (error, retry) => showProblem(trouble, error, retry),
+      }),
+    );
+  } else {
+    content.append(
+      make("p", { class: "soft" }, "No picture matches. ", make("a", { href: addressOf("browse") }, "Show all pictures")),
+    );
+  }
+  place.classList.add(`tiles-${size}`);
+  body.append(content);
+  place.append(body);
+}
+
+/**
+ * The listing that an address of this view names.
+ *
+ * @param {URLSearchParams} params
+ * @returns {import("../api.js").Listed}
+ */
+export function listedOf(params) {
+  return {
+    prefix: params.get("folder") ?? "",
+    name: params.get("name") ?? "",
+    filter: params.get("filter") ?? "",
+    order: params.get("order") ?? "added",
+  };
+}
+
+/**
+ * @typedef {{folder: string, name: string, filter: string, order: string}} State
+ * @typedef {(changes: Partial<State>) => string} Change
+ */
+
+/** The way from the whole gallery to a folder. @param {State} state @param {Change} change */
+function makeCrumbs(state, change) {
+  const crumbs = make("nav", { class: "crumbs", "aria-label": "Folder" });
+  if (!state.folder && !state.name && !state.filter) return crumbs;
+  crumbs.append(make("a", { href: addressOf("browse") }, "All pictures"));
+  const parts = state.folder.split("/").slice(0, -2);
+  parts.forEach((part, number) => {
+    crumbs.append(" / ", make("a", { href: change({ folder: `${parts.slice(0, number + 1).join("/")}/` }) }, part));
+  });
+  if (state.name) crumbs.append(makeLimit(`Name: ${state.name}`, change({ name: "" })));
+  for (const [key, value] of Object.entries(parseFilter(state.filter))) {
+    const rest = { ...parseFilter(state.filter) };
+    delete rest[key];
+    const filter = Object.keys(rest).length ? JSON.stringify(rest) : "";
+    crumbs.append(makeLimit(`${key}: ${shown(value)}`, change({ filter })));
+  }
+  return crumbs;
+}
+
+/** A condition, with a link that takes it away. @param {string} text @param {string} address */
+function makeLimit(text, address) {
+  return make("a", { class: "chip on", href: address, "aria-label": `${text}. Take this condition away` }, text, " ×");
+}
+
+/** @param {State} state @param {string} size @param {Change} change */
+function makeTools(state, size, change) {
+  const order = make("select", { id: "order", "aria-label": "Order" });
+  for (const [value, text] of Object.entries(ORDERS)) {
+    order.append(make("option", { value, selected: value === (state.order || "added") }, text));
+  }
+  order.addEventListener("change", () => go(change({ order: order.value === "added" ? "" : order.value })));
+  const name = make("input", { type: "search", id: "name", value: state.name, placeholder: "File name", "aria-label": "File name" });
+  const form = make("form", { class: "name-search", role: "search", "aria-label": "By file name" }, name);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    go(change({ name: name.value.trim() }));
+  });
+  const sizes = make("div", { class: "sizes", role: "group", "aria-label": "Size of the pictures" });
+  for (const [key, { text }] of Object.entries(SIZES)) {
+    const button = makeButton(text, () => {
+      localStorage.setItem(SIZE_KEY, key);
+      go(change({}));
+    }, { id: `size-${key}`, "aria-pressed": String(key === size) });
+    sizes.append(button);
+  }
+  return make("div", { class: "tools" }, form, order, sizes);
+}
+
+/** @param {State} state @param {{folders: {prefix: string, count: number}[]}} answer @param {Change} change */
+function makeFolders(state, { folders }, change) {
+  if (!folders.length) return null;
+  const list = make("ul", { class: "folders" });
+  for (const { prefix, count } of folders) {
+    const text = prefix.slice(state.folder.length).replace(/\/$/, "");
+    list.append(
+      make("li", {}, make("a", { href: change({ folder: prefix }) }, make("span", {}, text), make("span", { class: "count" }, formatCount(count)))),
+    );
+  }
+  return make("section", {}, make("h2", {}, "Folders"), list);
+}
+
+/**
+ * @param {State} state
+ * @param {{keys: {key: string, distinct: number, values: {value: unknown, count: number}[]}[]}} answer
+ * @param {Change} change
+ */
+function makeChips(state, { keys }, change) {
+  const chosen = parseFilter(state.filter);
+  return keys
+    .filter(({ key, values }) => values.length && !(key in chosen))
+    .map(({ key, values, distinct }) => {
+      const chips = make("p", { class: "chips" });
+      for (const { value, count } of values) {
+        const filter = JSON.stringify({ ...chosen, [key]: value });
+        chips.append(
+          make("a", { class: "chip", href: change({ filter }) }, shown(value), " ", make("span", { class: "count" }, formatCount(count))),
+          " ",
+        );
+      }
+      if (distinct > values.length) chips.append(make("span", { class: "soft" }, `and ${formatCount(distinct - values.length)} more`));
+      return make("section", {}, make("h2", {}, key), chips);
+    });
+}
+
+/** @param {string} filter @returns {Record<string, unknown>} */
+function parseFilter(filter) {
+  try {
+    const parsed = JSON.parse(filter || "{}");
+    return typeof parsed === "object" && parsed !== null ? parsed : {};
+  } catch {
+    // The service says what is wrong with it.
+    return {};
+  }
+}
+
+/** @param {unknown} value */
+function shown(value) {
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
+/** What an empty gallery shows. */
+function makeEmpty() {
+  return make(
+    "div",
+    { class: "empty" },
+    make("p", {}, "There is no picture yet."),
+    make("p", {}, make("a", { class: "strong", href: addressOf("add") }, "Add pictures")),
+    make("p", { class: "soft" }, "You can also drop files or a folder anywhere on this page."),
+  );
+}
