@@ -101,9 +101,7 @@ def _chunks(reader: CatalogReader, total: int, progress: Share) -> Iterator[tupl
         progress(min(1.0, done / total))
 
 
-def principal_axes(
-    chunks: Iterator[tuple[IntArray, FloatArray]], dimension: int
-) -> tuple[FloatArray, FloatArray]:
+def principal_axes(chunks: Iterator[tuple[IntArray, FloatArray]], dimension: int) -> tuple[FloatArray, FloatArray]:
     """Return the mean (D,) of vectors and their principal axes (D, D) as columns, that of the largest variance first.
 
     The largest entry of an axis is positive: the axes of equal vectors are equal.

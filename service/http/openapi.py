@@ -138,6 +138,7 @@ _ANSWERS: dict[type[BaseModel], Any] = {
         "next": None,
     },
     schemas.Map: {
+        "version": "pca.2",
         "sequence": 2,
         "method": "pca",
         "progress": None,

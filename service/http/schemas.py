@@ -393,6 +393,7 @@ class Map(BaseModel):
     (N,): the number of an item's value, from 1; 0 for another value or none.
     """
 
+    version: str
     sequence: int
     method: Literal["pca", "t-sne"]
     progress: float | None

@@ -35,10 +35,14 @@ Colour = Annotated[
     Annotated[str, Field(max_length=2000)] | SkipJsonSchema[None],
     Query(description="A metadata key: the answer also has its values."),
 ]
+Known = Annotated[
+    Annotated[str, Field(max_length=100)] | SkipJsonSchema[None],
+    Query(description="The `version` of the map that the client has: 202 until there is a better or newer one."),
+]
 
 
 @router.get("/map", responses=answers((schemas.Map, schemas.Progress), 400, 404, *WORK, success=(200, 202)))
-async def get_map(request: Request, method: Methods = None, colour: Colour = None) -> Response:
+async def get_map(request: Request, method: Methods = None, colour: Colour = None, known: Known = None) -> Response:
     """Lay all items out in a plane, those that are alike together; 202 until the first map is made.
 
     It is made in the background, by PCA first, and again after changes. Until the next map is made the answer has an
@@ -55,7 +59,11 @@ async def get_map(request: Request, method: Methods = None, colour: Colour = Non
         if isinstance(shown, float):
             return JSONResponse({"progress": shown}, 202, {"Retry-After": _RETRY_S})
         made = shown.map
+        version = f"{made.method}.{made.sequence}"
+        if shown.progress is not None and version == known:
+            return JSONResponse({"progress": shown.progress}, 202, {"Retry-After": _RETRY_S})
         answer: dict[str, Any] = {
+            "version": version,
             "sequence": made.sequence,
             "method": made.method,
             "progress": shown.progress,
