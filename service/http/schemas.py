@@ -383,6 +383,27 @@ class Progress(BaseModel):
     progress: float = Field(ge=0, le=1)
 
 
+class Map(BaseModel):
+    """A place for each item. `positions` is base64 of little-endian uint16 (N, 2), in the order of `ids`.
+
+    Both axes have one scale, and the longer one reaches from 0 to 65,535. `progress` is the share of a better or newer
+    map that is done, or null if there is none to wait for.
+
+    With `colour` there are also its most frequent `values`, at most 60, and `codes`, base64 of little-endian uint16
+    (N,): the number of an item's value, from 1; 0 for another value or none.
+    """
+
+    version: str
+    sequence: int
+    method: Literal["pca", "t-sne"]
+    progress: float | None
+    count: int
+    ids: list[str]
+    positions: str
+    values: list[str | float | bool] | None = None
+    codes: str | None = None
+
+
 class Dismissed(BaseModel):
     """How many pairs of pictures were told apart, or are not any more."""
 

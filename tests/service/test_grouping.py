@@ -24,7 +24,7 @@ def wait(groupings: Groupings, wanted: Wanted, sequence: int) -> Page:
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "grouping.serve" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children() if "service.grouping" in one.cmdline()]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_process_that_is_killed_is_an_error_once(folder: Path) -> None:
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        os.kill(groupings._job._process.pid, 9)
+        os.kill(groupings._job.process._process.pid, 9)
         with pytest.raises(InvalidStore, match="ended with status -9"):
             wait(groupings, Wanted(folder, 0.9), 20)
         assert len(wait(groupings, Wanted(folder, 0.9), 20).groups) == 10
@@ -87,7 +87,7 @@ def test_the_process_ends_when_its_parent_closes_the_pipe(folder: Path) -> None:
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        process = groupings._job._process
+        process = groupings._job.process._process
         assert process.stdin is not None
         process.stdin.close()
         # It may have been done by then.
