@@ -156,12 +156,14 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
   });
   list.addEventListener("focusin", (event) => {
     hasFocus = true;
-    const place = Number(/** @type {HTMLElement} */ (event.target).dataset.place);
-    if (Number.isNaN(place) || place === active) return;
+    // A tile may hold controls of its own.
+    const link = /** @type {HTMLElement | null} */ (/** @type {HTMLElement} */ (event.target).closest("[data-place]"));
+    const place = Number(link?.dataset.place);
+    if (!link || place === active) return;
     const before = /** @type {HTMLElement | null} */ (shown.get(active)?.firstElementChild ?? null);
     if (before) before.tabIndex = -1;
     active = place;
-    /** @type {HTMLElement} */ (event.target).tabIndex = 0;
+    link.tabIndex = 0;
   });
   list.addEventListener("focusout", () => {
     hasFocus = false;
