@@ -344,11 +344,16 @@ class Removed(BaseModel):
 
 
 class Copy(BaseModel):
-    """An item of a group: its score with the best copy, whether it has the same bytes, and what its file says."""
+    """An item of a group: its score with the best copy, whether it has the same bytes, and what its file says.
+
+    `digest` is the sha256 of its picture, `source` where that came from.
+    """
 
     id: str
     score: float = Field(ge=-1, le=1)
     exact: bool
+    digest: str
+    source: str | None
     width: int | None
     height: int | None
     size_bytes: int | None
@@ -367,12 +372,15 @@ class Group(BaseModel):
 class Groups(BaseModel):
     """Groups as of a change of the store; `threshold` is the least score of two pictures of a group.
 
-    `next` is the cursor of the next page, null at the end.
+    `rest` counts the items of all groups without the best copies, `rest_bytes` the bytes of their files. `next` is the
+    cursor of the next page, null at the end.
     """
 
     sequence: int
     threshold: float
     total: int
+    rest: int
+    rest_bytes: int
     groups: list[Group]
     next: str | None
 

@@ -16,8 +16,8 @@ const PAUSE = 60;
  * @property {number} count of all items
  * @property {(offset: number, limit: number, signal: AbortSignal) => Promise<T[]>} load
  * @property {(item: T, place: number) => HTMLElement} makeTile one element that takes the focus
- * @property {{width: number, below: number}} tile least width, and the height of what stands below the square picture,
- *   in px, gaps included
+ * @property {{width: number, below: number, height?: number}} tile least width, and the height of what stands below the
+ *   square picture, in px, gaps included; a height is one for all widths
  * @property {T[]} [first] the first page, where it is known
  * @property {string} label for screen readers
  * @property {AbortSignal} signal of the view
@@ -38,7 +38,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
   /** @type {Map<number, HTMLLIElement>} */
   const shown = new Map();
   let columns = 1;
-  let height = tile.width + tile.below;
+  let height = tile.height ?? tile.width + tile.below;
   let active = 0;
   let hasFocus = false;
   let frame = 0;
@@ -51,7 +51,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
     const width = list.clientWidth;
     if (!width) return;
     columns = Math.max(1, Math.floor(width / tile.width));
-    height = width / columns + tile.below;
+    height = tile.height ?? width / columns + tile.below;
     list.style.height = `${Math.ceil(count / columns) * height}px`;
     for (const [place, entry] of shown) position(entry, place);
     draw();
@@ -159,12 +159,14 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
   });
   list.addEventListener("focusin", (event) => {
     hasFocus = true;
-    const place = Number(/** @type {HTMLElement} */ (event.target).dataset.place);
-    if (Number.isNaN(place) || place === active) return;
+    // A tile may hold controls of its own.
+    const link = /** @type {HTMLElement | null} */ (/** @type {HTMLElement} */ (event.target).closest("[data-place]"));
+    const place = Number(link?.dataset.place);
+    if (!link || place === active) return;
     const before = /** @type {HTMLElement | null} */ (shown.get(active)?.firstElementChild ?? null);
     if (before) before.tabIndex = -1;
     active = place;
-    /** @type {HTMLElement} */ (event.target).tabIndex = 0;
+    link.tabIndex = 0;
   });
   list.addEventListener("focusout", () => {
     hasFocus = false;
