@@ -13,7 +13,7 @@ from tests.conftest import MODEL, ROOT
 from tests.serving import serving
 
 KEY = "0123456789abcdef"
-EXAMPLES = os.environ.get("LOOKALIKE_EXAMPLES", "60")
+EXAMPLES = os.environ.get("LOOKALIKE_EXAMPLES", "30")
 SEEDS = range(1, 1 + int(os.environ.get("LOOKALIKE_SEEDS", "1")))
 
 
