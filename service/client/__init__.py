@@ -166,6 +166,7 @@ class Client:
             queries: of any kind: PictureQuery, TextQuery, VectorQuery, ItemQuery, SumQuery of service.queries.
             k: hits per query, at most.
             options: threshold, the smallest score of a hit; filter, a condition on metadata as docs/api.md defines it;
+                prefix, the beginning of ids;
                 include, a list of "metadata" and "embedding", metadata alone if left out; fingerprint, of the encoder
                 that is expected.
         """

@@ -3,6 +3,7 @@
 import { askJson, listItems } from "../api.js";
 import { startDrawing } from "../parts/drawing.js";
 import { make, makeButton } from "../parts/elements.js";
+import { makeChips, makeConditions, makeLimit } from "../parts/filters.js";
 import { serviceInfo } from "../parts/header.js";
 import { makeGrid } from "../parts/grid.js";
 import { showProblem } from "../parts/problem.js";
@@ -65,7 +66,7 @@ export async function openBrowse({ params, place, signal, title }) {
   const position = make("p", { class: "position soft", "aria-live": "off" }, countPictures(total));
   place.querySelector(".titles")?.append(position);
   place.querySelector(".bar")?.append(makeTools(state, size, change, info.queries.includes("text")));
-  const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state, metadata, change));
+  const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state.filter, metadata, (filter) => change({ filter })));
   const body = make("div", { class: "body" });
   if (side.childElementCount && side.textContent) {
     const isWide = window.matchMedia("(min-width: 60rem)").matches;
@@ -132,18 +133,8 @@ function makeCrumbs(state, change) {
     crumbs.append(" / ", make("a", { href: change({ folder: `${parts.slice(0, number + 1).join("/")}/` }) }, part));
   });
   if (state.name) crumbs.append(makeLimit(`Name: ${state.name}`, change({ name: "" })));
-  for (const [key, value] of Object.entries(parseFilter(state.filter))) {
-    const rest = { ...parseFilter(state.filter) };
-    delete rest[key];
-    const filter = Object.keys(rest).length ? JSON.stringify(rest) : "";
-    crumbs.append(makeLimit(`${key}: ${shown(value)}`, change({ filter })));
-  }
+  crumbs.append(...makeConditions(state.filter, (filter) => change({ filter })));
   return crumbs;
-}
-
-/** A condition, with a link that takes it away. @param {string} text @param {string} address */
-function makeLimit(text, address) {
-  return make("a", { class: "chip on", href: address, "aria-label": `${text}. Take this condition away` }, text, " ×");
 }
 
 /**
@@ -186,45 +177,6 @@ function makeFolders(state, { folders }, change) {
     );
   }
   return make("section", {}, make("h2", {}, "Folders"), list);
-}
-
-/**
- * @param {State} state
- * @param {{keys: {key: string, distinct: number, values: {value: unknown, count: number}[]}[]}} answer
- * @param {Change} change
- */
-function makeChips(state, { keys }, change) {
-  const chosen = parseFilter(state.filter);
-  return keys
-    .filter(({ key, values }) => values.length && !(key in chosen))
-    .map(({ key, values, distinct }) => {
-      const chips = make("p", { class: "chips" });
-      for (const { value, count } of values) {
-        const filter = JSON.stringify({ ...chosen, [key]: value });
-        chips.append(
-          make("a", { class: "chip", href: change({ filter }) }, shown(value), " ", make("span", { class: "count" }, formatCount(count))),
-          " ",
-        );
-      }
-      if (distinct > values.length) chips.append(make("span", { class: "soft" }, `and ${formatCount(distinct - values.length)} more`));
-      return make("section", {}, make("h2", {}, key), chips);
-    });
-}
-
-/** @param {string} filter @returns {Record<string, unknown>} */
-function parseFilter(filter) {
-  try {
-    const parsed = JSON.parse(filter || "{}");
-    return typeof parsed === "object" && parsed !== null ? parsed : {};
-  } catch {
-    // The service says what is wrong with it.
-    return {};
-  }
-}
-
-/** @param {unknown} value */
-function shown(value) {
-  return typeof value === "string" ? value : JSON.stringify(value);
 }
 
 /** What an empty gallery shows. */
