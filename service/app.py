@@ -110,6 +110,7 @@ class Worker:
         self.app.state.slots.close()
         self.app.state.groupings.close()
         self.app.state.bands.close()
+        self.app.state.maps.close()
         self.gallery.close()
 
 

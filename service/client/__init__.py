@@ -167,8 +167,8 @@ class Client:
             queries: of any kind: PictureQuery, TextQuery, VectorQuery, ItemQuery, SumQuery of service.queries.
             k: hits per query, at most.
             options: threshold, the smallest score of a hit; filter, a condition on metadata as docs/api.md defines it;
-                include, a list of "metadata", "embedding", "digest", "source" and "file", metadata alone if left out;
-                fingerprint, of the encoder that is expected.
+                prefix, the beginning of ids; include, a list of "metadata", "embedding", "digest", "source" and "file",
+                metadata alone if left out; fingerprint, of the encoder that is expected.
         """
         most = min(self.limits["max_queries"], self.limits["max_images"])
         groups = self._uploader.groups(

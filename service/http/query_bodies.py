@@ -154,6 +154,7 @@ class _Wanted(Body):
     k: Whole = Field(DEFAULT_K, ge=1, description="Hits a query, at most.")
     threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
     filter: FilterObject = None
+    prefix: str = Field("", max_length=2000, description="Only items whose ids begin with this text.")
     include: list[Included] = Field(["metadata"], description="Fields of a hit besides id and score.")
     fingerprint: Fingerprint = None
 

@@ -214,6 +214,20 @@ def test_a_listing_is_packed_for_a_client_that_takes_gzip(app: TestClient) -> No
     assert "content-encoding" not in small.headers
 
 
+@pytest.mark.parametrize("prefix", ["", "a/", "e\u0301", "é/0", "nobody"])
+def test_a_search_finds_only_ids_that_begin_with_a_prefix(app: TestClient, prefix: str) -> None:
+    begin = prefix.replace("e\u0301", "é")
+    for content in FILTERS:
+        wanted = {id for id in IDS if meets(METADATA[id], content) and id.startswith(begin)}
+        query = {"vector": ROWS[3].tolist(), "k": 40}
+        found = app.post("/search", json=query | {"filter": content, "prefix": prefix}).json()["hits"]
+        by_url = app.post("/search", params={"filter": json.dumps(content), "prefix": prefix}, json=query).json()[
+            "hits"
+        ]
+        assert {hit["id"] for hit in found} == wanted
+        assert by_url == found
+
+
 def test_a_removal_by_filter_removes_all_or_nothing(app: TestClient) -> None:
     def ids() -> list[str]:
         return [item["id"] for item in app.get("/images?limit=1000").json()["items"]]
