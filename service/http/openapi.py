@@ -25,6 +25,7 @@ _DOT = (
 _FINGERPRINT = "7630ccfe" + "0" * 56
 _COPY = {"id": "b.jpg", "score": 0.9123, "exact": False, "width": 320, "height": 240}
 _COPY |= {"size_bytes": 51200, "format": "JPEG", "date": "2026-11-27T10:00:00"}
+_COPY |= {"digest": "0" * 64, "source": "/pictures/b.jpg"}
 _HIT = {"id": "digits/00634", "score": 0.9897, "metadata": {"label": "7"}}
 
 
@@ -128,6 +129,8 @@ _ANSWERS: dict[type[BaseModel], Any] = {
         "sequence": 1797,
         "threshold": 0.85,
         "total": 1,
+        "rest": 1,
+        "rest_bytes": 51200,
         "groups": [
             {
                 "best": "a.png",
@@ -136,6 +139,17 @@ _ANSWERS: dict[type[BaseModel], Any] = {
             }
         ],
         "next": None,
+    },
+    schemas.Map: {
+        "version": "pca.2",
+        "sequence": 2,
+        "method": "pca",
+        "progress": None,
+        "count": 2,
+        "ids": ["a.png", "b.png"],
+        "positions": "AAAAgP//AIA=",
+        "values": ["7"],
+        "codes": "AQAAAA==",
     },
     schemas.Progress: {"progress": 0.42},
     schemas.Dismissed: {"pairs": 1},

@@ -344,11 +344,16 @@ class Removed(BaseModel):
 
 
 class Copy(BaseModel):
-    """An item of a group: its score with the best copy, whether it has the same bytes, and what its file says."""
+    """An item of a group: its score with the best copy, whether it has the same bytes, and what its file says.
+
+    `digest` is the sha256 of its picture, `source` where that came from.
+    """
 
     id: str
     score: float = Field(ge=-1, le=1)
     exact: bool
+    digest: str
+    source: str | None
     width: int | None
     height: int | None
     size_bytes: int | None
@@ -367,12 +372,15 @@ class Group(BaseModel):
 class Groups(BaseModel):
     """Groups as of a change of the store; `threshold` is the least score of two pictures of a group.
 
-    `next` is the cursor of the next page, null at the end.
+    `rest` counts the items of all groups without the best copies, `rest_bytes` the bytes of their files. `next` is the
+    cursor of the next page, null at the end.
     """
 
     sequence: int
     threshold: float
     total: int
+    rest: int
+    rest_bytes: int
     groups: list[Group]
     next: str | None
 
@@ -381,6 +389,27 @@ class Progress(BaseModel):
     """The share of the work that is done."""
 
     progress: float = Field(ge=0, le=1)
+
+
+class Map(BaseModel):
+    """A place for each item. `positions` is base64 of little-endian uint16 (N, 2), in the order of `ids`.
+
+    Both axes have one scale, and the longer one reaches from 0 to 65,535. `progress` is the share of a better or newer
+    map that is done, or null if there is none to wait for.
+
+    With `colour` there are also its most frequent `values`, at most 60, and `codes`, base64 of little-endian uint16
+    (N,): the number of an item's value, from 1; 0 for another value or none.
+    """
+
+    version: str
+    sequence: int
+    method: Literal["pca", "t-sne"]
+    progress: float | None
+    count: int
+    ids: list[str]
+    positions: str
+    values: list[str | float | bool] | None = None
+    codes: str | None = None
 
 
 class Dismissed(BaseModel):

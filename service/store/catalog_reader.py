@@ -185,6 +185,24 @@ class CatalogReader:
             rows = database.execute("SELECT key FROM items INDEXED BY items_by_sequence WHERE sequence > -1")
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
 
+    def ids(self) -> tuple[IntArray, list[str]]:
+        """Return all keys, in order, and the ids of their items. Cost: reads an index of the database, no table."""
+        with self.connections.borrow() as database:
+            rows = sorted(database.execute("SELECT key, id FROM items").fetchall())
+        return np.asarray([key for key, _ in rows], np.int64), [id for _, id in rows]
+
+    def metadata_values(self, name: str) -> tuple[IntArray, list[Any]]:
+        """Return the keys of all items that have a text, a number or a truth value under a metadata key, and these.
+
+        Cost: reads the metadata of every item.
+        """
+        query = """SELECT items.key, one.value, one.type FROM items, json_each(items.metadata) AS one
+            WHERE one.key = ? AND one.type NOT IN ('object', 'array', 'null')"""
+        with self.connections.borrow() as database:
+            rows = database.execute(query, (name,)).fetchall()
+        values = [kind == "true" if kind in ("true", "false") else value for _, value, kind in rows]
+        return np.asarray([key for key, _, _ in rows], np.int64), values
+
     def items_of(self, keys: IntArray) -> list[tuple[int, Item]]:
         """Return the items of keys (N,), in their order; those that are not in the catalog are skipped."""
         if not len(keys):

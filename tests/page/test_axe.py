@@ -1,6 +1,5 @@
 """No view and no state of the page has a fault that axe-core finds, light or dark, on a phone or a desktop."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,9 +34,8 @@ def violations(page: Page, axe: str) -> list[str]:
     """Return what axe finds in the page as it stands, each with the elements at fault."""
     page.evaluate(axe)
     found: dict[str, Any] = page.evaluate("axe.run()")
-    return [
-        f"{one['id']}: {one['help']}: {[node['html'][:120] for node in one['nodes']][:3]}" for one in found["violations"]
-    ]
+    faults = found["violations"]
+    return [f"{one['id']}: {one['help']}: {[node['html'][:120] for node in one['nodes']][:3]}" for one in faults]
 
 
 @pytest.mark.parametrize("state", STATES)

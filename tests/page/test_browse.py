@@ -15,7 +15,7 @@ from tests.conftest import encoded, scene
 from tests.serving import serving
 
 ODD_ID = "holiday 2024/50% #1?/./Größe ü+&.png"
-COUNT = 460
+COUNT, PLACES = 460, ("2023/rome", "2023/paris", "2024", "2025/deep/er")
 
 
 def tiles(page: Page) -> Locator:
@@ -34,14 +34,14 @@ def folders_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a service with 460 pictures in four folders; each tenth has metadata."""
     folder = tmp_path_factory.mktemp("folders")
     colours = list(RGB)
-    for number in range(COUNT):
-        place = folder / "pictures" / ("2023/rome", "2023/paris", "2024", "2025/deep/er")[number % 4]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"img-{number:04}.png").write_bytes(picture(colours[number % len(colours)]))
+    ids = [f"{PLACES[number % 4]}/img-{number:04}.png" for number in range(COUNT)]
+    for number, id in enumerate(ids):
+        path = folder / "pictures" / id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(colours[number % len(colours)]))
     with serving(folder, str(folder / "pictures"), write_colours(folder / "colours")) as url:
         for number in range(0, COUNT, 40):
-            place = ("2023/rome", "2023/paris", "2024", "2025/deep/er")[number % 4]
-            patch(url, f"{place}/img-{number:04}.png", {"mood": "calm" if number % 80 else "wild", "rank": number})
+            patch(url, ids[number], {"mood": "calm" if number % 80 else "wild", "rank": number})
         yield url
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service import grouping
 from service.errors import InvalidRequest, InvalidStore
 from service.grouping import Groupings, Page, Wanted
 from service.store.embedded import EmbeddedStore
@@ -24,7 +25,7 @@ def wait(groupings: Groupings, wanted: Wanted, sequence: int) -> Page:
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "grouping.serve" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children() if "service.grouping" in one.cmdline()]
 
 
 @pytest.fixture
@@ -50,6 +51,19 @@ def test_one_process_of_low_priority_works_and_ends(folder: Path) -> None:
         assert children() == []
 
 
+def test_work_that_nobody_asks_about_makes_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Groupings()) as groupings:
+        groupings.first_page(Wanted(folder, 0.9), 20, 10)
+        assert groupings._job is not None
+        process, files = groupings._job.process, Path(groupings._job.folder.name)
+        monkeypatch.setattr(grouping, "_PATIENCE_S", 0)
+        groupings.first_page(Wanted(folder, 0.8), 20, 10)
+        assert groupings._job.wanted == Wanted(folder, 0.8)
+        assert process.done
+        assert not files.exists()
+        assert len(wait(groupings, Wanted(folder, 0.8), 20).groups) == 10
+
+
 def test_closing_ends_the_process_and_removes_its_files(folder: Path) -> None:
     groupings = Groupings()
     wait(groupings, Wanted(folder, 0.9), 20)
@@ -69,7 +83,7 @@ def test_a_process_that_is_killed_is_an_error_once(folder: Path) -> None:
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        os.kill(groupings._job._process.pid, 9)
+        os.kill(groupings._job.process._process.pid, 9)
         with pytest.raises(InvalidStore, match="ended with status -9"):
             wait(groupings, Wanted(folder, 0.9), 20)
         assert len(wait(groupings, Wanted(folder, 0.9), 20).groups) == 10
@@ -87,7 +101,7 @@ def test_the_process_ends_when_its_parent_closes_the_pipe(folder: Path) -> None:
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        process = groupings._job._process
+        process = groupings._job.process._process
         assert process.stdin is not None
         process.stdin.close()
         # It may have been done by then.

@@ -5,7 +5,8 @@ from fastapi.staticfiles import StaticFiles
 
 from service.grouping import Groupings
 from service.http import openapi, problems
-from service.http.routes import classify, duplicates, embed, info, items, search
+from service.http.routes import classify, duplicates, embed, info, items, map, search
+from service.maps import Maps
 
 
 def create_app() -> FastAPI:
@@ -27,10 +28,11 @@ def create_app() -> FastAPI:
             *items.pictures.routes,
             *items.router.routes,
             *duplicates.router.routes,
+            *map.router.routes,
             *info.router.routes,
         ],
     )
-    app.state.groupings = Groupings()
+    app.state.groupings, app.state.maps = Groupings(), Maps()
     # The scripts of /docs, from a package instead of another host.
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
     app.mount("/page", StaticFiles(directory=info.PAGE), name="page")

@@ -29,6 +29,7 @@ Threshold = Annotated[
     Annotated[float, Query(gt=0, le=1, allow_inf_nan=False)] | SkipJsonSchema[None],
     Query(description="Least score of two pictures of a group, in place of the preset's."),
 ]
+Begin = Annotated[bool, Query(description="With false, nothing is begun: 202 unless the groups are known.")]
 Presets = Annotated[Preset, Query(description="Same bytes; resized or compressed; also cropped, turned, written on.")]
 
 
@@ -37,7 +38,12 @@ Presets = Annotated[Preset, Query(description="Same bytes; resized or compressed
     responses=answers((schemas.Groups, schemas.Progress), 400, 404, *WORK, success=(200, 202)),
 )
 async def list_duplicates(
-    request: Request, preset: Presets = "near", threshold: Threshold = None, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    preset: Presets = "near",
+    threshold: Threshold = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    begin: Begin = True,
 ) -> Response:
     """List groups of items that show the same, with the best copy of each and why; 202 until they are found.
 
@@ -50,10 +56,11 @@ async def list_duplicates(
         if cursor is not None:
             found: Page | float = groupings.next_page(wanted, cursor, limit)
         else:
-            found = groupings.first_page(wanted, gallery.store.sequence(), limit)
+            found = groupings.first_page(wanted, gallery.store.sequence(), limit, begin)
         if isinstance(found, float):
             return JSONResponse({"progress": found}, 202, {"Retry-After": _RETRY_S})
         facts = {"sequence": found.sequence, "threshold": wanted.threshold, "total": found.total}
+        facts |= {"rest": found.rest, "rest_bytes": found.rest_bytes}
         groups = [orjson.Fragment(group) for group in found.groups]
         return json_answer(request, orjson.dumps(facts | {"groups": groups, "next": found.next}))
 

@@ -4,6 +4,7 @@ import { askJson, listItems } from "../api.js";
 import { startDrawing } from "../parts/drawing.js";
 import { make, makeButton } from "../parts/elements.js";
 import { makeChips, makeConditions, makeLimit } from "../parts/filters.js";
+import { serviceInfo } from "../parts/header.js";
 import { makeGrid } from "../parts/grid.js";
 import { showProblem } from "../parts/problem.js";
 import { makeTile } from "../parts/tile.js";
@@ -22,11 +23,11 @@ const ORDERS = {
   "-size": "Largest file",
   size: "Smallest file",
 };
-/** @type {Record<string, {text: string, width: number, height: number}>} */
+/** @type {Record<string, {text: string, width: number, below: number}>} */
 const SIZES = {
-  small: { text: "Small", width: 92, height: 92 },
-  medium: { text: "Medium", width: 152, height: 206 },
-  large: { text: "Large", width: 300, height: 356 },
+  small: { text: "Small", width: 92, below: 0 },
+  medium: { text: "Medium", width: 152, below: 62 },
+  large: { text: "Large", width: 300, below: 62 },
 };
 const SIZE_KEY = "lookalike-tiles";
 const DEMO = /^(digits|mnist)\//;
@@ -43,7 +44,8 @@ export async function openBrowse({ params, place, signal, title }) {
   const asked = listedOf(params);
   const limits = new URLSearchParams(Object.entries(state).flatMap(([key, value]) =>
     value && key !== "order" ? [[key === "folder" ? "prefix" : key, value]] : []));
-  const [page, folders, metadata] = await Promise.all([
+  const [info, page, folders, metadata] = await Promise.all([
+    serviceInfo(),
     listItems({ ...asked, limit: PAGE }, signal),
     askJson(`folders?${limits}`, undefined, { signal }).catch(() => ({ folders: [] })),
     askJson(`metadata?${limits}`, undefined, { signal }).catch(() => ({ keys: [] })),
@@ -63,7 +65,7 @@ export async function openBrowse({ params, place, signal, title }) {
   }
   const position = make("p", { class: "position soft", "aria-live": "off" }, countPictures(total));
   place.querySelector(".titles")?.append(position);
-  place.querySelector(".bar")?.append(makeTools(state, size, change));
+  place.querySelector(".bar")?.append(makeTools(state, size, change, info.queries.includes("text")));
   const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state.filter, metadata, (filter) => change({ filter })));
   const body = make("div", { class: "body" });
   if (side.childElementCount && side.textContent) {
@@ -135,8 +137,13 @@ function makeCrumbs(state, change) {
   return crumbs;
 }
 
-/** @param {State} state @param {string} size @param {Change} change */
-function makeTools(state, size, change) {
+/**
+ * @param {State} state
+ * @param {string} size
+ * @param {Change} change
+ * @param {boolean} hasName whether there is a field for names here; else the header's is one
+ */
+function makeTools(state, size, change, hasName) {
   const order = make("select", { id: "order", "aria-label": "Order" });
   for (const [value, text] of Object.entries(ORDERS)) {
     order.append(make("option", { value, selected: value === (state.order || "added") }, text));
@@ -156,7 +163,7 @@ function makeTools(state, size, change) {
     }, { id: `size-${key}`, "aria-pressed": String(key === size) });
     sizes.append(button);
   }
-  return make("div", { class: "tools" }, form, order, sizes);
+  return make("div", { class: "tools" }, hasName && form, order, sizes);
 }
 
 /** @param {State} state @param {{folders: {prefix: string, count: number}[]}} answer @param {Change} change */
