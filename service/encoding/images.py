@@ -277,7 +277,17 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
     """
     if min(picture.size) < _DRAFT_MARGIN * THUMBNAIL_SIDE and data.startswith(b"\xff\xd8"):
         picture = decode(data, THUMBNAIL_SIDE, limits)
-    scale = min(1, THUMBNAIL_SIDE / max(picture.size))
+    return _webp(picture, THUMBNAIL_SIDE)
+
+
+def preview(data: bytes, side: int, limits: Limits) -> bytes:
+    """Return a picture's file as a WebP file whose long side is at most `side`. Raises as `decode`."""
+    return _webp(decode(data, side // _DRAFT_MARGIN, limits), side)
+
+
+def _webp(picture: Image.Image, side: int) -> bytes:
+    """Return a picture as a WebP file whose long side is at most `side`; a smaller picture keeps its size."""
+    scale = min(1, side / max(picture.size))
     width, height = (max(1, round(side * scale)) for side in picture.size)
     small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()

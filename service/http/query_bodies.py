@@ -10,7 +10,7 @@ from service.queries import ItemQuery, PictureQuery, SumQuery, TextQuery, Vector
 from service.settings import Settings
 from service.store.filters import DESCRIPTION
 
-Included = Literal["metadata", "embedding"]
+Included = Literal["metadata", "embedding", "file", "digest", "source"]
 DEFAULT_K = 10
 # The fields that tell what a part of a sum is, a query, and the body of a search.
 PART_KINDS = ("image", "text", "vector", "id")

@@ -312,7 +312,10 @@ def test_an_empty_store_offers_to_add(page: Page, empty_url: str) -> None:
 def test_both_ways_of_drawing_show_the_same(map_url: str, page: Page) -> None:
     """WebGL2 by SwiftShader in a browser of its own, and a 2D context; the points are at the same places."""
     shots = {}
-    for kind, flags in (("WebGL2", ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]), ("2D", ["--disable-gpu", "--disable-webgl", "--disable-3d-apis"])):
+    for kind, flags in (
+        ("WebGL2", ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]),
+        ("2D", ["--disable-gpu", "--disable-webgl", "--disable-3d-apis"]),
+    ):
         playwright_type = page.context.browser.browser_type  # type: ignore[union-attr]
         other = playwright_type.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", *flags])
         tab = other.new_page(viewport={"width": 1200, "height": 900})

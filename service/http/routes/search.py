@@ -1,5 +1,6 @@
 """POST /search: a picture, a text, a vector, an item or a sum of them → the items most like it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -26,10 +27,13 @@ from service.http.query_bodies import (
 from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Prefix, Threshold
 from service.http.routes.state import NumPyJsonResponse, check_fingerprint, slots_of, stored_gallery_of
-from service.http.schemas import read_json
-from service.queries import PictureQuery, Query, TextQuery, simple_queries
+from service.http.schemas import included, read_json
+from service.queries import ItemQuery, PictureQuery, Query, TextQuery, simple_queries
 from service.store import Hit
 from service.store.filters import EVERY, Filter, begins, both, parse_filter
+
+# Of `include`, what the index does not know of a hit.
+_OF_ITEM = {"file", "digest", "source"}
 
 direct = APIRouter(route_class=DirectRoute, tags=["search"])
 
@@ -124,7 +128,12 @@ async def search(
 
     def find() -> Response:
         found = searching.find(options.k, options.threshold, options.where)
-        results = [{"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found]
+        results: list[dict[str, Any]] = [
+            {"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found
+        ]
+        if "digest" in options.include:
+            for result, query in zip(results, queries, strict=True):
+                result |= _digest(gallery, query)
         return NumPyJsonResponse({"results": results} if several else results[0])
 
     async with slots_of(request).place(request.receive) as place:
@@ -143,4 +152,20 @@ def _shown(gallery: Gallery, hit: Hit, include: Sequence[Included]) -> dict[str,
         # The item may have been removed since it was found.
         if embedding is not None:
             shown["embedding"] = embedding
+    if not _OF_ITEM.isdisjoint(include):
+        item = gallery.store.get(hit.id)
+        if item is not None:
+            shown |= included(item, include)
     return shown
+
+
+def _digest(gallery: Gallery, query: Query) -> dict[str, str]:
+    """Return the digest of a query that is one picture or one item, as an answer has it; else nothing."""
+    match query:
+        case PictureQuery():
+            data = query.data if isinstance(query.data, bytes) else query.data()
+            return {"digest": hashlib.sha256(data).hexdigest()}
+        case ItemQuery():
+            item = gallery.store.get(gallery.check_id(query.id))
+            return {} if item is None else {"digest": item.digest}
+    return {}
