@@ -38,13 +38,14 @@ test-all: export OMP_NUM_THREADS = 1
 test: setup ## run the tests that find most faults, in a few minutes
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile -m "not proof and not slow"
 
-test-all: setup ## run every test that this machine has the means for
+test-all: setup requirements/node_modules/.done ## run every test that this machine has the means for
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
-check: setup ## lint, types, import rules
+check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/node requirements/node_modules/typescript/bin/tsc -p tsconfig.json
 	.venv/bin/lint-imports
 
 survive: setup ## kill a training run 20 times with -9, and compare its result with an undisturbed run
@@ -121,6 +122,11 @@ setup: .venv/.done ## make .venv: training, serving and test tools
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(@D)/bin/uv pip install --quiet --python $(@D) --require-hashes -r $<
 	$(@D)/bin/uv pip install --quiet --python $(@D) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# TypeScript checks the page's types. Nothing of it is served.
+requirements/node_modules/.done: requirements/package-lock.json | setup
+	PATH="$(CURDIR)/.venv/bin:$$PATH" npm ci --prefix requirements --no-audit --no-fund --loglevel error
 	@touch $@
 
 lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)

@@ -51,7 +51,8 @@ class Copy(NamedTuple):
 
     def shown(self) -> dict[str, Any]:
         """Return the copy as JSON shows it."""
-        return {"id": self.item.id, "score": round(self.score, 4), "exact": self.exact} | self.facts._asdict()
+        own = {"id": self.item.id, "score": round(self.score, 4), "exact": self.exact}
+        return own | {"digest": self.item.digest, "source": self.item.source} | self.facts._asdict()
 
 
 @dataclass(frozen=True)

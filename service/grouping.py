@@ -7,6 +7,7 @@ it found before, and searches only for what has changed.
 import json
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from service.store.near_pairs import Pairs
 
 # Results that are kept, one for each store and threshold.
 _MOST_RESULTS = 4
+# A search for groups that nobody has asked about for so many seconds makes way for another.
+_PATIENCE_S = 5.0
 _GROUPS, _PAIRS = "groups.jsonl", "pairs.npz"
 # A cursor is the number of a result, times this, and a place in it.
 _MOST_GROUPS = 10**9
@@ -35,10 +38,21 @@ class Wanted(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Some groups of a result: JSON texts, the number of all, and the cursor of the next page, or None at the end."""
+    """Some groups of a result.
+
+    Attributes:
+        groups: JSON texts.
+        total: number of all groups.
+        rest: number of items of all groups, the best copies left out.
+        rest_bytes: size of their files, as far as it is known.
+        sequence: as in _Result.
+        next: cursor of the next page; None at the end.
+    """
 
     groups: list[bytes]
     total: int
+    rest: int
+    rest_bytes: int
     sequence: int
     next: str | None
 
@@ -51,6 +65,7 @@ class _Result:
         number: tells it from all earlier ones.
         folder: holds the files.
         ends: (G,) where each group's line ends.
+        rest, rest_bytes: as in Page.
         sequence: number of the last change of the store that it takes into account.
         epoch: number of dismissals before it.
         unread: nobody has been given it.
@@ -59,6 +74,8 @@ class _Result:
     number: int
     folder: "tempfile.TemporaryDirectory[str]"
     ends: IntArray
+    rest: int
+    rest_bytes: int
     sequence: int
     epoch: int
     unread: bool = True
@@ -73,7 +90,7 @@ class _Result:
                 file.seek(begin)
                 text = file.read(int(ends[-1]) - begin)
         after = None if start + limit >= len(self.ends) else str(self.number * _MOST_GROUPS + start + limit)
-        return Page(text.splitlines(), len(self.ends), self.sequence, after)
+        return Page(text.splitlines(), len(self.ends), self.rest, self.rest_bytes, self.sequence, after)
 
 
 class _Job:
@@ -81,6 +98,8 @@ class _Job:
 
     def __init__(self, wanted: Wanted, epoch: int, earlier: _Result | None) -> None:
         self.wanted, self.epoch = wanted, epoch
+        # When it was asked about last.
+        self.asked = time.monotonic()
         # Held until the end, so that the folder stays.
         self.earlier = earlier
         self.folder = tempfile.TemporaryDirectory(prefix="lookalike-duplicates-")
@@ -90,9 +109,10 @@ class _Job:
 
     def result(self, number: int) -> _Result:
         """Return the result. Raises as `SideProcess.result`."""
-        sequence = self.process.result()["sequence"]
+        told = self.process.result()
         ends = np.load(Path(self.folder.name) / "ends.npy")
-        return _Result(number, self.folder, ends, sequence, self.epoch)
+        rest, rest_bytes, sequence = (told[name] for name in ("rest", "rest_bytes", "sequence"))
+        return _Result(number, self.folder, ends, rest, rest_bytes, sequence, self.epoch)
 
 
 class Groupings:
@@ -106,16 +126,18 @@ class Groupings:
         self._number = self._epoch = 0
         self._closed = False
 
-    def first_page(self, wanted: Wanted, sequence: int, limit: int) -> Page | float:
+    def first_page(self, wanted: Wanted, sequence: int, limit: int, begin: bool = True) -> Page | float:
         """Return the first groups of a store, or the share of the work that is done.
 
         A result that is older than the store's last change answers one request, and is then rebuilt. Without that
-        answer a store that changes all the time would never have a result.
+        answer a store that changes all the time would never have a result. Work that nobody asks about any more is
+        given up once other work is wanted.
 
         Args:
             wanted: the store and the threshold.
             sequence: number of the store's last change.
             limit: groups, at most.
+            begin: begin the work if there is no result. Without it only a result that is current is an answer.
 
         Raises:
             LookalikeError: the work failed; the next call begins it again.
@@ -124,15 +146,26 @@ class Groupings:
             self._finish()
             result = self._results.get(wanted)
             current = result is not None and (result.sequence, result.epoch) == (sequence, self._epoch)
-            if result is not None and (current or (result.unread and result.epoch == self._epoch)):
+            if result is not None and (current or (begin and result.unread and result.epoch == self._epoch)):
                 self._results.move_to_end(wanted)
-                result.unread = False
+                result.unread = result.unread and not begin
                 return result.page(0, limit)
             if self._closed:
                 raise InvalidStore("the service is stopping")
-            if self._job is None:
-                self._job = _Job(wanted, self._epoch, result if wanted.threshold < 1 else None)
-            return self._job.process.progress if self._job.wanted == wanted else 0.0
+            if not begin:
+                return 0.0
+            job = self._job
+            if job is not None and job.wanted != wanted and time.monotonic() - job.asked > _PATIENCE_S:
+                job.process.stop()
+                job.folder.cleanup()
+                job = None
+            if job is None:
+                job = _Job(wanted, self._epoch, result if wanted.threshold < 1 else None)
+            self._job = job
+            if job.wanted != wanted:
+                return 0.0
+            job.asked = time.monotonic()
+            return job.process.progress
 
     def next_page(self, wanted: Wanted, cursor: str, limit: int) -> Page:
         """Return the groups that follow a page.
@@ -184,10 +217,12 @@ def work(tell: Tell, folder: str, threshold: str, out: str, earlier: str) -> dic
     found = find_groups(Path(folder), float(threshold), pairs, tell)
     if found.pairs is not None:
         found.pairs.save(Path(out) / _PAIRS)
-    ends, place = [], 0
+    ends, place, rest, rest_bytes = [], 0, 0, 0
     with (Path(out) / _GROUPS).open("wb") as file:
         for group in found.groups:
             place += file.write(json.dumps(group.shown()).encode() + b"\n")
             ends.append(place)
+            rest += len(group.rest)
+            rest_bytes += sum(copy.facts.size_bytes or 0 for copy in group.rest)
     np.save(Path(out) / "ends.npy", np.asarray(ends, np.int64))
-    return {"sequence": found.sequence}
+    return {"sequence": found.sequence, "rest": rest, "rest_bytes": rest_bytes}

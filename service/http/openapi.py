@@ -25,6 +25,7 @@ _DOT = (
 _FINGERPRINT = "7630ccfe" + "0" * 56
 _COPY = {"id": "b.jpg", "score": 0.9123, "exact": False, "width": 320, "height": 240}
 _COPY |= {"size_bytes": 51200, "format": "JPEG", "date": "2026-11-27T10:00:00"}
+_COPY |= {"digest": "0" * 64, "source": "/pictures/b.jpg"}
 _HIT = {"id": "digits/00634", "score": 0.9897, "metadata": {"label": "7"}}
 
 
@@ -118,6 +119,18 @@ _ANSWERS: dict[type[BaseModel], Any] = {
         "file": {"width": 8, "height": 8, "size_bytes": 120, "format": "PNG", "date": None, "mtime_ns": None},
     },
     schemas.Page: {"items": [{"id": "digits/00007", "metadata": {"label": "7"}}], "total": 1797, "next": "8"},
+    schemas.Folders: {"folders": [{"prefix": "a/2024/", "count": 12}], "left_out": 0},
+    schemas.Fields: {
+        "keys": [{"key": "label", "count": 1797, "distinct": 10, "values": [{"value": "7", "count": 179}]}],
+        "left_out": 0,
+    },
+    schemas.ScoresAnswer: {
+        "near": 0.85,
+        "alike": 0.71,
+        "strangers": [0.12, 0.38, 0.61],
+        "neighbours": [0.62, 0.81, 0.93],
+        "sampled": 256,
+    },
     schemas.Count: {"count": 1618},
     schemas.Removed: {"removed": 3},
     schemas.OpenAIModels: {
@@ -128,6 +141,8 @@ _ANSWERS: dict[type[BaseModel], Any] = {
         "sequence": 1797,
         "threshold": 0.85,
         "total": 1,
+        "rest": 1,
+        "rest_bytes": 51200,
         "groups": [
             {
                 "best": "a.png",

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from service import grouping
 from service.errors import InvalidRequest, InvalidStore
 from service.grouping import Groupings, Page, Wanted
 from service.store.embedded import EmbeddedStore
@@ -48,6 +49,19 @@ def test_one_process_of_low_priority_works_and_ends(folder: Path) -> None:
         assert process.nice() == 19
         assert len(wait(groupings, Wanted(folder, 0.9), 20).groups) == 10
         assert children() == []
+
+
+def test_work_that_nobody_asks_about_makes_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Groupings()) as groupings:
+        groupings.first_page(Wanted(folder, 0.9), 20, 10)
+        assert groupings._job is not None
+        process, files = groupings._job.process, Path(groupings._job.folder.name)
+        monkeypatch.setattr(grouping, "_PATIENCE_S", 0)
+        groupings.first_page(Wanted(folder, 0.8), 20, 10)
+        assert groupings._job.wanted == Wanted(folder, 0.8)
+        assert process.done
+        assert not files.exists()
+        assert len(wait(groupings, Wanted(folder, 0.8), 20).groups) == 10
 
 
 def test_closing_ends_the_process_and_removes_its_files(folder: Path) -> None:

@@ -8,17 +8,15 @@ from fastapi.responses import JSONResponse
 from pydantic.json_schema import SkipJsonSchema
 
 from service.duplicates import Preset, threshold_of
-from service.errors import InvalidStore
 from service.gallery import Gallery
 from service.grouping import Groupings, Page, Wanted
 from service.http import schemas
 from service.http.compression import json_answer
 from service.http.openapi import BODY, WORK, answers, body, json_body
 from service.http.routes.parameters import Cursor, Limit
-from service.http.routes.state import stored_gallery_of, work
+from service.http.routes.state import embedded_of, stored_gallery_of, work
 from service.http.routes.strict import StrictRoute
 from service.http.schemas import read_json
-from service.store.embedded import EmbeddedStore
 
 # Seconds after which the progress is worth another look.
 _RETRY_S = "1"
@@ -29,6 +27,7 @@ Threshold = Annotated[
     Annotated[float, Query(gt=0, le=1, allow_inf_nan=False)] | SkipJsonSchema[None],
     Query(description="Least score of two pictures of a group, in place of the preset's."),
 ]
+Begin = Annotated[bool, Query(description="With false, nothing is begun: 202 unless the groups are known.")]
 Presets = Annotated[Preset, Query(description="Same bytes; resized or compressed; also cropped, turned, written on.")]
 
 
@@ -37,7 +36,12 @@ Presets = Annotated[Preset, Query(description="Same bytes; resized or compressed
     responses=answers((schemas.Groups, schemas.Progress), 400, 404, *WORK, success=(200, 202)),
 )
 async def list_duplicates(
-    request: Request, preset: Presets = "near", threshold: Threshold = None, limit: Limit = 100, cursor: Cursor = None
+    request: Request,
+    preset: Presets = "near",
+    threshold: Threshold = None,
+    limit: Limit = 100,
+    cursor: Cursor = None,
+    begin: Begin = True,
 ) -> Response:
     """List groups of items that show the same, with the best copy of each and why; 202 until they are found.
 
@@ -50,10 +54,11 @@ async def list_duplicates(
         if cursor is not None:
             found: Page | float = groupings.next_page(wanted, cursor, limit)
         else:
-            found = groupings.first_page(wanted, gallery.store.sequence(), limit)
+            found = groupings.first_page(wanted, gallery.store.sequence(), limit, begin)
         if isinstance(found, float):
             return JSONResponse({"progress": found}, 202, {"Retry-After": _RETRY_S})
         facts = {"sequence": found.sequence, "threshold": wanted.threshold, "total": found.total}
+        facts |= {"rest": found.rest, "rest_bytes": found.rest_bytes}
         groups = [orjson.Fragment(group) for group in found.groups]
         return json_answer(request, orjson.dumps(facts | {"groups": groups, "next": found.next}))
 
@@ -88,9 +93,7 @@ def groupings_of(request: Request) -> Groupings:
 
 
 def _wanted(gallery: Gallery, preset: Preset, threshold: float | None) -> Wanted:
-    store = gallery.store
-    if not isinstance(store, EmbeddedStore):
-        raise InvalidStore("this store is not in a folder, and its duplicates cannot be found")
+    store = embedded_of(gallery)
     if threshold is None:
         threshold = threshold_of(preset, gallery.card.facts, store.folder)
     return Wanted(store.folder, threshold)

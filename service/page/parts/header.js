@@ -3,7 +3,8 @@
 import { getInfo } from "../api.js";
 import { addressOf, go, parseAddress } from "../router.js";
 import { find } from "./elements.js";
-import { withCode } from "./words.js";
+import { countKnown } from "./groups.js";
+import { formatCount, withCode } from "./words.js";
 
 /** @type {Promise<import("../api.js").Info> | null} */
 let asked = null;
@@ -51,4 +52,13 @@ export async function startHeader() {
   const notice = find("#notice");
   notice.hidden = info.notice === null;
   notice.replaceChildren(...withCode(info.notice ?? ""));
+  // A store that is not in a folder has no groups.
+  showDuplicates(await countKnown().catch(() => null));
+}
+
+/** Show beside "Duplicates" how many groups of exact copies there are. @param {number | null} groups null if unknown */
+export function showDuplicates(groups) {
+  const count = find("#duplicates-count");
+  count.hidden = !groups;
+  count.textContent = groups ? formatCount(groups) : "";
 }

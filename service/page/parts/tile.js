@@ -33,18 +33,17 @@ export function makeTile(item, { isLarge = false, address = addressOf("picture",
  * Make an <img> of the API. It says nothing to screen readers: the name stands beside it.
  *
  * @param {string} address
- * @param {string} [otherwise] the address of another, where the first cannot be had
+ * @param {...string} others the addresses of others, where the earlier ones cannot be had
  */
-export function makePicture(address, otherwise = "") {
+export function makePicture(address, ...others) {
   const picture = make("img", { alt: "", loading: "lazy", decoding: "async", draggable: "false" });
   picture.addEventListener("load", () => {
     picture.classList.toggle("pixelated", Math.max(picture.naturalWidth, picture.naturalHeight) <= SMALL);
   });
   picture.addEventListener("error", () => {
-    if (otherwise && address !== otherwise) {
-      address = otherwise;
-      void showPicture(picture, otherwise);
-    } else picture.classList.add("broken");
+    const other = others.shift();
+    if (other) void showPicture(picture, other);
+    else picture.classList.add("broken");
   });
   void showPicture(picture, address);
   return picture;

@@ -126,5 +126,6 @@ export function makeZoom(frames, signal) {
   }
 
   apply();
-  return { buttons: [more, less, whole], isZoomed: () => scale > 1 };
+  // After a frame has got another picture, `apply` gives it the zoom of the others.
+  return { buttons: [more, less, whole], isZoomed: () => scale > 1, apply };
 }

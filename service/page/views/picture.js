@@ -1,10 +1,10 @@
 // One picture, large, with what is known of it and what looks like it.
 
-import { ask, askJson, contentOf, getItem, listItems, pathOf, previewOf, thumbnailOf } from "../api.js";
+import { askJson, contentOf, getItem, listItems, previewOf, thumbnailOf } from "../api.js";
 import { make, makeButton } from "../parts/elements.js";
-import { refreshInfo } from "../parts/header.js";
 import { editMetadata } from "../parts/metadata.js";
 import { messageOf } from "../parts/problem.js";
+import { removeItems } from "../parts/removal.js";
 import { makePicture, makeTile } from "../parts/tile.js";
 import { showToast } from "../parts/toast.js";
 import { fileName, folderName, formatBytes, formatCount, formatDate } from "../parts/words.js";
@@ -150,54 +150,14 @@ async function copyPath(item) {
  */
 async function removeItem(item, then) {
   try {
-    const restore = await remembered(item.id);
-    await ask(pathOf(item.id), { method: "DELETE" });
-    void refreshInfo().catch(() => {});
+    const { failed, restore } = await removeItems([item.id]);
+    if (failed.length) throw new Error(failed[0].reason);
     showToast(`${fileName(item.id)} is no longer in the index. Its file is untouched.`, "Undo", async () => {
-      try {
-        await restore();
-        showToast(`${fileName(item.id)} is in the index again.`);
-        void refreshInfo().catch(() => {});
-      } catch (error) {
-        showToast(messageOf(error));
-      }
+      const again = await restore();
+      showToast(again.failed.length ? again.failed[0].reason : `${fileName(item.id)} is in the index again.`);
     });
     then();
   } catch (error) {
     showToast(messageOf(error));
   }
-}
-
-/**
- * Read all of an item, and return what puts it back.
- *
- * @param {string} id
- * @returns {Promise<() => Promise<void>>}
- */
-async function remembered(id) {
-  const include = "include=embedding&include=digest&include=source&include=file&encoding_format=base64";
-  const item = await askJson(`${pathOf(id)}?${include}`);
-  const info = await refreshInfo();
-  const base64Of = async (/** @type {string} */ address) => {
-    const bytes = new Uint8Array(await (await ask(address)).arrayBuffer());
-    let text = "";
-    for (let at = 0; at < bytes.length; at += 32768) text += String.fromCharCode(...bytes.subarray(at, at + 32768));
-    return btoa(text);
-  };
-  const missing = (/** @type {unknown} */ error) => {
-    if (/** @type {{status?: number}} */ (error).status === 404) return undefined;
-    throw error;
-  };
-  item.thumbnail = await base64Of(thumbnailOf({ id, metadata: {} })).catch(missing);
-  // The store reads the bytes of an indexed file from where it is.
-  if (!item.source) item.original = await base64Of(contentOf(id)).catch(missing);
-  return async () => {
-    const answer = await ask("images", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ fingerprint: info.fingerprint, items: [item] }),
-    });
-    const line = JSON.parse((await answer.text()).split("\n")[0]);
-    if (line.status >= 300) throw new Error(line.detail);
-  };
 }

@@ -1,5 +1,6 @@
 """GET /duplicates and POST /duplicates/dismissals over HTTP, with the real process that finds the groups."""
 
+import hashlib
 import time
 from contextlib import closing
 from pathlib import Path
@@ -49,13 +50,17 @@ def test_groups_are_found_once_and_again_after_changes(served: Served) -> None:
     group = page["groups"][0]
     assert (group["best"], group["reason"]) == ("a", "first added")
     assert group["items"][1] == group["items"][0] | {"id": "b"}
-    assert group["items"][0] | {"size_bytes": 0} == {
+    picture = encoded(scene(seed=1))
+    assert (page["rest"], page["rest_bytes"]) == (1, len(picture))
+    assert group["items"][0] == {
         "id": "a",
         "score": 1.0,
         "exact": True,
+        "digest": hashlib.sha256(picture).hexdigest(),
+        "source": None,
         "width": 64,
         "height": 48,
-        "size_bytes": 0,
+        "size_bytes": len(picture),
         "format": "PNG",
         "date": None,
     }
@@ -81,6 +86,21 @@ def test_a_result_is_given_once_though_the_store_has_changed_since(served: Serve
     assert (page.status_code, page.json()["sequence"], ids(page.json())) == (200, 2, [["a", "b"]])
     assert client.get("/duplicates?preset=exact").status_code == 202
     assert ids(ready(client)) == [["a", "b", "c"]]
+
+
+def test_nothing_begins_where_only_known_groups_are_asked_for(served: Served) -> None:
+    client = served()
+    for id in "ab":
+        put(client, id, 1)
+    address = "/duplicates?preset=exact"
+    groupings = client.app._app.state.groupings  # type: ignore[attr-defined]
+    answer = client.get(f"{address}&begin=false")
+    assert (answer.status_code, answer.json(), groupings._job) == (202, {"progress": 0}, None)
+    page = ready(client)
+    assert client.get(f"{address}&begin=false").json() == page
+    put(client, "c", 1)
+    # Groups of the store as it was are no answer.
+    assert (client.get(f"{address}&begin=false").status_code, groupings._job) == (202, None)
 
 
 def test_near_ones_go_by_the_threshold(served: Served) -> None:
