@@ -68,9 +68,12 @@ export function makeStage({ label, signal, draw, rest, point, open, enter, outli
     sight.scale = Math.min(Math.max(CLOSEST, whole()), Math.max(whole() * 0.5, sight.scale));
     sight.x = Math.min(SIDE, Math.max(0, sight.x));
     sight.y = Math.min(SIDE, Math.max(0, sight.y));
+    element.setAttribute("aria-busy", "true");
     clearTimeout(timer);
     timer = setTimeout(() => {
-      if (!signal.aborted) rest();
+      if (signal.aborted) return;
+      rest();
+      element.removeAttribute("aria-busy");
     }, REST);
     refresh();
   }
