@@ -7,11 +7,13 @@ import time
 import urllib.request
 from base64 import b64decode
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import FloatRect, Page, Route, expect
+from PIL import Image
+from playwright.sync_api import Browser, FloatRect, Page, Route, expect
 
 from tests.serving import serving
 
@@ -25,6 +27,15 @@ def map_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 break
             time.sleep(0.1)
         yield url
+
+
+@pytest.fixture(autouse=True)
+def quiet(page: Page, complaints: list[str]) -> Iterator[None]:
+    """Answer GET /metadata, and forget what drivers say about their speed: without a graphics card WebGL is slow."""
+    answer = {"keys": [{"key": "label", "count": 300, "distinct": 10, "values": [{"value": "0", "count": 30}]}]}
+    page.route(re.compile(r"/metadata$"), lambda route: route.fulfill(json=answer))
+    yield
+    complaints[:] = [one for one in complaints if "GL Driver Message" not in one]
 
 
 def fetch(url: str) -> Any:
@@ -60,6 +71,18 @@ def lonely(places: Any) -> int:
     return int(gaps.min(1).argmax())
 
 
+def drawn(page: Page) -> Any:
+    """What the map looks like: (H, W, 3)."""
+    with Image.open(BytesIO(page.locator("#plane").screenshot())) as shot:
+        return np.asarray(shot.convert("RGB"))
+
+
+def colours_drawn(page: Page) -> int:
+    """How many colours at least 20 pixels have."""
+    counts = np.unique(drawn(page).reshape(-1, 3), axis=0, return_counts=True)[1]
+    return int((counts > 20).sum())
+
+
 def in_sight(page: Page) -> int:
     text = page.locator("#map-count").inner_text().replace(",", "")
     return int(text.split()[0])
@@ -74,20 +97,8 @@ def test_all_items_are_drawn_and_the_nearest_are_links(page: Page, map_url: str,
     expect(page.locator("#nearby")).to_contain_text("and 100 more")
     expect(page.locator("#map-note")).to_contain_text("Laid out by t-SNE")
     # Something is drawn, in more than one colour.
-    assert len(colours_drawn(page)) > 1
+    assert colours_drawn(page) > 1
     assert all(url.startswith((map_url, "data:")) for url in asked)
-
-
-def colours_drawn(page: Page) -> set[str]:
-    """The colours on a line through the middle of the map as it is seen."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    with Image.open(BytesIO(page.locator("#plane").screenshot())) as shot:
-        pixels = np.asarray(shot.convert("RGB")).reshape(-1, 3)
-    kinds, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {str(kind.tolist()) for kind, count in zip(kinds, counts, strict=True) if count > 20}
 
 
 def test_pointing_shows_a_picture_and_a_click_opens_it(page: Page, map_url: str) -> None:
@@ -178,14 +189,7 @@ def test_an_outline_selects_and_the_ids_can_be_copied(page: Page, map_url: str) 
     expect(page.locator("#map-select")).to_have_attribute("aria-pressed", "false")
 
 
-def with_metadata(page: Page) -> None:
-    """Answer GET /metadata, as the service does."""
-    answer = {"keys": [{"key": "label", "count": 300, "distinct": 10, "values": [{"value": "0", "count": 30}]}]}
-    page.route("**/metadata*", lambda route: route.fulfill(json=answer))
-
-
 def test_points_are_coloured_by_a_metadata_key(page: Page, map_url: str) -> None:
-    with_metadata(page)
     open_map(page, map_url)
     plain = colours_drawn(page)
     page.locator("#map-colour").select_option("label")
@@ -194,7 +198,7 @@ def test_points_are_coloured_by_a_metadata_key(page: Page, map_url: str) -> None
     expect(legend).to_have_count(10)
     assert "colour=label" in page.url
     page.wait_for_timeout(200)
-    assert len(colours_drawn(page)) > len(plain) + 5
+    assert colours_drawn(page) > plain + 5
     made = fetch(f"{map_url}/map?colour=label")
     codes = np.frombuffer(b64decode(made["codes"]), "<u2")
     assert legend.first.inner_text().split() == [made["values"][0], str((codes == 1).sum())]
@@ -270,7 +274,7 @@ def test_the_first_map_is_waited_for_with_progress_and_cancel(page: Page, map_ur
         else:
             route.fulfill(status=202, json={"progress": 0.42}, headers={"Retry-After": "1"})
 
-    page.route("**/map*", answer)
+    page.route(re.compile(r"/map(\?.*)?$"), answer)
     page.goto(f"{map_url}/#map")
     bar = page.get_by_role("progressbar", name="Making the map")
     expect(bar).to_be_visible()
@@ -296,7 +300,7 @@ def test_a_better_map_takes_the_place_of_the_first(page: Page, map_url: str) -> 
         else:
             route.fulfill(json=answers.pop())
 
-    page.route("**/map*", answer)
+    page.route(re.compile(r"/map(\?.*)?$"), answer)
     open_map(page, map_url)
     expect(page.locator("#map-note")).to_contain_text("Laid out by PCA for now. A better map is being made: 10 %.")
     expect(page.locator("#map-note")).to_contain_text("60 %")
@@ -309,28 +313,17 @@ def test_an_empty_store_offers_to_add(page: Page, empty_url: str) -> None:
     expect(page.locator("main").get_by_role("link", name="Add pictures")).to_have_attribute("href", "#add")
 
 
-def test_both_ways_of_drawing_show_the_same(map_url: str, page: Page) -> None:
-    """WebGL2 by SwiftShader in a browser of its own, and a 2D context; the points are at the same places."""
-    shots = {}
-    for kind, flags in (
-        ("WebGL2", ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]),
-        ("2D", ["--disable-gpu", "--disable-webgl", "--disable-3d-apis"]),
-    ):
-        playwright_type = page.context.browser.browser_type  # type: ignore[union-attr]
-        other = playwright_type.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", *flags])
-        tab = other.new_page(viewport={"width": 1200, "height": 900})
-        complaints: list[str] = []
-        tab.on("pageerror", lambda error, complaints=complaints: complaints.append(str(error)))  # type: ignore[misc]
-        open_map(tab, map_url)
-        expect(tab.locator("#plane")).to_have_attribute("data-drawn-by", kind)
-        from io import BytesIO
-
-        from PIL import Image
-
-        with Image.open(BytesIO(tab.locator("#plane").screenshot())) as shot:
-            grey = np.asarray(shot.convert("L")).astype(int)
-        shots[kind] = np.abs(grey - np.bincount(grey.ravel()).argmax()) > 40
-        assert complaints == []
-        other.close()
-    both = (shots["WebGL2"] & shots["2D"]).sum()
-    assert both > 0.6 * (shots["WebGL2"] | shots["2D"]).sum()
+def test_both_ways_of_drawing_show_the_same(map_url: str, browser: Browser) -> None:
+    """WebGL2 on the processor, and a 2D context where a browser has no WebGL2: the points are at the same places."""
+    shown = {}
+    for kind, flags in (("WebGL2", ["--enable-unsafe-swiftshader"]), ("2D", ["--disable-3d-apis"])):
+        launch = browser.browser_type.launch
+        with launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", *flags]) as other:
+            page = other.new_page(viewport={"width": 1200, "height": 900})
+            open_map(page, map_url)
+            expect(page.locator("#plane")).to_have_attribute("data-drawn-by", kind)
+            seen = drawn(page).astype(int)
+        shown[kind] = np.abs(seen - seen[10, 10]).max(axis=2) > 60
+    assert shown["2D"].sum() > 1000
+    both = (shown["WebGL2"] & shown["2D"]).sum()
+    assert both > 0.7 * (shown["WebGL2"] | shown["2D"]).sum()
