@@ -113,6 +113,7 @@ export async function openSearch({ params, place, signal, title }) {
       if (!(error instanceof Error && error.name === "AbortError")) {
         showProblem(found, error, () => showAgain(tab), actionFor(tab, error));
         markFailed(true);
+        panel.querySelector("h1")?.replaceChildren(`Cannot search by ${tab.query.name}`);
       }
       throw error;
     } finally {
