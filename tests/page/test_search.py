@@ -326,6 +326,7 @@ def test_a_part_is_drawn_by_mouse_and_searched_by(
     page.goto(mixed_url)
     page.set_input_files("#ask-files", payload("large.jpg", large, "image/jpeg"))
     expect(tiles(page, "Same file")).to_contain_text("large.jpg")
+    expect(page.locator(".query-picture")).to_have_js_property("naturalWidth", LARGE)
     box = page.locator(".query-picture").bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.1 * box["height"])
@@ -375,6 +376,7 @@ def test_a_part_is_chosen_by_finger(browser: Browser, mixed_url: str) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(f"{mixed_url}/#search?id=large.jpg")
+    expect(page.locator(".query-picture")).to_have_js_property("naturalWidth", 1024)
     expect(tiles(page).first).to_be_visible()
     box = page.locator(".query-picture").bounding_box()
     assert box is not None
