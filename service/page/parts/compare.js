@@ -38,6 +38,7 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   const bar = make("div", { class: "group-bar" });
   const actions = makeActions(group, update);
   const panes = Array.from({ length: count }, (_, at) => makePane(at));
+  fill();
   const zoom = makeZoom(panes.map(({ stage }) => stage), signal);
 
   function makePane(/** @type {number} */ at) {
@@ -60,7 +61,6 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
       stage.setAttribute("aria-label", `${fileName(copy.id)}. Plus and minus zoom, arrows move it once it is zoomed`);
       caption.replaceChildren(makeChoice(at), makeKeep(copy, at), makeFacts(copy, group));
     }
-    zoom.apply();
     update();
   }
 
@@ -85,6 +85,7 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   function swap(/** @type {number} */ one, /** @type {number} */ other) {
     [copies[one], copies[other]] = [copies[other], copies[one]];
     fill();
+    zoom.apply();
   }
 
   function update() {
@@ -120,7 +121,6 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   list.append(divider, handle);
   followDivider(list, divider, handle);
   setMode(MODES[sessionStorage.getItem(MODE_KEY) ?? ""] ? String(sessionStorage.getItem(MODE_KEY)) : "beside");
-  fill();
 
   const step = (/** @type {string} */ text, /** @type {-1 | 1} */ by) =>
     makeButton(text, () => open(by), { id: by < 0 ? "earlier" : "later", disabled: number + by < 0 || number + by >= total });
