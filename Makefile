@@ -38,7 +38,7 @@ test-all: export OMP_NUM_THREADS = 1
 test: setup ## run the tests that find most faults, in a few minutes
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile -m "not proof and not slow"
 
-test-all: setup ## run every test that this machine has the means for
+test-all: setup requirements/node_modules/.done ## run every test that this machine has the means for
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules

@@ -109,6 +109,8 @@ class Worker:
         """Close the gallery and its store."""
         self.app.state.slots.close()
         self.app.state.groupings.close()
+        self.app.state.bands.close()
+        self.app.state.maps.close()
         self.gallery.close()
 
 

@@ -90,7 +90,7 @@ class NoTextTower(InvalidRequest):
 
 
 class PageNotFound(LookalikeError):
-    """A cursor of groups that are not kept any more."""
+    """A cursor of groups that are not kept any more, or of another order."""
 
     status = 404
     code = "page_not_found"

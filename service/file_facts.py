@@ -4,7 +4,10 @@ import io
 import os
 import re
 import stat
+import struct
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +17,18 @@ from service.encoding.images import format_of
 
 # So much of a file is read: enough for the EXIF and the colour profile that stand before a JPEG's size.
 HEAD_BYTES = 262_144
-# Pillow reads the headers of these in bounded time; those of other formats need a decoder.
+# Pillow reads the headers of these in bounded time. For the others it would start a decoder.
 _READ = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
 _EXIF, _TAKEN, _CHANGED = 0x8769, 0x9003, 0x0132
+# Tags of a TIFF, and the types of numbers in them, as `struct` names them.
+_WIDTH, _HEIGHT = 256, 257
+_NUMBERS = {3: "H", 4: "I", 16: "Q"}
+_MOST_TAGS = 1000
 _DATE = re.compile(r"(\d{4}):(\d\d):(\d\d) (\d\d):(\d\d):(\d\d)")
+
+
+# Bytes from a place of a file on, as many as are asked for or there.
+Read = Callable[[int, int], bytes]
 
 
 class FileFacts(NamedTuple):
@@ -38,11 +49,23 @@ class FileFacts(NamedTuple):
     date: str | None = None
 
     @classmethod
-    def of(cls, head: bytes, size: int, mtime_ns: int | None = None) -> "FileFacts":
-        """Return the facts of a file from its first bytes, its size, and the time of its last change if known."""
+    def of(cls, head: bytes, size: int, mtime_ns: int | None = None, read: Read | None = None) -> "FileFacts":
+        """Return the facts of a file.
+
+        Args:
+            head: its first bytes.
+            size: bytes of the file.
+            mtime_ns: the time of its last change, if known.
+            read: reads more of it: a number of bytes from a place on. Some TIFFs have their size at their end.
+        """
         format, date = format_of(head), None if mtime_ns is None else _utc(mtime_ns)
         if format not in _READ:
-            return cls(None, None, size, format, date)
+            if format == "TIFF":
+                sides = _sides_of_tiff(read or (lambda at, count: head[at : at + count]))
+            else:
+                sides = _sides_of_boxes(head)
+            width, height = sides or (None, None)
+            return cls(width, height, size, format, date)
         try:
             with Image.open(io.BytesIO(head), formats=[format]) as picture:
                 exif = picture.getexif()
@@ -51,6 +74,11 @@ class FileFacts(NamedTuple):
         # Pillow raises errors of many kinds for files that are damaged or cut short.
         except Exception:
             return cls(None, None, size, format, date)
+
+    @classmethod
+    def of_data(cls, data: bytes, mtime_ns: int | None = None) -> "FileFacts":
+        """Return the facts of a file from all its bytes, and the time of its last change if known."""
+        return cls.of(data[:HEAD_BYTES], len(data), mtime_ns, lambda at, count: data[at : at + count])
 
     @classmethod
     def of_source(cls, source: str | None) -> "FileFacts":
@@ -63,7 +91,9 @@ class FileFacts(NamedTuple):
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     return cls()
-                return cls.of(file.read(HEAD_BYTES), status.st_size, status.st_mtime_ns)
+                head = file.read(HEAD_BYTES)
+                read = partial(read_at, file.fileno())
+                return cls.of(head, status.st_size, status.st_mtime_ns, read)
         except (OSError, ValueError):
             return cls()
 
@@ -84,6 +114,64 @@ class Move(NamedTuple):
     source: str | None = None
     facts: FileFacts = FileFacts()
     mtime_ns: int | None = None
+
+
+def read_at(file: int, at: int, count: int) -> bytes:
+    """Return bytes of an open file, by its descriptor, from a place on."""
+    return os.pread(file, count, at)
+
+
+def _sides_of_tiff(read: Read) -> tuple[int, int] | None:
+    """Return width and height of a TIFF's first page, as its directory says. Source: the specification, TIFF 6.0."""
+    try:
+        order = "<" if read(0, 2) == b"II" else ">"
+        # BigTIFF has places of eight bytes.
+        is_big = struct.unpack(f"{order}H", read(2, 2))[0] == 43
+        counts, entries, place = ("Q", "HHQ", "Q") if is_big else ("H", "HHI", "I")
+        (at,) = struct.unpack(order + place, read(8 if is_big else 4, struct.calcsize(place)))
+        width = struct.calcsize(f"{order}{entries}{place}")
+        (count,) = struct.unpack(order + counts, read(at, struct.calcsize(counts)))
+        table = read(at + struct.calcsize(counts), width * min(count, _MOST_TAGS))
+        sides: dict[int, int] = {}
+        for start in range(0, len(table) - width + 1, width):
+            tag, type, _ = struct.unpack_from(order + entries, table, start)
+            if tag in (_WIDTH, _HEIGHT):
+                value = start + struct.calcsize(order + entries)
+                (sides[tag],) = struct.unpack_from(order + _NUMBERS[type], table, value)
+        return sides[_WIDTH], sides[_HEIGHT]
+    # The file is cut short, or no such file.
+    except (struct.error, KeyError, OverflowError, OSError):
+        return None
+
+
+def _sides_of_boxes(head: bytes) -> tuple[int, int] | None:
+    """Return width and height of an AVIF or HEIF file: those of its largest picture.
+
+    The others are tiles of that one, or smaller pictures of it. Source: ISO/IEC 23008-12, 6.5.3.
+    """
+    sides = [
+        struct.unpack(">II", head[at + 4 : at + 12])
+        for meta in _boxes(head, b"meta", 0, len(head))
+        # A box of the type "meta" begins with its version.
+        for properties in _boxes(head, b"iprp", meta.start + 4, meta.stop)
+        for container in _boxes(head, b"ipco", properties.start, properties.stop)
+        for at in (box.start for box in _boxes(head, b"ispe", container.start, container.stop) if len(box) >= 12)
+    ]
+    return max(sides, key=lambda one: one[0] * one[1], default=None)
+
+
+def _boxes(data: bytes, kind: bytes, at: int, end: int) -> Iterator[range]:
+    """Yield where the contents of the boxes of a kind lie, of those that are whole."""
+    while at + 8 <= end:
+        size, begin = int.from_bytes(data[at : at + 4]), at + 8
+        if size == 1:
+            size, begin = int.from_bytes(data[at + 8 : at + 16]), at + 16
+        stop = at + size if size else end
+        if stop < begin or stop > end:
+            return
+        if data[at + 4 : at + 8] == kind:
+            yield range(begin, stop)
+        at = stop
 
 
 def _utc(mtime_ns: int) -> str | None:

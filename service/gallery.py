@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,7 @@ from service.encoder_choice import find_model
 from service.encoding.batcher import Batcher
 from service.encoding.card import read_card, suits
 from service.encoding.encoder import Encoder
-from service.encoding.images import decode, decode_pixels, thumbnail, to_pixels, tones
+from service.encoding.images import OWN_FILES, decode, decode_pixels, preview, thumbnail, to_pixels, tones
 from service.encoding.text import TextEncoder, check_text, open_text_tower
 from service.errors import (
     InvalidQuery,
@@ -30,10 +30,11 @@ from service.errors import (
     each,
     map_values,
 )
-from service.file_facts import HEAD_BYTES, FileFacts
+from service.file_facts import FileFacts
 from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
 from service.originals import read_source
+from service.previews import PreviewCache
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery, begin_sum
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
@@ -42,6 +43,8 @@ from service.store.filters import Filter
 from service.store.layout import current
 
 _SAMPLED_THUMBNAILS = 100
+# In the store's folder.
+_PREVIEWS = "previews"
 # A message must not repeat a client's text, and a longer number could carry one.
 _SHOWN_BELOW = 10**7
 
@@ -102,6 +105,8 @@ class Gallery:
         # One more than cores: while one thread waits for the GIL, another decodes. More only cost memory.
         self._decoders = ThreadPoolExecutor(cores() + 1, "decode")
         self._notice: tuple[int, str | None] = (0, None)
+        most = 0 if store is None or settings.read_only else settings.preview_cache_bytes
+        self._previews = PreviewCache(settings.store / _PREVIEWS, most) if most else None
 
     @property
     def store(self) -> Store:
@@ -147,7 +152,7 @@ class Gallery:
         """
         picture = decode(data, self.card.preprocessing.decoded_side, self.settings.limits)
         small = thumbnail(data, picture, self.settings.limits)
-        facts = FileFacts.of(data[:HEAD_BYTES], len(data), mtime_ns)
+        facts = FileFacts.of_data(data, mtime_ns)
         return ReadPicture(data, to_pixels(picture, self.card.preprocessing), small, facts, mtime_ns)
 
     def embed_soon(self, data: bytes | Callable[[], bytes]) -> Future[FloatArray]:
@@ -276,6 +281,32 @@ class Gallery:
         """
         data = self.store.original(id)
         return read_source(self.get(id)) if data is None else data
+
+    def preview(self, id: str, side: int) -> bytes:
+        """Return an item's picture as a WebP file whose long side is at most `side`. A smaller one keeps its size.
+
+        Raises:
+            ItemNotFound: as `original`, or its picture cannot be decoded.
+
+        Cost: decodes the picture, unless its preview was kept.
+        """
+        digest = self.get(id).digest
+        kept = None if self._previews is None else self._previews.get(digest, side)
+        if kept is not None:
+            return kept
+        data, limits = self.store.original(id), self.settings.limits
+        if data is None:
+            data = read_source(self.get(id))
+            # A file of this machine was indexed by other limits than those for strangers.
+            limits = replace(OWN_FILES, max_decode_s=self.settings.work_timeout_s)
+        try:
+            made = preview(data, side, limits)
+        except LookalikeError as error:
+            raise ItemNotFound(f"there is no preview of this item: {error}") from error
+        # The item may have another picture by now, and an import may have brought another digest.
+        if self._previews is not None and hashlib.sha256(data).hexdigest() == digest:
+            self._previews.put(digest, side, made)
+        return made
 
     def change_metadata(self, id: str, patch: dict[str, Any]) -> Item:
         """Apply a merge patch to an item's metadata (see items.merge_patch) and return the item.

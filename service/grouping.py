@@ -1,29 +1,24 @@
 """Groups of duplicates for a service: found in one process of low priority, and kept until the store changes.
 
-The process opens the store beside the service, as any reader does, so searches share nothing with it but the
-processor. It writes the groups into a file, of which a page is read as bytes. After changes it is given the pairs that
+The process writes the groups into a file, of which a page is read as bytes. After changes it is given the pairs that
 it found before, and searches only for what has changed.
 """
 
 import json
-import logging
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-import service.errors
 from service import IntArray
 from service.duplicates import find_groups
-from service.errors import InvalidStore, LookalikeError, PageNotFound
+from service.errors import InvalidStore, PageNotFound
+from service.side_process import SideProcess, Tell
 from service.store.near_pairs import Pairs
 
 # Results that are kept, one for each store and threshold.
@@ -33,17 +28,6 @@ _PATIENCE_S = 5.0
 _GROUPS, _PAIRS = "groups.jsonl", "pairs.npz"
 # A cursor is the number of a result, times this, and a place in it.
 _MOST_GROUPS = 10**9
-_NICENESS = 19
-_ROOT = Path(service.errors.__file__).parents[1]
-# The folder that the parent runs in may hold files that have the names of our packages.
-_CHILD = [
-    sys.executable,
-    "-P",
-    "-c",
-    f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from service import grouping; grouping.serve()",
-]
-# Several threads of a matrix library would take the cores from searches.
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Wanted(NamedTuple):
@@ -113,53 +97,22 @@ class _Job:
     """A process that finds groups."""
 
     def __init__(self, wanted: Wanted, epoch: int, earlier: _Result | None) -> None:
-        self.wanted, self.epoch, self.progress = wanted, epoch, 0.0
+        self.wanted, self.epoch = wanted, epoch
         # When it was asked about last.
         self.asked = time.monotonic()
         # Held until the end, so that the folder stays.
         self.earlier = earlier
         self.folder = tempfile.TemporaryDirectory(prefix="lookalike-duplicates-")
-        self.answer: dict[str, Any] = {}
         pairs = Path(earlier.folder.name) / _PAIRS if earlier is not None else None
         arguments = [str(wanted.folder), repr(wanted.threshold), self.folder.name, str(pairs or "")]
-        pipe = subprocess.PIPE
-        environment = os.environ | _ONE_THREAD
-        # Its stdin stays open as long as this process lives; the child ends with it.
-        self._process = subprocess.Popen([*_CHILD, *arguments], stdin=pipe, stdout=pipe, env=environment)  # noqa: S603
-        self._thread = threading.Thread(target=self._follow, name="duplicates", daemon=True)
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        """Whether the process has ended and its answer is read."""
-        return not self._thread.is_alive()
-
-    def _follow(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            told = json.loads(line)
-            self.progress = told.get("progress", self.progress)
-            self.answer = told
-        self._process.wait()
+        self.process = SideProcess(__name__, arguments, "finds duplicates")
 
     def result(self, number: int) -> _Result:
-        """Return the result. Raises what the process said, or InvalidStore if it said nothing."""
-        if "error" in self.answer:
-            raise getattr(service.errors, self.answer["error"])(self.answer["says"])
-        if "sequence" not in self.answer:
-            raise InvalidStore(f"the process that finds duplicates ended with status {self._process.returncode}")
+        """Return the result. Raises as `SideProcess.result`."""
+        told = self.process.result()
         ends = np.load(Path(self.folder.name) / "ends.npy")
-        rest, rest_bytes, sequence = (self.answer[name] for name in ("rest", "rest_bytes", "sequence"))
+        rest, rest_bytes, sequence = (told[name] for name in ("rest", "rest_bytes", "sequence"))
         return _Result(number, self.folder, ends, rest, rest_bytes, sequence, self.epoch)
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._thread.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        self._process.wait()
 
 
 class Groupings:
@@ -203,7 +156,7 @@ class Groupings:
                 return 0.0
             job = self._job
             if job is not None and job.wanted != wanted and time.monotonic() - job.asked > _PATIENCE_S:
-                job.stop()
+                job.process.stop()
                 job.folder.cleanup()
                 job = None
             if job is None:
@@ -212,7 +165,7 @@ class Groupings:
             if job.wanted != wanted:
                 return 0.0
             job.asked = time.monotonic()
-            return job.progress
+            return job.process.progress
 
     def next_page(self, wanted: Wanted, cursor: str, limit: int) -> Page:
         """Return the groups that follow a page.
@@ -237,7 +190,7 @@ class Groupings:
         with self._lock:
             self._closed = True
             if self._job is not None:
-                self._job.stop()
+                self._job.process.stop()
                 self._job.folder.cleanup()
                 self._job = None
             for result in self._results.values():
@@ -247,10 +200,10 @@ class Groupings:
     def _finish(self) -> None:
         """Take the result of a process that has ended. Raises as `_Job.result`."""
         job = self._job
-        if job is None or not job.done:
+        if job is None or not job.process.done:
             return
         self._job = None
-        job.stop()
+        job.process.stop()
         self._number += 1
         self._results[job.wanted] = job.result(self._number)
         self._results.move_to_end(job.wanted)
@@ -258,40 +211,18 @@ class Groupings:
             self._results.popitem(last=False)
 
 
-def serve() -> None:
-    """Find groups and write them: the main function of the process. It prints lines of JSON."""
-    os.nice(_NICENESS)
-    # A service that has not saved a snapshot yet is no news.
-    logging.disable(logging.WARNING)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    folder, threshold, out, earlier = sys.argv[1:]
-    last = [-1.0]
-
-    def tell(share: float) -> None:
-        if share - last[0] >= 0.01:
-            last[0] = share
-            print(json.dumps({"progress": round(min(share, 0.99), 2)}), flush=True)
-
-    try:
-        pairs = Pairs.load(Path(earlier)) if earlier else None
-        found = find_groups(Path(folder), float(threshold), pairs, tell)
-        if found.pairs is not None:
-            found.pairs.save(Path(out) / _PAIRS)
-        ends, place, rest, rest_bytes = [], 0, 0, 0
-        with (Path(out) / _GROUPS).open("wb") as file:
-            for group in found.groups:
-                place += file.write(json.dumps(group.shown()).encode() + b"\n")
-                ends.append(place)
-                rest += len(group.rest)
-                rest_bytes += sum(copy.facts.size_bytes or 0 for copy in group.rest)
-        np.save(Path(out) / "ends.npy", np.asarray(ends, np.int64))
-        print(json.dumps({"sequence": found.sequence, "rest": rest, "rest_bytes": rest_bytes}), flush=True)
-    except LookalikeError as error:
-        print(json.dumps({"error": type(error).__name__, "says": str(error)}), flush=True)
-
-
-def _end_with_parent() -> None:
-    # A buffered read would hold a lock that the interpreter wants when it ends.
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
+def work(tell: Tell, folder: str, threshold: str, out: str, earlier: str) -> dict[str, int]:
+    """Find groups and write them into a folder: the work of the process."""
+    pairs = Pairs.load(Path(earlier)) if earlier else None
+    found = find_groups(Path(folder), float(threshold), pairs, tell)
+    if found.pairs is not None:
+        found.pairs.save(Path(out) / _PAIRS)
+    ends, place, rest, rest_bytes = [], 0, 0, 0
+    with (Path(out) / _GROUPS).open("wb") as file:
+        for group in found.groups:
+            place += file.write(json.dumps(group.shown()).encode() + b"\n")
+            ends.append(place)
+            rest += len(group.rest)
+            rest_bytes += sum(copy.facts.size_bytes or 0 for copy in group.rest)
+    np.save(Path(out) / "ends.npy", np.asarray(ends, np.int64))
+    return {"sequence": found.sequence, "rest": rest, "rest_bytes": rest_bytes}

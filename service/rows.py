@@ -13,6 +13,8 @@ from service.store import NewItem
 
 # Characters of a format and of a date, at most.
 _LONGEST = 32
+# The length of a unit vector in float32 is so near to 1.
+_ROUNDING = 1e-6
 
 
 class Rules(Protocol):
@@ -64,7 +66,8 @@ def item_of_row(row: Mapping[str, Any], rules: Rules) -> NewItem:
         raise InvalidRequest("metadata: expected the text of a JSON object")
     if row.get("metadata") in (None, "") and row.get("label") is not None:
         metadata = {"label": str(row["label"])}
-    embedding = np.asarray(vector / length, np.float32)
+    # A unit vector of float32 stays as it is to the last bit, so an item can be put back exactly.
+    embedding = np.asarray(vector if abs(length - 1) < _ROUNDING else vector / length, np.float32)
     return NewItem(
         id=rules.check_id(str(id)),
         metadata=rules.check_metadata(metadata),
@@ -77,7 +80,7 @@ def item_of_row(row: Mapping[str, Any], rules: Rules) -> NewItem:
         original=row.get("original"),
         keep_metadata=row.get("metadata") in (None, ""),
         facts=_facts(row),
-        mtime_ns=_whole(row.get("mtime_ns")),
+        mtime_ns=_whole(row.get("mtime_ns"), -(2**63)),
     )
 
 
@@ -91,8 +94,8 @@ def _short(value: object) -> str | None:
     return value if isinstance(value, str) and len(value) <= _LONGEST else None
 
 
-def _whole(value: object) -> int | None:
+def _whole(value: object, least: int = 0) -> int | None:
     # pandas turns whole numbers into floats where one is missing.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 2**63:
         return None
     return int(value) if float(value).is_integer() else None

@@ -41,6 +41,7 @@ class Settings(BaseModel):
             nobody reaches but through a proxy which sets or removes this header.
         keep_originals: whether the store keeps the pictures' own bytes. `lookalike index` keeps those of a folder's
             files only if this is set to true: it has their paths.
+        preview_cache_bytes: size of the previews that are kept in the store's folder; 0 keeps none.
         read_only: open the store beside the process that changes it; every change is refused.
         exact_limit: up to this many items a search scans all; above it, a part of them with a measured recall.
         vector_type: float32 or float16, the type of vectors on disk in a new store.
@@ -73,6 +74,7 @@ class Settings(BaseModel):
     root_path: Annotated[str, BeforeValidator(_with_slash)] = Field(default="", pattern=f"^{PREFIX}$")
     trust_forwarded_prefix: bool = False
     keep_originals: bool = True
+    preview_cache_bytes: int = Field(default=0, ge=0)
     read_only: bool = False
     exact_limit: int = Field(default=100_000, ge=1000)
     vector_type: str = Field(default="float32", pattern="^(float32|float16)$")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from service.client.wire import (
     Added,
     EmbeddedUpload,
     Included,
+    Order,
     ServedGroups,
     ServedHit,
     ServedItem,
     Upload,
     form,
+    hit_of,
     item_of,
     item_path,
     move_json,
@@ -35,7 +37,6 @@ from service.client.wire import (
     query_json,
     read,
     size,
-    vector_of,
     wanted,
 )
 from service.file_facts import Move
@@ -166,8 +167,8 @@ class Client:
             queries: of any kind: PictureQuery, TextQuery, VectorQuery, ItemQuery, SumQuery of service.queries.
             k: hits per query, at most.
             options: threshold, the smallest score of a hit; filter, a condition on metadata as docs/api.md defines it;
-                include, a list of "metadata" and "embedding", metadata alone if left out; fingerprint, of the encoder
-                that is expected.
+                prefix, the beginning of ids; include, a list of "metadata", "embedding", "digest", "source" and "file",
+                metadata alone if left out; fingerprint, of the encoder that is expected.
         """
         most = min(self.limits["max_queries"], self.limits["max_images"])
         groups = self._uploader.groups(
@@ -178,10 +179,7 @@ class Client:
     def _search(self, body: dict[str, Any], options: dict[str, Any]) -> list[list[ServedHit]]:
         answer = self._post("/search", body | options)
         results = answer["results"] if "queries" in body else [answer]
-        return [
-            [ServedHit(hit["id"], hit["score"], hit.get("metadata", {}), vector_of(hit)) for hit in result["hits"]]
-            for result in results
-        ]
+        return [[hit_of(hit) for hit in result["hits"]] for result in results]
 
     # Items -------------------------------------------------------------------------------------------
 
@@ -222,8 +220,9 @@ class Client:
         filter: Mapping[str, Any] | None = None,
         prefix: str = "",
         include: Sequence[Included] = (),
-        order: Literal["added", "-added", "id", "-id"] = "added",
+        order: Order = "added",
         page: int = 1000,
+        name: str = "",
     ) -> Iterator[ServedItem]:
         """Yield the items, page by page; those that are added meanwhile may be among them.
 
@@ -231,11 +230,13 @@ class Client:
             filter: only items whose metadata matches it.
             prefix: only items whose ids begin with it.
             include: what an item has besides id and metadata.
-            order: of the time of adding, or of ids by code point; with − the other way round.
+            order: of the time of adding, of ids by code point, or of the dates or sizes of files; with − the other way
+                round.
             page: items of a request, 1 to 1000.
+            name: only items whose ids have this text in them, in upper or lower case.
         """
         query: dict[str, Any] = {"limit": page, "order": None if order == "added" else order, "prefix": prefix or None}
-        query |= {"filter": None if not filter else json.dumps(filter)} | wanted(include)
+        query |= {"name": name or None, "filter": None if not filter else json.dumps(filter)} | wanted(include)
         while True:
             content = self._connections.request("GET", "/images", query).json()
             yield from map(item_of, content["items"])

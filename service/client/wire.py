@@ -20,6 +20,7 @@ from service.queries import ItemQuery, PictureQuery, Query, SumQuery, TextQuery,
 T = TypeVar("T")
 
 Included = Literal["embedding", "digest", "source", "variant", "file"]
+Order = Literal["added", "-added", "id", "-id", "date", "-date", "size", "-size"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class EmbeddedUpload:
         variant: of the encoder.
         thumbnail: a small WebP file.
         original: the bytes of the image file.
+        facts, mtime_ns: of that file.
     """
 
     id: str
@@ -60,6 +62,8 @@ class EmbeddedUpload:
     variant: str | None = None
     thumbnail: bytes | None = None
     original: bytes | None = None
+    facts: FileFacts | None = None
+    mtime_ns: int | None = None
 
     def json(self) -> dict[str, Any]:
         """Return it as JSON of POST /images."""
@@ -69,6 +73,8 @@ class EmbeddedUpload:
         for name in ("thumbnail", "original"):
             data = getattr(self, name)
             told[name] = None if data is None else base64.b64encode(data).decode()
+        if self.facts is not None:
+            told["file"] = self.facts._asdict() | {"mtime_ns": self.mtime_ns}
         return {name: value for name, value in told.items() if value is not None}
 
 
@@ -109,12 +115,16 @@ class ServedItem:
 
 @dataclass(frozen=True, eq=False)
 class ServedHit:
-    """A found item with its score, the cosine to the query in [−1, 1]; (D,) float32 embedding if it was asked for."""
+    """A found item with its score, the cosine to the query; what else it has was asked for, as of ServedItem."""
 
     id: str
     score: float
     metadata: dict[str, Any]
     embedding: FloatArray | None = None
+    digest: str | None = None
+    source: str | None = None
+    facts: FileFacts | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,11 +185,21 @@ def wanted(include: Sequence[Included]) -> dict[str, Any]:
 def item_of(content: Mapping[str, Any]) -> ServedItem:
     """Return an item from its JSON."""
     digest, source, variant = (content.get(name) for name in ("digest", "source", "variant"))
+    return ServedItem(
+        content["id"], content["metadata"], vector_of(content), digest, source, variant, *_file_of(content)
+    )
+
+
+def hit_of(content: Mapping[str, Any]) -> ServedHit:
+    """Return a hit from its JSON."""
+    id, score, metadata = content["id"], content["score"], content.get("metadata", {})
+    own = (content.get("digest"), content.get("source"))
+    return ServedHit(id, score, metadata, vector_of(content), *own, *_file_of(content))
+
+
+def _file_of(content: Mapping[str, Any]) -> tuple[FileFacts | None, int | None]:
     file = content.get("file")
-    facts = None if file is None else FileFacts(*(file[name] for name in FileFacts._fields))
-    mtime_ns = None if file is None else file["mtime_ns"]
-    vector = vector_of(content)
-    return ServedItem(content["id"], content["metadata"], vector, digest, source, variant, facts, mtime_ns)
+    return (None, None) if file is None else (FileFacts(*(file[name] for name in FileFacts._fields)), file["mtime_ns"])
 
 
 def move_json(move: Move) -> dict[str, Any]:

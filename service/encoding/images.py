@@ -132,7 +132,7 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
             f"the picture has {len(data)} bytes; the limit is {limits.max_image_bytes} (LOOKALIKE_MAX_IMAGE_BYTES)"
         )
     if format_of(data) not in _APART:
-        return decode_here(data, side, asdict(limits))
+        return _decode_here(data, side, limits)
     # A child tells by its refusal that a picture is large.
     most = min(limits.max_pixels, LARGE_PIXELS)
     try:
@@ -145,20 +145,24 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
 
 
 def decode_here(data: bytes, side: int, limits: dict[str, Any]) -> Image.Image:
-    """Decode in this process: `decode` for some formats, and what a child process does for the others."""
+    """Decode in this process what `decode` gives to a child process, which calls this; limits are those of Limits."""
+    return _decode_here(data, side, Limits(**limits))
+
+
+def _decode_here(data: bytes, side: int, limits: Limits) -> Image.Image:
     format = format_of(data)
     if format is None:
         raise UnsupportedFormat(f"not a picture that we take: expected the bytes of one of {', '.join(FORMATS)}")
     parts = needed_parts(data, format)
     try:
         with warnings.catch_warnings(action="ignore"):
-            return _load(parts.data, format, side, Limits(**limits))
+            return _load(parts.data, format, side, limits)
     except (TooLarge, UnsupportedFormat):
         raise
     # A decoder may raise nearly anything on damaged bytes.
     except Exception as error:
         if format == "JPEG" and str(error).startswith("image file is truncated"):
-            picture = _load_without_end(parts, side, Limits(**limits))
+            picture = _load_without_end(parts, side, limits)
             if picture is not None:
                 return picture
         raise UndecodablePicture(f"the picture is damaged or cut short: {_reason(error)}") from error
@@ -273,7 +277,17 @@ def thumbnail(data: bytes, picture: Image.Image, limits: Limits) -> bytes:
     """
     if min(picture.size) < _DRAFT_MARGIN * THUMBNAIL_SIDE and data.startswith(b"\xff\xd8"):
         picture = decode(data, THUMBNAIL_SIDE, limits)
-    scale = min(1, THUMBNAIL_SIDE / max(picture.size))
+    return _webp(picture, THUMBNAIL_SIDE)
+
+
+def preview(data: bytes, side: int, limits: Limits) -> bytes:
+    """Return a picture's file as a WebP file whose long side is at most `side`. Raises as `decode`."""
+    return _webp(decode(data, side // _DRAFT_MARGIN, limits), side)
+
+
+def _webp(picture: Image.Image, side: int) -> bytes:
+    """Return a picture as a WebP file whose long side is at most `side`; a smaller picture keeps its size."""
+    scale = min(1, side / max(picture.size))
     width, height = (max(1, round(side * scale)) for side in picture.size)
     small = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=1.5)
     buffer = io.BytesIO()

@@ -21,7 +21,7 @@ from service.http.problems import answer, failure
 from service.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = re.compile(r"/(livez|readyz|healthz|page/.*)?")
+_OPEN = re.compile(r"/(livez|readyz|healthz|page/(\w+/)?[\w-]+\.\w+)?")
 _READING_POSTS = ("/embed", "/search", "/classify", "/v1/embeddings", "/images/count")
 # httptools has no limit of its own.
 _MOST_HEADER_BYTES = 32_768

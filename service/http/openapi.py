@@ -119,6 +119,18 @@ _ANSWERS: dict[type[BaseModel], Any] = {
         "file": {"width": 8, "height": 8, "size_bytes": 120, "format": "PNG", "date": None, "mtime_ns": None},
     },
     schemas.Page: {"items": [{"id": "digits/00007", "metadata": {"label": "7"}}], "total": 1797, "next": "8"},
+    schemas.Folders: {"folders": [{"prefix": "a/2024/", "count": 12}], "left_out": 0},
+    schemas.Fields: {
+        "keys": [{"key": "label", "count": 1797, "distinct": 10, "values": [{"value": "7", "count": 179}]}],
+        "left_out": 0,
+    },
+    schemas.ScoresAnswer: {
+        "near": 0.85,
+        "alike": 0.71,
+        "strangers": [0.12, 0.38, 0.61],
+        "neighbours": [0.62, 0.81, 0.93],
+        "sampled": 256,
+    },
     schemas.Count: {"count": 1618},
     schemas.Removed: {"removed": 3},
     schemas.OpenAIModels: {
@@ -139,6 +151,17 @@ _ANSWERS: dict[type[BaseModel], Any] = {
             }
         ],
         "next": None,
+    },
+    schemas.Map: {
+        "version": "pca.2",
+        "sequence": 2,
+        "method": "pca",
+        "progress": None,
+        "count": 2,
+        "ids": ["a.png", "b.png"],
+        "positions": "AAAAgP//AIA=",
+        "values": ["7"],
+        "codes": "AQAAAA==",
     },
     schemas.Progress: {"progress": 0.42},
     schemas.Dismissed: {"pairs": 1},

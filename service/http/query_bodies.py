@@ -10,7 +10,7 @@ from service.queries import ItemQuery, PictureQuery, SumQuery, TextQuery, Vector
 from service.settings import Settings
 from service.store.filters import DESCRIPTION
 
-Included = Literal["metadata", "embedding"]
+Included = Literal["metadata", "embedding", "file", "digest", "source"]
 DEFAULT_K = 10
 # The fields that tell what a part of a sum is, a query, and the body of a search.
 PART_KINDS = ("image", "text", "vector", "id")
@@ -154,6 +154,7 @@ class _Wanted(Body):
     k: Whole = Field(DEFAULT_K, ge=1, description="Hits a query, at most.")
     threshold: float = Field(-1, ge=-1, le=1, description="Hits have at least this score.")
     filter: FilterObject = None
+    prefix: str = Field("", max_length=2000, description="Only items whose ids begin with this text.")
     include: list[Included] = Field(["metadata"], description="Fields of a hit besides id and score.")
     fingerprint: Fingerprint = None
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import codecs
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
@@ -31,6 +32,7 @@ from service.http.query_bodies import (
 )
 from service.names import unknown
 from service.settings import Settings
+from service.store import Item
 
 # Parsing a longer body (bytes) would block the event loop for too long.
 _LONG = 100_000
@@ -102,6 +104,22 @@ class PatchBody(Body):
     metadata: dict[str, Any]
 
 
+# The limits stand before the conversion, so that the document has them.
+_Count = Annotated[int, Field(ge=0, le=_LARGEST), BeforeValidator(whole)]
+_Time = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST), BeforeValidator(whole)]
+
+
+class FileBody(Body):
+    """What a picture's file says; null for what is unknown."""
+
+    width: _Count | None = None
+    height: _Count | None = None
+    size_bytes: _Count | None = None
+    format: str | None = Field(None, max_length=20)
+    date: str | None = Field(None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}$")
+    mtime_ns: _Time | None = Field(None, description="Time of its last change, since 1970.")
+
+
 class NewItemBody(Body):
     """An item to add by its embedding, which the encoder that runs here has made, such as a row of an export.
 
@@ -118,6 +136,7 @@ class NewItemBody(Body):
     variant: Literal["fp32", "fp16", "int8"] | None = None
     thumbnail: str | None = Field(None, description="A small WebP in base64.", json_schema_extra={"format": "picture"})
     original: str | None = Field(None, description="The picture in base64.", json_schema_extra={"format": "picture"})
+    file: FileBody | None = None
 
 
 class AddItemsBody(Body):
@@ -125,22 +144,6 @@ class AddItemsBody(Body):
 
     items: list[NewItemBody] = Field(min_length=1)
     fingerprint: Fingerprint = None
-
-
-# The limits stand before the conversion, so that the document has them.
-_Count = Annotated[int, Field(ge=0, le=_LARGEST), BeforeValidator(whole)]
-_Time = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST), BeforeValidator(whole)]
-
-
-class FileBody(Body):
-    """What a picture's file says; null for what is unknown."""
-
-    width: _Count | None = None
-    height: _Count | None = None
-    size_bytes: _Count | None = None
-    format: str | None = Field(None, max_length=20)
-    date: str | None = Field(None, pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}$")
-    mtime_ns: _Time | None = Field(None, description="Time of its last change, since 1970.")
 
 
 class MoveBody(Body):
@@ -160,10 +163,11 @@ class MovesBody(Body):
 
 
 class CountBody(Body):
-    """Which items to count: those that match a filter and whose ids begin with a prefix."""
+    """Which items to count: those that match a filter and whose ids begin with a prefix and have a text in them."""
 
     filter: FilterObject = None
     prefix: str = Field("", max_length=2000)
+    name: str = Field("", max_length=2000)
 
 
 class DismissBody(Body):
@@ -191,27 +195,6 @@ class OpenAITextBody(OpenAIBody):
     """The same with texts. It stands in the document alone."""
 
     input: Text | Annotated[list[Text], Field(min_length=1)]
-
-
-class Hit(BaseModel):
-    """An item and its score, the cosine to the query."""
-
-    id: str
-    score: float = Field(ge=-1, le=1)
-    metadata: dict[str, Any] | None = None
-    embedding: list[float] | None = None
-
-
-class Hits(BaseModel):
-    """The hits of one query, best first."""
-
-    hits: list[Hit]
-
-
-class Results(BaseModel):
-    """The hits of each query."""
-
-    results: list[Hits]
 
 
 class Embeddings(BaseModel):
@@ -297,6 +280,35 @@ class FileAnswer(BaseModel):
     mtime_ns: int | None
 
 
+class Hit(BaseModel):
+    """An item, its score, the cosine to the query, and what `include` names."""
+
+    id: str
+    score: float = Field(ge=-1, le=1)
+    metadata: dict[str, Any] | None = None
+    embedding: list[float] | None = None
+    digest: str | None = None
+    source: str | None = None
+    file: FileAnswer | None = None
+
+
+class Hits(BaseModel):
+    """The hits of one query, best first.
+
+    If `include` names digest, and the query is one picture or one item, `digest` is that of the query: a hit with the
+    same one is the same file.
+    """
+
+    hits: list[Hit]
+    digest: str | None = None
+
+
+class Results(BaseModel):
+    """The hits of each query."""
+
+    results: list[Hits]
+
+
 class ListedItem(ItemAnswer):
     """An item, and what `include` names: digest is the sha256 of its picture, source where that came from."""
 
@@ -323,6 +335,57 @@ class Page(BaseModel):
     items: list[ListedItem]
     total: int
     next: str | None
+
+
+class FolderAnswer(BaseModel):
+    """A folder among ids, and how many items are in it at any depth."""
+
+    prefix: str
+    count: int
+
+
+class Folders(BaseModel):
+    """Folders in order, and how many more there are."""
+
+    folders: list[FolderAnswer]
+    left_out: int
+
+
+class ValueAnswer(BaseModel):
+    """A value in metadata, and how many items have it."""
+
+    value: str | float | bool | None
+    count: int
+
+
+class FieldAnswer(BaseModel):
+    """A field of metadata: how many items have it, how many values it has, and the most frequent ones."""
+
+    key: str
+    count: int
+    distinct: int
+    values: list[ValueAnswer]
+
+
+class Fields(BaseModel):
+    """Fields of metadata, those of most items first, and how many more there are."""
+
+    keys: list[FieldAnswer]
+    left_out: int
+
+
+class ScoresAnswer(BaseModel):
+    """Scores in this store; null where it has too few items to tell.
+
+    From `near` on pictures show nearly the same, and from `alike` on they are alike. `strangers` are the quantiles
+    0.05, 0.5 and 0.95 of the scores of two items, `neighbours` those of an item with the nearest other file.
+    """
+
+    near: float | None
+    alike: float | None
+    strangers: list[float] | None
+    neighbours: list[float] | None
+    sampled: int
 
 
 class Count(BaseModel):
@@ -389,6 +452,27 @@ class Progress(BaseModel):
     """The share of the work that is done."""
 
     progress: float = Field(ge=0, le=1)
+
+
+class Map(BaseModel):
+    """A place for each item. `positions` is base64 of little-endian uint16 (N, 2), in the order of `ids`.
+
+    Both axes have one scale, and the longer one reaches from 0 to 65,535. `progress` is the share of a better or newer
+    map that is done, or null if there is none to wait for.
+
+    With `colour` there are also its most frequent `values`, at most 60, and `codes`, base64 of little-endian uint16
+    (N,): the number of an item's value, from 1; 0 for another value or none.
+    """
+
+    version: str
+    sequence: int
+    method: Literal["pca", "t-sne"]
+    progress: float | None
+    count: int
+    ids: list[str]
+    positions: str
+    values: list[str | float | bool] | None = None
+    codes: str | None = None
 
 
 class Dismissed(BaseModel):
@@ -491,6 +575,7 @@ _MODELS: dict[Any, type[Body]] = TAGGED | {
     "PatchBody": PatchBody,
     "AddItemsBody": AddItemsBody,
     "NewItemBody": NewItemBody,
+    "FileBody": FileBody,
     "CountBody": CountBody,
     "MovesBody": MovesBody,
     "DismissBody": DismissBody,
@@ -550,6 +635,14 @@ def listed(embeddings: FloatArray, form: EncodingFormat) -> list[Any]:
     if form == "float":
         return list(embeddings)
     return [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in embeddings]
+
+
+def included(item: Item, include: Sequence[str]) -> dict[str, Any]:
+    """Return what `include` names of an item, its metadata and embedding aside."""
+    told: dict[str, Any] = {name: getattr(item, name) for name in ("digest", "source", "variant") if name in include}
+    if "file" in include:
+        told["file"] = item.facts._asdict() | {"mtime_ns": item.mtime_ns}
+    return told
 
 
 def _parse(form: TypeAdapter[M], body: bytes) -> M:

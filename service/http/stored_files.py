@@ -10,6 +10,8 @@ from service.http.problems import answer
 
 # A client may keep a file, and asks each time whether it has changed: an item may get another picture.
 _CACHED = "private, no-cache"
+# An address that names the picture's digest never gets another picture.
+_FOREVER = "private, max-age=31536000, immutable"
 _RANGE = re.compile(r"bytes\s*=\s*([0-9]*)\s*-\s*([0-9]*)\s*", re.IGNORECASE)
 _TAG = re.compile(r'(?:W/)?("[^"]*")')
 # Larger numbers are behind the end of every file; int() refuses texts of thousands of digits.
@@ -22,15 +24,16 @@ def has_it(request: Request, tag: str) -> bool:
     return given is not None and (given.strip() == "*" or tag in _TAG.findall(given))
 
 
-def not_modified(tag: str) -> Response:
+def not_modified(tag: str, forever: bool = False) -> Response:
     """Return the answer to a client that has the file."""
-    return Response(status_code=304, headers=_headers(tag))
+    return Response(status_code=304, headers=_headers(tag, forever))
 
 
-def file_answer(request: Request, data: bytes, tag: str, media_type: str) -> Response:
+def file_answer(request: Request, data: bytes, tag: str, media_type: str, forever: bool = False) -> Response:
     """Return the answer with a file, or with the range of its bytes that the client asks for.
 
-    Several ranges, and a range of another file than this (If-Range), are answered with the whole file.
+    Several ranges, and a range of another file than this (If-Range), are answered with the whole file. With `forever`
+    the client need not ask again whether the file has changed.
     """
     try:
         part = _part(request, len(data), tag)
@@ -38,7 +41,7 @@ def file_answer(request: Request, data: bytes, tag: str, media_type: str) -> Res
         refusal = answer(request.scope, error)
         refusal.headers["Content-Range"] = f"bytes */{len(data)}"
         return refusal
-    headers = _headers(tag) | {"Accept-Ranges": "bytes"}
+    headers = _headers(tag, forever) | {"Accept-Ranges": "bytes"}
     if part is None:
         return Response(data, headers=headers, media_type=media_type)
     headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{len(data)}"
@@ -56,8 +59,8 @@ def steady(tag: Callable[[], str], read: Callable[[], bytes]) -> tuple[bytes, st
         before = after
 
 
-def _headers(tag: str) -> dict[str, str]:
-    return {"ETag": tag, "Cache-Control": _CACHED}
+def _headers(tag: str, forever: bool) -> dict[str, str]:
+    return {"ETag": tag, "Cache-Control": _FOREVER if forever else _CACHED}
 
 
 def _part(request: Request, size: int, tag: str) -> range | None:

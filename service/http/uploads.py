@@ -193,8 +193,13 @@ class Rows:
         for name in ("thumbnail", "original"):
             if row[name] is not None:
                 row[name] = from_base64(row[name], self._most)
+        row |= row.pop("file") or {}
         if row["original"] is not None:
             row["digest"] = hashlib.sha256(row["original"]).hexdigest()
+            changed = None if row["source"] is None else mtime_of_same(row["source"], row["original"])
+            if changed is not None and not gallery.keeps_all_originals:
+                # As for the form's `sources`.
+                row["original"], row["mtime_ns"] = None, changed
         if isinstance(row["embedding"], str):
             data = from_base64(row["embedding"], self._most)
             if len(data) != 4 * gallery.encoder.dimension:

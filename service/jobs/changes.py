@@ -9,12 +9,13 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from service.account import Account, Failure, printable
 from service.errors import InvalidRequest, InvalidSource, LookalikeError, UndecodablePicture, attempt
-from service.file_facts import HEAD_BYTES, FileFacts, Move
+from service.file_facts import HEAD_BYTES, FileFacts, Move, read_at
 from service.jobs.naming import Collection, Naming, choose_names, name_more
 from service.jobs.reading import progress, read_ahead
 from service.sources import origin_of
@@ -340,6 +341,7 @@ def _read(path: Path) -> _Looked:
             head = file.read(HEAD_BYTES)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            facts = FileFacts.of(head, status.st_size, status.st_mtime_ns, partial(read_at, file.fileno()))
     except OSError as error:
         raise UndecodablePicture(f"cannot be read: {error.strerror or error}") from error
-    return _Looked(digest, FileFacts.of(head, status.st_size, status.st_mtime_ns), status.st_mtime_ns)
+    return _Looked(digest, facts, status.st_mtime_ns)

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 from service.account import LEFT_OUT, Account, Failure, printable
 from service.errors import LookalikeError, Outcome
-from service.file_facts import HEAD_BYTES, FileFacts, Move
+from service.file_facts import FileFacts, Move
 from service.gallery import Gallery, ReadPicture
 from service.items import NewPicture
 from service.jobs.naming import Naming, choose_names, owner_of
@@ -133,7 +133,7 @@ class _Indexing:
         mtime_ns = mtime_ns if own else item.mtime_ns
         facts = item.facts
         if facts.size_bytes is None or mtime_ns != item.mtime_ns:
-            facts = FileFacts.of(entry.data[:HEAD_BYTES], len(entry.data), mtime_ns)
+            facts = FileFacts.of_data(entry.data, mtime_ns)
         learnt = Move(item.id, item.digest, item.id, source if own else item.source, facts, mtime_ns)
         return None if learnt[3:] == (item.source, item.facts, item.mtime_ns) else learnt
 

@@ -26,11 +26,13 @@ export class ApiError extends Error {
    * @param {string} message for the visitor
    * @param {number} status of HTTP; 0 if there was no answer
    * @param {string} code of the problem; "unreachable" if there was no answer
+   * @param {number} [wait_s] seconds after which the service asks to be called again; 0 if it does not
    */
-  constructor(message, status, code) {
+  constructor(message, status, code, wait_s = 0) {
     super(message);
     this.status = status;
     this.code = code;
+    this.wait_s = wait_s;
   }
 }
 
@@ -97,7 +99,7 @@ export async function ask(path, options = {}) {
   if (response.status === 401 && (await hasAnotherKey(sent))) return ask(path, options);
   const told = await response.json().catch(() => ({}));
   const message = told.detail || `The service answered ${response.status} without saying why.`;
-  throw new ApiError(message, response.status, told.code ?? "");
+  throw new ApiError(message, response.status, told.code ?? "", Number(response.headers.get("Retry-After")) || 0);
 }
 
 /** Forget the key, and ask for another with the next request. */

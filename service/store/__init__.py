@@ -9,7 +9,7 @@ from service import FloatArray
 from service.file_facts import FileFacts, Move
 from service.store.filters import Filter
 
-Order = Literal["added", "-added", "id", "-id"]
+Order = Literal["added", "-added", "id", "-id", "date", "-date", "size", "-size"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,40 @@ class Hit(NamedTuple):
         """The metadata, parsed."""
         content: dict[str, Any] = json.loads(self.metadata_json)
         return content
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder among ids: the prefix of its items' ids, which ends in a slash, and their number."""
+
+    prefix: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """A text, number, boolean or null in metadata, and the number of items that have it."""
+
+    value: Any
+    count: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of metadata.
+
+    Attributes:
+        key: its name.
+        count: number of items that have it.
+        distinct: number of its different values, lists and objects aside.
+        values: the most frequent ones, the most frequent one first; without long texts, and without values of one item
+            alone where there are many.
+    """
+
+    key: str
+    count: int
+    distinct: int
+    values: list[Value]
 
 
 class Store(Protocol):
@@ -171,18 +205,41 @@ class Store(Protocol):
         ...
 
     def page(
-        self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
-    ) -> tuple[list[Item], int | None]:
+        self, limit: int, after: str = "", where: Filter | None = None, order: Order = "added", offset: int = 0
+    ) -> tuple[list[Item], str | None]:
         """Return up to `limit` items in an order, and the cursor of the next page, or None at the end.
 
         Args:
             limit: 1 or more.
-            after: the cursor of this page; 0 for the first one. It goes with the same `where` and `order`.
+            after: the cursor of this page; empty for the first one. It goes with the same `where` and `order`.
             where: only items that match; None for all.
-            order: of adding, or of ids by code point; with − the other way round.
+            order: of adding, of ids by code point, or of the dates or sizes of files; with − the other way round. Items
+                whose date or size is unknown come last in either case, and equal ones in the order of adding.
             offset: so many items are passed over first.
 
+        Raises:
+            PageNotFound: the cursor is none of this order.
+
         Cost: reads the items from the cursor on, until so many match.
+        """
+        ...
+
+    def folders(self, prefix: str = "", where: Filter | None = None) -> list[Folder]:
+        """Return the folders directly below a prefix of ids, in order, with the number of items at any depth in each.
+
+        A folder is the part of an id up to a slash behind the prefix.
+
+        Args:
+            prefix: of ids, such as "2024/", in composed Unicode.
+            where: only items that match; None for all.
+        """
+        ...
+
+    def fields(self, where: Filter | None = None) -> list[Field]:
+        """Return the fields at the top of the items' metadata, those of most items first.
+
+        Args:
+            where: only items that match; None for all.
         """
         ...
 

@@ -22,13 +22,14 @@ from service import FloatArray
 from service.errors import InvalidRequest, InvalidStore
 from service.file_facts import FileFacts, Move
 from service.store import Item, NewItem
-from service.store.filters import Filter
+from service.store.filters import FOLDED, Filter, folded
 
 FILE = "catalog.sqlite"
-SCHEMA = 5
-# Schemas that are read as they are, beside the process that would migrate them: 3 lacks the table `dismissed`, and 3
-# and 4 the facts about files.
-_READABLE = ("3", "4", str(SCHEMA))
+SCHEMA = 6
+# Schemas that are read as they are, beside the process that would migrate them: 3 lacks the table `dismissed`, 3 and 4
+# the facts about files, and 5 an index.
+_WITHOUT_FACTS = ("3", "4")
+_READABLE = (*_WITHOUT_FACTS, "5", str(SCHEMA))
 VECTOR_TYPES = {"float32": "<f4", "float16": "<f2"}
 LATEST = "SELECT max((SELECT coalesce(max(sequence), 0) FROM items), (SELECT coalesce(max(sequence), 0) FROM removed))"
 _FACTS = ", ".join((*FileFacts._fields, "mtime_ns"))
@@ -55,11 +56,13 @@ CREATE TABLE pictures (
 CREATE TABLE removed (sequence INTEGER PRIMARY KEY, key INTEGER NOT NULL, id TEXT NOT NULL);
 CREATE INDEX items_by_sequence ON items (sequence);
 CREATE INDEX items_by_date ON items (date);
+CREATE INDEX items_by_size ON items (size_bytes);
 CREATE TABLE dismissed (one TEXT NOT NULL, other TEXT NOT NULL, PRIMARY KEY (one, other)) WITHOUT ROWID;
 """
 # Each script brings a catalog to the next schema. In schema 1 model.onnx had made every vector, so there were no
 # variants. Schema 2 had no tombstones, and numbered only the changes of vectors. Schema 3 had no pairs of digests that
-# the user holds for no duplicates. Schema 4 had no facts about files; `lookalike index` fills them in.
+# the user holds for no duplicates. Schema 4 had no facts about files; `lookalike index` fills them in. Schema 5 had no
+# index by the size of files.
 MIGRATIONS = {
     "1": """
 ALTER TABLE items ADD COLUMN variant TEXT NOT NULL DEFAULT 'fp32';
@@ -89,6 +92,10 @@ ALTER TABLE items ADD COLUMN date TEXT;
 ALTER TABLE items ADD COLUMN mtime_ns INTEGER;
 CREATE INDEX items_by_date ON items (date);
 UPDATE meta SET value = '5' WHERE name = 'schema';
+""",
+    "5": """
+CREATE INDEX items_by_size ON items (size_bytes);
+UPDATE meta SET value = '6' WHERE name = 'schema';
 """,
 }
 
@@ -330,6 +337,7 @@ def connect(path: Path, writable: bool = False, mapped: bool = False) -> apsw.Co
     flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE if writable else apsw.SQLITE_OPEN_READONLY
     connection = apsw.Connection(str(path), flags=flags)
     connection.set_busy_timeout(5000)
+    connection.create_scalar_function(FOLDED, lambda text: folded(str(text)), 1, deterministic=True)
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}").fetchall()
     if mapped:
         connection.execute(f"PRAGMA mmap_size = {_MAX_MAPPED_BYTES}").fetchall()
@@ -362,7 +370,7 @@ def checked_meta(path: Path, meta: dict[str, str]) -> dict[str, str]:
 
 def facts_of(schema: str) -> str:
     """Return the columns of facts about files, which are null in a catalog of an earlier schema."""
-    return _FACTS if schema == str(SCHEMA) else ", ".join(["NULL"] * (len(FileFacts._fields) + 1))
+    return ", ".join(["NULL"] * (len(FileFacts._fields) + 1)) if schema in _WITHOUT_FACTS else _FACTS
 
 
 def read_items(

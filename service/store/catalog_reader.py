@@ -11,7 +11,7 @@ import apsw
 import numpy as np
 
 from service import FloatArray, IntArray
-from service.errors import InvalidStore
+from service.errors import InvalidStore, PageNotFound
 from service.store import Item, Known, Order
 from service.store.catalog import (
     FILE,
@@ -29,6 +29,10 @@ from service.store.catalog import (
 from service.store.filters import Filter
 
 _ROWS_AT_ONCE = 8192
+# The orders by a fact about files, and its column.
+_OF_FILES = {"date": "date", "size": "size_bytes"}
+# Of SQLite's whole numbers.
+_LARGEST = 2**63 - 1
 _CHANGED = """
 SELECT key FROM removed WHERE sequence > ?1
 UNION SELECT items.key FROM items JOIN vectors USING (key) WHERE items.sequence > ?1 AND vectors.sequence > ?1
@@ -157,27 +161,46 @@ class CatalogReader:
         query = f"SELECT substr(source, ?), {columns}{stamp} FROM items WHERE source > ? AND source < ?"  # noqa: S608
         return database.execute(query, (len(origin) + 2, f"{origin}/", f"{origin}0"))
 
-    def page(self, limit: int, after: int, where: Filter, order: Order, offset: int) -> list[tuple[int, Item]]:
-        """Return up to `limit` items in an order; see Store.page.
+    def page(
+        self, limit: int, after: str, among: IntArray | None, order: Order, offset: int
+    ) -> tuple[list[Item], str | None]:
+        """Return up to `limit` items in an order, and the cursor of the next page or None; see Store.page.
 
-        A cursor is the key of the last item that was shown. In the order of ids it stands for the item's id, which a
-        tombstone keeps if the item was removed.
+        `among` are the keys of the items that may be shown, None for all. A cursor holds the key of the last item that
+        was shown. In the order of ids it stands for the item's id, which a tombstone keeps if the item was removed; in
+        those of dates and sizes it holds that value, too.
         """
-        column, descends = ("items.key", "items.id")[order.endswith("id")], order.startswith("-")
-        values: tuple[Any, ...] = where.values
-        begun = ""
-        if after:
-            key = "?"
-            values += (after,)
-            if order.endswith("id"):
-                key = "coalesce((SELECT id FROM items WHERE key = ?), (SELECT id FROM removed WHERE key = ?))"
-                values += (after,)
-            begun = f"AND {column} {'<' if descends else '>'} {key}"
-        direction = "DESC" if descends else "ASC"
+        column, direction = order.removeprefix("-"), "DESC" if order.startswith("-") else "ASC"
+        beyond = "<" if order.startswith("-") else ">"
+        value, terms = "NULL", f"items.key {direction}"
+        condition, values = "TRUE", list[Any]()
+        if column in _OF_FILES:
+            # A catalog of schema 3 or 4 knows nothing of files.
+            value = f"items.{_OF_FILES[column]}" if _OF_FILES[column] in self._facts else "NULL"
+            terms = f"{value} {direction} NULLS LAST, {terms}"
+            if after:
+                condition, values = _behind_value(after, value, beyond)
+        elif after:
+            condition, values = f"items.key {beyond} ?1", [_key_of(after)]
+        if column == "id":
+            terms = f"items.id {direction}"
+            last = "coalesce((SELECT id FROM items WHERE key = ?1), (SELECT id FROM removed WHERE key = ?1))"
+            condition = f"items.id {beyond} {last}" if after else condition
+        if among is not None:
+            # The plus keeps SQLite on the index of the order, so that it need not sort. apsw.carray refuses an empty
+            # array, and no item has the key -1.
+            condition += " AND +items.key IN (SELECT value FROM carray(?))"
+            values.append(apsw.carray(np.append(among, -1)))
         # Our own words and question marks alone.
-        condition = f"WHERE {where.sql} {begun} ORDER BY {column} {direction} LIMIT ? OFFSET ?"
-        with self.connections.borrow() as database:
-            return read_items(database, condition, *values, limit, offset, facts=self._facts)
+        query = f"SELECT items.key, {value} FROM items WHERE {condition} ORDER BY {terms} LIMIT ? OFFSET ?"  # noqa: S608
+        with self.connections.borrow() as database, database:
+            rows = database.execute(query, (*values, limit + 1, offset)).fetchall()
+            items = _items_of(database, np.asarray([key for key, _ in rows[:limit]], np.int64), self._facts)
+        if len(rows) <= limit:
+            return [item for _, item in items], None
+        key, shown = rows[limit - 1]
+        hexadecimal = "" if shown is None else str(shown).encode().hex()
+        return [item for _, item in items], f"{key}-{hexadecimal}" if column in _OF_FILES else str(key)
 
     def keys(self) -> IntArray:
         """Return all keys, in order. Cost: reads an index of the database, no table."""
@@ -185,14 +208,28 @@ class CatalogReader:
             rows = database.execute("SELECT key FROM items INDEXED BY items_by_sequence WHERE sequence > -1")
             return np.sort(np.fromiter((key for (key,) in rows), np.int64))
 
+    def ids(self) -> tuple[IntArray, list[str]]:
+        """Return all keys, in order, and the ids of their items. Cost: reads an index of the database, no table."""
+        with self.connections.borrow() as database:
+            rows = sorted(database.execute("SELECT key, id FROM items").fetchall())
+        return np.asarray([key for key, _ in rows], np.int64), [id for _, id in rows]
+
+    def metadata_values(self, name: str) -> tuple[IntArray, list[Any]]:
+        """Return the keys of all items that have a text, a number or a truth value under a metadata key, and these.
+
+        Cost: reads the metadata of every item.
+        """
+        query = """SELECT items.key, one.value, one.type FROM items, json_each(items.metadata) AS one
+            WHERE one.key = ? AND one.type NOT IN ('object', 'array', 'null')"""
+        with self.connections.borrow() as database:
+            rows = database.execute(query, (name,)).fetchall()
+        values = [kind == "true" if kind in ("true", "false") else value for _, value, kind in rows]
+        return np.asarray([key for key, _, _ in rows], np.int64), values
+
     def items_of(self, keys: IntArray) -> list[tuple[int, Item]]:
         """Return the items of keys (N,), in their order; those that are not in the catalog are skipped."""
-        if not len(keys):
-            return []
-        tables = "carray(?) CROSS JOIN items ON items.key = value CROSS JOIN vectors ON vectors.key = value"
         with self.connections.borrow() as database:
-            given = apsw.carray(np.ascontiguousarray(keys, np.int64))
-            return read_items(database, "", given, tables=tables, facts=self._facts)
+            return _items_of(database, keys, self._facts)
 
     def digests(self) -> tuple[IntArray, IntArray]:
         """Return all keys, and hashes of 64 bits of their items' digests, equal for equal ones, in this process.
@@ -245,15 +282,22 @@ class CatalogReader:
             return [str(id) for (id,) in database.execute(query, (since,))]
 
     def matching(self, where: Filter, since: int) -> tuple[int, IntArray, IntArray]:
-        """Return which of the items that changed after a sequence number match a filter.
+        """Return which of the items that changed after a sequence number, or of all for -1, match a filter.
 
         Returns:
             sequence: number of the last change.
-            changed: keys of all items that changed or were removed.
+            changed: keys of all items that changed or were removed; none if all items count as changed.
             matching: keys of the items that match.
 
         Cost: reads the metadata of all items that changed.
         """
+        if since < 0:
+            # Without the other items SQLite can read an index of ids alone.
+            query = f"SELECT key FROM items WHERE {where.sql}"  # noqa: S608
+            with self.connections.borrow() as database, database:
+                latest = int(one(database, LATEST))
+                keys = np.fromiter((key for (key,) in database.execute(query, where.values)), np.int64)
+            return latest, np.empty(0, np.int64), keys
         # The filter's values precede the sequence number in the text, and SQLite counts question marks in that order.
         # The SQL holds no value itself.
         query = "SELECT key, (" + where.sql + ") FROM items WHERE sequence > ?"  # noqa: S608
@@ -336,3 +380,47 @@ class CatalogReader:
     def close(self) -> None:
         """Close all connections. Reads that are under way finish first."""
         self.connections.close()
+
+
+def _items_of(database: apsw.Connection, keys: IntArray, facts: str) -> list[tuple[int, Item]]:
+    # apsw.carray refuses an empty array.
+    if not len(keys):
+        return []
+    tables = "carray(?) CROSS JOIN items ON items.key = value CROSS JOIN vectors ON vectors.key = value"
+    return read_items(database, "", apsw.carray(np.ascontiguousarray(keys, np.int64)), tables=tables, facts=facts)
+
+
+def _key_of(cursor: str) -> int:
+    """Return the key that a cursor holds. Raises PageNotFound for a cursor of an order that has values."""
+    if not cursor.isdecimal():
+        raise _no_cursor()
+    return int(cursor)
+
+
+def _behind_value(cursor: str, value: str, beyond: str) -> tuple[str, list[Any]]:
+    """Return the condition that an item stands behind a cursor in an order of values, of which NULL is the last.
+
+    Args:
+        cursor: of `CatalogReader.page`.
+        value: the column.
+        beyond: < or >.
+
+    Raises:
+        PageNotFound: the cursor is none of this order.
+    """
+    key, dash, shown = cursor.partition("-")
+    try:
+        last: Any = bytes.fromhex(shown).decode()
+        if value == "items.size_bytes" and shown:
+            last = int(last)
+    except ValueError as error:
+        raise _no_cursor() from error
+    if not dash or (isinstance(last, int) and abs(last) > _LARGEST):
+        raise _no_cursor()
+    if not shown:
+        return f"{value} IS NULL AND items.key {beyond} ?", [int(key)]
+    return f"(({value}, items.key) {beyond} (?, ?) OR {value} IS NULL)", [last, int(key)]
+
+
+def _no_cursor() -> PageNotFound:
+    return PageNotFound("cursor: it is none of this order; begin again without a cursor")

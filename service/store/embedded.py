@@ -13,7 +13,7 @@ from service import FloatArray
 from service.encoding.card import Card
 from service.errors import CountMismatch, InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
 from service.file_facts import Move
-from service.store import Hit, Item, Known, NewItem, Order
+from service.store import Field, Folder, Hit, Item, Known, NewItem, Order
 from service.store.catalog import FILE, CatalogWriter, Change, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.commits import Commits
@@ -24,6 +24,7 @@ from service.store.layout import current, lock
 from service.store.live_index import LiveIndex
 from service.store.maintenance import Maintenance, load_index
 from service.store.ranking import find_hits
+from service.store.summaries import Summaries
 
 _MAX_ATTEMPTS = 50
 
@@ -95,6 +96,7 @@ class EmbeddedStore:
             _check_encoder(self._reader, home, card, meta)
             self._dimension = int(meta["dimension"])
             self._filters = FilterCache(self._reader)
+            self._summaries = Summaries(self._reader, self._filters)
             loaded = load_index(self.folder, self._reader, self._read_only)
             self._live = LiveIndex(self._reader, loaded.index, loaded.sequence)
 
@@ -226,11 +228,19 @@ class EmbeddedStore:
         return [item for _, item in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
 
     def page(
-        self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
-    ) -> tuple[list[Item], int | None]:
+        self, limit: int, after: str = "", where: Filter | None = None, order: Order = "added", offset: int = 0
+    ) -> tuple[list[Item], str | None]:
         """See Store.page."""
-        rows = self._reader.page(limit + 1, after, where or EVERY, order, offset)
-        return [item for _, item in rows[:limit]], rows[limit - 1][0] if len(rows) > limit else None
+        among = None if where is None or where == EVERY else self._filters.get(where).keys.every
+        return self._reader.page(limit, after, among, order, offset)
+
+    def folders(self, prefix: str = "", where: Filter | None = None) -> list[Folder]:
+        """See Store.folders."""
+        return self._summaries.folders(prefix, where or EVERY)
+
+    def fields(self, where: Filter | None = None) -> list[Field]:
+        """See Store.fields."""
+        return self._summaries.fields(where or EVERY)
 
     def count(self, where: Filter | None = None) -> int:
         """See Store.count. Cost: with a filter as FilterCache.get."""

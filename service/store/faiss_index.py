@@ -82,8 +82,13 @@ class AllowedKeys:
         self.bits = bits
         self.count = int(np.bitwise_count(bits).sum())
         few = self.count <= _FEW_KEYS
-        self.keys: IntArray | None = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if few else None
+        self.keys: IntArray | None = self.every if few else None
         self.placement: _Placement | None = None
+
+    @property
+    def every(self) -> IntArray:
+        """All keys, in order."""
+        return np.flatnonzero(np.unpackbits(self.bits, bitorder="little"))
 
     @classmethod
     def of(cls, keys: IntArray) -> "AllowedKeys":

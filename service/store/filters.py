@@ -66,6 +66,8 @@ class Filter(NamedTuple):
     values: tuple[Any, ...]
 
 
+# The name that `folded` has in SQL.
+FOLDED = "folded"
 # Matches every item.
 EVERY = Filter("TRUE", ())
 
@@ -80,6 +82,23 @@ def begins(prefix: str) -> Filter:
     # Surrogates are no characters.
     after = chr(0xE000 if head[-1] == "\ud7ff" else ord(head[-1]) + 1)
     return Filter("(items.id >= ? AND items.id < ?)", (prefix, head[:-1] + after))
+
+
+def folded(text: str) -> str:
+    """Return a text without the difference of upper and lower case, in composed form.
+
+    Source: the Unicode Standard, D145 (canonical caseless matching).
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+
+
+def has_name(text: str) -> Filter:
+    """Return the condition that an id has a text in it, whether in upper or lower case, in any Unicode normal form."""
+    if not text:
+        return EVERY
+    # SQLite's own lower() knows the letters of ASCII alone. A text of ASCII has as many bytes as characters.
+    own = f"iif(octet_length(items.id) = length(items.id), lower(items.id), {FOLDED}(items.id))"
+    return Filter(f"instr({own}, ?) > 0", (folded(_text(text, "name")),))
 
 
 def both(one: Filter, other: Filter) -> Filter:
@@ -260,11 +279,11 @@ def _spellings(text: str) -> list[str]:
     return list(dict.fromkeys([text, composed, decomposed]))
 
 
-def _text(value: str) -> str:
+def _text(value: str, what: str = "filter") -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidQuery("filter: expected whole characters") from error
+        raise InvalidQuery(f"{what}: expected whole characters") from error
     return value
 
 

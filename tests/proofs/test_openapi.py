@@ -13,14 +13,14 @@ from tests.conftest import MODEL, ROOT
 from tests.serving import serving
 
 KEY = "0123456789abcdef"
-EXAMPLES = os.environ.get("LOOKALIKE_EXAMPLES", "60")
+EXAMPLES = os.environ.get("LOOKALIKE_EXAMPLES", "30")
 SEEDS = range(1, 1 + int(os.environ.get("LOOKALIKE_SEEDS", "1")))
 
 
 @pytest.mark.proof
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("reads", "routes"), [("pictures", 18), ("pictures and texts", 19)])
+@pytest.mark.parametrize(("reads", "routes"), [("pictures", 23), ("pictures and texts", 24)])
 def test_the_service_answers_as_its_document_says(reads: str, routes: int, seed: int, tmp_path: Path) -> None:
     encoder, source = MODEL, "digits[:20]"
     if reads == "pictures and texts":

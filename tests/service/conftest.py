@@ -33,6 +33,7 @@ def served(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) ->
             stack.callback(app.state.gallery.close)
             stack.callback(app.state.slots.close)
             stack.callback(app.state.groupings.close)
+            stack.callback(app.state.maps.close)
             return TestClient(Guard(app, read), raise_server_exceptions=False)
 
         yield serve

@@ -32,7 +32,7 @@ from service.gallery import Gallery, open_gallery, succeed
 from service.items import NewPicture
 from service.queries import ItemQuery, PictureQuery, VectorQuery
 from service.settings import Settings
-from service.store import Hit, Item, Known, NewItem, Order
+from service.store import Field, Folder, Hit, Item, Known, NewItem, Order
 from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
 from service.store.filters import EVERY, Filter
@@ -205,10 +205,22 @@ class ArrayStore:
         ]
 
     def page(
-        self, limit: int, after: int = 0, where: Filter | None = None, order: Order = "added", offset: int = 0
-    ) -> tuple[list[Item], int | None]:
+        self, limit: int, after: str = "", where: Filter | None = None, order: Order = "added", offset: int = 0
+    ) -> tuple[list[Item], str | None]:
         assert where is None and order == "added"
-        return self.scan(limit, after + offset)
+        items, following = self.scan(limit, int(after or 0) + offset)
+        return items, None if following is None else str(following)
+
+    def folders(self, prefix: str = "", where: Filter | None = None) -> list[Folder]:
+        assert where is None
+        inside = [id.removeprefix(prefix) for id in self.items if id.startswith(prefix)]
+        counted = Counter(prefix + rest.split("/")[0] + "/" for rest in inside if "/" in rest)
+        return [Folder(*one) for one in sorted(counted.items())]
+
+    def fields(self, where: Filter | None = None) -> list[Field]:
+        assert where is None
+        keys = Counter(key for item in self.items.values() for key in item.metadata)
+        return [Field(key, count, 0, []) for key, count in keys.most_common()]
 
     def remove_matching(self, where: Filter, expect: int | None = None) -> int:
         assert where == EVERY

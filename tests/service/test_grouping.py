@@ -25,7 +25,7 @@ def wait(groupings: Groupings, wanted: Wanted, sequence: int) -> Page:
 
 
 def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if "grouping.serve" in " ".join(one.cmdline())]
+    return [one for one in psutil.Process().children() if "service.grouping" in one.cmdline()]
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def test_work_that_nobody_asks_about_makes_way(folder: Path, monkeypatch: pytest
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        process, files = groupings._job._process, Path(groupings._job.folder.name)
+        process, files = groupings._job.process, Path(groupings._job.folder.name)
         monkeypatch.setattr(grouping, "_PATIENCE_S", 0)
         groupings.first_page(Wanted(folder, 0.8), 20, 10)
         assert groupings._job.wanted == Wanted(folder, 0.8)
-        assert process.returncode is not None
+        assert process.done
         assert not files.exists()
         assert len(wait(groupings, Wanted(folder, 0.8), 20).groups) == 10
 
@@ -83,7 +83,7 @@ def test_a_process_that_is_killed_is_an_error_once(folder: Path) -> None:
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        os.kill(groupings._job._process.pid, 9)
+        os.kill(groupings._job.process._process.pid, 9)
         with pytest.raises(InvalidStore, match="ended with status -9"):
             wait(groupings, Wanted(folder, 0.9), 20)
         assert len(wait(groupings, Wanted(folder, 0.9), 20).groups) == 10
@@ -101,7 +101,7 @@ def test_the_process_ends_when_its_parent_closes_the_pipe(folder: Path) -> None:
     with closing(Groupings()) as groupings:
         groupings.first_page(Wanted(folder, 0.9), 20, 10)
         assert groupings._job is not None
-        process = groupings._job._process
+        process = groupings._job.process._process
         assert process.stdin is not None
         process.stdin.close()
         # It may have been done by then.

@@ -3,9 +3,11 @@
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
+from service.bands import Bands
 from service.grouping import Groupings
 from service.http import openapi, problems
-from service.http.routes import classify, duplicates, embed, info, items, search
+from service.http.routes import classify, duplicates, embed, info, items, map, overview, search
+from service.maps import Maps
 
 
 def create_app() -> FastAPI:
@@ -26,11 +28,13 @@ def create_app() -> FastAPI:
             *embed.router.routes,
             *items.pictures.routes,
             *items.router.routes,
+            *overview.router.routes,
             *duplicates.router.routes,
+            *map.router.routes,
             *info.router.routes,
         ],
     )
-    app.state.groupings = Groupings()
+    app.state.groupings, app.state.maps, app.state.bands = Groupings(), Maps(), Bands()
     # The scripts of /docs, from a package instead of another host.
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
     app.mount("/page", StaticFiles(directory=info.PAGE), name="page")

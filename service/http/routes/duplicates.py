@@ -8,17 +8,15 @@ from fastapi.responses import JSONResponse
 from pydantic.json_schema import SkipJsonSchema
 
 from service.duplicates import Preset, threshold_of
-from service.errors import InvalidStore
 from service.gallery import Gallery
 from service.grouping import Groupings, Page, Wanted
 from service.http import schemas
 from service.http.compression import json_answer
 from service.http.openapi import BODY, WORK, answers, body, json_body
 from service.http.routes.parameters import Cursor, Limit
-from service.http.routes.state import stored_gallery_of, work
+from service.http.routes.state import embedded_of, stored_gallery_of, work
 from service.http.routes.strict import StrictRoute
 from service.http.schemas import read_json
-from service.store.embedded import EmbeddedStore
 
 # Seconds after which the progress is worth another look.
 _RETRY_S = "1"
@@ -95,9 +93,7 @@ def groupings_of(request: Request) -> Groupings:
 
 
 def _wanted(gallery: Gallery, preset: Preset, threshold: float | None) -> Wanted:
-    store = gallery.store
-    if not isinstance(store, EmbeddedStore):
-        raise InvalidStore("this store is not in a folder, and its duplicates cannot be found")
+    store = embedded_of(gallery)
     if threshold is None:
         threshold = threshold_of(preset, gallery.card.facts, store.folder)
     return Wanted(store.folder, threshold)

@@ -17,11 +17,12 @@ from service.gallery import Gallery
 from service.http import schemas
 from service.http.openapi import WORK, answers
 from service.http.query_bodies import QUERY_KINDS
-from service.http.routes.state import gallery_of, stored_gallery_of, work
+from service.http.routes.state import gallery_of, work
 from service.http.routes.strict import StrictRoute
 
 PAGE = Path(__file__).parents[2] / "page"
 _PAGE = (PAGE / "index.html").read_text()
+_NO_STORE = (PAGE / "no_store.html").read_text()
 VERSIONS = {
     name: importlib.metadata.version(name) for name in ("lookalike", "bentoml", "pillow", "fastapi", "apsw")
 } | {
@@ -36,10 +37,13 @@ router = APIRouter(route_class=StrictRoute, tags=["service"])
 
 @router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
-    """Return the demo page. Its links are relative; below a proxy's path they do not depend on a slash at its end."""
-    stored_gallery_of(request)
+    """Return the page, or without a store one that says so.
+
+    Their links are relative; below a proxy's path they do not depend on a slash at its end.
+    """
+    shown = _NO_STORE if gallery_of(request).settings.no_store else _PAGE
     root = request.scope.get("root_path", "")
-    return HTMLResponse(_PAGE.replace("<head>", f'<head>\n  <base href="{root}/">') if root else _PAGE)
+    return HTMLResponse(shown.replace("<head>", f'<head>\n  <base href="{root}/">') if root else shown)
 
 
 @router.get("/docs", include_in_schema=False)

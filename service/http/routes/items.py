@@ -31,32 +31,36 @@ from service.http.openapi import (
     zip_body,
 )
 from service.http.routes.parameters import (
-    Cursor,
     Expect,
     FilterText,
     Fingerprint,
     IncludeOfItem,
     ItemId,
     Limit,
+    ListCursor,
     ListOrder,
     Metadata,
+    Name,
     NeededFilter,
     Offset,
     Prefix,
+    PreviewSide,
+    Version,
 )
 from service.http.routes.state import (
     check_content_type,
     check_fingerprint,
+    condition,
     gallery_of,
     slots_of,
     stored_gallery_of,
     work,
 )
 from service.http.routes.strict import StrictRoute
-from service.http.schemas import EncodingFormat, IncludedOfItem, listed, read_json
+from service.http.schemas import EncodingFormat, IncludedOfItem, included, listed, read_json
 from service.http.stored_files import file_answer, has_it, not_modified, steady
 from service.store import Item
-from service.store.filters import EVERY, Filter, begins, both, parse_filter
+from service.store.filters import EVERY
 
 _MERGE_PATCH = "application/merge-patch+json"
 _FORM_FIELDS = {uploads.METADATA_FIELD, uploads.SOURCES_FIELD}
@@ -76,7 +80,7 @@ class _ItemRoute(StrictRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return whether the address is that of an item."""
-        is_picture = _last_part(scope) in ("thumbnail", "content") and any(
+        is_picture = _last_part(scope) in ("thumbnail", "preview", "content") and any(
             route.matches(scope)[0] is not Match.NONE for route in pictures.routes
         )
         return (Match.NONE, {}) if is_picture else super().matches(scope)
@@ -95,26 +99,26 @@ pictures = APIRouter(route_class=_PictureRoute, tags=["images"])
 async def list_images(
     request: Request,
     limit: Limit = 100,
-    cursor: Cursor = None,
+    cursor: ListCursor = None,
     filter: FilterText = None,
     prefix: Prefix = "",
+    name: Name = "",
     order: ListOrder = "added",
     offset: Offset = 0,
     include: IncludeOfItem = (),
     encoding_format: EncodingFormat = "float",
 ) -> Response:
-    """List the items that match a filter and whose ids begin with `prefix`, and their `total`.
+    """List the items that match a filter and whose ids begin with `prefix` and have `name` in them, and their `total`.
 
-    `next` is the cursor of the next page, or null; it goes with the same filter, prefix and order.
+    `next` is the cursor of the next page, or null; it goes with the same filter, prefix, name and order.
     """
-    where = _where(None if filter is None else parse_json_object(filter, "filter"), prefix)
+    where = condition(None if filter is None else parse_json_object(filter, "filter"), prefix, name)
 
     def list_page() -> Response:
         gallery = gallery_of(request)
-        items, following = gallery.store.page(limit, int(cursor or 0), where, order, offset)
-        after = None if following is None else str(following)
+        items, following = gallery.store.page(limit, cursor or "", where, order, offset)
         shown = [_shown(item) | _included(gallery, item, include, encoding_format) for item in items]
-        page = JSONResponse({"items": shown, "total": gallery.store.count(where), "next": after})
+        page = JSONResponse({"items": shown, "total": gallery.store.count(where), "next": following})
         return page if "embedding" in include else json_answer(request, bytes(page.body))
 
     return await work(request, list_page)
@@ -126,11 +130,11 @@ async def list_images(
     responses=answers(schemas.Count, *WORK, *BODY, 404),
 )
 async def count_images(request: Request) -> Response:
-    """Count the items that match a filter and whose ids begin with `prefix`."""
+    """Count the items that match a filter and whose ids begin with `prefix` and have `name` in them."""
     gallery = stored_gallery_of(request)
     check_content_type(request, "application/json")
     asked = await read_json(request, gallery.settings, schemas.COUNT)
-    where = _where(asked.filter, asked.prefix)
+    where = condition(asked.filter, asked.prefix, asked.name)
     return JSONResponse({"count": await work(request, lambda: gallery.store.count(where))})
 
 
@@ -160,16 +164,20 @@ async def move_images(request: Request) -> Response:
 
 
 @router.delete("/images", responses=answers(schemas.Removed, 400, 403, 404, 409, *WORK))
-async def delete_images(request: Request, filter: NeededFilter, prefix: Prefix = "", expect: Expect = None) -> Response:
-    """Remove all items that match a filter and whose ids begin with `prefix`, in one step.
+async def delete_images(
+    request: Request, filter: NeededFilter, prefix: Prefix = "", name: Name = "", expect: Expect = None
+) -> Response:
+    """Remove all items that match a filter and whose ids begin with `prefix` and have `name` in them, in one step.
 
     With `expect` nothing is removed, and the answer is 409, if there are more or fewer. A filter that matches every
-    item, {}, needs `expect` or a prefix.
+    item, {}, needs `expect`, a prefix or a name.
     """
     gallery = stored_gallery_of(request)
-    where = _where(parse_json_object(filter, "filter"), prefix)
+    where = condition(parse_json_object(filter, "filter"), prefix, name)
     if where == EVERY and expect is None:
-        raise InvalidRequest("a filter that matches every item needs expect, the number of all items, or a prefix")
+        raise InvalidRequest(
+            "a filter that matches every item needs expect, the number of all items, a prefix or a name"
+        )
     return JSONResponse({"removed": await work(request, lambda: gallery.store.remove_matching(where, expect))})
 
 
@@ -219,14 +227,47 @@ async def add_images(request: Request, fingerprint: Fingerprint = None) -> Respo
     response_class=Response,
     responses=stored_answers(400, 404, *WORK, media=("image/webp",)),
 )
-async def get_thumbnail(request: Request, id: ItemId) -> Response:
+async def get_thumbnail(request: Request, id: ItemId, v: Version = None) -> Response:
     """A small WebP of an item. If-None-Match and Range are read."""
     gallery = gallery_of(request)
 
+    def digest() -> str:
+        return "" if v is None else gallery.get(gallery.check_id(id)).digest
+
     def read() -> Response:
-        data = gallery.thumbnail(gallery.check_id(id))
-        tag = f'"{hashlib.sha256(data).hexdigest()}"'
-        return not_modified(tag) if has_it(request, tag) else file_answer(request, data, tag, "image/webp")
+        data, own = steady(digest, lambda: gallery.thumbnail(gallery.check_id(id)))
+        tag, forever = f'"{hashlib.sha256(data).hexdigest()}"', _is_version(v, own)
+        if has_it(request, tag):
+            return not_modified(tag, forever)
+        return file_answer(request, data, tag, "image/webp", forever)
+
+    return await work(request, read)
+
+
+@pictures.get(
+    "/images/{id:path}/preview",
+    response_class=Response,
+    responses=stored_answers(400, 404, *WORK, media=("image/webp",)),
+)
+async def get_preview(request: Request, id: ItemId, size: PreviewSide = 512, v: Version = None) -> Response:
+    """A WebP of an item whose longest side is at most `size`, made from the picture's own bytes.
+
+    If-None-Match and Range are read. No picture is enlarged.
+    """
+    gallery = gallery_of(request)
+
+    def digest() -> str:
+        return gallery.get(gallery.check_id(id)).digest
+
+    def tag(own: str) -> str:
+        return f'"{hashlib.sha256(f"{own} {size}".encode()).hexdigest()}"'
+
+    def read() -> Response:
+        own = digest()
+        if has_it(request, tag(own)):
+            return not_modified(tag(own), _is_version(v, own))
+        data, own = steady(digest, lambda: gallery.preview(gallery.check_id(id), size))
+        return file_answer(request, data, tag(own), "image/webp", _is_version(v, own))
 
     return await work(request, read)
 
@@ -236,24 +277,27 @@ async def get_thumbnail(request: Request, id: ItemId) -> Response:
     response_class=Response,
     responses=stored_answers(400, 404, *WORK, media=PICTURE_TYPES[:-1]),
 )
-async def get_content(request: Request, id: ItemId) -> Response:
+async def get_content(request: Request, id: ItemId, v: Version = None) -> Response:
     """The picture's own bytes: as the store keeps them, or from the indexed file if that has not changed since.
 
     If-None-Match and Range are read.
     """
     gallery = gallery_of(request)
 
-    def tag() -> str:
+    def digest() -> str:
+        return gallery.get(gallery.check_id(id)).digest
+
+    def tag(own: str) -> str:
         # Nearly always a sha256; an import may have brought another text.
-        digest = gallery.get(gallery.check_id(id)).digest
-        return f'"{digest if _SHA256.fullmatch(digest) else hashlib.sha256(digest.encode()).hexdigest()}"'
+        return f'"{own if _SHA256.fullmatch(own) else hashlib.sha256(own.encode()).hexdigest()}"'
 
     def read() -> Response:
-        if has_it(request, own := tag()):
-            return not_modified(own)
-        data, own = steady(tag, lambda: gallery.original(gallery.check_id(id)))
+        own = digest()
+        if has_it(request, tag(own)):
+            return not_modified(tag(own), _is_version(v, own))
+        data, own = steady(digest, lambda: gallery.original(gallery.check_id(id)))
         # A client sent these bytes. We decide their type, and the guard forbids a browser to guess another.
-        return file_answer(request, data, own, media_type(data))
+        return file_answer(request, data, tag(own), media_type(data), _is_version(v, own))
 
     return await work(request, read)
 
@@ -296,11 +340,7 @@ async def get_image(
 
     def read() -> dict[str, Any]:
         item = gallery.get(gallery.check_id(id))
-        return (
-            _shown(item)
-            | {"variant": item.variant, "file": _file(item)}
-            | _included(gallery, item, include, encoding_format)
-        )
+        return _shown(item) | included(item, ("variant", "file")) | _included(gallery, item, include, encoding_format)
 
     return JSONResponse(await work(request, read))
 
@@ -332,26 +372,20 @@ async def delete_image(request: Request, id: ItemId) -> Response:
     return Response(status_code=204)
 
 
+def _is_version(given: str | None, digest: str) -> bool:
+    """Return whether an address names the picture that the item has."""
+    return given is not None and _SHA256.fullmatch(digest) is not None and given == digest[:16]
+
+
 def _shown(item: Item) -> dict[str, Any]:
     return {"id": item.id, "metadata": item.metadata}
 
 
-def _file(item: Item) -> dict[str, Any]:
-    return item.facts._asdict() | {"mtime_ns": item.mtime_ns}
-
-
 def _included(gallery: Gallery, item: Item, include: Sequence[IncludedOfItem], form: EncodingFormat) -> dict[str, Any]:
     """Return what `include` names of an item. Its embedding is left out if it has been removed meanwhile."""
-    told: dict[str, Any] = {name: getattr(item, name) for name in ("digest", "source", "variant") if name in include}
-    if "file" in include:
-        told["file"] = _file(item)
+    told = included(item, include)
     embedding = gallery.store.embedding(item.id) if "embedding" in include else None
     if embedding is not None:
         (row,) = listed(embedding[None], form)
         told["embedding"] = row if isinstance(row, str) else row.tolist()
     return told
-
-
-def _where(filter: dict[str, Any] | None, prefix: str) -> Filter:
-    """Return the condition of a filter and a prefix of ids. Raises InvalidQuery for a malformed filter."""
-    return both(EVERY if filter is None else parse_filter(filter), begins(prefix))

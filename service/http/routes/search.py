@@ -1,5 +1,6 @@
 """POST /search: a picture, a text, a vector, an item or a sum of them → the items most like it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -24,12 +25,15 @@ from service.http.query_bodies import (
     SearchMany,
 )
 from service.http.routes.direct import DirectRoute
-from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Threshold
+from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Prefix, Threshold
 from service.http.routes.state import NumPyJsonResponse, check_fingerprint, slots_of, stored_gallery_of
-from service.http.schemas import read_json
-from service.queries import PictureQuery, Query, TextQuery, simple_queries
+from service.http.schemas import included, read_json
+from service.queries import ItemQuery, PictureQuery, Query, TextQuery, simple_queries
 from service.store import Hit
-from service.store.filters import Filter, parse_filter
+from service.store.filters import EVERY, Filter, begins, both, parse_filter
+
+# Of `include`, what the index does not know of a hit.
+_OF_ITEM = {"file", "digest", "source"}
 
 direct = APIRouter(route_class=DirectRoute, tags=["search"])
 
@@ -42,6 +46,7 @@ class SearchOptions:
         k: hits per query, at most.
         threshold: smallest score of a hit.
         filter: only items whose metadata matches it.
+        prefix: only items whose ids begin with it.
         include: fields of a hit besides its id and score.
         fingerprint: the encoder that the client expects.
     """
@@ -49,6 +54,7 @@ class SearchOptions:
     k: int
     threshold: float
     filter: Filter | None
+    prefix: str
     include: Sequence[Included]
     fingerprint: str | None
 
@@ -70,6 +76,11 @@ class SearchOptions:
             given["filter"] = parse_filter(given["filter"])
         return replace(url, **given)
 
+    @property
+    def where(self) -> Filter | None:
+        """The condition on hits that filter and prefix make; None for none."""
+        return both(self.filter or EVERY, begins(self.prefix)) if self.prefix else self.filter
+
 
 _OPTIONS = {field.name for field in fields(SearchOptions)}
 
@@ -86,18 +97,19 @@ async def search(
     k: K = DEFAULT_K,
     threshold: Threshold = -1,
     filter: FilterText = None,
+    prefix: Prefix = "",
     include: Include = ("metadata",),
     fingerprint: Fingerprint = None,
 ) -> Response:
     """Find the k items most like a picture, a text, a vector, an item or a weighted sum; items asked with are left out.
 
-    JSON may hold several `queries`; their answer is `results`. The URL may give `threshold`, `filter`, `include`,
-    `fingerprint` and, for a single query, `k`; a JSON body that gives one of them, too, wins.
+    JSON may hold several `queries`; their answer is `results`. The URL may give `threshold`, `filter`, `prefix`,
+    `include`, `fingerprint` and, for a single query, `k`; a JSON body that gives one of them, too, wins.
     """
     gallery = stored_gallery_of(request)
     settings = gallery.settings
     where = None if filter is None else parse_filter(parse_json_object(filter, "filter"))
-    options = SearchOptions(k, threshold, where, include, fingerprint)
+    options = SearchOptions(k, threshold, where, prefix, include, fingerprint)
     several = False
     if content_type(request) == "application/json":
         asked = await read_json(request, settings, schemas.SEARCH)
@@ -115,8 +127,13 @@ async def search(
     check_text_count(sum(isinstance(query, TextQuery) for query in simple), settings)
 
     def find() -> Response:
-        found = searching.find(options.k, options.threshold, options.filter)
-        results = [{"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found]
+        found = searching.find(options.k, options.threshold, options.where)
+        results: list[dict[str, Any]] = [
+            {"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found
+        ]
+        if "digest" in options.include:
+            for result, query in zip(results, queries, strict=True):
+                result |= _digest(gallery, query)
         return NumPyJsonResponse({"results": results} if several else results[0])
 
     async with slots_of(request).place(request.receive) as place:
@@ -135,4 +152,20 @@ def _shown(gallery: Gallery, hit: Hit, include: Sequence[Included]) -> dict[str,
         # The item may have been removed since it was found.
         if embedding is not None:
             shown["embedding"] = embedding
+    if not _OF_ITEM.isdisjoint(include):
+        item = gallery.store.get(hit.id)
+        if item is not None:
+            shown |= included(item, include)
     return shown
+
+
+def _digest(gallery: Gallery, query: Query) -> dict[str, str]:
+    """Return the digest of a query that is one picture or one item, as an answer has it; else nothing."""
+    match query:
+        case PictureQuery():
+            data = query.data if isinstance(query.data, bytes) else query.data()
+            return {"digest": hashlib.sha256(data).hexdigest()}
+        case ItemQuery():
+            item = gallery.store.get(gallery.check_id(query.id))
+            return {} if item is None else {"digest": item.digest}
+    return {}

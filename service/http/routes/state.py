@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import Request, Response
 
-from service.errors import FingerprintMismatch, UnsupportedFormat
+from service.errors import FingerprintMismatch, InvalidStore, UnsupportedFormat
 from service.gallery import Gallery
 from service.http.bodies import content_type
 from service.http.slots import Slots
+from service.store.embedded import EmbeddedStore
+from service.store.filters import EVERY, Filter, begins, both, has_name, parse_filter
 
 R = TypeVar("R")
 
@@ -41,6 +43,14 @@ def stored_gallery_of(request: Request) -> Gallery:
     return gallery
 
 
+def embedded_of(gallery: Gallery) -> EmbeddedStore:
+    """Return the store, if it is in a folder. Raises InvalidStore."""
+    store = gallery.store
+    if not isinstance(store, EmbeddedStore):
+        raise InvalidStore("this store is not in a folder")
+    return store
+
+
 def slots_of(request: Request) -> Slots:
     """Return the slots in which this service works."""
     slots: Slots = request.app.state.slots
@@ -63,6 +73,15 @@ def check_fingerprint(gallery: Gallery, fingerprint: str | None) -> None:
             f"the request names another encoder than the one that runs here, whose fingerprint is "
             f"{gallery.card.fingerprint}"
         )
+
+
+def condition(filter: dict[str, Any] | None, prefix: str, name: str) -> Filter:
+    """Return the condition on items that match a filter and whose ids begin with a prefix and have a name in them.
+
+    Raises:
+        InvalidQuery: the filter is malformed.
+    """
+    return both(both(EVERY if filter is None else parse_filter(filter), begins(prefix)), has_name(name))
 
 
 def check_content_type(request: Request, *types: str) -> None:

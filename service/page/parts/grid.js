@@ -16,7 +16,8 @@ const PAUSE = 60;
  * @property {number} count of all items
  * @property {(offset: number, limit: number, signal: AbortSignal) => Promise<T[]>} load
  * @property {(item: T, place: number) => HTMLElement} makeTile one element that takes the focus
- * @property {{width: number, height: number}} tile least width and the height, in px, gaps included
+ * @property {{width: number, below: number, height?: number}} tile least width, and the height of what stands below the
+ *   square picture, in px, gaps included; a height is one for all widths
  * @property {T[]} [first] the first page, where it is known
  * @property {string} label for screen readers
  * @property {AbortSignal} signal of the view
@@ -37,6 +38,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
   /** @type {Map<number, HTMLLIElement>} */
   const shown = new Map();
   let columns = 1;
+  let height = tile.height ?? tile.width + tile.below;
   let active = 0;
   let hasFocus = false;
   let frame = 0;
@@ -49,22 +51,23 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
     const width = list.clientWidth;
     if (!width) return;
     columns = Math.max(1, Math.floor(width / tile.width));
-    list.style.height = `${Math.ceil(count / columns) * tile.height}px`;
+    height = tile.height ?? width / columns + tile.below;
+    list.style.height = `${Math.ceil(count / columns) * height}px`;
     for (const [place, entry] of shown) position(entry, place);
     draw();
   }
 
   function position(/** @type {HTMLElement} */ entry, /** @type {number} */ place) {
     entry.style.width = `${100 / columns}%`;
-    entry.style.height = `${tile.height}px`;
-    entry.style.transform = `translate(${(place % columns) * 100}%, ${Math.floor(place / columns) * tile.height}px)`;
+    entry.style.height = `${height}px`;
+    entry.style.transform = `translate(${(place % columns) * 100}%, ${Math.floor(place / columns) * height}px)`;
   }
 
   function draw() {
     frame = 0;
     const above = -list.getBoundingClientRect().top;
-    const topRow = Math.max(0, Math.floor(above / tile.height));
-    const bottomRow = Math.max(topRow, Math.ceil((above + window.innerHeight) / tile.height));
+    const topRow = Math.max(0, Math.floor(above / height));
+    const bottomRow = Math.max(topRow, Math.ceil((above + window.innerHeight) / height));
     const from = Math.max(0, (topRow - MARGIN_ROWS) * columns);
     const to = Math.min(count, (bottomRow + MARGIN_ROWS) * columns);
     for (const [place, entry] of shown) {
@@ -122,10 +125,10 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
     const before = link(active);
     if (before) before.tabIndex = -1;
     active = place;
-    const row = Math.floor(place / columns) * tile.height;
+    const row = Math.floor(place / columns) * height;
     const top = list.getBoundingClientRect().top + row;
-    if (top < 0) window.scrollBy(0, top - tile.height / 2);
-    else if (top + tile.height > window.innerHeight) window.scrollBy(0, top + tile.height * 1.5 - window.innerHeight);
+    if (top < 0) window.scrollBy(0, top - height / 2);
+    else if (top + height > window.innerHeight) window.scrollBy(0, top + height * 1.5 - window.innerHeight);
     draw();
     const after = link(place);
     if (after) {
@@ -145,7 +148,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
 
   list.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || !event.target) return;
-    const perPage = Math.max(1, Math.floor(window.innerHeight / tile.height)) * columns;
+    const perPage = Math.max(1, Math.floor(window.innerHeight / height)) * columns;
     /** @type {Record<string, number>} */
     const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, PageUp: -perPage, PageDown: perPage };
     let place = event.key === "Home" ? 0 : event.key === "End" ? count - 1 : active + (steps[event.key] ?? Number.NaN);
@@ -179,8 +182,8 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
     observer.disconnect();
     clearTimeout(timer);
   });
-  // Scroll positions are restored before the grid is measured, so it has about its height from the start.
-  const guess = Math.max(1, Math.floor(Math.min(1280, window.innerWidth - 32) / tile.width));
-  list.style.height = `${Math.ceil(count / guess) * tile.height}px`;
+  // Scroll positions are restored before the grid is measured, so until then it is at least as high as it will be.
+  const fewest = Math.max(1, Math.floor((window.innerWidth - 360) / tile.width));
+  list.style.height = `${Math.ceil(count / fewest) * 2 * height}px`;
   return list;
 }

@@ -43,11 +43,11 @@ async function withTable(mode, act) {
 /**
  * Keep files and return the key that finds them again.
  *
- * @param {File[]} files
+ * @param {(File | KeptFile)[]} files
  * @returns {Promise<string>}
  */
 export async function keepFiles(files) {
-  const kept = files.map((file) => ({ name: file.name || "your picture", blob: file }));
+  const kept = files.map((file) => ({ name: file.name || "your picture", blob: file instanceof File ? file : file.blob }));
   const key = await withTable("readwrite", (table) => table.add(kept));
   const keys = await withTable("readonly", (table) => table.getAllKeys());
   for (const old of keys.slice(0, Math.max(0, keys.length - MOST))) await withTable("readwrite", (table) => table.delete(old));

@@ -3,6 +3,8 @@
 import { askJson, listItems } from "../api.js";
 import { startDrawing } from "../parts/drawing.js";
 import { make, makeButton } from "../parts/elements.js";
+import { makeChips, makeConditions, makeLimit } from "../parts/filters.js";
+import { serviceInfo } from "../parts/header.js";
 import { makeGrid } from "../parts/grid.js";
 import { showProblem } from "../parts/problem.js";
 import { makeTile } from "../parts/tile.js";
@@ -21,11 +23,11 @@ const ORDERS = {
   "-size": "Largest file",
   size: "Smallest file",
 };
-/** @type {Record<string, {text: string, width: number, height: number}>} */
+/** @type {Record<string, {text: string, width: number, below: number}>} */
 const SIZES = {
-  small: { text: "Small", width: 92, height: 92 },
-  medium: { text: "Medium", width: 152, height: 206 },
-  large: { text: "Large", width: 300, height: 356 },
+  small: { text: "Small", width: 92, below: 0 },
+  medium: { text: "Medium", width: 152, below: 62 },
+  large: { text: "Large", width: 300, below: 62 },
 };
 const SIZE_KEY = "lookalike-tiles";
 const DEMO = /^(digits|mnist)\//;
@@ -42,7 +44,8 @@ export async function openBrowse({ params, place, signal, title }) {
   const asked = listedOf(params);
   const limits = new URLSearchParams(Object.entries(state).flatMap(([key, value]) =>
     value && key !== "order" ? [[key === "folder" ? "prefix" : key, value]] : []));
-  const [page, folders, metadata] = await Promise.all([
+  const [info, page, folders, metadata] = await Promise.all([
+    serviceInfo(),
     listItems({ ...asked, limit: PAGE }, signal),
     askJson(`folders?${limits}`, undefined, { signal }).catch(() => ({ folders: [] })),
     askJson(`metadata?${limits}`, undefined, { signal }).catch(() => ({ keys: [] })),
@@ -62,8 +65,8 @@ export async function openBrowse({ params, place, signal, title }) {
   }
   const position = make("p", { class: "position soft", "aria-live": "off" }, countPictures(total));
   place.querySelector(".titles")?.append(position);
-  place.querySelector(".bar")?.append(makeTools(state, size, change));
-  const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state, metadata, change));
+  place.querySelector(".bar")?.append(makeTools(state, size, change, info.queries.includes("text")));
+  const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state.filter, metadata, (filter) => change({ filter })));
   const body = make("div", { class: "body" });
   if (side.childElementCount && side.textContent) {
     const isWide = window.matchMedia("(min-width: 60rem)").matches;
@@ -130,22 +133,17 @@ function makeCrumbs(state, change) {
     crumbs.append(" / ", make("a", { href: change({ folder: `${parts.slice(0, number + 1).join("/")}/` }) }, part));
   });
   if (state.name) crumbs.append(makeLimit(`Name: ${state.name}`, change({ name: "" })));
-  for (const [key, value] of Object.entries(parseFilter(state.filter))) {
-    const rest = { ...parseFilter(state.filter) };
-    delete rest[key];
-    const filter = Object.keys(rest).length ? JSON.stringify(rest) : "";
-    crumbs.append(makeLimit(`${key}: ${shown(value)}`, change({ filter })));
-  }
+  crumbs.append(...makeConditions(state.filter, (filter) => change({ filter })));
   return crumbs;
 }
 
-/** A condition, with a link that takes it away. @param {string} text @param {string} address */
-function makeLimit(text, address) {
-  return make("a", { class: "chip on", href: address, "aria-label": `${text}. Take this condition away` }, text, " ×");
-}
-
-/** @param {State} state @param {string} size @param {Change} change */
-function makeTools(state, size, change) {
+/**
+ * @param {State} state
+ * @param {string} size
+ * @param {Change} change
+ * @param {boolean} hasName whether there is a field for names here; else the header's is one
+ */
+function makeTools(state, size, change, hasName) {
   const order = make("select", { id: "order", "aria-label": "Order" });
   for (const [value, text] of Object.entries(ORDERS)) {
     order.append(make("option", { value, selected: value === (state.order || "added") }, text));
@@ -165,7 +163,7 @@ function makeTools(state, size, change) {
     }, { id: `size-${key}`, "aria-pressed": String(key === size) });
     sizes.append(button);
   }
-  return make("div", { class: "tools" }, form, order, sizes);
+  return make("div", { class: "tools" }, hasName && form, order, sizes);
 }
 
 /** @param {State} state @param {{folders: {prefix: string, count: number}[]}} answer @param {Change} change */
@@ -179,45 +177,6 @@ function makeFolders(state, { folders }, change) {
     );
   }
   return make("section", {}, make("h2", {}, "Folders"), list);
-}
-
-/**
- * @param {State} state
- * @param {{keys: {key: string, distinct: number, values: {value: unknown, count: number}[]}[]}} answer
- * @param {Change} change
- */
-function makeChips(state, { keys }, change) {
-  const chosen = parseFilter(state.filter);
-  return keys
-    .filter(({ key, values }) => values.length && !(key in chosen))
-    .map(({ key, values, distinct }) => {
-      const chips = make("p", { class: "chips" });
-      for (const { value, count } of values) {
-        const filter = JSON.stringify({ ...chosen, [key]: value });
-        chips.append(
-          make("a", { class: "chip", href: change({ filter }) }, shown(value), " ", make("span", { class: "count" }, formatCount(count))),
-          " ",
-        );
-      }
-      if (distinct > values.length) chips.append(make("span", { class: "soft" }, `and ${formatCount(distinct - values.length)} more`));
-      return make("section", {}, make("h2", {}, key), chips);
-    });
-}
-
-/** @param {string} filter @returns {Record<string, unknown>} */
-function parseFilter(filter) {
-  try {
-    const parsed = JSON.parse(filter || "{}");
-    return typeof parsed === "object" && parsed !== null ? parsed : {};
-  } catch {
-    // The service says what is wrong with it.
-    return {};
-  }
-}
-
-/** @param {unknown} value */
-function shown(value) {
-  return typeof value === "string" ? value : JSON.stringify(value);
 }
 
 /** What an empty gallery shows. */

@@ -297,7 +297,7 @@ function makeGroups(listing, address, signal, trouble, findAgain, onChange) {
       return made.row;
     },
     // One row a line.
-    tile: { width: 1e6, height },
+    tile: { width: 1e6, below: 0, height },
     label: `${formatCount(listing.total)} groups`,
     signal,
     onProblem: (error, retry) => {

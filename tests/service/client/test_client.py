@@ -56,6 +56,7 @@ def listening(folder: Path, encoder: Encoder, **settings: Any) -> Iterator[Servi
             server.should_exit = True
             thread.join()
             app.state.groupings.close()
+            app.state.maps.close()
             app.state.slots.close()
             app.state.gallery.close()
 

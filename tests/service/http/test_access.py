@@ -87,7 +87,7 @@ def test_keys_that_are_known(served: Served) -> None:
 
 def test_the_page_is_open_and_metrics_may_be(served: Served) -> None:
     client = served(api_keys=KEYS, metrics_public="true")
-    for path in ("/", "/page/page.css", "/metrics"):
+    for path in ("/", "/page/styles/page.css", "/metrics"):
         assert client.get(path).status_code == 200, path
     for path in (
         "/page/../info",
@@ -100,7 +100,7 @@ def test_the_page_is_open_and_metrics_may_be(served: Served) -> None:
     ):
         assert client.get(path).status_code in (401, 404), path
     assert_refused(client.get("/info"), 401, "unauthorized")
-    assert_refused(client.delete("/page/page.css"), 405, "method_not_allowed")
+    assert_refused(client.delete("/page/styles/page.css"), 405, "method_not_allowed")
 
 
 PREFLIGHT = {

@@ -79,7 +79,7 @@ def test_a_result_is_given_once_though_the_store_has_changed_since(served: Serve
         put(client, id, 1)
     assert client.get("/duplicates?preset=exact").status_code == 202
     groupings = client.app._app.state.groupings  # type: ignore[attr-defined]
-    while not groupings._job.done:
+    while not groupings._job.process.done:
         time.sleep(0.05)
     put(client, "c", 1)
     page = client.get("/duplicates?preset=exact")

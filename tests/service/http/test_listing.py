@@ -3,15 +3,18 @@
 import base64
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from service.encoding.encoder import Encoder
+from service.file_facts import FileFacts
 from service.gallery import Gallery
 from service.http.guard import Guard
 from service.http.routes import create_app
@@ -25,6 +28,12 @@ from tests.service.store.test_filters import meets
 
 IDS = [f"{folder}{n:02}" for folder in ("b/", "a/", "", "é/") for n in range(10)]
 METADATA = {id: {"n": n, "odd": n % 2 == 1, "tags": [id[:1], "all"]} for n, id in enumerate(IDS)}
+DIGEST = "0" * 64
+# Some files are unknown, and some dates and sizes are equal.
+FACTS = {
+    id: FileFacts() if n % 4 == 0 else FileFacts(size_bytes=n % 7 * 100, date=f"2024-01-{n % 5 + 1:02}T00:00:00")
+    for n, id in enumerate(IDS)
+}
 ROWS = np.random.default_rng(0).standard_normal((40, 128)).astype(np.float32)
 ROWS /= np.linalg.norm(ROWS, axis=1, keepdims=True)
 
@@ -34,7 +43,12 @@ def app(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Iterator[
     """The service by its default settings with forty items; each test leaves them as they were."""
     app, settings = create_app(), Settings()
     store = EmbeddedStore(tmp_path_factory.mktemp("listing") / "store", encoder.card, encoder.dimension)
-    store.add([NewItem(id, METADATA[id], None, "d", "fp32", row, b"", None) for id, row in zip(IDS, ROWS, strict=True)])
+    store.add(
+        [
+            NewItem(id, METADATA[id], None, DIGEST, "fp32", row, b"", None, facts=FACTS[id])
+            for id, row in zip(IDS, ROWS, strict=True)
+        ]
+    )
     app.state.gallery = Gallery(encoder, store, settings)
     app.state.slots = Slots(settings.max_waiting, settings.work_timeout_s)
     with TestClient(Guard(app, settings), raise_server_exceptions=False) as opened:
@@ -52,15 +66,28 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("order", ["added", "-added", "id", "-id"])
+def ordered(ids: list[str], order: str) -> list[str]:
+    """The ids in an order of GET /images: those without a date or size come last, equal ones in the order of adding."""
+    word, backwards = order.removeprefix("-"), order.startswith("-")
+    if word in ("added", "id"):
+        return sorted(ids, key=IDS.index if word == "added" else str.encode, reverse=backwards)
+    values = {id: FACTS[id].date if word == "date" else FACTS[id].size_bytes for id in ids}
+    places = {id: (str(values[id]).zfill(20), IDS.index(id)) for id in ids}
+    known = sorted((id for id in ids if values[id] is not None), key=places.__getitem__, reverse=backwards)
+    return known + sorted((id for id in ids if values[id] is None), key=IDS.index, reverse=backwards)
+
+
+NAMED = [("", ""), ("a/", ""), ("e\u0301", ""), ("é/0", ""), ("", "É/0"), ("b/", "9"), ("nobody", "")]
+
+
+@pytest.mark.parametrize("order", ["added", "-added", "id", "-id", "date", "-date", "size", "-size"])
 def test_pages_are_the_slices_of_a_sorted_list(app: TestClient, order: str) -> None:
     for content in FILTERS:
-        for prefix in ("", "a/", "e\u0301", "é/0", "nobody"):
-            wanted = [
-                id for id in IDS if meets(METADATA[id], content) and id.startswith(prefix.replace("e\u0301", "é"))
-            ]
-            wanted.sort(key=IDS.index if order.endswith("added") else str.encode, reverse=order.startswith("-"))
-            asked: dict[str, Any] = {"filter": json.dumps(content), "prefix": prefix, "order": order}
+        for prefix, name in NAMED:
+            begin = unicodedata.normalize("NFC", prefix)
+            wanted = [id for id in IDS if meets(METADATA[id], content) and id.startswith(begin) and name.lower() in id]
+            wanted = ordered(wanted, order)
+            asked: dict[str, Any] = {"filter": json.dumps(content), "prefix": prefix, "name": name, "order": order}
             for limit, offset in ((1000, 0), (7, 0), (3, 5), (2, 100)):
                 found, cursor, pages = [], None, 0
                 while True:
@@ -74,7 +101,7 @@ def test_pages_are_the_slices_of_a_sorted_list(app: TestClient, order: str) -> N
                         break
                 assert found == wanted[offset:], (content, prefix, limit, offset)
                 assert pages == max(1, -(-len(wanted[offset:]) // limit))
-            counted = app.post("/images/count", json={"filter": content, "prefix": prefix}).json()
+            counted = app.post("/images/count", json={"filter": content, "prefix": prefix, "name": name}).json()
             assert counted == {"count": len(wanted)}
 
 
@@ -92,18 +119,76 @@ def test_a_cursor_stands_for_an_item_that_was_removed(app: TestClient) -> None:
     assert app.get("/images?cursor=99999&order=id").json() == {"items": [], "total": 40, "next": None}
 
 
+@pytest.mark.parametrize("order", ["added", "id", "date", "-date", "size", "-size"])
+def test_a_cursor_holds_when_its_item_changes_or_goes(app: TestClient, order: str) -> None:
+    whole = ordered(IDS, order)
+    for last in (3, 20, 33, 38):
+        gone = whole[last - 1]
+        cursor = app.get("/images", params={"order": order, "limit": last}).json()["next"]
+        file = FACTS[gone]._asdict() | {"size_bytes": 10**6, "date": "2030-01-01T00:00:00"}
+        move = {"id": gone, "digest": DIGEST, "to": gone, "file": file}
+        for moved in (move, move | {"to": None}):
+            assert app.post("/images/moves", json={"moves": [moved]}).json() == {"moved": 1}
+            rest = app.get("/images", params={"order": order, "limit": 1000, "cursor": cursor}).json()
+            assert [item["id"] for item in rest["items"] if item["id"] != gone] == whole[last:]
+        rebuild(app)
+
+
+def rebuild(app: TestClient) -> None:
+    """Put all items back as they were, in their order."""
+    app.delete("/images", params={"filter": "{}", "expect": app.get("/images?limit=1").json()["total"]})
+    items = [
+        {"id": id, "metadata": METADATA[id], "digest": DIGEST, "file": FACTS[id]._asdict()}
+        | {"embedding": base64.b64encode(row.tobytes()).decode()}
+        for id, row in zip(IDS, ROWS, strict=True)
+    ]
+    answer = app.post("/images", json={"items": items})
+    assert [json.loads(line)["status"] for line in answer.text.splitlines()] == [201] * 40
+
+
+def test_a_cursor_of_another_order_is_refused(app: TestClient) -> None:
+    by_date = app.get("/images?order=date&limit=3").json()["next"]
+    by_id = app.get("/images?order=id&limit=3").json()["next"]
+    huge = f"7-{str(2**63).encode().hex()}"
+    for order, cursor in (("id", by_date), ("date", by_id), ("size", by_date), ("date", "7-ff"), ("size", huge)):
+        refused = app.get("/images", params={"order": order, "cursor": cursor})
+        assert_refused(refused, 404, "page_not_found")
+    assert_refused(app.get("/images?cursor=x"), 400, "invalid_request")
+
+
+def test_a_name_is_found_in_any_case(app: TestClient) -> None:
+    ids = ["names/Beach.JPG", "names/straße", "names/ΣΊΣΥΦΟΣ", "names/cafe\u0301", "names/İ.png", "names/100%_a.png"]
+    for id in ids:
+        assert app.put(f"/images/{quote(id, safe='')}", content=PICTURE).status_code == 201
+
+    def found(name: str) -> list[str]:
+        return [item["id"] for item in app.get("/images", params={"name": name, "prefix": "names/"}).json()["items"]]
+
+    whole = [unicodedata.normalize("NFC", id) for id in ids]
+    for name, at in (
+        ("BEACH", 0), ("s/beach.jpg", 0), ("STRASSE", 1), ("σίσυφος", 2), ("ΣΊΣ", 2), ("CAFÉ", 3), ("Cafe\u0301", 3),
+        ("i\u0307.PNG", 4), ("%_", 5),
+    ):  # fmt: skip
+        assert found(name) == [whole[at]], name
+    assert found("") == found("NAMES") == whole
+    assert found("EA") == [whole[0]]
+    assert found("_b") == found("*") == found("x" * 2000) == []
+    assert app.delete("/images", params={"filter": "{}", "name": "BEACH"}).json() == {"removed": 1}
+    assert app.delete("/images", params={"filter": "{}", "prefix": "names/", "expect": 5}).json() == {"removed": 5}
+
+
 def test_an_item_is_shown_with_what_was_asked_for(app: TestClient) -> None:
     shown = app.get("/images/00").json()
     assert set(shown.pop("file").values()) == {None}
     assert shown == {"id": "00", "metadata": METADATA["00"], "variant": "fp32"}
     whole = app.get("/images/00?include=embedding&include=digest&include=source").json()
     assert np.array_equal(np.asarray(whole["embedding"], np.float32), ROWS[20])
-    assert (whole["digest"], whole["source"]) == ("d", None)
+    assert (whole["digest"], whole["source"]) == (DIGEST, None)
     page = app.get("/images?limit=1000&include=embedding&encoding_format=base64").json()
     rows = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in page["items"]]
     assert np.array_equal(rows, ROWS)
     assert_refused(app.get("/images?include=metadata"), 400, "invalid_request")
-    assert_refused(app.get("/images?order=date"), 400, "invalid_request")
+    assert_refused(app.get("/images?order=name"), 400, "invalid_request")
     assert_refused(app.get("/images?filter=[]"), 400, "invalid_request")
     assert_refused(app.get('/images?filter={"a":{"$regex":"x"}}'), 400, "invalid_query")
     assert_refused(app.post("/images/count", json={"filter": {"$gt": 1}}), 400, "invalid_query")
@@ -127,6 +212,20 @@ def test_a_listing_is_packed_for_a_client_that_takes_gzip(app: TestClient) -> No
     assert plain.headers["vary"] == "Accept-Encoding"
     small = app.get("/images?limit=3", headers={"accept-encoding": "gzip"})
     assert "content-encoding" not in small.headers
+
+
+@pytest.mark.parametrize("prefix", ["", "a/", "e\u0301", "é/0", "nobody"])
+def test_a_search_finds_only_ids_that_begin_with_a_prefix(app: TestClient, prefix: str) -> None:
+    begin = prefix.replace("e\u0301", "é")
+    for content in FILTERS:
+        wanted = {id for id in IDS if meets(METADATA[id], content) and id.startswith(begin)}
+        query = {"vector": ROWS[3].tolist(), "k": 40}
+        found = app.post("/search", json=query | {"filter": content, "prefix": prefix}).json()["hits"]
+        by_url = app.post("/search", params={"filter": json.dumps(content), "prefix": prefix}, json=query).json()[
+            "hits"
+        ]
+        assert {hit["id"] for hit in found} == wanted
+        assert by_url == found
 
 
 def test_a_removal_by_filter_removes_all_or_nothing(app: TestClient) -> None:

@@ -30,7 +30,7 @@ def test_below_a_path_that_the_settings_name(served: Served, told: str, left: st
     assert client.get("/look/alike").text == client.get("/look/alike/").text
     assert client.put(f"{left}/images/a%2Fthumbnail", content=PICTURE).status_code == 201
     assert client.get(f"{left}/images/a%2Fthumbnail").json()["id"] == "a/thumbnail"
-    assert client.get(f"{left}/page/page.css").status_code == 200
+    assert client.get(f"{left}/page/styles/page.css").status_code == 200
     assert client.get(f"{left}/swagger/swagger-ui.css").status_code == 200
     assert client.post(f"{left}/search?k=1", content=PICTURE).json()["hits"][0]["id"] == "a/thumbnail"
     assert "error" in client.post(f"{left}/v1/embeddings", json={}).json()

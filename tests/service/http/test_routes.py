@@ -170,7 +170,7 @@ def test_info(client: TestClient, encoder: Encoder) -> None:
     assert info["versions"]["lookalike"] == "0.1.0"
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs", "/openapi.json", "/page/page.css"])
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs", "/openapi.json", "/page/styles/page.css"])
 def test_pages_that_are_there(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 200
 

@@ -6,7 +6,9 @@ from service.http.routes.search import SearchOptions
 from service.http.schemas import SEARCH
 from service.store.filters import parse_filter
 
-URL = SearchOptions(k=3, threshold=0.5, filter=parse_filter({"a": 1}), include=("embedding",), fingerprint="url")
+URL = SearchOptions(
+    k=3, threshold=0.5, filter=parse_filter({"a": 1}), prefix="u", include=("embedding",), fingerprint="url"
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,8 @@ URL = SearchOptions(k=3, threshold=0.5, filter=parse_filter({"a": 1}), include=(
         ('{"id": "x", "threshold": -1}', {"threshold": -1.0}),
         ('{"id": "x", "filter": {"b": 2}}', {"filter": parse_filter({"b": 2})}),
         ('{"id": "x", "filter": null, "fingerprint": null}', {}),
+        ('{"id": "x", "prefix": "b/"}', {"prefix": "b/"}),
+        ('{"id": "x", "prefix": ""}', {"prefix": ""}),
         ('{"id": "x", "include": []}', {"include": []}),
         ('{"id": "x", "fingerprint": ""}', {"fingerprint": ""}),
         ('{"queries": [{"id": "x"}]}', {"k": 10}),

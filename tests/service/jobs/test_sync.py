@@ -154,6 +154,9 @@ def test_a_file_that_was_only_touched_is_read_once_more_and_not_opened_after_tha
         os.utime(path, ns=(10**18, 10**18))
         assert shelf.counts() == (0, 0, 0, 0, 1)
         assert reader.sequence() == before
+    # The same beside a file that is new.
+    shelf.write("b.png", 2)
+    assert shelf.counts() == (1, 0, 0, 0, 1)
 
 
 def test_a_folder_that_is_not_there_needs_yes(shelf: Shelf) -> None:

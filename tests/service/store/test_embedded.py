@@ -335,7 +335,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     # models/mnist had this fingerprint in those versions.
     fingerprint = "7630ccfe790b66f72d1d464751876f969aff0aca6500995e21612488e62f1e62"
     encoder = replace(read_card(MODEL), fingerprint=fingerprint)
-    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 5; `lookalike index` or `serve`"):
+    with pytest.raises(InvalidStore, match=f"schema {schema}, this version reads 6; `lookalike index` or `serve`"):
         EmbeddedStore(tmp_path, encoder, 256, read_only=True)
     assert recorded_model(tmp_path) == (Path("/models/mnist"), "mnist")
     store = EmbeddedStore(tmp_path, encoder, 256)
@@ -349,7 +349,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     store.remove("b")
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
-    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("5",)]
+    assert list(database.execute("SELECT value FROM meta WHERE name = 'schema'")) == [("6",)]
     assert list(database.execute("SELECT key, id, metadata, source, digest FROM items ORDER BY key")) == before
     columns = "key, vector, checksum, sequence"
     assert list(database.execute(f"SELECT {columns} FROM vectors ORDER BY key")) == vectors
@@ -358,7 +358,7 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     database.close()
 
 
-@pytest.mark.parametrize("schema", ["3", "4"])
+@pytest.mark.parametrize("schema", ["3", "4", "5"])
 def test_a_store_of_an_earlier_schema_is_read_beside_the_process_that_would_migrate_it(
     tmp_path: Path, schema: str
 ) -> None:
@@ -366,9 +366,11 @@ def test_a_store_of_an_earlier_schema_is_read_beside_the_process_that_would_migr
     store.add([item("a", unit(D))])
     store.close()
     database = apsw.Connection(str(tmp_path / FILE))
-    database.execute("DROP INDEX items_by_date").fetchall()
-    for column in (*FileFacts._fields, "mtime_ns"):
-        database.execute(f"ALTER TABLE items DROP COLUMN {column}").fetchall()
+    database.execute("DROP INDEX items_by_size").fetchall()
+    if schema != "5":
+        database.execute("DROP INDEX items_by_date").fetchall()
+        for column in (*FileFacts._fields, "mtime_ns"):
+            database.execute(f"ALTER TABLE items DROP COLUMN {column}").fetchall()
     if schema == "3":
         database.execute("DROP TABLE dismissed").fetchall()
     database.execute("UPDATE meta SET value = ? WHERE name = 'schema'", (schema,)).fetchall()
@@ -378,6 +380,7 @@ def test_a_store_of_an_earlier_schema_is_read_beside_the_process_that_would_migr
     found = store.get("a")
     assert found is not None
     assert (found.facts, found.mtime_ns, store.below("/none")) == (FileFacts(), None, [])
+    assert [item.id for item in store.page(1, order="-size")[0]] == ["a"]
     store.close()
     with closing(CatalogReader(tmp_path)) as reader:
         assert reader.dismissed() == set()
