@@ -96,7 +96,7 @@ def duplicates(work: Path, browser: Browser) -> Iterator[Row]:
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.add_init_script(f"({_WATCH})('.group img')")
             page.goto(f"{url}/#{question}")
-            page.wait_for_function("window.shownAt !== undefined")
+            page.wait_for_function("() => window.shownAt !== undefined", timeout=120_000)
             waits.append(page.evaluate("window.shownAt") - _response_start(page, question))
             if len(waits) < _TURNS:
                 page.close()

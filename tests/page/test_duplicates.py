@@ -46,6 +46,14 @@ def saved(page: Page, button: str) -> str:
     return Path(download.value.path()).read_text()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    """Wait up to a minute: the process that finds groups has the lowest priority, so other work may hold it up."""
+    expect.set_options(timeout=60_000)
+    yield
+    expect.set_options(timeout=5_000)
+
+
 def write_pictures(folder: Path) -> Path:
     """Write three groups of exact copies, a smaller copy of the first, and two strangers; return the folder."""
     (folder / "old").mkdir(parents=True)
@@ -113,7 +121,7 @@ def test_a_moved_slider_gives_up_the_earlier_question(page: Page, url: str) -> N
     page.route("**/duplicates?threshold=0.99&*", hold)
     page.goto(f"{url}/#duplicates?threshold=0.99")
     expect(page.get_by_text("Comparing …")).to_be_visible()
-    page.wait_for_function("document.querySelector('#threshold').value === '0.99'")
+    expect(page.get_by_role("slider")).to_have_value("0.99")
     with page.expect_event("requestfailed", lambda request: "threshold=0.99&" in request.url):
         page.get_by_role("slider").press("End")
     expect(rows(page)).to_have_count(3)
@@ -152,8 +160,8 @@ def test_the_best_is_chosen_and_says_why(page: Page, url: str) -> None:
     marks = group.locator("mark")
     expect(marks.filter(has_text="48 × 36")).to_have_count(1)
     expect(marks.filter(has_text="old")).to_have_count(1)
-    expect(group.get_by_text(re.compile(r"^[01]\.\d{3} like the best$"))).to_be_visible()
-    expect(group.get_by_text("same bytes as the best")).to_be_visible()
+    expect(group.get_by_text(re.compile(r"^score [01]\.\d{3}$"))).to_be_visible()
+    expect(group.get_by_text("same bytes", exact=True)).to_be_visible()
 
 
 def test_decisions_outlive_back_and_a_reload(page: Page, url: str) -> None:
@@ -369,18 +377,22 @@ def test_removal_from_the_index_and_undo(page: Page, own_url: str, pictures: Pat
     change = urllib.request.Request(f"{own_url}/images/old/1%20again.png", b'{"metadata": {"n": 1}}', method="PATCH")
     change.add_header("Content-Type", "application/merge-patch+json")
     urllib.request.urlopen(change).close()
+    # The service has the only bytes of a picture that came over HTTP.
+    content = (pictures / "2.png").read_bytes()
+    upload = urllib.request.Request(f"{own_url}/images/uploaded.png", content, method="PUT")
+    urllib.request.urlopen(upload).close()
     include = "include=digest&include=source&include=embedding"
     before = {id: asked_json(own_url, f"images/{id.replace(' ', '%20')}?{include}") for id in ids(own_url)}
     page.goto(f"{own_url}/#duplicates?preset=exact")
     page.get_by_role("button", name="Keep the best of each group").click()
-    expect(page.get_by_label("What is to be removed")).to_contain_text("3 to remove")
+    expect(page.get_by_label("What is to be removed")).to_contain_text("4 to remove")
     page.get_by_role("button", name="Remove from the index").click()
-    expect(page.get_by_text("3 pictures are no longer in the index")).to_be_visible()
+    expect(page.get_by_text("4 pictures are no longer in the index")).to_be_visible()
     expect(page.get_by_text("No duplicates at this threshold.")).to_be_visible()
-    assert len(ids(own_url)) == len(before) - 3
-    assert len([*pictures.rglob("*.png")]) == len(before)
+    assert len(ids(own_url)) == len(before) - 4
+    assert len([*pictures.rglob("*.png")]) == len(before) - 1
     page.get_by_role("button", name="Undo").click()
-    expect(page.get_by_text("3 pictures are in the index again.")).to_be_visible()
+    expect(page.get_by_text("4 pictures are in the index again.")).to_be_visible()
     expect(rows(page)).to_have_count(3)
     after = {id: asked_json(own_url, f"images/{id.replace(' ', '%20')}?{include}") for id in ids(own_url)}
     for id, item in after.items():
@@ -388,6 +400,8 @@ def test_removal_from_the_index_and_undo(page: Page, own_url: str, pictures: Pat
         assert item.pop("embedding") == pytest.approx(before[id].pop("embedding"), abs=1e-6)
         assert item == before[id]
     assert after.keys() == before.keys()
+    with urllib.request.urlopen(f"{own_url}/images/uploaded.png/content") as answer:
+        assert answer.read() == content
 
 
 def test_what_cannot_be_removed_is_named(page: Page, own_url: str, complaints: list[str]) -> None:

@@ -34,7 +34,7 @@ const STEP = 0.005;
 // A slider that rests for so many ms is a question.
 const PAUSE = 300;
 // Heights of a row in rem.
-const HEIGHT = { wide: 23.5, narrow: 26 };
+const HEIGHT = { wide: 23.5, narrow: 27.5 };
 
 /** What the last visit showed; Back shows it again without asking. @type {Listing | null} */
 let shown = null;
