@@ -23,8 +23,14 @@ from service.http.routes.info import PAGE
 _URL = "http://map.test/"
 _VALUES = 10
 _BAR, _GOAL = 15, 30
-# SwiftShader draws WebGL on the processor; without it Chromium has no WebGL on a machine without a graphics card.
-_WAYS = {"WebGL2": ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"], "2D": ["--disable-gpu"]}
+# Without a graphics card the page draws by pixels. The other row is what WebGL2 on the processor would cost.
+_WAYS = {"pixels": True, "WebGL2": False}
+_HIDE_RENDERER = """
+    const own = WebGL2RenderingContext.prototype.getExtension;
+    WebGL2RenderingContext.prototype.getExtension = function (name) {
+        return name === "WEBGL_debug_renderer_info" ? null : own.call(this, name);
+    };
+"""
 _FRAMES = """() => {
     window.frames_seen = [];
     const note = (time) => { window.frames_seen.push(time); requestAnimationFrame(note); };
@@ -49,17 +55,17 @@ def main(
     answer = _map(count)
     rows = []
     with sync_playwright() as playwright:
-        for way, flags in _WAYS.items():
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", *flags])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for way in _WAYS:
             rows += [(way, zoom, _measure(browser, answer, way, zoom, seconds)) for zoom in (0, 3)]
-            browser.close()
+        browser.close()
     print(describe())
     print(f"\n{count} points, window of 1280 × 900; bar {_BAR}, goal {_GOAL} frames/s\n")
     print("| drawn by | zoomed in | frames/s | longest frame, ms | first map after, ms |")
     print("|---|---|---|---|---|")
     for way, zoom, measured in rows:
         print(f"| {way} | {1.5**zoom:.1f}× | {measured.rate:.1f} | {measured.longest:.0f} | {measured.first:.0f} |")
-    raise typer.Exit(0 if all(measured.rate >= _BAR for _, _, measured in rows) else 1)
+    raise typer.Exit(0 if all(measured.rate >= _BAR for way, _, measured in rows if _WAYS[way]) else 1)
 
 
 def _map(count: int) -> dict[str, Any]:
@@ -83,6 +89,8 @@ def _map(count: int) -> dict[str, Any]:
 
 def _measure(browser: Browser, answer: dict[str, Any], way: str, zoom: int, seconds: float) -> Measured:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    if not _WAYS[way]:
+        page.add_init_script(_HIDE_RENDERER)
     answers = {
         "/map": json.dumps(answer),
         "/metadata": json.dumps({"keys": [{"key": "label", "values": [{"value": "0", "count": 1}]}], "left_out": 0}),
@@ -102,7 +110,7 @@ def _measure(browser: Browser, answer: dict[str, Any], way: str, zoom: int, seco
     begin = time.perf_counter()
     page.goto(f"{_URL}#map?colour=label")
     plane = page.locator(f"#plane[data-drawn-by='{way}']")
-    page.wait_for_function("document.querySelector('#map-count')?.textContent")
+    page.locator("#map-count:not(:empty)").wait_for()
     first = time.perf_counter() - begin
     for _ in range(zoom):
         page.locator("#map-in").click()

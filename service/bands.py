@@ -24,8 +24,6 @@ _LEAST = 20
 _STRANGERS, _SAMPLED, _AT_ONCE = 2000, 256, 16
 # Neighbours in which one that is not the same file is looked for.
 _K = 5
-# The band of what is alike is not empty.
-_MARGIN = 0.02
 # One standard deviation above the middle, of a normal distribution.
 _Q84 = 0.8413
 _NICENESS = 19
@@ -105,8 +103,10 @@ def measure(store: EmbeddedStore, facts: dict[str, Any]) -> Scores:
     pairs = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
     strangers = _quantiles(pairs, 0.05, 0.5, 0.95)
     deviation = float(np.quantile(pairs, _Q84)) - strangers[1]
+    # The highest of `count` scores, if they were normally distributed. Where strangers are of a few kinds, such as ten
+    # digits, the distribution has a long end, and half of the way to `near` is better (docs/experiments.md).
     highest = strangers[1] + math.sqrt(2 * math.log(count)) * deviation
-    alike = round(max(strangers[2], min(highest, near - _MARGIN)), 4)
+    alike = round(max(strangers[2], min(highest, (strangers[2] + near) / 2)), 4)
     # Where all items are copies of one file there is no neighbour.
     nearest = _quantiles(neighbours, 0.05, 0.5, 0.95) if len(neighbours) else None
     return Scores(near, alike, strangers, nearest, len(neighbours))

@@ -87,7 +87,7 @@ def project(reader: CatalogReader, method: Method, progress: Share = lambda _: N
             for keys, vectors in _chunks(reader, total, lambda share: own((1 + share) / 2))
         ]
         keys = np.concatenate([keys for keys, _ in parts]) if parts else np.empty(0, np.int64)
-        plane = np.concatenate([plane for _, plane in parts]) if parts else np.empty((0, 2))
+        plane = np.concatenate([plane for _, plane in parts]) if parts else np.empty((0, 2), np.float32)
         return Projection(keys, scaled(plane), sequence, "pca")
     keys, plane = _by_tsne(reader, total, mean, axes, progress)
     return Projection(keys, scaled(plane), sequence, "t-sne")
@@ -222,7 +222,8 @@ def scaled(plane: FloatArray) -> np.typing.NDArray[np.uint16]:
     span = float((high - low).max())
     # Rounding alone makes a little span of places that are all the same.
     factor = _LARGEST / span if span > 1e-6 else 0.0
-    return np.rint(_LARGEST / 2 + (plane - (low + high) / 2) * factor).clip(0, _LARGEST).astype(np.uint16)
+    places = np.rint(_LARGEST / 2 + (plane.astype(np.float64) - (low + high) / 2) * factor)
+    return np.asarray(places.clip(0, _LARGEST), np.uint16)
 
 
 class Colours(NamedTuple):

@@ -35,6 +35,8 @@ const entries = JSON.parse(sessionStorage.getItem(KEPT) ?? "{}");
 /** @type {Record<string, View>} */
 let views = {};
 let current = "";
+// The first view of all leaves the focus to the browser.
+let isFirst = true;
 let visiting = new AbortController();
 
 /**
@@ -180,8 +182,8 @@ function restore(entry, signal) {
   if (heading) heading.tabIndex = -1;
   const wanted = entry?.focus;
   if (!wanted) {
-    // The first view of all leaves the focus to the browser.
-    if (document.activeElement !== document.body || current in entries) heading?.focus({ preventScroll: true });
+    if (!isFirst) heading?.focus({ preventScroll: true });
+    isFirst = false;
     return;
   }
   const find = () =>

@@ -2,15 +2,16 @@
 
 import json
 import re
-import shutil
 import time
 import urllib.request
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import FloatRect, Page, Route, expect
 
 from tests.serving import serving
@@ -20,11 +21,19 @@ from tests.serving import serving
 def map_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a service with 300 digits whose map by t-SNE is made."""
     with serving(tmp_path_factory.mktemp("map"), "digits[:300]") as url:
-        for _ in range(600):
+        # A busy machine has little time for a process of low priority.
+        for _ in range(2000):
             if fetch(f"{url}/map").get("progress", 0) is None:
                 break
             time.sleep(0.1)
         yield url
+
+
+@pytest.fixture(autouse=True)
+def quiet(page: Page, complaints: list[str]) -> Iterator[None]:
+    """Forget what drivers say about their speed: without a graphics card WebGL is slow."""
+    yield
+    complaints[:] = [one for one in complaints if "GL Driver Message" not in one]
 
 
 def fetch(url: str) -> Any:
@@ -40,9 +49,15 @@ def open_map(page: Page, url: str, address: str = "#map") -> FloatRect:
     """Open the map and wait until it rests; return where it is."""
     page.goto(f"{url}/{address}")
     expect(page.locator("#map-count")).to_contain_text("picture")
+    rest(page)
     box = page.locator("#plane").bounding_box()
     assert box is not None
     return box
+
+
+def rest(page: Page) -> None:
+    """Wait until nothing moves, and the lists and the address say what is in sight."""
+    expect(page.locator("#plane")).not_to_have_attribute("aria-busy", "true")
 
 
 def place_on(box: FloatRect, point: Any) -> tuple[float, float]:
@@ -60,6 +75,26 @@ def lonely(places: Any) -> int:
     return int(gaps.min(1).argmax())
 
 
+def drawn(page: Page) -> Any:
+    """What the map looks like: (H, W, 3)."""
+    with Image.open(BytesIO(page.locator("#plane").screenshot())) as shot:
+        return np.asarray(shot.convert("RGB"))
+
+
+def colours_drawn(page: Page) -> int:
+    """How many colours at least 20 pixels have."""
+    counts = np.unique(drawn(page).reshape(-1, 3), axis=0, return_counts=True)[1]
+    return int((counts > 20).sum())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(50):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it does not come true")
+
+
 def in_sight(page: Page) -> int:
     text = page.locator("#map-count").inner_text().replace(",", "")
     return int(text.split()[0])
@@ -74,20 +109,8 @@ def test_all_items_are_drawn_and_the_nearest_are_links(page: Page, map_url: str,
     expect(page.locator("#nearby")).to_contain_text("and 100 more")
     expect(page.locator("#map-note")).to_contain_text("Laid out by t-SNE")
     # Something is drawn, in more than one colour.
-    assert len(colours_drawn(page)) > 1
+    wait_until(lambda: colours_drawn(page) > 1)
     assert all(url.startswith((map_url, "data:")) for url in asked)
-
-
-def colours_drawn(page: Page) -> set[str]:
-    """The colours on a line through the middle of the map as it is seen."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    with Image.open(BytesIO(page.locator("#plane").screenshot())) as shot:
-        pixels = np.asarray(shot.convert("RGB")).reshape(-1, 3)
-    kinds, counts = np.unique(pixels, axis=0, return_counts=True)
-    return {str(kind.tolist()) for kind, count in zip(kinds, counts, strict=True) if count > 20}
 
 
 def test_pointing_shows_a_picture_and_a_click_opens_it(page: Page, map_url: str) -> None:
@@ -116,11 +139,13 @@ def test_wheel_drag_and_buttons_move_the_map_and_few_points_become_pictures(page
     page.mouse.move(x, y)
     page.mouse.wheel(0, -300)
     expect(page.locator("#map-count")).to_contain_text("in sight")
+    rest(page)
     zoomed = in_sight(page)
     assert 0 < zoomed < 300
     for _ in range(3):
         page.locator("#map-in").click()
-    expect(page.locator(".layer span").first).to_be_attached()
+    rest(page)
+    assert 0 < in_sight(page) < zoomed
     expect(page.locator(".layer span")).to_have_count(in_sight(page))
     before = page.url
     page.mouse.move(x, y)
@@ -129,12 +154,14 @@ def test_wheel_drag_and_buttons_move_the_map_and_few_points_become_pictures(page
     page.mouse.move(x + 120, y, steps=4)
     page.mouse.up()
     # A drag opens nothing; the address follows, so that Back and a reload come to the same place.
-    page.wait_for_function("before => location.href !== before", arg=before)
-    assert "#map?at=" in page.url
+    rest(page)
     moved = page.url
+    assert moved != before
+    assert "#map?at=" in moved
     count = page.locator("#map-count").inner_text()
     page.reload()
     expect(page.locator("#map-count")).to_have_text(count)
+    rest(page)
     assert page.url == moved
     page.locator("#map-whole").click()
     expect(page.locator("#map-count")).to_have_text("300 pictures")
@@ -178,14 +205,7 @@ def test_an_outline_selects_and_the_ids_can_be_copied(page: Page, map_url: str) 
     expect(page.locator("#map-select")).to_have_attribute("aria-pressed", "false")
 
 
-def with_metadata(page: Page) -> None:
-    """Answer GET /metadata, as the service does."""
-    answer = {"keys": [{"key": "label", "count": 300, "distinct": 10, "values": [{"value": "0", "count": 30}]}]}
-    page.route("**/metadata*", lambda route: route.fulfill(json=answer))
-
-
 def test_points_are_coloured_by_a_metadata_key(page: Page, map_url: str) -> None:
-    with_metadata(page)
     open_map(page, map_url)
     plain = colours_drawn(page)
     page.locator("#map-colour").select_option("label")
@@ -193,8 +213,7 @@ def test_points_are_coloured_by_a_metadata_key(page: Page, map_url: str) -> None
     legend = page.locator(".legend button")
     expect(legend).to_have_count(10)
     assert "colour=label" in page.url
-    page.wait_for_timeout(200)
-    assert len(colours_drawn(page)) > len(plain) + 5
+    wait_until(lambda: colours_drawn(page) > plain + 5)
     made = fetch(f"{map_url}/map?colour=label")
     codes = np.frombuffer(b64decode(made["codes"]), "<u2")
     assert legend.first.inner_text().split() == [made["values"][0], str((codes == 1).sum())]
@@ -218,7 +237,7 @@ def test_a_query_is_marked_with_its_lookalikes(page: Page, map_url: str) -> None
     )
     hits = [hit["id"] for hit in fetch(request)["hits"]]  # type: ignore[arg-type]
     assert [link.get_attribute("title") for link in section.locator("a").all()] == hits
-    section.get_by_role("button", name="Take the marks away").click()
+    section.get_by_role("button", name="Remove the marks").click()
     expect(page.locator("#map-count")).to_have_text("300 pictures")
     expect(section).to_be_hidden()
     assert "id=" not in page.url
@@ -230,9 +249,11 @@ def test_the_keyboard_alone_moves_selects_and_opens(page: Page, map_url: str) ->
     for _ in range(4):
         page.keyboard.press("+")
     expect(page.locator("#map-count")).to_contain_text("in sight")
+    rest(page)
     before = page.url
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("before => location.href !== before", arg=before)
+    rest(page)
+    assert page.url != before
     page.keyboard.press("0")
     expect(page.locator("#map-count")).to_have_text("300 pictures")
     # Select by keys.
@@ -270,7 +291,7 @@ def test_the_first_map_is_waited_for_with_progress_and_cancel(page: Page, map_ur
         else:
             route.fulfill(status=202, json={"progress": 0.42}, headers={"Retry-After": "1"})
 
-    page.route("**/map*", answer)
+    page.route(re.compile(r"/map(\?.*)?$"), answer)
     page.goto(f"{map_url}/#map")
     bar = page.get_by_role("progressbar", name="Making the map")
     expect(bar).to_be_visible()
@@ -296,7 +317,7 @@ def test_a_better_map_takes_the_place_of_the_first(page: Page, map_url: str) -> 
         else:
             route.fulfill(json=answers.pop())
 
-    page.route("**/map*", answer)
+    page.route(re.compile(r"/map(\?.*)?$"), answer)
     open_map(page, map_url)
     expect(page.locator("#map-note")).to_contain_text("Laid out by PCA for now. A better map is being made: 10 %.")
     expect(page.locator("#map-note")).to_contain_text("60 %")
@@ -309,28 +330,22 @@ def test_an_empty_store_offers_to_add(page: Page, empty_url: str) -> None:
     expect(page.locator("main").get_by_role("link", name="Add pictures")).to_have_attribute("href", "#add")
 
 
-def test_both_ways_of_drawing_show_the_same(map_url: str, page: Page) -> None:
-    """WebGL2 by SwiftShader in a browser of its own, and a 2D context; the points are at the same places."""
-    shots = {}
-    for kind, flags in (
-        ("WebGL2", ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]),
-        ("2D", ["--disable-gpu", "--disable-webgl", "--disable-3d-apis"]),
-    ):
-        playwright_type = page.context.browser.browser_type  # type: ignore[union-attr]
-        other = playwright_type.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", *flags])
-        tab = other.new_page(viewport={"width": 1200, "height": 900})
-        complaints: list[str] = []
-        tab.on("pageerror", lambda error, complaints=complaints: complaints.append(str(error)))  # type: ignore[misc]
-        open_map(tab, map_url)
-        expect(tab.locator("#plane")).to_have_attribute("data-drawn-by", kind)
-        from io import BytesIO
-
-        from PIL import Image
-
-        with Image.open(BytesIO(tab.locator("#plane").screenshot())) as shot:
-            grey = np.asarray(shot.convert("L")).astype(int)
-        shots[kind] = np.abs(grey - np.bincount(grey.ravel()).argmax()) > 40
-        assert complaints == []
-        other.close()
-    both = (shots["WebGL2"] & shots["2D"]).sum()
-    assert both > 0.6 * (shots["WebGL2"] | shots["2D"]).sum()
+def test_webgl_and_pixels_show_the_same(map_url: str, page: Page) -> None:
+    """The points are at the same places."""
+    open_map(page, map_url)
+    expect(page.locator("#plane")).to_have_attribute("data-drawn-by", "pixels")
+    by_pixels = drawn(page).astype(int)
+    # A page that is not told who draws takes it for a graphics card.
+    page.add_init_script("""
+        const own = WebGL2RenderingContext.prototype.getExtension;
+        WebGL2RenderingContext.prototype.getExtension = function (name) {
+            return name === "WEBGL_debug_renderer_info" ? null : own.call(this, name);
+        };
+    """)
+    page.reload()
+    expect(page.locator("#plane")).to_have_attribute("data-drawn-by", "WebGL2")
+    expect(page.locator("#map-count")).to_have_text("300 pictures")
+    by_webgl = drawn(page).astype(int)
+    points, others = (np.abs(seen - seen[10, 10]).max(axis=2) > 60 for seen in (by_pixels, by_webgl))
+    assert points.sum() > 1000
+    assert (points & others).sum() > 0.7 * (points | others).sum()

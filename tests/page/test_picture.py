@@ -16,7 +16,7 @@ def scenes_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "pictures" / "trip").mkdir(parents=True)
     for seed in range(6):
-        (folder / "pictures" / "trip" / f"scene-{seed}.png").write_bytes(encoded(scene(640, seed=seed)))
+        (folder / "pictures" / "trip" / f"scene-{seed}.png").write_bytes(encoded(scene(640, 480, seed)))
     with serving(folder, str(folder / "pictures")) as url:
         yield url
 
@@ -31,7 +31,7 @@ def test_shows_what_is_known_of_a_picture(page: Page, scenes_url: str) -> None:
     expect(page).to_have_title("scene-2.png · Lookalike")
     expect(page.get_by_role("img", name="scene-2.png")).to_have_js_property("naturalWidth", 640)
     facts = page.locator(".facts").first
-    expect(facts).to_contain_text("640 × 640")
+    expect(facts).to_contain_text("640 × 480")
     expect(facts).to_contain_text("PNG")
     expect(facts).to_contain_text("/pictures/trip/scene-2.png")
     expect(page.locator(".strip .tile")).to_have_count(5)
@@ -110,6 +110,6 @@ def test_removing_can_be_undone(page: Page, scenes_url: str) -> None:
 
 def test_an_item_that_is_not_there_is_said(page: Page, scenes_url: str, complaints: list[str]) -> None:
     page.goto(f"{scenes_url}/#picture?id=gone.png")
-    expect(page.get_by_role("alert")).to_contain_text("no item has this id", ignore_case=True)
+    expect(page.locator("#problem")).to_contain_text("no item has this id", ignore_case=True)
     assert [text for text in complaints if "404" not in text] == []
     complaints.clear()

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import struct
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from service.jobs.index import index_source
 from service.sources import open_source
 from service.store.embedded import EmbeddedStore
 from tests.conftest import encoded, scene
+from tests.heif import heic
 from tests.service.store.test_embedded import D, card, item, unit
 
 
@@ -194,6 +196,42 @@ def test_presets_take_the_cards_thresholds_or_the_strangers_of_the_store(tmp_pat
     for bad in (0.0, "0.8", None, True, 2):
         with pytest.raises(InvalidModel, match=r"duplicates\.near: expected a number"):
             threshold_of("near", {"duplicates": {"near": bad}}, tmp_path)
+
+
+def tiff(order: str, big: bool, at_the_end: bool) -> bytes:
+    """A TIFF of 70,000×3 pixels without any: its header and directory, which may stand behind other bytes."""
+    place, entry = ("Q", "HHQ") if big else ("I", "HHI")
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}H", 43 if big else 42)
+    head += struct.pack(f"{order}HH", 8, 0) if big else b""
+    filling = b"x" * 300_000 if at_the_end else b""
+    at = len(head) + struct.calcsize(f"{order}{place}") + len(filling)
+    width, height = (struct.pack(order + kind, value) for kind, value in (("I", 70_000), ("H", 3)))
+    entries = b"".join(
+        struct.pack(f"{order}{entry}", tag, type, 1) + value.ljust(struct.calcsize(f"{order}{place}"), b"\0")
+        for tag, type, value in ((256, 4, width), (257, 3, height))
+    )
+    return head + struct.pack(order + place, at) + filling + struct.pack(f"{order}{'Q' if big else 'H'}", 2) + entries
+
+
+def test_width_and_height_come_from_the_header(tmp_path: Path) -> None:
+    for format in ("TIFF", "AVIF"):
+        data = encoded(scene(50, 40), format)
+        assert FileFacts.of_data(data)[:4] == (50, 40, len(data), format)
+    # As stored: the container says how to turn it.
+    assert FileFacts.of_data(heic(grid=(2, 3, 130, 100)))[:2] == (130, 100)
+    for order in "<>":
+        for big in (False, True):
+            for at_the_end in (False, True):
+                data = tiff(order, big, at_the_end)
+                assert FileFacts.of_data(data)[:4] == (70_000, 3, len(data), "TIFF")
+                (tmp_path / "a.tif").write_bytes(data)
+                assert FileFacts.of_source(str(tmp_path / "a.tif"))[:2] == (70_000, 3)
+                # Of a file that is cut short nothing is known, whatever is missing.
+                for length in range(8, len(data) if not at_the_end else 20):
+                    assert FileFacts.of_data(data[:length])[0] in (None, 70_000)
+    whole = heic()
+    for length in range(12, len(whole), 7):
+        assert FileFacts.of_data(whole[:length])[0] in (None, 64)
 
 
 def test_damaged_files_have_no_size(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-// Many points drawn at once: by WebGL2, or by a 2D context where the browser has no WebGL2.
+// Many points drawn at once: by WebGL2 on a graphics card, else pixel by pixel, which takes a few ms for 100,000 points.
 
-// While the points move, so many of them are drawn: any of them, so that the picture keeps its shape.
-const MOVING = 30_000;
 // Colours, by the code of a point: the first is for points without a value.
 const MOST_COLOURS = 61;
 // Set in the code of a point that others stand out from.
 const FAINT = 128;
+const FAINTNESS = 0.2;
+// Names of renderers that have the processor do the work of a graphics card.
+const SOFTWARE = /swiftshader|llvmpipe|softpipe|basic render/i;
 
 /**
  * The part of the plane in sight: its middle, and pixels for a unit of it.
@@ -33,7 +34,7 @@ out vec3 colour;
 void main() {
   bool faint = code >= ${FAINT}.0;
   colour = colours[int(faint ? code - ${FAINT}.0 : code)];
-  if (faint) colour = mix(paper, colour, 0.2);
+  if (faint) colour = mix(paper, colour, ${FAINTNESS});
   gl_Position = vec4((position - middle) * scale, faint ? 0.5 : 0.0, 1.0);
   gl_PointSize = size;
 }`;
@@ -56,6 +57,7 @@ void main() {
  * @param {Uint16Array} positions x and y of each point
  */
 export function makeScatter(canvas, positions) {
+  // No group of points always lies above another.
   const order = shuffled(positions.length / 2);
   const places = new Uint16Array(positions.length);
   order.forEach((point, at) => {
@@ -63,7 +65,7 @@ export function makeScatter(canvas, positions) {
     places[2 * at + 1] = positions[2 * point + 1];
   });
   const codes = new Uint8Array(order.length);
-  const draw = drawByWebGL(canvas, places, codes) ?? drawIn2D(canvas, places, codes);
+  const draw = drawByWebGL(canvas, places, codes) ?? drawByPixels(canvas, places, codes);
 
   return {
     kind: draw.kind,
@@ -81,9 +83,9 @@ export function makeScatter(canvas, positions) {
       draw.update();
     },
 
-    /** @param {Sight} sight @param {Look} look @param {boolean} isMoving */
-    draw(sight, look, isMoving) {
-      draw.draw(sight, look, isMoving ? Math.min(order.length, MOVING) : order.length);
+    /** @param {Sight} sight @param {Look} look */
+    draw(sight, look) {
+      draw.draw(sight, look);
     },
 
     /** Give the graphics memory back. */
@@ -95,7 +97,7 @@ export function makeScatter(canvas, positions) {
  * @typedef {object} Drawing
  * @property {string} kind
  * @property {() => void} update takes other codes
- * @property {(sight: Sight, look: Look, count: number) => void} draw
+ * @property {(sight: Sight, look: Look) => void} draw
  * @property {() => void} close
  */
 
@@ -103,10 +105,10 @@ export function makeScatter(canvas, positions) {
  * @param {HTMLCanvasElement} canvas
  * @param {Uint16Array} places
  * @param {Uint8Array} codes
- * @returns {Drawing | null} null where the browser has no WebGL2
+ * @returns {Drawing | null} null where the browser has no WebGL2, or has the processor do its work, which is slow
  */
 function drawByWebGL(canvas, places, codes) {
-  const gl = canvas.getContext("webgl2", { antialias: false, alpha: false });
+  const gl = hasGraphicsCard() && canvas.getContext("webgl2", { antialias: false, alpha: false });
   if (!gl) return null;
   /** @type {WebGLProgram} */
   let program;
@@ -157,8 +159,8 @@ function drawByWebGL(canvas, places, codes) {
     update() {
       gl.bufferSubData(gl.ARRAY_BUFFER, 0, codes);
     },
-    draw(sight, look, count) {
-      again = () => this.draw(sight, look, count);
+    draw(sight, look) {
+      again = () => this.draw(sight, look);
       const [red, green, blue] = share(look.paper);
       gl.viewport(0, 0, canvas.width, canvas.height);
       gl.clearColor(red, green, blue, 1);
@@ -169,7 +171,7 @@ function drawByWebGL(canvas, places, codes) {
       gl.uniform1i(place("isRound"), look.size > 3 ? 1 : 0);
       gl.uniform3f(place("paper"), red, green, blue);
       gl.uniform3fv(place("colours"), new Float32Array(look.colours.flatMap(share)));
-      gl.drawArrays(gl.POINTS, 0, count);
+      gl.drawArrays(gl.POINTS, 0, codes.length);
     },
     close() {
       isClosed = true;
@@ -178,38 +180,76 @@ function drawByWebGL(canvas, places, codes) {
   };
 }
 
+/** Whether WebGL2 is there and is drawn by a graphics card, as far as the browser tells. */
+function hasGraphicsCard() {
+  const gl = document.createElement("canvas").getContext("webgl2");
+  if (!gl) return false;
+  let renderer = gl.getParameter(gl.RENDERER);
+  // Chromium tells the extension alone, which Firefox warns of.
+  const told = renderer === "WebKit WebGL" && gl.getExtension("WEBGL_debug_renderer_info");
+  if (told) renderer = gl.getParameter(told.UNMASKED_RENDERER_WEBGL);
+  gl.getExtension("WEBGL_lose_context")?.loseContext();
+  return !SOFTWARE.test(renderer);
+}
+
 /**
  * @param {HTMLCanvasElement} canvas
  * @param {Uint16Array} places
  * @param {Uint8Array} codes
  * @returns {Drawing}
  */
-function drawIn2D(canvas, places, codes) {
+function drawByPixels(canvas, places, codes) {
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d", { alpha: false }));
+  let image = context.createImageData(1, 1);
   return {
-    kind: "2D",
+    kind: "pixels",
     update() {},
-    draw(sight, look, count) {
-      const [width, height] = [canvas.width, canvas.height];
-      context.fillStyle = `rgb(${look.paper.join(" ")})`;
-      context.fillRect(0, 0, width, height);
+    draw(sight, look) {
+      const { width, height } = canvas;
+      if (image.width !== width || image.height !== height) image = context.createImageData(width, height);
+      const pixels = new Uint32Array(image.data.buffer);
+      pixels.fill(packed(look.paper));
+      const disc = discOf(look.size);
+      const colours = new Uint32Array(2 * FAINT);
+      look.colours.forEach((colour, code) => {
+        colours[code] = packed(colour);
+        colours[code + FAINT] = packed(/** @type {Colour} */ (colour.map((part, at) => part * FAINTNESS + look.paper[at] * (1 - FAINTNESS))));
+      });
       // The faint ones first, so that they are behind.
-      for (const faint of [FAINT, 0]) {
-        look.colours.forEach((colour, code) => {
-          const shown = faint ? colour.map((part, at) => part * 0.2 + look.paper[at] * 0.8) : colour;
-          context.fillStyle = `rgb(${shown.join(" ")})`;
-          for (let at = 0; at < count; at += 1) {
-            if (codes[at] !== code + faint) continue;
-            const x = (places[2 * at] - sight.x) * sight.scale + width / 2;
-            const y = (places[2 * at + 1] - sight.y) * sight.scale + height / 2;
-            if (x < 0 || y < 0 || x > width || y > height) continue;
-            context.fillRect(x - look.size / 2, y - look.size / 2, look.size, look.size);
+      for (const isFaint of [true, false]) {
+        for (let at = 0; at < codes.length; at += 1) {
+          if (codes[at] >= FAINT !== isFaint) continue;
+          const x = Math.round((places[2 * at] - sight.x) * sight.scale + width / 2);
+          const y = Math.round((places[2 * at + 1] - sight.y) * sight.scale + height / 2);
+          if (x < 0 || y < 0 || x >= width || y >= height) continue;
+          const colour = colours[codes[at]];
+          for (const { row, half } of disc) {
+            if (y + row < 0 || y + row >= height) continue;
+            const begin = (y + row) * width;
+            const end = begin + Math.min(width - 1, x + half);
+            for (let pixel = begin + Math.max(0, x - half); pixel <= end; pixel += 1) pixels[pixel] = colour;
           }
-        });
+        }
       }
+      context.putImageData(image, 0, 0);
     },
     close() {},
   };
+}
+
+/** The rows of a disc: how far each reaches to both sides. @param {number} size */
+function discOf(size) {
+  const radius = size / 2;
+  const reach = Math.floor(radius);
+  return Array.from({ length: 2 * reach + 1 }, (_, at) => ({
+    row: at - reach,
+    half: Math.floor(Math.sqrt(Math.max(0, radius ** 2 - (at - reach) ** 2)) + 0.2),
+  }));
+}
+
+/** A colour as a canvas keeps it in memory. @param {Colour} colour */
+function packed([red, green, blue]) {
+  return ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
 }
 
 /** The numbers below `count` in an order that is the same each time. @param {number} count */

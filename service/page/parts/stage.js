@@ -25,7 +25,7 @@ const CLOSEST = 6;
  * @typedef {object} StageOptions
  * @property {string} label for screen readers
  * @property {AbortSignal} signal of the view
- * @property {(isMoving: boolean) => void} draw the part in sight
+ * @property {() => void} draw the part in sight
  * @property {() => void} rest is called once nothing moves any more
  * @property {(place: Place | null) => void} point a mouse points at a place, or nowhere any more
  * @property {(place: Place, inNewTab: boolean) => void} open a place was clicked
@@ -49,7 +49,6 @@ export function makeStage({ label, signal, draw, rest, point, open, enter, outli
   let travelled = 0;
   let frame = 0;
   let timer = 0;
-  let isMoving = false;
   /** @type {Box | null} */
   let wanted = null;
 
@@ -61,7 +60,7 @@ export function makeStage({ label, signal, draw, rest, point, open, enter, outli
   function refresh() {
     frame ||= requestAnimationFrame(() => {
       frame = 0;
-      if (!signal.aborted && sight.scale) draw(isMoving);
+      if (!signal.aborted && sight.scale) draw();
     });
   }
 
@@ -69,12 +68,12 @@ export function makeStage({ label, signal, draw, rest, point, open, enter, outli
     sight.scale = Math.min(Math.max(CLOSEST, whole()), Math.max(whole() * 0.5, sight.scale));
     sight.x = Math.min(SIDE, Math.max(0, sight.x));
     sight.y = Math.min(SIDE, Math.max(0, sight.y));
-    isMoving = true;
+    element.setAttribute("aria-busy", "true");
     clearTimeout(timer);
     timer = setTimeout(() => {
-      isMoving = false;
-      refresh();
-      if (!signal.aborted) rest();
+      if (signal.aborted) return;
+      rest();
+      element.removeAttribute("aria-busy");
     }, REST);
     refresh();
   }

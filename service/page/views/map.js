@@ -16,7 +16,7 @@ import { addressOf, go, rename } from "../router.js";
 // Lookalikes of the query that are marked.
 const HITS = 24;
 // Pictures stand in for points where so few of them are in sight.
-const MOST_PICTURES = 120;
+const MOST_PICTURES = 200;
 // Links beside the map.
 const MOST_LINKS = 200;
 // A pointer means the nearest point up to so many px away.
@@ -248,12 +248,12 @@ function showMap(body, answer, keys, query, params, signal) {
     stage.refresh();
   }
 
-  /** Draw the part in sight. @param {boolean} isMoving */
-  function draw(isMoving) {
+  /** Draw the part in sight. */
+  function draw() {
     const { sight } = stage;
     const ratio = stage.ratio();
     const size = Math.min(16, Math.max(2.5, (260 / Math.sqrt(points.count)) * stage.zoom() ** 0.35));
-    scatter.draw({ ...sight, scale: sight.scale * ratio }, { ...look, size: size * ratio }, isMoving);
+    scatter.draw({ ...sight, scale: sight.scale * ratio }, { ...look, size: size * ratio });
     for (const [point, picture] of pictures) moveTo(picture, point);
     drawMarks(ratio);
     showPreview();
@@ -278,8 +278,10 @@ function showMap(body, answer, keys, query, params, signal) {
       context.stroke();
     };
     context.strokeStyle = look.accent;
-    for (const point of marked) ring(point, point === numberOf.get(query?.id ?? "") ? 11 : 6, 2);
+    for (const point of marked) ring(point, 6, 2);
     context.strokeStyle = look.ink;
+    const asked = numberOf.get(query?.id ?? "");
+    if (asked !== undefined) ring(asked, 13, 3);
     if (current >= 0) ring(current, 9, 2.5);
     else if (document.activeElement === stage.element) drawCross(context);
     const outline = stage.drawn();
@@ -468,7 +470,7 @@ function showMap(body, answer, keys, query, params, signal) {
   function showQuery() {
     if (!query) return;
     const shown = query.ids.flatMap((id) => numberOf.get(id) ?? []);
-    const whole = makeButton("Take the marks away", () => go(addressOf("map", { colour })));
+    const whole = makeButton("Remove the marks", () => go(addressOf("map", { colour })));
     showList(queried, `Most like ${query.name}`, shown, query.ids.length, whole);
     if (query.id && !numberOf.has(query.id)) queried.append(make("p", { class: "soft" }, `${query.name} is not on this map yet.`));
   }
