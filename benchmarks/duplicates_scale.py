@@ -62,7 +62,7 @@ def main(
 
     folder = work / f"duplicates-{count}-{groups}-{dimension}-{exact_limit}"
     if not (folder / SNAPSHOT).exists():
-        seconds = _apart(_fill, folder, count, groups, dimension, exact_limit)
+        seconds = _apart(fill, folder, count, groups, dimension, exact_limit)
         print(f"the store was made in {seconds:.0f} s")
     if serve:
         print(describe())
@@ -109,14 +109,15 @@ def _vectors(count: int, groups: int, dimension: int) -> Iterator[FloatArray]:
         yield _unit(rows)
 
 
-def _fill(folder: Path, count: int, groups: int, dimension: int, exact_limit: int) -> float:
+def fill(folder: Path, count: int, groups: int, dimension: int, exact_limit: int, thumbnail: bytes = b"") -> float:
+    """Make a store with planted groups, whose items have all the same thumbnail; return the seconds that it took."""
     begun = time.perf_counter()
     store = EmbeddedStore(folder, read_card(MODEL), dimension, exact_limit=exact_limit)
     number = 0
     for rows in _vectors(count, groups, dimension):
         for first in range(0, len(rows), _COMMIT):
             some = enumerate(rows[first : first + _COMMIT], number + first)
-            store.add([NewItem(str(n), {}, None, f"{n:064x}", "fp32", row, b"", None) for n, row in some])
+            store.add([NewItem(str(n), {}, None, f"{n:064x}", "fp32", row, thumbnail, None) for n, row in some])
         number += len(rows)
     store.settle()
     store.close()

@@ -8,25 +8,36 @@
 //   #add                                         pictures for the collection
 //   #about                                       the service
 
+import { ApiError } from "./api.js";
 import { watchForFiles } from "./parts/chooser.js";
 import { startHeader } from "./parts/header.js";
 import { startRouter } from "./router.js";
 import { applyTheme, openAbout } from "./views/about.js";
-import { openAdd } from "./views/add.js";
 import { openBrowse } from "./views/browse.js";
-import { openDuplicates } from "./views/duplicates.js";
-import { openMap } from "./views/map.js";
-import { openPicture } from "./views/picture.js";
-import { openSearch } from "./views/search.js";
+
+/**
+ * Return a view whose module is fetched with the first visit: most visitors begin with the gallery.
+ *
+ * @param {() => Promise<import("./router.js").View>} load
+ * @returns {import("./router.js").View}
+ */
+function later(load) {
+  return async (visit) => {
+    const view = await load().catch(() => {
+      throw new ApiError("The service cannot be reached. Is it still running?", 0, "unreachable");
+    });
+    if (!visit.signal.aborted) await view(visit);
+  };
+}
 
 applyTheme();
 startRouter({
   browse: openBrowse,
-  picture: openPicture,
-  search: openSearch,
-  duplicates: openDuplicates,
-  map: openMap,
-  add: openAdd,
+  picture: later(async () => (await import("./views/picture.js")).openPicture),
+  search: later(async () => (await import("./views/search.js")).openSearch),
+  duplicates: later(async () => (await import("./views/duplicates.js")).openDuplicates),
+  map: later(async () => (await import("./views/map.js")).openMap),
+  add: later(async () => (await import("./views/add.js")).openAdd),
   about: openAbout,
 });
 watchForFiles();

@@ -337,7 +337,7 @@ def connect(path: Path, writable: bool = False, mapped: bool = False) -> apsw.Co
     flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE if writable else apsw.SQLITE_OPEN_READONLY
     connection = apsw.Connection(str(path), flags=flags)
     connection.set_busy_timeout(5000)
-    connection.create_scalar_function(FOLDED, lambda text: folded(str(text)), 1, deterministic=True)
+    connection.create_scalar_function(FOLDED, lambda *texts: folded(str(texts[0])), 1, deterministic=True)
     connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}").fetchall()
     if mapped:
         connection.execute(f"PRAGMA mmap_size = {_MAX_MAPPED_BYTES}").fetchall()

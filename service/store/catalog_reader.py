@@ -211,7 +211,7 @@ class CatalogReader:
     def ids(self) -> tuple[IntArray, list[str]]:
         """Return all keys, in order, and the ids of their items. Cost: reads an index of the database, no table."""
         with self.connections.borrow() as database:
-            rows = sorted(database.execute("SELECT key, id FROM items").fetchall())
+            rows = sorted(database.execute("SELECT key, id FROM items"))
         return np.asarray([key for key, _ in rows], np.int64), [id for _, id in rows]
 
     def metadata_values(self, name: str) -> tuple[IntArray, list[Any]]:

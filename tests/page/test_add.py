@@ -179,7 +179,7 @@ def test_names_arrive_as_they_are(page: Page, store_url: str) -> None:
 def test_a_busy_service_is_asked_again(
     page: Page, store_url: str, complaints: list[str], uploads: list[Request]
 ) -> None:
-    refused = []
+    refused: list[Request] = []
 
     def refuse_twice(route: Route) -> None:
         if route.request.method != "POST" or len(refused) == 2:

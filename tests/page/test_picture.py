@@ -16,7 +16,7 @@ def scenes_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "pictures" / "trip").mkdir(parents=True)
     for seed in range(6):
-        (folder / "pictures" / "trip" / f"scene-{seed}.png").write_bytes(encoded(scene(640, seed=seed)))
+        (folder / "pictures" / "trip" / f"scene-{seed}.png").write_bytes(encoded(scene(640, 480, seed)))
     with serving(folder, str(folder / "pictures")) as url:
         yield url
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.colours import write_colours
 from tests.conftest import encoded, scene
@@ -208,7 +208,7 @@ def test_several_files_are_tabs_and_none_is_dropped(page: Page, digits_url: str,
     expect(tab.nth(1)).to_be_focused()
     expect(tab.nth(1)).to_have_attribute("aria-selected", "true")
     expect(page.locator(".found")).to_contain_text("expected the bytes of one of JPEG, PNG")
-    expect(heading(page)).to_have_text("Looks like notes.json")
+    expect(heading(page)).to_have_text("Cannot search by notes.json")
     expect(page.get_by_role("button", name="Choose another picture")).to_be_visible()
     page.keyboard.press("End")
     expect(tiles(page, "Same file")).to_contain_text("00011")
@@ -326,6 +326,7 @@ def test_a_part_is_drawn_by_mouse_and_searched_by(
     page.goto(mixed_url)
     page.set_input_files("#ask-files", payload("large.jpg", large, "image/jpeg"))
     expect(tiles(page, "Same file")).to_contain_text("large.jpg")
+    expect(page.locator(".query-picture")).to_have_js_property("naturalWidth", LARGE)
     box = page.locator(".query-picture").bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.1 * box["height"])
@@ -371,20 +372,35 @@ def test_a_part_of_an_item_is_chosen_by_keyboard(
     assert blue > 200 and red < 50
 
 
-def test_a_part_is_chosen_by_finger(page: Page, mixed_url: str) -> None:
+def test_a_part_is_chosen_by_finger(browser: Browser, mixed_url: str) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    page = context.new_page()
     page.goto(f"{mixed_url}/#search?id=large.jpg")
+    expect(page.locator(".query-picture")).to_have_js_property("naturalWidth", 1024)
     expect(tiles(page).first).to_be_visible()
     box = page.locator(".query-picture").bounding_box()
     assert box is not None
-    sheet = page.locator(".crop-sheet")
-    touch = {"pointerId": 7, "pointerType": "touch", "button": 0, "bubbles": True}
+    devtools = context.new_cdp_session(page)
+
+    def drag(shares: list[tuple[float, float]]) -> None:
+        points = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in shares]
+        devtools.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": points[:1]})
+        for point in points[1:]:
+            devtools.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+        devtools.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
     # Without a wish to select, a finger scrolls.
-    sheet.dispatch_event("pointerdown", touch | {"clientX": box["x"] + 5, "clientY": box["y"] + 5})
-    sheet.dispatch_event("pointermove", touch | {"clientX": box["x"] + 90, "clientY": box["y"] + 90})
-    sheet.dispatch_event("pointerup", touch)
+    drag([(0.1, 0.9), (0.1, 0.5), (0.1, 0.1)])
     expect(page.locator("#crop-frame")).to_be_hidden()
-    page.get_by_role("button", name="Select a part").click()
-    assert sheet.evaluate("(sheet) => getComputedStyle(sheet).touchAction") == "none"
+    assert page.locator(".crop-sheet").evaluate("(sheet) => getComputedStyle(sheet).touchAction") == "auto"
+    page.get_by_role("button", name="Select a part").tap()
+    page.evaluate("scrollTo(0, 0)")
+    drag([(0.85, 0.05), (0.9, 0.4), (0.95, 0.7)])
+    expect(page.get_by_role("group", name=re.compile("Part of the picture, 1[01] % by 6[45] %"))).to_be_visible()
+    page.get_by_role("button", name="Search by this part").tap()
+    expect(heading(page)).to_have_text("Like a part of large.jpg")
+    expect(tiles(page).first).to_contain_text("blue.png")
+    context.close()
 
 
 def test_a_large_picture_is_made_smaller_and_still_called_the_same_file(

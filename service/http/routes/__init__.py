@@ -6,6 +6,7 @@ from fastapi.staticfiles import StaticFiles
 from service.bands import Bands
 from service.grouping import Groupings
 from service.http import openapi, problems
+from service.http.page_files import PageFiles
 from service.http.routes import classify, duplicates, embed, info, items, map, overview, search
 from service.maps import Maps
 
@@ -37,7 +38,7 @@ def create_app() -> FastAPI:
     app.state.groupings, app.state.maps, app.state.bands = Groupings(), Maps(), Bands()
     # The scripts of /docs, from a package instead of another host.
     app.mount("/swagger", StaticFiles(packages=[("fastapi_swagger", "resources")]), name="swagger")
-    app.mount("/page", StaticFiles(directory=info.PAGE), name="page")
+    app.mount("/page", PageFiles(directory=info.PAGE), name="page")
     openapi.describe(app)
     problems.add_handlers(app)
     return app

@@ -5,7 +5,7 @@ import { doneOf, keptOf } from "./decisions.js";
 import { make, makeButton } from "./elements.js";
 import { makeActions, makeButtons, makeFacts, reasonOf, stateOf, takeKey } from "./group.js";
 import { makePicture } from "./tile.js";
-import { fileName, formatCount } from "./words.js";
+import { fileName, folderName, formatCount } from "./words.js";
 import { makeZoom } from "./zoom.js";
 
 /** @typedef {import("./decisions.js").Copy} Copy */
@@ -38,6 +38,7 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   const bar = make("div", { class: "group-bar" });
   const actions = makeActions(group, update);
   const panes = Array.from({ length: count }, (_, at) => makePane(at));
+  fill();
   const zoom = makeZoom(panes.map(({ stage }) => stage), signal);
 
   function makePane(/** @type {number} */ at) {
@@ -60,7 +61,6 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
       stage.setAttribute("aria-label", `${fileName(copy.id)}. Plus and minus zoom, arrows move it once it is zoomed`);
       caption.replaceChildren(makeChoice(at), makeKeep(copy, at), makeFacts(copy, group));
     }
-    zoom.apply();
     update();
   }
 
@@ -68,7 +68,7 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   function makeChoice(/** @type {number} */ at) {
     if (copies.length === 2) return make("p", { class: "file", title: copies[at].id }, fileName(copies[at].id));
     const choice = make("select", { "aria-label": `Picture ${at + 1}`, "data-act": `choice-${at}` });
-    for (const copy of group.items) choice.append(make("option", { value: copy.id, selected: copy === copies[at] }, copy.id));
+    for (const copy of group.items) choice.append(make("option", { value: copy.id, selected: copy === copies[at] }, nameOf(copy)));
     choice.addEventListener("change", () => {
       swap(at, copies.findIndex(({ id }) => id === choice.value));
       /** @type {HTMLElement | null} */ (list.querySelector(`[data-act="choice-${at}"]`))?.focus();
@@ -85,13 +85,14 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   function swap(/** @type {number} */ one, /** @type {number} */ other) {
     [copies[one], copies[other]] = [copies[other], copies[one]];
     fill();
+    zoom.apply();
   }
 
   function update() {
     const done = doneOf(group);
     const kept = keptOf(group);
     const focused = bar.contains(document.activeElement) ? document.activeElement?.getAttribute("data-act") : null;
-    const title = make("p", { class: "group-title" }, `${reasonOf(group)} `, done && make("span", { class: "state" }, stateOf(group)));
+    const title = make("p", { class: "group-title" }, make("span", { class: "reason" }, reasonOf(group)), done && make("span", { class: "state" }, stateOf(group)));
     bar.replaceChildren(title, make("div", { class: "buttons" }, ...makeButtons(group, actions)));
     for (const box of /** @type {NodeListOf<HTMLInputElement>} */ (list.querySelectorAll("input[data-id]"))) {
       const isKept = kept.has(box.dataset.id ?? "");
@@ -109,6 +110,8 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
     sessionStorage.setItem(MODE_KEY, mode);
     list.dataset.mode = mode;
     divider.hidden = handle.hidden = mode !== "slider";
+    // The stage below takes the keys of both.
+    panes[1].stage.tabIndex = mode === "beside" ? 0 : -1;
     for (const button of modes.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset.act === mode));
   }
 
@@ -120,7 +123,6 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
   list.append(divider, handle);
   followDivider(list, divider, handle);
   setMode(MODES[sessionStorage.getItem(MODE_KEY) ?? ""] ? String(sessionStorage.getItem(MODE_KEY)) : "beside");
-  fill();
 
   const step = (/** @type {string} */ text, /** @type {-1 | 1} */ by) =>
     makeButton(text, () => open(by), { id: by < 0 ? "earlier" : "later", disabled: number + by < 0 || number + by >= total });
@@ -151,6 +153,11 @@ export function fillComparison(place, group, { number, total, signal, showKeys, 
     }
     event.preventDefault();
   });
+}
+
+/** File name first, folder second. @param {Copy} copy */
+function nameOf({ id }) {
+  return [fileName(id), folderName(id)].filter(Boolean).join(" · ");
 }
 
 /** @param {Copy} copy */

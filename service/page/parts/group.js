@@ -63,8 +63,8 @@ export function makeFacts(copy, group) {
     const differs = group.items.some((one) => textOf(one) !== text);
     list.append(make("li", { title: `${name}: ${text}` }, make("span", { class: "unseen" }, `${name}: `), differs ? make("mark", {}, text) : text));
   }
-  const isBest = copy.id === group.best;
-  if (!isBest) list.append(make("li", { class: "soft" }, copy.exact ? "same bytes as the best" : `${formatScore(copy.score)} like the best`));
+  const words = copy.id === group.best ? "best copy" : copy.exact ? "same bytes" : `score ${formatScore(copy.score)}`;
+  list.append(make("li", { class: "soft", title: "Beside the best copy" }, words));
   return list;
 }
 
@@ -200,7 +200,7 @@ export function makeRow(group, { place, total, compareAddress, onChange }) {
       "p",
       { class: "group-title" },
       make("b", {}, formatCount(place + 1)),
-      ` ${reasonOf(group)} `,
+      make("span", { class: "reason", title: reasonOf(group) }, reasonOf(group)),
       done && make("span", { class: "state" }, stateOf(group)),
     );
     bar.replaceChildren(title, make("div", { class: "buttons" }, ...makeButtons(group, actions), compare));

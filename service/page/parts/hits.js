@@ -92,9 +92,9 @@ export function makeHits(options) {
   function tileOf(hit, copies) {
     const tile = tiles.get(hit.id) ?? makeTile(hit);
     tiles.set(hit.id, tile);
-    tile.querySelector(".copies")?.remove();
+    tile.querySelector(".other-copies")?.remove();
     const text = `+${copies.length} ${copies.length === 1 ? "copy" : "copies"}`;
-    if (copies.length) tile.append(make("span", { class: "copies", title: copies.join("\n") }, text));
+    if (copies.length) tile.append(make("span", { class: "other-copies", title: copies.join("\n") }, text));
     return tile;
   }
 

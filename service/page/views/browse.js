@@ -42,14 +42,7 @@ export async function openBrowse({ params, place, signal, title }) {
   };
   const size = SIZES[localStorage.getItem(SIZE_KEY) ?? ""] ? String(localStorage.getItem(SIZE_KEY)) : "medium";
   const asked = listedOf(params);
-  const limits = new URLSearchParams(Object.entries(state).flatMap(([key, value]) =>
-    value && key !== "order" ? [[key === "folder" ? "prefix" : key, value]] : []));
-  const [info, page, folders, metadata] = await Promise.all([
-    serviceInfo(),
-    listItems({ ...asked, limit: PAGE }, signal),
-    askJson(`folders?${limits}`, undefined, { signal }).catch(() => ({ folders: [] })),
-    askJson(`metadata?${limits}`, undefined, { signal }).catch(() => ({ keys: [] })),
-  ]);
+  const [info, page] = await Promise.all([serviceInfo(), listItems({ ...asked, limit: PAGE }, signal)]);
   const { total } = page;
   const isAll = !state.folder && !state.name && !state.filter;
   const heading = state.folder ? state.folder.replace(/\/$/, "") : "All pictures";
@@ -66,12 +59,15 @@ export async function openBrowse({ params, place, signal, title }) {
   const position = make("p", { class: "position soft", "aria-live": "off" }, countPictures(total));
   place.querySelector(".titles")?.append(position);
   place.querySelector(".bar")?.append(makeTools(state, size, change, info.queries.includes("text")));
-  const side = make("aside", { "aria-label": "Folders and metadata" }, makeFolders(state, folders, change), ...makeChips(state.filter, metadata, (filter) => change({ filter })));
   const body = make("div", { class: "body" });
-  if (side.childElementCount && side.textContent) {
-    const isWide = window.matchMedia("(min-width: 60rem)").matches;
-    body.append(make("details", { class: "side", open: isWide }, make("summary", {}, "Folders and metadata"), side));
-  }
+  const isWide = window.matchMedia("(min-width: 60rem)").matches;
+  const side = make("aside", { "aria-label": "Folders and metadata" });
+  const details = make("details", { class: "side", open: isWide }, make("summary", {}, "Folders and metadata"), side);
+  body.append(details);
+  // Metadata of many items take the service a second, and the pictures do not wait for them.
+  void fillSide(side, state, change, signal).then((isEmpty) => {
+    details.hidden = isEmpty;
+  });
   const trouble = make("div", { role: "alert" });
   const content = make("div", { class: "content" }, trouble);
   if (isAll && DEMO.test(page.items[0]?.id ?? "")) content.append(startDrawing());
@@ -164,6 +160,31 @@ function makeTools(state, size, change, hasName) {
     sizes.append(button);
   }
   return make("div", { class: "tools" }, hasName && form, order, sizes);
+}
+
+/**
+ * Show folders and metadata to choose by, and tell whether there are none.
+ *
+ * @param {HTMLElement} side
+ * @param {State} state
+ * @param {Change} change
+ * @param {AbortSignal} signal
+ */
+async function fillSide(side, state, change, signal) {
+  const given = Object.entries({ prefix: state.folder, name: state.name, filter: state.filter }).filter(([, value]) => value);
+  const limits = new URLSearchParams(given);
+  try {
+    const [folders, metadata] = await Promise.all([
+      askJson(`folders?${limits}`, undefined, { signal }),
+      askJson(`metadata?${limits}`, undefined, { signal }),
+    ]);
+    const list = makeFolders(state, folders, change);
+    side.replaceChildren(...(list ? [list] : []), ...makeChips(state.filter, metadata, (filter) => change({ filter })));
+    return !side.childElementCount;
+  } catch (error) {
+    if (!signal.aborted) showProblem(side, error, () => void fillSide(side, state, change, signal));
+    return false;
+  }
 }
 
 /** @param {State} state @param {{folders: {prefix: string, count: number}[]}} answer @param {Change} change */

@@ -34,10 +34,12 @@ const STEP = 0.005;
 // A slider that rests for so many ms is a question.
 const PAUSE = 300;
 // Heights of a row in rem.
-const HEIGHT = { wide: 23.5, narrow: 26 };
+const HEIGHT = { wide: 23.5, narrow: 27.5 };
 
 /** What the last visit showed; Back shows it again without asking. @type {Listing | null} */
 let shown = null;
+/** Whether the groups are what was opened last, so that Back leads from a comparison to them. */
+let wasList = false;
 /** What was removed last in this tab. @type {{words: string, failed: Failed[], count: number, restore: Restore | null} | null} */
 let removal = null;
 
@@ -62,9 +64,10 @@ function questionOf(params) {
 async function openComparison({ params, place, signal, title }) {
   const question = questionOf(params);
   const number = Number(params.get("compare"));
-  const isFromList = shown?.question === question;
-  const listing = isFromList && shown ? shown : await findGroups(question, () => {}, signal);
-  shown = listing;
+  if (wasList) history.replaceState({ ...history.state, isOverGroups: true }, "");
+  wasList = false;
+  if (shown?.question !== question) shown = await findGroups(question, () => {}, signal);
+  const listing = shown;
   if (!(Number.isInteger(number) && number >= 0 && number < listing.total)) {
     throw new Error(`There is no group ${params.get("compare")}: there are ${formatCount(listing.total)}, the first is 0.`);
   }
@@ -76,7 +79,7 @@ async function openComparison({ params, place, signal, title }) {
     total: listing.total,
     signal,
     showKeys,
-    back: () => (isFromList ? history.back() : go(addressOf("duplicates", rest))),
+    back: () => (history.state?.isOverGroups ? history.back() : go(addressOf("duplicates", rest))),
     open: (step) => {
       if (number + step >= 0 && number + step < listing.total) replace(addressOf("duplicates", { ...rest, compare: number + step }));
     },
@@ -87,6 +90,7 @@ async function openComparison({ params, place, signal, title }) {
 
 /** @param {import("../router.js").Visit} visit */
 function openGroups({ params, place, signal, isReturn }) {
+  wasList = true;
   let question = questionOf(params);
   let address = Object.fromEntries(params);
   let asking = new AbortController();

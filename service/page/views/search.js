@@ -68,7 +68,9 @@ export async function openSearch({ params, place, signal, title }) {
   const tabs = queries.map((query, number) => makeTab(query, number, state, params));
   const facts = await factsOf(state, signal);
   const { scores } = facts;
-  const thresholds = { near: Number(state.near || scores.near) || 0, alike: Number(state.alike || scores.alike) || 0 };
+  const near = Number(state.near || scores.near) || 0;
+  // What is nearly the same is alike, too.
+  const thresholds = { near, alike: Math.min(near, Number(state.alike || scores.alike) || 0) };
   const panel = make("div", { class: "panel", id: "panel" });
   let asking = new AbortController();
   signal.addEventListener("abort", () => asking.abort());
@@ -113,6 +115,7 @@ export async function openSearch({ params, place, signal, title }) {
       if (!(error instanceof Error && error.name === "AbortError")) {
         showProblem(found, error, () => showAgain(tab), actionFor(tab, error));
         markFailed(true);
+        panel.querySelector("h1")?.replaceChildren(`Cannot search by ${tab.query.name}`);
       }
       throw error;
     } finally {

@@ -23,6 +23,7 @@ from service.jobs.index import index_source
 from service.previews import PreviewCache
 from service.settings import Settings
 from service.sources import open_source
+from service.store import NewItem
 from tests.conftest import MODEL, encoded, scene
 from tests.service.conftest import Served
 from tests.service.http.rows import OTHER, PICTURE, assert_refused
@@ -191,9 +192,10 @@ def test_a_preview_on_disk_is_that_of_the_items_picture(served: Served, tmp_path
     client.put("/images/a", content=OTHER)
     assert client.get("/images/a/preview?size=512").content not in (made, kept.read_bytes())
     # An imported item may have a digest that is not of its picture: nothing is kept under it.
-    row = {"id": "b", "embedding": [1.0] * 128, "digest": "1" * 64}
-    client.post("/images", json={"items": [row]})
-    assert_refused(client.get("/images/b/preview"), 404, "not_found")
+    store = client.app._app.state.gallery.store  # type: ignore[attr-defined]
+    vector = np.eye(1, 128, dtype=np.float32)[0]
+    store.add([NewItem("b", {}, None, "1" * 64, "fp32", vector, b"", PICTURE)])
+    assert client.get("/images/b/preview?size=512").content == made
     assert {path.name.partition("-")[0] for path in folder.iterdir()} == {digest_of(PICTURE), digest_of(OTHER)}
 
 
