@@ -31,6 +31,8 @@ const PRESETS = {
 const NARROW = "(max-width: 46rem)";
 const LEAST = 0.5;
 const STEP = 0.005;
+// So many groups are fetched before anyone scrolls to them.
+const MOST_AHEAD = 10_000;
 // A slider that rests for so many ms is a question.
 const PAUSE = 300;
 // Heights of a row in rem.
@@ -170,8 +172,10 @@ function openGroups({ params, place, signal, isReturn }) {
     all.hidden = !listing.total;
     results.replaceChildren(listing.total ? makeGroups(listing, address, signal, trouble, () => void find(), showMarked) : makeEmpty(listing));
     showMarked();
-    // Decisions about groups that are not there yet count, too.
-    if (listing.groups.filter(hasRecord).length < countRecords()) listing.load(listing.total, signal).then(showMarked, () => {});
+    // Scrolling is smooth once all groups are there. Decisions about groups that are not there yet count, too.
+    if (listing.total <= MOST_AHEAD || listing.groups.filter(hasRecord).length < countRecords()) {
+      listing.load(listing.total, signal).then(showMarked, () => {});
+    }
   }
 
   async function keepAllBest() {
@@ -296,6 +300,7 @@ function makeGroups(listing, address, signal, trouble, findAgain, onChange) {
       setTabStops(made.row, place === current);
       return made.row;
     },
+    known: (place) => listing.groups[place],
     // One row a line.
     tile: { width: 1e6, below: 0, height },
     label: `${formatCount(listing.total)} groups`,
