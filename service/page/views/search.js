@@ -12,7 +12,7 @@ import { showProblem } from "../parts/problem.js";
 import { queriesOf, searchBy } from "../parts/query.js";
 import { makeQueryColumn } from "../parts/query_column.js";
 import { makeTabs } from "../parts/tabs.js";
-import { countPictures } from "../parts/words.js";
+import { countPictures, formatCount } from "../parts/words.js";
 import { addressOf, go, rename } from "../router.js";
 
 // So many hits are asked for at first.
@@ -49,7 +49,8 @@ const PATIENCE = 500;
 /**
  * What the service tells about the collection.
  *
- * @typedef {{scores: import("../parts/bands.js").Scores, folders: {prefix: string}[],
+ * @typedef {{folders: {prefix: string}[], left_out: number}} Folders
+ * @typedef {{scores: import("../parts/bands.js").Scores, folders: Folders,
  *   metadata: {keys: {key: string, distinct: number, values: {value: unknown, count: number}[]}[]}}} Facts
  */
 
@@ -188,6 +189,8 @@ export async function openSearch({ params, place, signal, title }) {
 
   if (queries.length > 1) {
     const choose = (/** @type {number} */ number) => {
+      // The tab that is left keeps its state, too.
+      keepState();
       state.at = number;
       keepState();
       showAgain(tabs[number]);
@@ -226,9 +229,9 @@ function makeTab(query, number, state, params) {
 /** @param {State} state @param {AbortSignal} signal @returns {Promise<Facts>} */
 async function factsOf({ folder, filter }, signal) {
   const of = (/** @type {Record<string, string>} */ given) => new URLSearchParams(Object.entries(given).filter(([, value]) => value));
-  const [scores, { folders }, metadata] = await Promise.all([
+  const [scores, folders, metadata] = await Promise.all([
     askJson("scores", undefined, { signal }).catch(() => ({ near: null, alike: null, strangers: null })),
-    askJson(`folders?${of({ prefix: folder })}`, undefined, { signal }).catch(() => ({ folders: [] })),
+    askJson(`folders?${of({ prefix: folder })}`, undefined, { signal }).catch(() => ({ folders: [], left_out: 0 })),
     askJson(`metadata?${of({ prefix: folder, filter })}`, undefined, { signal }).catch(() => ({ keys: [] })),
   ]);
   return { scores, folders, metadata };
@@ -265,10 +268,10 @@ function makeTools(state, { folders, metadata }, addressWith, onCopies) {
  * The folder to search in: those above the chosen one, and those in it.
  *
  * @param {string} folder
- * @param {{prefix: string}[]} folders
+ * @param {Folders} below
  * @param {(changes: Record<string, string>) => string} addressWith
  */
-function makeFolderSelect(folder, folders, addressWith) {
+function makeFolderSelect(folder, { folders, left_out }, addressWith) {
   const parts = folder.split("/").filter(Boolean);
   const above = parts.map((_, number) => `${parts.slice(0, number + 1).join("/")}/`);
   // Whatever the address names stays chosen.
@@ -278,6 +281,7 @@ function makeFolderSelect(folder, folders, addressWith) {
   for (const prefix of [...above, ...folders.map((one) => one.prefix)]) {
     select.append(make("option", { value: prefix, selected: prefix === folder }, prefix.replace(/\/$/, "")));
   }
+  if (left_out) select.append(make("option", { disabled: true }, `and ${formatCount(left_out)} more`));
   select.addEventListener("change", () => go(addressWith({ folder: select.value })));
   return make("label", { class: "check" }, "Folder ", select);
 }
