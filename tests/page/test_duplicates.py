@@ -360,7 +360,7 @@ def test_a_script_takes_any_name(page: Page, url: str, tmp_path: Path) -> None:
     marked += [copy(str(work / "link"))]
     page.goto(f"{url}/#about")
     made = """async ([text, staying]) => {
-        const { makeList, makeScript } = await import("./page/parts/script.js");
+        const { makeList, makeScript } = await import("./page/duplicates/script.js");
         const marked = JSON.parse(text);
         return [makeScript(marked, new Set(staying)), makeList(marked)];
     }"""

@@ -1,23 +1,23 @@
 // Groups of copies: which to keep, which to remove, and what comes of it: a list, a script, or a smaller index.
 
 import { ApiError } from "../api.js";
-import { fillComparison } from "../parts/compare.js";
-import { countRecords, decide, doneOf, forgetDecisions, hasRecord, keptOf, removedOf, saveDecisions } from "../parts/decisions.js";
+import { fillComparison } from "../duplicates/compare.js";
+import { countRecords, decide, doneOf, forgetDecisions, hasRecord, keptOf, removedOf, saveDecisions } from "../duplicates/decisions.js";
 import { make, makeButton } from "../parts/elements.js";
 import { makeGrid } from "../parts/grid.js";
-import { KEYS, makeRow, setTabStops, takeKey } from "../parts/group.js";
+import { KEYS, makeRow, setTabStops, takeKey } from "../duplicates/group.js";
 import { findGroups } from "../parts/groups.js";
 import { showDuplicates } from "../parts/header.js";
 import { showProblem } from "../parts/problem.js";
 import { removeItems } from "../parts/removal.js";
-import { makeList, makeScript, saveText } from "../parts/script.js";
+import { makeList, makeScript, saveText } from "../duplicates/script.js";
 import { showToast } from "../parts/toast.js";
 import { formatBytes, formatCount } from "../parts/words.js";
 import { addressOf, go, reload, rename, replace } from "../router.js";
 
 /**
  * @typedef {import("../parts/groups.js").Listing} Listing
- * @typedef {import("../parts/decisions.js").Group} Group
+ * @typedef {import("../duplicates/decisions.js").Group} Group
  * @typedef {import("../parts/removal.js").Failed} Failed
  * @typedef {import("../parts/removal.js").Restore} Restore
  */
@@ -402,7 +402,7 @@ function showKeys() {
 
 // What comes of it ----------------------------------------------------------------------------------
 
-/** @param {Group[]} groups @returns {import("../parts/script.js").Marked[]} */
+/** @param {Group[]} groups @returns {import("../duplicates/script.js").Marked[]} */
 function markedOf(groups) {
   return groups.flatMap((group) => {
     const ids = keptOf(group);

@@ -2,12 +2,12 @@
 
 import { ask, askJson, thumbnailOf } from "../api.js";
 import { make, makeButton } from "../parts/elements.js";
-import { readPalette } from "../parts/palette.js";
-import { makePoints } from "../parts/points.js";
+import { readPalette } from "../map/palette.js";
+import { makePoints } from "../map/points.js";
 import { messageOf, showProblem } from "../parts/problem.js";
 import { makeRoving } from "../parts/roving.js";
-import { makeScatter } from "../parts/scatter.js";
-import { makeStage } from "../parts/stage.js";
+import { makeScatter } from "../map/scatter.js";
+import { makeStage } from "../map/stage.js";
 import { makePicture } from "../parts/tile.js";
 import { showToast } from "../parts/toast.js";
 import { countPictures, fileName, folderName, formatCount, withCode } from "../parts/words.js";

@@ -1,17 +1,17 @@
 // Lookalikes of an item, of words, or of the visitor's own pictures.
 
 import { ApiError, askJson } from "../api.js";
-import { makeBandTools } from "../parts/bands.js";
+import { makeBandTools } from "../search/bands.js";
 import { choosePictures } from "../parts/chooser.js";
-import { parsePart } from "../parts/crop.js";
+import { parsePart } from "../search/crop.js";
 import { make, makeButton } from "../parts/elements.js";
 import { makeChips, makeConditions } from "../parts/filters.js";
 import { serviceInfo } from "../parts/header.js";
-import { makeHits } from "../parts/hits.js";
+import { makeHits } from "../search/hits.js";
 import { showProblem } from "../parts/problem.js";
-import { queriesOf, searchBy } from "../parts/query.js";
-import { makeQueryColumn } from "../parts/query_column.js";
-import { makeTabs } from "../parts/tabs.js";
+import { queriesOf, searchBy } from "../search/query.js";
+import { makeQueryColumn } from "../search/query_column.js";
+import { makeTabs } from "../search/tabs.js";
 import { countPictures, formatCount } from "../parts/words.js";
 import { addressOf, go, rename } from "../router.js";
 
@@ -24,13 +24,13 @@ const PATIENCE = 500;
  * One of the queries, with what the visitor has chosen for it.
  *
  * @typedef {object} Tab
- * @property {import("../parts/query.js").Query} query
+ * @property {import("../search/query.js").Query} query
  * @property {string} crop
  * @property {string} plus words that are added to a picture
  * @property {number} k hits that are wanted; 0 for as many as usual
  * @property {boolean} isOpen whether the less alike are shown
  * @property {boolean} isShrunk whether the visitor wants the picture to be made smaller
- * @property {import("../parts/query.js").Found | null} found
+ * @property {import("../search/query.js").Found | null} found
  */
 
 /**
@@ -50,7 +50,7 @@ const PATIENCE = 500;
  * What the service tells about the collection.
  *
  * @typedef {{folders: {prefix: string}[], left_out: number}} Folders
- * @typedef {{scores: import("../parts/bands.js").Scores, folders: Folders,
+ * @typedef {{scores: import("../search/bands.js").Scores, folders: Folders,
  *   metadata: {keys: {key: string, distinct: number, values: {value: unknown, count: number}[]}[]}}} Facts
  */
 
@@ -219,7 +219,7 @@ function stateOf(params, count) {
   };
 }
 
-/** @param {import("../parts/query.js").Query} query @param {number} number @param {State} state @param {URLSearchParams} params @returns {Tab} */
+/** @param {import("../search/query.js").Query} query @param {number} number @param {State} state @param {URLSearchParams} params @returns {Tab} */
 function makeTab(query, number, state, params) {
   const own = { crop: params.get("crop") ?? "", plus: params.get("plus") ?? "", k: Number(params.get("k")) || 0, isOpen: params.has("all") };
   const other = { crop: "", plus: "", k: 0, isOpen: false, ...remembered.get(`${state.source.kept}/${number}`) };

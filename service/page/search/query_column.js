@@ -3,8 +3,8 @@
 import { previewOf, thumbnailOf } from "../api.js";
 import { addressOf, go } from "../router.js";
 import { formatPart, makeCrop, parsePart } from "./crop.js";
-import { make } from "./elements.js";
-import { makePicture } from "./tile.js";
+import { make } from "../parts/elements.js";
+import { makePicture } from "../parts/tile.js";
 
 /** @typedef {import("./query.js").Query} Query */
 

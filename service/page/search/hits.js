@@ -1,11 +1,11 @@
 // The hits of a search: in bands where their scores have some, else as one list, with buttons for more of them.
 
 import { bandsOf, collapse } from "./bands.js";
-import { make, makeButton } from "./elements.js";
-import { showProblem } from "./problem.js";
-import { makeRoving } from "./roving.js";
-import { makeTile } from "./tile.js";
-import { formatCount } from "./words.js";
+import { make, makeButton } from "../parts/elements.js";
+import { showProblem } from "../parts/problem.js";
+import { makeRoving } from "../parts/roving.js";
+import { makeTile } from "../parts/tile.js";
+import { formatCount } from "../parts/words.js";
 
 // So many are shown at first where there are no bands.
 const SHOWN = 24;
