@@ -13,6 +13,8 @@ from tests.conftest import encoded, scene
 from tests.page.files import drop_paths, fetch, hand_over, names, payload
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("drives a browser through uploads")
+
 
 @pytest.fixture(scope="module")
 def store_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

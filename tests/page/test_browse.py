@@ -258,3 +258,22 @@ def test_the_first_tab_skips_the_header_and_stays_in_the_view(page: Page, digits
     page.keyboard.press("Enter")
     expect(page.locator("main")).to_be_focused()
     expect(page.get_by_role("heading", level=1)).to_have_text("About this service")
+
+
+@pytest.mark.parametrize(
+    ("link", "title", "heading"),
+    [
+        ("Duplicates", "Duplicates", "Duplicates"),
+        ("Map", "Map", "Map"),
+        ("Add", "Add pictures", "Add pictures"),
+        ("About this service", "About this service", "About this service"),
+    ],
+)
+def test_each_view_has_a_link_a_title_and_a_heading(
+    page: Page, digits_url: str, link: str, title: str, heading: str
+) -> None:
+    page.goto(digits_url)
+    page.get_by_role("banner").get_by_role("link", name=re.compile(f"^{link}")).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+    expect(page).to_have_title(f"{title} · Lookalike")
+    expect(page.get_by_role("banner").locator("[aria-current=page]")).to_have_count(1)

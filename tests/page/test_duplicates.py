@@ -14,6 +14,8 @@ from playwright.sync_api import Locator, Page, Route, expect
 from tests.conftest import encoded, scene
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("waits for groups")
+
 HOSTILE = ["$(touch hacked).png", "-rf.png", 'it\'s `id` "quoted" \\.png', "<img src=x onerror=alert(1)>.png"]
 
 

@@ -17,6 +17,8 @@ from tests.conftest import encoded, scene
 from tests.page.files import digit, drop_paths, fetch, hand_over, names, payload
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("drives a browser through searches")
+
 # The pictures of `mixed_url` have these longer sides.
 LARGE, HUGE = 3000, 6000
 

@@ -54,7 +54,9 @@ export function makeHits(options) {
     const [rest] = bands.splice(-1);
     const filled = bands.filter(({ hits }) => hits.length);
     const summary = filled.map(({ title, hits }) => `${title}: ${formatCount(hits.length)}`).join(" · ");
-    place.append(make("p", { class: "soft", role: "status" }, summary || "No picture here is alike."));
+    // A single band says it by its heading.
+    const look = filled.length === 1 ? "unseen" : "soft";
+    place.append(make("p", { class: look, role: "status" }, summary || "No picture here is alike."));
     for (const { key, title, hits } of filled) addBand(key, title, hits);
     if (rest.hits.length) {
       const text = `${formatCount(rest.hits.length)}${asked ? " or more" : ""} that are less alike`;
