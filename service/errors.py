@@ -129,6 +129,19 @@ class StorePaused(InvalidStore):
     retry_after_s = 5
 
 
+class StoreAway(InvalidStore):
+    """A store on other machines that does not answer now."""
+
+    code = "store_away"
+    retry_after_s = 5
+
+
+class NotOfThisStore(InvalidRequest):
+    """A request for what this kind of store cannot do."""
+
+    code = "not_of_this_store"
+
+
 class ReadOnlyStore(InvalidStore):
     """A change of a store that was opened beside the process that writes it."""
 
