@@ -647,7 +647,7 @@ def _translated(address: MilvusAddress, error: Exception) -> InvalidStore:
     named = type(error).__name__ in ("ConnectError", "MilvusUnavailableException")
     unanswered = named or "Fail connecting to server" in text or "Retry timeout" in text or "Retry run out" in text
     if unanswered or any(code in _AWAY for code in codes) or getattr(error, "retriable", False):
-        return StoreAway(f"{address}: Milvus does not answer; the service tries again with the next request")
+        return StoreAway(f"{address}: Milvus does not answer now")
     return InvalidStore(f"{address}: Milvus refuses the call: {text[:500]}")
 
 
@@ -709,9 +709,7 @@ def _ranked(queries: FloatArray, found: list[list[Any]], k: int) -> list[list[Hi
     places = np.asarray([row for own in candidates for row in own], np.int64)
     best, scores = best_of(queries, lengths, vectors, places, k)
     shown = {row: json.dumps(order[row]["metadata"], ensure_ascii=False) for row in np.unique(best).tolist()}
-    hits = [
-        Hit(order[row]["id"], score, shown[row]) for row, score in zip(best.tolist(), scores.tolist(), strict=True)
-    ]
+    hits = [Hit(order[row]["id"], score, shown[row]) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
     ends = np.cumsum(np.minimum(lengths, k)).tolist()
     return [hits[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 

@@ -81,7 +81,9 @@ def test_lists_names_with_dots_and_wildcards(content: dict[str, Any]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    ids=st.lists(st.text(st.sampled_from('aB/"\\%_é\ud7ff\ue000\U0010ffff'), min_size=1, max_size=4), min_size=1, unique=True),
+    ids=st.lists(
+        st.text(st.sampled_from('aB/"\\%_é\ud7ff\ue000\U0010ffff'), min_size=1, max_size=4), min_size=1, unique=True
+    ),
     prefix=st.text(st.sampled_from('a/"\\%é\ud7ff\U0010ffff'), max_size=2),
     name=st.text(st.sampled_from("abB%_éÉ"), max_size=2),
 )

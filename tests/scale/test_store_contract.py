@@ -138,7 +138,9 @@ def test_what_was_added_is_there_after_reopening(open_store: Open) -> None:
 def test_every_fact_of_an_item_comes_back(store: Store) -> None:
     facts = FileFacts(640, 480, 12345, "JPEG", "2026-11-27T10:00:00")
     metadata = {"a": [1, 2.5, None, {"b": "é"}], "n": 1, "empty": {}, "big": 2**53, "true": True}
-    new = NewItem('a/ü "x"\\', metadata, "/pictures/a", "d1", "int8", unit(D), b"small", b"large", facts=facts, mtime_ns=7)
+    new = NewItem(
+        'a/ü "x"\\', metadata, "/pictures/a", "d1", "int8", unit(D), b"small", b"large", facts=facts, mtime_ns=7
+    )
     store.add([new, item("bare", unit(D, seed=2))])
     have = store.get(new.id)
     assert have is not None
@@ -335,7 +337,12 @@ def test_folders_and_fields(store: Store) -> None:
     assert store.folders("", parse_filter({"tag": "red"})) == [Folder("a/", 2)]
     fields = {field.key: field for field in store.fields()}
     assert [(field.key, field.count) for field in store.fields()][:2] == [("n", 6), ("tag", 6)]
-    assert [(value.value, value.count) for value in fields["tag"].values] == [(7, 2), ("red", 2), (None, 1), ("blue", 1)]
+    assert [(value.value, value.count) for value in fields["tag"].values] == [
+        (7, 2),
+        ("red", 2),
+        (None, 1),
+        ("blue", 1),
+    ]
     assert (fields["tag"].distinct, fields["list"].distinct, fields["list"].values) == (4, 0, [])
     assert fields["flag"].values[0].value is True
     assert [field.key for field in store.fields(parse_filter({"tag": "blue"}))] == ["n", "tag"]
