@@ -762,6 +762,26 @@ def export_store(
         print(f"{len(bare)} of them without their pictures, such as {bare[0].id}: {bare[0].error}", file=sys.stderr)
 
 
+@store_cli.command("copy", epilog="Example: lookalike store copy gallery milvus://db:19530/gallery")
+def copy_store(
+    source: Annotated[
+        Path, typer.Argument(metavar="FROM", help="Folder of a store, or milvus://HOST:PORT/COLLECTION.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TO", help="The other kind; made when it is not there.")],
+) -> None:
+    """Copy a store to Milvus, or back, and check the copy. A copy that was interrupted goes on when called again."""
+    from service.jobs.copy import copy as run
+    from service.settings import read_settings
+
+    done = run(read_settings(store=source, read_only=True), read_settings(store=target))
+    more = f"; {done.more} more were there and stay" if done.more else ""
+    print(f"{target}: {done.written} items written, {done.known} there already{more}; checked", file=sys.stderr)
+    if done.dismissed:
+        print(f"{done.dismissed} pairs that are no duplicates stay behind: Milvus keeps none", file=sys.stderr)
+    if done.bare:
+        print(f"{done.bare} items are without their pictures: LOOKALIKE_PICTURES names no place", file=sys.stderr)
+
+
 @store_cli.command("import", epilog="Example: lookalike store import items --store copy --model models/mine")
 def import_items(
     source: Annotated[Path, typer.Argument(metavar="PARQUET", help="A .parquet file, or a folder of them.")],

@@ -7,7 +7,8 @@
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
 Around them: InvalidRequest (a request or a flag is malformed), InvalidModel (models/NAME), OutOfMemory, NoTextTower,
-InvalidOutput (--out), NotOfThisStore and StoreAway (a store on Milvus); over HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded, NoStore and TimedOut.
+InvalidOutput (--out), NotOfThisStore and StoreAway (a store on Milvus); over HTTP also Unauthorized, Forbidden,
+SlowBody, Busy, Overloaded, NoStore and TimedOut.
 `status` is the HTTP status, `code` the word that programs read. At the command line each of them is one sentence on
 stderr and exit code 2.
 """

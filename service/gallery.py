@@ -14,7 +14,7 @@ import numpy as np
 from service import FloatArray, PixelArray, cores, items, metrics
 from service.encoder_choice import find_model, recorded_model
 from service.encoding.batcher import Batcher
-from service.encoding.card import read_card, suits
+from service.encoding.card import Card, read_card, suits
 from service.encoding.encoder import Encoder
 from service.encoding.images import OWN_FILES, decode, decode_pixels, preview, thumbnail, to_pixels, tones
 from service.encoding.text import TextEncoder, check_text, open_text_tower
@@ -500,7 +500,7 @@ def open_gallery(settings: Settings) -> Gallery:
         InvalidModel, InvalidStore, StoreMismatch.
     """
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    store = None if settings.no_store else open_store(settings, encoder)
+    store = None if settings.no_store else open_store(settings, encoder.card, encoder.dimension)
     gallery = Gallery(encoder, store, settings)
     if isinstance(store, EmbeddedStore) and not settings.read_only:
         try:
@@ -529,7 +529,7 @@ def succeed(gallery: Gallery) -> Gallery:
     encoder = Encoder(
         read_card(find_model(settings.model_copy(update={"model": None}))), settings.device, settings.variant
     )
-    later = _open_folder(settings, encoder, folder)
+    later = _open_folder(settings, encoder.card, encoder.dimension, folder)
     following = Gallery(encoder, later, settings)
     try:
         switch(earlier, later, settings.store, following.add_many, settings.read_only)
@@ -539,27 +539,27 @@ def succeed(gallery: Gallery) -> Gallery:
     return following
 
 
-def open_store(settings: Settings, encoder: Encoder) -> Store:
-    """Open the store that the settings name.
+def open_store(settings: Settings, card: Card, dimension: int) -> Store:
+    """Open the store that the settings name, for embeddings of an encoder.
 
     Raises:
         InvalidStore, StoreMismatch.
     """
     address = parse_address(settings.store)
     if address is None:
-        return _open_folder(settings, encoder, settings.store)
+        return _open_folder(settings, card, dimension, settings.store)
     # pymilvus is an extra.
     from service.store.milvus import MilvusStore
 
     token, place = settings.milvus_token.get_secret_value(), settings.pictures
-    return MilvusStore(address, encoder.card, encoder.dimension, token, place, settings.read_only)
+    return MilvusStore(address, card, dimension, token, place, settings.read_only)
 
 
-def _open_folder(settings: Settings, encoder: Encoder, folder: Path) -> EmbeddedStore:
+def _open_folder(settings: Settings, card: Card, dimension: int, folder: Path) -> EmbeddedStore:
     return EmbeddedStore(
         folder,
-        encoder.card,
-        encoder.dimension,
+        card,
+        dimension,
         settings.read_only,
         exact_limit=settings.exact_limit,
         vector_type=settings.vector_type,

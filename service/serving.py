@@ -33,7 +33,8 @@ def serve(settings: Settings, open_page: bool = False) -> NoReturn:
     """
     settings, address = check(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
-    # The API keys and the token are in the environment already; nothing else holds them. BentoML runs in another folder.
+    # The API keys and the token are in the environment already; nothing else holds them. BentoML runs in another
+    # folder.
     told = settings.model_dump(exclude_none=True, exclude={"api_keys", "milvus_token"})
     told = {name: value.absolute() if isinstance(value, Path) else value for name, value in told.items()}
     if (milvus := parse_address(settings.store)) is not None:
@@ -86,7 +87,7 @@ def check(settings: Settings) -> tuple[Settings, str]:
     settings = settings.model_copy(update={"model": model})
     encoder = Encoder(read_card(model), settings.device, settings.variant)
     if not settings.no_store:
-        open_store(settings, encoder).close()
+        open_store(settings, encoder.card, encoder.dimension).close()
     return settings, _free_address(settings.host, settings.port)
 
 

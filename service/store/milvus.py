@@ -5,12 +5,15 @@ NotOfThisStore: docs/operations.md lists it.
 """
 
 import json
+import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,11 +44,20 @@ from service.store.milvus_filters import MOST_TERMS, TERM_LENGTH, condition_of, 
 from service.store.pictures import Pictures
 from service.store.ranking import best_of
 
+# It logs every error before it raises it.
+logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
 # The names of our own properties of a collection begin so.
 _PREFIX = "lookalike."
 # A call that takes longer counts as one to a server that is away.
 _TIMEOUT_S = 10
 _CONNECT_S = 5
+# A server that comes back is noticed within a second. By default gRPC waits for up to two minutes, and new connections
+# to the same address wait with it.
+_CHANNEL = {
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.max_reconnect_backoff_ms": 1000,
+    "grpc.use_local_subchannel_pool": 1,
+}
 # Milvus takes 64 MB in a message.
 _MOST_ROWS, _MOST_BYTES = 1000, 16_000_000
 # Of one answer, by Milvus's own limit of 16,384 rows.
@@ -111,11 +123,12 @@ class MilvusStore:
             InvalidStore: it refuses the token, or the collection is not one of ours.
         """
         self.address, self._dimension, self._read_only = address, dimension, read_only
-        self._lock = threading.Lock()
+        self._lock, self._connecting = threading.Lock(), threading.Lock()
         self._added = 0
         self._failed = False
         self._closed = False
         self._pictures = Pictures(pictures) if pictures else None
+        self._token = token
         self._client = connect(address, token)
         try:
             with self._calling():
@@ -123,6 +136,8 @@ class MilvusStore:
                     if read_only:
                         raise InvalidStore(f"{address}: no such collection; without --read-only it is made")
                     self._make(card)
+                if not read_only:
+                    self._index()
                 self._client.load_collection(address.collection, timeout=_TIMEOUT_S)
             _check_encoder(address, self.facts(), card, dimension)
         except BaseException:
@@ -147,12 +162,6 @@ class MilvusStore:
         terms = {"element_type": DataType.VARCHAR, "max_capacity": MOST_TERMS, "max_length": TERM_LENGTH}
         schema.add_field("terms", DataType.ARRAY, **terms)
         schema.add_field("index", DataType.JSON)
-        indexes = self._client.prepare_index_params()
-        kind = "FLAT" if self.address.in_file else "HNSW"
-        indexes.add_index("vector", index_type=kind, metric_type="IP", params=_INDEXES[kind])
-        if not self.address.in_file:
-            for name in ("terms", "source"):
-                indexes.add_index(name, index_type="INVERTED")
         facts = {
             "fingerprint": card.fingerprint,
             "dimension": str(self._dimension),
@@ -162,12 +171,24 @@ class MilvusStore:
         self._client.create_collection(
             self.address.collection,
             schema=schema,
-            index_params=indexes,
             # A write that was acknowledged is found by every replica.
             consistency_level="Strong",
             properties={_PREFIX + name: value for name, value in facts.items()},
             timeout=_TIMEOUT_S,
         )
+
+    def _index(self) -> None:
+        """Have Milvus build the indexes that are not there; one of another kind, which somebody made, stays."""
+        there = set(self._client.list_indexes(self.address.collection, timeout=_TIMEOUT_S))
+        is_lite = self._client.get_server_version(timeout=_TIMEOUT_S).startswith("milvus_lite")
+        wanted = {"vector": "FLAT"} if is_lite else {"vector": "HNSW", "terms": "INVERTED", "source": "INVERTED"}
+        indexes = self._client.prepare_index_params()
+        for name, kind in wanted.items():
+            if name not in there:
+                options = {"metric_type": "IP", "params": _INDEXES[kind]} if name == "vector" else {}
+                indexes.add_index(name, index_type=kind, index_name=name, **options)
+        if len(indexes):
+            self._client.create_index(self.address.collection, indexes, timeout=_TIMEOUT_S)
 
     # Changing ----------------------------------------------------------------------------------------
 
@@ -277,7 +298,7 @@ class MilvusStore:
             properties = {_PREFIX + name: value for name, value in facts.items()}
             self._client.alter_collection_properties(self.address.collection, properties, timeout=_TIMEOUT_S)
 
-    def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:
+    def dismiss(self, pairs: Sequence[tuple[str, str]], dismissed: bool = True) -> None:  # noqa: ARG002
         """Raise NotOfThisStore: duplicates are of the embedded store."""
         raise NotOfThisStore("duplicates are not told apart in a store on Milvus, which does not group them either")
 
@@ -349,7 +370,7 @@ class MilvusStore:
         """See Store.facts. They are properties of the collection."""
         with self._calling():
             found = self._client.describe_collection(self.address.collection, timeout=_TIMEOUT_S)["properties"]
-        return {name.removeprefix(_PREFIX): value for name, value in found.items() if name.startswith(_PREFIX)}
+        return _own_facts(found)
 
     def search(self, queries: FloatArray, k: int, where: Filter | None = None) -> list[list[Hit]]:
         """See Store.search. The index of a cluster is approximate: it may miss an item, as ours above exact_limit.
@@ -382,7 +403,10 @@ class MilvusStore:
                 filter=condition,
                 limit=most,
                 output_fields=["id", "added", "vector", "metadata"],
-                search_params={"metric_type": "IP", "params": {"ef": max(64, 2 * most), "nprobe": 64}},
+                search_params={
+                    "metric_type": "IP",
+                    "params": {"ef": max(64, 2 * most), "nprobe": 64, "search_list": 2 * most},
+                },
                 timeout=_TIMEOUT_S,
             )
         return found
@@ -446,6 +470,36 @@ class MilvusStore:
             ids = [place.id for place in places[start : start + _MOST_ROWS]]
             found |= {row["id"]: _item(row) for row in self._rows(ids, _OF_ITEM)}
         return [found[place.id] for place in places if place.id in found]
+
+    def known(self, ids: Sequence[str]) -> dict[str, Item]:
+        """Return the items with these ids, by id."""
+        return {row["id"]: _item(row) for row in self._rows(ids, _OF_ITEM)}
+
+    def batches(self, limit: int) -> Iterator[list[NewItem]]:
+        """Yield all items with their embeddings and pictures, so many at once, in the order of adding.
+
+        A collection of more than MOST_SORTED items gives them in the order of their ids.
+        """
+        fields = [*_OF_ITEM, "vector", "pictures"]
+        if self.count() > MOST_SORTED:
+            rows = self._pages("", fields)
+            while batch := list(islice(rows, limit)):
+                yield [self._new_item(row) for row in batch]
+            return
+        places = self._places(None, "added", None)
+        for start in range(0, len(places), limit):
+            ids = [place.id for place in places[start : start + limit]]
+            found = {row["id"]: row for row in self._rows(ids, fields)}
+            yield [self._new_item(found[id]) for id in ids if id in found]
+
+    def _new_item(self, row: Row) -> NewItem:
+        item, name = _item(row), row["pictures"]
+        return NewItem(
+            **{field.name: getattr(item, field.name) for field in dataclass_fields(item)},
+            embedding=np.asarray(row["vector"], np.float32),
+            thumbnail=(self._pictures.thumbnail(name) if self._pictures else None) or b"",
+            original=self._pictures.original(name) if self._pictures else None,
+        )
 
     def folders(self, prefix: str = "", where: Filter | None = None) -> list[Folder]:
         """See Store.folders. Raises NotOfThisStore. Cost: reads the ids of all items that match."""
@@ -559,6 +613,8 @@ class MilvusStore:
         """Raise our own errors for those of Milvus."""
         if self._closed:
             raise InvalidStore("the store is closed")
+        if self._failed:
+            self._connect_again()
         try:
             yield
         except LookalikeError:
@@ -572,6 +628,23 @@ class MilvusStore:
             raise StoreAway(f"{self.address}: does not answer: {error}") from error
         self._failed = False
 
+    def _connect_again(self) -> None:
+        """Connect after a call that was not answered: pymilvus itself does not load the collection again."""
+        with self._connecting:
+            if not self._failed:
+                return
+            client = connect(self.address, self._token)
+            try:
+                # Milvus Lite forgets at its end what was loaded; a cluster does not.
+                client.load_collection(self.address.collection, timeout=_TIMEOUT_S)
+            except (MilvusException, grpc.RpcError) as error:
+                raise _translated(self.address, error) from error
+            self._client, earlier = client, self._client
+            self._failed = False
+            # It may be closed already.
+            with suppress(Exception):
+                earlier.close()
+
 
 def connect(address: MilvusAddress, token: str) -> MilvusClient:
     """Connect to Milvus.
@@ -583,13 +656,23 @@ def connect(address: MilvusAddress, token: str) -> MilvusClient:
     if address.in_file:
         _open_file(address)
     try:
-        return MilvusClient(address.uri, token=token, timeout=_CONNECT_S)
+        return MilvusClient(address.uri, token=token, timeout=_CONNECT_S, grpc_options=_CHANNEL)
     except (MilvusException, grpc.RpcError) as error:
         raise _translated(address, error) from error
 
 
 def recorded_model(address: MilvusAddress, token: str) -> tuple[Path, str] | None:
     """Return folder and name of the encoder that built a store; None if there is no collection.
+
+    Raises:
+        As `recorded_facts`.
+    """
+    facts = recorded_facts(address, token)
+    return None if facts is None else (Path(facts.get("model_folder", "")), facts.get("model", ""))
+
+
+def recorded_facts(address: MilvusAddress, token: str) -> dict[str, str] | None:
+    """Return the facts of a store, as Store.facts; None if there is no collection.
 
     Raises:
         As `connect`, and InvalidStore: the collection is not one of ours.
@@ -605,7 +688,7 @@ def recorded_model(address: MilvusAddress, token: str) -> tuple[Path, str] | Non
         client.close()
     if _PREFIX + "fingerprint" not in found:
         raise _no_collection_of_ours(address)
-    return Path(found.get(_PREFIX + "model_folder", "")), found.get(_PREFIX + "model", "")
+    return _own_facts(found)
 
 
 def _open_file(address: MilvusAddress) -> None:
@@ -646,6 +729,8 @@ def _translated(address: MilvusAddress, error: Exception) -> InvalidStore:
         return InvalidStore(f"{address}: refuses the token; LOOKALIKE_MILVUS_TOKEN has it, such as user:password")
     named = type(error).__name__ in ("ConnectError", "MilvusUnavailableException")
     unanswered = named or "Fail connecting to server" in text or "Retry timeout" in text or "Retry run out" in text
+    # The next call loads it.
+    unanswered = unanswered or "state 'released'" in text or "not loaded" in text
     if unanswered or any(code in _AWAY for code in codes) or getattr(error, "retriable", False):
         return StoreAway(f"{address}: Milvus does not answer now")
     return InvalidStore(f"{address}: Milvus refuses the call: {text[:500]}")
@@ -676,6 +761,10 @@ def _check_lengths(row: Row) -> None:
         if row[name] is not None and len(row[name].encode()) > most:
             shown = "id" if name == "name" else name
             raise InvalidRequest(f"{shown}: Milvus takes at most {most} bytes of it")
+
+
+def _own_facts(properties: dict[str, str]) -> dict[str, str]:
+    return {name.removeprefix(_PREFIX): value for name, value in properties.items() if name.startswith(_PREFIX)}
 
 
 # From rows to what we return ---------------------------------------------------------------------

@@ -237,10 +237,10 @@ def test_a_filtered_search_is_the_search_of_what_is_left(store: Store) -> None:
     for content, keeps in (
         ({"odd": True}, lambda n: n % 2 == 1),
         ({"n": {"$lt": 5}}, lambda n: n < 5),
-        ({"n": {"$gte": 1000}}, lambda n: False),
+        ({"n": {"$gte": 1000}}, lambda _: False),
         ({"$not": {"odd": True}}, lambda n: n % 2 == 0),
         ({"tags": {"$gt": 50}}, lambda n: n > 50),
-        ({}, lambda n: True),
+        ({}, lambda _: True),
     ):
         where = parse_filter(content)
         kept = [n for n in range(60) if keeps(n)]
