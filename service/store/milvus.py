@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
+import orjson
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from service import FloatArray
@@ -74,8 +75,7 @@ _INDEXES: dict[str, dict[str, Any]] = {
     "HNSW": {"M": 16, "efConstruction": 200},
 }
 _LONGEST_ID, _LONGEST_NAME, _LONGEST_TEXT = 1024, 8192, 65_535
-_FACTS = FileFacts._fields
-_OF_ITEM = ["id", "metadata", "source", "digest", "variant", *_FACTS, "mtime_ns"]
+_OF_ITEM = ["id", "metadata", "source", "digest", "variant", "file"]
 _SORTED_BY = {"date": "date", "size": "size_bytes"}
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -153,10 +153,8 @@ class MilvusStore:
         schema.add_field("source", DataType.VARCHAR, max_length=_LONGEST_TEXT, nullable=True)
         schema.add_field("digest", DataType.VARCHAR, max_length=_LONGEST_ID)
         schema.add_field("variant", DataType.VARCHAR, max_length=_LONGEST_ID)
-        for name in ("width", "height", "size_bytes", "mtime_ns"):
-            schema.add_field(name, DataType.INT64, nullable=True)
-        for name in ("format", "date"):
-            schema.add_field(name, DataType.VARCHAR, max_length=_LONGEST_ID, nullable=True)
+        # One field for all facts about the file: pymilvus takes as long for each field as for a vector.
+        schema.add_field("file", DataType.JSON)
         schema.add_field("pictures", DataType.VARCHAR, max_length=_LONGEST_ID)
         schema.add_field("name", DataType.VARCHAR, max_length=_LONGEST_NAME)
         terms = {"element_type": DataType.VARCHAR, "max_capacity": MOST_TERMS, "max_length": TERM_LENGTH}
@@ -230,8 +228,7 @@ class MilvusStore:
             "source": item.source,
             "digest": item.digest,
             "variant": item.variant,
-            **item.facts._asdict(),
-            "mtime_ns": item.mtime_ns,
+            "file": item.facts._asdict() | {"mtime_ns": item.mtime_ns},
             "pictures": "",
             "name": encoded(folded(item.id)),
             "terms": terms,
@@ -282,7 +279,8 @@ class MilvusStore:
                 if move.to is None:
                     continue
                 changed = {"id": move.to, "name": encoded(folded(move.to)), "source": move.source}
-                row = dict(known[move.id]) | changed | move.facts._asdict() | {"mtime_ns": move.mtime_ns}
+                row = dict(known[move.id]) | changed
+                row["file"] = move.facts._asdict() | {"mtime_ns": move.mtime_ns}
                 rows.append(row | {"vector": np.asarray(row["vector"], np.float32)})
                 _check_lengths(row)
             self._upsert(rows)
@@ -307,7 +305,8 @@ class MilvusStore:
         batch: list[Row] = []
         size = 0
         for row in rows:
-            own = 4 * self._dimension + len(str(row["metadata"])) + len(str(row["index"])) + 24 * len(row["terms"])
+            content = orjson.dumps([row["metadata"], row["index"]])
+            own = 4 * self._dimension + len(content) + (TERM_LENGTH + 2) * len(row["terms"])
             if batch and (len(batch) == _MOST_ROWS or size + own > _MOST_BYTES):
                 self._client.upsert(self.address.collection, batch, timeout=_TIMEOUT_S, **options)
                 batch, size = [], 0
@@ -360,10 +359,11 @@ class MilvusStore:
     def below(self, origin: str) -> list[Known]:
         """See Store.below. Cost: reads the items of the source."""
         condition = f"source > {quoted(f'{origin}/')} and source < {quoted(f'{origin}0')}"
-        rows = self._pages(condition, ["id", "source", "digest", "size_bytes", "mtime_ns"])
+        rows = self._pages(condition, ["id", "source", "digest", "file"])
         start = len(origin) + 1
         return [
-            Known(row["source"][start:], row["id"], row["digest"], row["size_bytes"], row["mtime_ns"]) for row in rows
+            Known(row["source"][start:], row["id"], row["digest"], row["file"]["size_bytes"], row["file"]["mtime_ns"])
+            for row in rows
         ]
 
     def facts(self) -> dict[str, str]:
@@ -442,8 +442,8 @@ class MilvusStore:
         """Return the places of all items that match behind a place, sorted."""
         column, down = order.removeprefix("-"), order.startswith("-")
         value = _SORTED_BY.get(column)
-        rows = self._stream(where, ["id", "added", *([value] if value else [])], f"the order {order}")
-        places = [Place(row[value] if value else None, row["added"], row["id"]) for row in rows]
+        rows = self._stream(where, ["id", "added", *(["file"] if value else [])], f"the order {order}")
+        places = [Place(row["file"][value] if value else None, row["added"], row["id"]) for row in rows]
 
         def key(place: Place) -> tuple[Any, ...]:
             if column == "id":
@@ -771,9 +771,9 @@ def _own_facts(properties: dict[str, str]) -> dict[str, str]:
 
 
 def _item(row: Row) -> Item:
-    facts = FileFacts(*(row[name] for name in _FACTS))
+    facts = FileFacts(*(row["file"][name] for name in FileFacts._fields))
     fields = (row["id"], row["metadata"], row["source"], row["digest"], row["variant"])
-    return Item(*fields, facts=facts, mtime_ns=row["mtime_ns"])
+    return Item(*fields, facts=facts, mtime_ns=row["file"]["mtime_ns"])
 
 
 def _cut_short(found: list[Any], k: int, most: int) -> bool:

@@ -13,8 +13,11 @@ in which LIKE finds no wildcard and the order is that of code points.
 import json
 import unicodedata
 from collections.abc import Iterator
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
+
+import orjson
 
 from service.errors import InvalidRequest
 from service.store.filters import begins, number, spellings
@@ -83,7 +86,7 @@ def index_of(metadata: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         index |= {_key(name, "c"): min(written), _key(name, "d"): max(written)}
     for name, written in alone.items():
         index[_key(name, "e")] = _BETWEEN.join(written)
-    if len(terms) > MOST_TERMS or len(json.dumps(index)) > _MOST_INDEX_BYTES:
+    if len(terms) > MOST_TERMS or len(orjson.dumps(index)) > _MOST_INDEX_BYTES:
         raise InvalidRequest(
             f"metadata: expected at most {MOST_TERMS} values and {_MOST_INDEX_BYTES // 3} bytes of texts, which is "
             "what Milvus indexes"
@@ -199,5 +202,7 @@ def _key(name: str, letter: str) -> str:
     return _hashed(name) + letter
 
 
+# The names of fields, and their most frequent values, come again with every item.
+@lru_cache(65_536)
 def _hashed(text: str) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=TERM_LENGTH // 2).hexdigest()
