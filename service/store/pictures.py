@@ -1,6 +1,7 @@
 """Thumbnails and originals of a store on Milvus: files at a path of fsspec, such as a folder or s3://bucket/pictures."""
 
 from collections.abc import Sequence
+from typing import Any
 from uuid import uuid4
 
 import fsspec
@@ -39,8 +40,8 @@ class Pictures:
 
     def put(self, item: NewItem) -> str:
         """Keep the files of an item, and return their name; "" if it has none. They are written when it returns."""
-        files = {_THUMBNAIL: item.thumbnail, _ORIGINAL: item.original}
-        files = {ending: data for ending, data in files.items() if data}
+        given = {_THUMBNAIL: item.thumbnail, _ORIGINAL: item.original}
+        files = {ending: data for ending, data in given.items() if data}
         if not files:
             return ""
         name = uuid4().hex
@@ -76,7 +77,7 @@ class Pictures:
     def _path(self, name: str, ending: str) -> str:
         return f"{self._root}/{name[:2]}/{name}{ending}"
 
-    def _call(self, method: str, path: str, *data: bytes) -> object:
+    def _call(self, method: str, path: str, *data: bytes) -> Any:
         try:
             return getattr(self._files, method)(path, *data)
         except FileNotFoundError:

@@ -113,7 +113,9 @@ def test_a_copy_that_is_killed_goes_on(tmp_path: Path) -> None:
     first.communicate()
     second = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert second.returncode == 0, second.stderr
-    written, known = (int(second.stderr.split(before)[1].split(maxsplit=1)[0]) for before in ("pictures: ", "written, "))
+    written, known = (
+        int(second.stderr.split(before)[1].split(maxsplit=1)[0]) for before in ("pictures: ", "written, ")
+    )
     assert written + known == 8000
     assert known >= 1000
     store = MilvusStore(where, read_card(MODEL), D)

@@ -221,11 +221,11 @@ def _with(environment: dict[str, str]) -> dict[str, str]:
 
 
 def test_faults_at_the_start_are_one_sentence(tmp_path: Path) -> None:
-    for store, says in (
+    for name, says in (
         ("milvus://127.0.0.1:1/pictures", "Milvus does not answer now"),
         (f"milvus:{tmp_path}/none/x.db/pictures", "is not there"),
     ):
-        command = [str(LOOKALIKE), "serve", "--model", str(MODEL), "--store", store]
+        command = [str(LOOKALIKE), "serve", "--model", str(MODEL), "--store", name]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2
         assert says in done.stderr

@@ -157,7 +157,9 @@ def test_every_fact_of_an_item_comes_back(store: Store) -> None:
     assert bare is not None
     assert (bare.source, bare.facts, bare.mtime_ns) == (None, FileFacts(), None)
     assert store.remove(new.id)
-    assert store.original(new.id) is store.embedding(new.id) is store.get(new.id) is None
+    assert store.original(new.id) is None
+    assert store.embedding(new.id) is None
+    assert store.get(new.id) is None
 
 
 def test_an_item_that_is_replaced_keeps_its_metadata_where_asked(store: Store) -> None:
@@ -226,9 +228,10 @@ def test_pages_in_every_order(store: Store, order: Order) -> None:
 
 def test_a_cursor_that_is_none(store: Store) -> None:
     store.add([item("a", unit(D))])
-    for order in ("added", "date"):
+    orders: list[Order] = ["added", "date"]
+    for order in orders:
         with pytest.raises(PageNotFound, match="none of this order"):
-            store.page(1, "nonsense", order=order)  # type: ignore[arg-type]
+            store.page(1, "nonsense", order=order)
 
 
 def test_a_filtered_search_is_the_search_of_what_is_left(store: Store) -> None:
