@@ -20,9 +20,9 @@ def recorded_model(settings: Settings) -> tuple[Path, str] | None:
     if address is None:
         return embedded.recorded_model(settings.store)
     # pymilvus is an extra.
-    from service.store import milvus
+    from service.store.milvus_connection import recorded_model as recorded_on_milvus
 
-    return milvus.recorded_model(address, settings.milvus_token.get_secret_value())
+    return recorded_on_milvus(address, settings.milvus_token.get_secret_value())
 
 
 def find_model(settings: Settings, source: str = "") -> Path:

@@ -16,8 +16,9 @@ from service.settings import Settings
 from service.store import Item, NewItem, Store
 from service.store.catalog_reader import CatalogReader
 from service.store.layout import current
-from service.store.milvus import MilvusStore, recorded_facts
+from service.store.milvus import MilvusStore
 from service.store.milvus_address import parse_address
+from service.store.milvus_connection import recorded_facts
 
 _AT_ONCE = 1000
 # Facts about the store that go with its items.

@@ -13,8 +13,9 @@ from pymilvus import MilvusClient
 from service.errors import InvalidRequest, InvalidStore, NotOfThisStore, StoreAway, StoreMismatch
 from service.settings import Settings
 from service.store import milvus
-from service.store.milvus import MilvusStore, recorded_model
+from service.store.milvus import MilvusStore
 from service.store.milvus_address import MilvusAddress, parse_address
+from service.store.milvus_connection import recorded_model
 from tests.conftest import MODEL
 from tests.scale.milvus_server import Server, guarded_server, milvus_server
 from tests.scale.test_store_contract import D, address, card, item, unit
@@ -58,7 +59,7 @@ def at(server: Server) -> MilvusAddress:
 
 
 def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(milvus, "_TIMEOUT_S", 1)
+    monkeypatch.setattr(milvus, "TIMEOUT_S", 1)
     with milvus_server(tmp_path) as server:
         store = MilvusStore(at(server), card(), D)
         store.add([item("a", unit(D), n=1)])
