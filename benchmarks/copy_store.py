@@ -1,4 +1,4 @@
-"""`lookalike store copy` to Milvus Lite: items a second, and what is there after kill -9 in the middle and a second run."""
+"""`lookalike store copy` to Milvus Lite: items a second, undisturbed and after kill -9 in the middle."""
 
 import argparse
 import os

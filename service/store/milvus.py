@@ -57,6 +57,8 @@ from service.store.milvus_rows import (
 )
 from service.store.pictures import Pictures
 
+# Milvus Lite now and then merges its segments while a write waits.
+_WRITE_S = 60
 # Milvus takes 64 MB in a message.
 _MOST_ROWS, _MOST_BYTES = 1000, 16_000_000
 # Of one answer, by Milvus's own limit of 16,384 rows.
@@ -275,6 +277,8 @@ class MilvusStore:
 
     def note(self, facts: dict[str, str]) -> None:
         """See Store.note. They are properties of the collection."""
+        if not facts:
+            return
         with self._changing():
             properties = {PREFIX + name: value for name, value in facts.items()}
             self._client.alter_collection_properties(self.address.collection, properties, timeout=TIMEOUT_S)
@@ -291,12 +295,12 @@ class MilvusStore:
             content = orjson.dumps([row["metadata"], row["index"]])
             own = 4 * self._dimension + len(content) + (TERM_LENGTH + 2) * len(row["terms"])
             if batch and (len(batch) == _MOST_ROWS or size + own > _MOST_BYTES):
-                self._client.upsert(self.address.collection, batch, timeout=TIMEOUT_S, **options)
+                self._client.upsert(self.address.collection, batch, timeout=_WRITE_S, **options)
                 batch, size = [], 0
             batch.append(row)
             size += own
         if batch:
-            self._client.upsert(self.address.collection, batch, timeout=TIMEOUT_S, **options)
+            self._client.upsert(self.address.collection, batch, timeout=_WRITE_S, **options)
 
     def _delete(self, rows: Sequence[Row]) -> None:
         for start in range(0, len(rows), _MOST_ROWS):

@@ -323,6 +323,7 @@ def test_facts_that_are_noted_stay(open_store: Open) -> None:
     assert store.facts()["model"] == "encoder"
     store.note({"prefixes": '["ü"]', "folders": "[]"})
     store.note({"folders": '["/x"]'})
+    store.note({})
     store.close()
     facts = open_store().facts()
     assert (facts["prefixes"], facts["folders"], facts["fingerprint"]) == ('["ü"]', '["/x"]', card().fingerprint)
