@@ -93,21 +93,18 @@ class Source:
         last = 0
         while rows := self._reader.scan(_AT_ONCE, last):
             last = rows[-1][0]
+            keys = np.asarray([key for key, _ in rows], np.int64)
             vectors = {
                 int(key): vector
-                for keys, chunk in self._reader.vectors(np.asarray([key for key, _ in rows], np.int64))
-                for key, vector in zip(keys, chunk, strict=True)
+                for found, chunk in self._reader.vectors(keys)
+                for key, vector in zip(found, chunk, strict=True)
             }
-            # An item that was removed meanwhile has no vector.
+            pictures = self._reader.pictures(keys)
+            # An item that was removed meanwhile has neither.
             yield [
-                NewItem(
-                    **_fields(item),
-                    embedding=vectors[key],
-                    thumbnail=self._reader.thumbnail(item.id) or b"",
-                    original=self._reader.original(item.id),
-                )
+                NewItem(**_fields(item), embedding=vectors[key], thumbnail=pictures[key][0], original=pictures[key][1])
                 for key, item in rows
-                if key in vectors
+                if key in vectors and key in pictures
             ]
 
 
