@@ -61,7 +61,7 @@ def _processor_s(pid: int) -> float:
     """Return the processor time of a process and all below it so far."""
     root = psutil.Process(pid)
     times = [one.cpu_times() for one in (root, *root.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+    return float(sum(one.user + one.system for one in times))
 
 
 if __name__ == "__main__":

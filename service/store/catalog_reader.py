@@ -137,7 +137,7 @@ class CatalogReader:
             return {}
         query = _OF_KEYS.format(columns="key, thumbnail, original", table="pictures")
         with self.connections.borrow() as database:
-            rows = database.execute(query, (apsw.carray(np.ascontiguousarray(keys, np.int64)),)).fetchall()
+            rows: list[Any] = database.execute(query, (apsw.carray(np.ascontiguousarray(keys, np.int64)),)).fetchall()
         return {key: (bytes(small), None if original is None else bytes(original)) for key, small, original in rows}
 
     def vector(self, id: str) -> FloatArray | None:
