@@ -106,27 +106,32 @@ def pretrain(
     """Train an encoder on your own pictures and export it. The run's checkpoint and log lie in OUT.run."""
     _need_torch()
     from service.settings import read_own_settings
+    from training.device import choose_device
+    from training.distributed import first, joined
     from training.pretrain import pretrain as run
     from training.recipe import read_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
     chosen = read_recipe(recipe, change or ())
-    done = run(
-        source,
-        chosen,
-        out,
-        minutes,
-        device,
-        data_root,
-        init,
-        resume,
-        checkpoint_minutes,
-        overwrite,
-        image_key,
-        read_own_settings().limits,
-    )
-    _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done, as_json)
+    # Under torchrun this process is one of several, and the first speaks for all.
+    with joined(choose_device(device)):
+        done = run(
+            source,
+            chosen,
+            out,
+            minutes,
+            device,
+            data_root,
+            init,
+            resume,
+            checkpoint_minutes,
+            overwrite,
+            image_key,
+            read_own_settings().limits,
+        )
+        if first():
+            _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done, as_json)
 
 
 @cli.command(epilog="Example: lookalike export models/mine.run --out models/mine --overwrite")
