@@ -315,7 +315,9 @@ def embed(
     ],
     out: Annotated[
         str,
-        typer.Option(help="Folder of parts to write, or to bring in step with the source; or a URL, as s3://bucket/out."),
+        typer.Option(
+            help="Folder of parts to write, or to bring in step with the source; or a URL, as s3://bucket/out."
+        ),
     ],
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the default one if left out.")] = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the embeddings' numbers.")] = "float32",

@@ -205,7 +205,7 @@ class Canvas:
         return good
 
     def learn(self, positions: IntArray, bad: dict[int, Failure]) -> None:
-        """Take over what other processes found out about pictures: the bad ones among these positions; others are good."""
+        """Take over what other processes found out: the bad ones among these positions; the others are good."""
         unknown = positions[self._state[positions] == _UNKNOWN]
         self._state[unknown] = _SEEN
         self._state[list(bad)] = _BAD

@@ -2,9 +2,9 @@
 
     one batch ─own─▶ share ─backbone─▶ embeddings ─gather─▶ embeddings of the whole batch ─method─▶ loss
 
-Every process has the same settings, random numbers and order of pictures, and from `gather` on the same tensors, so heads,
-losses, queues, centres and clusters need no code of their own. Without torchrun all functions here leave things as
-they are.
+Every process has the same settings, random numbers and order of pictures, and from `gather` on the same tensors, so
+heads, losses, queues, centres and clusters need no code of their own. Without torchrun all functions here leave things
+as they are.
 """
 
 import os
@@ -218,13 +218,13 @@ def copy_first(*tensors: Tensor) -> None:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Tensor) -> Tensor:
+    def forward(ctx: Any, share: Tensor) -> Tensor:  # noqa: ARG004
         shares = [torch.empty_like(share, memory_format=torch.contiguous_format) for _ in range(count())]
         dist.all_gather(shares, share.contiguous())
         return torch.cat(shares, 1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
         # All processes compute the same loss, so a share's gradient is complete in its own process. The factor cancels
         # that of the mean over processes.
         return own_part(gradients[0]) * count()

@@ -42,8 +42,8 @@ from training.checkpoint import (
     write_checkpoint,
 )
 from training.data import Canvas, Loaded, ahead, batches, open_training_source, resident_batches, spread
-from training.distributed import check_divisible, first, from_first, largest, mean_gradients, own_folder
 from training.device import choose_device, choose_precision, compile_if_faster, now
+from training.distributed import check_divisible, first, from_first, largest, mean_gradients, own_folder
 from training.encoder import Encoder
 from training.export import check_export, export, export_locked
 from training.locked import open_locked
@@ -572,7 +572,9 @@ def make_views(
         number, side, areas = recipe.dino.local_views, recipe.local_side, recipe.dino.local_area
     if pixels.device.type == "cuda":
         # One call for all views launches fewer kernels.
-        drawn = augment(pictures.repeat(number, 1, 1, 1), recipe.augmentation, randomness, side, areas, number)  # (VN, C, S, S)
+        drawn = augment(
+            pictures.repeat(number, 1, 1, 1), recipe.augmentation, randomness, side, areas, number
+        )  # (VN, C, S, S)
         drawn = drawn.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
         return drawn.view(number, -1, *drawn.shape[1:])
     views = torch.stack([augment(pictures, recipe.augmentation, randomness, side, areas) for _ in range(number)])

@@ -26,8 +26,8 @@ from service.jobs.description import Description
 from service.jobs.keeping import MEASURED, Stamp, keep
 from service.jobs.parquet_parts import META
 from service.jobs.part_folder import EMBEDDING, PartFolder
-from service.jobs.remote_parts import part_folder
 from service.jobs.reading import progress, read_ahead, use_good
+from service.jobs.remote_parts import part_folder
 from service.settings import Settings
 from service.sources.source import Source
 

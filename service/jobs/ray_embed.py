@@ -3,7 +3,7 @@
     positions ─Ray Data─▶ actors: read, decode, encode ─in order─▶ embed.py, which writes, resumes and lists failures
 
 An actor is one per GPU, or one per core where no node has a GPU. Each opens the source for itself, and gets the encoder
-with its first call. Ray repeats what a lost worker had in hand.
+from Ray's object store. Ray repeats what a lost worker had in hand.
 """
 
 import json
@@ -49,7 +49,9 @@ class Origin:
 
     def open(self) -> Source:
         """Open the source."""
-        return open_remote(self.name) if is_remote(self.name) else open_source(self.name, self.data_root, self.image_key)
+        return (
+            open_remote(self.name) if is_remote(self.name) else open_source(self.name, self.data_root, self.image_key)
+        )
 
 
 def connect(address: str) -> None:
@@ -65,12 +67,14 @@ def connect(address: str) -> None:
     import ray
 
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None)
+        ray.init(
+            address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None
+        )
     # Ray raises ConnectionError, ValueError and errors of gRPC.
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidRequest(
-            f"--ray {address}: no Ray cluster there: {reason}; expected local, auto, or an address such as 10.0.0.1:6379"
+            f"--ray {address}: no Ray cluster there: {reason}; expected local, auto, or an address as 10.0.0.1:6379"
         ) from error
 
 
@@ -170,7 +174,10 @@ def _table(outcomes: Embeddings, dimension: int) -> Any:
             "position": pa.array([position for position, _ in outcomes], pa.int64()),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), dimension),
             "error": pa.array(errors, pa.string()),
-            **{name: pa.array(values, pa.string() if name == "digest" else pa.int64()) for name, values in measured.items()},
+            **{
+                name: pa.array(values, pa.string() if name == "digest" else pa.int64())
+                for name, values in measured.items()
+            },
         }
     )
 

@@ -45,8 +45,8 @@ OF_METHOD: dict[str, dict[str, Any]] = {
     "clusters": {"clusters": {"clusters": 10, "every": 1}},
     "clip": {"text": {"words": {str(digit): (f"digit {digit}",) for digit in range(10)}}},
 }
-# The largest difference of a loss: of one above 1 as a share of it. Rounding grows most where nearly constant columns are
-# scaled to a deviation of 1, and where a maximum is chosen.
+# The largest difference of a loss: of one above 1 as a share of it. Rounding grows most where nearly constant columns
+# are scaled to a deviation of 1, and where a maximum is chosen.
 CLOSE = dict.fromkeys(METHODS, 1e-5) | {"barlow": 1e-4, "dino": 1e-4, "triplet": 1e-3, "vicreg": 1e-2}
 SOURCE = "digits[:300]"
 BAD = (3, 40, 41, 77)
@@ -169,7 +169,9 @@ def test_two_processes_have_the_losses_of_one(
     name: str, two: dict[str, Any], tiny_recipe_file: Path, tmp_path: Path
 ) -> None:
     alone = losses(recipe_of(tiny_recipe_file, name), tmp_path)
-    np.testing.assert_array_less(np.abs(np.subtract(two["losses"][name], alone)), CLOSE[name] * np.maximum(1, np.abs(alone)))
+    np.testing.assert_array_less(
+        np.abs(np.subtract(two["losses"][name], alone)), CLOSE[name] * np.maximum(1, np.abs(alone))
+    )
     print(name, np.max(np.abs(np.subtract(two["losses"][name], alone)) / np.maximum(1, np.abs(alone))))
 
 
@@ -218,7 +220,16 @@ def test_a_process_that_dies_ends_all_within_a_minute_and_leaves_a_checkpoint(
     tiny_recipe_file: Path, tmp_path: Path
 ) -> None:
     out, errors = tmp_path / "model", tmp_path / "stderr.txt"
-    verb = ["pretrain", SOURCE, "--recipe", str(tiny_recipe_file), "--set", "precision=float32", "--set", "epochs=100000"]
+    verb = [
+        "pretrain",
+        SOURCE,
+        "--recipe",
+        str(tiny_recipe_file),
+        "--set",
+        "precision=float32",
+        "--set",
+        "epochs=100000",
+    ]
     verb += ["--checkpoint-minutes", "0.001", "--device", "cpu", "--out", str(out)]
     with errors.open("w") as stderr:
         started = subprocess.Popen(torchrun("-m", "lookalike", *verb), env=environment(), stderr=stderr)
