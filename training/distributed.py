@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 # A process that dies closes its connections, so the others notice at once. This is for one that hangs.
 _PATIENCE = timedelta(minutes=10)
-_loaders: list[dist.ProcessGroup] = []
+_loaders: list[Any] = []
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def gather(share: Tensor) -> Tensor:
     """Return (V, N, …) of the whole batch; a share is (V, n, …). Differentiable, as `encode` says."""
     if count() == 1:
         return share
-    whole: Tensor = _Gather.apply(share)  # type: ignore[no-untyped-call]
+    whole: Tensor = _Gather.apply(share)
     return whole
 
 
@@ -235,5 +235,6 @@ def _average(tensors: list[Tensor]) -> None:
         return
     joint = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(joint)
-    for tensor, values in zip(tensors, joint.div_(count()).split([one.numel() for one in tensors]), strict=True):
+    means = torch.split(joint.div_(count()), [one.numel() for one in tensors])
+    for tensor, values in zip(tensors, means, strict=True):
         tensor.copy_(values.view_as(tensor))

@@ -129,16 +129,28 @@ class _Worker:
             path.write_bytes(data)
         card = read_card(Path(self._folder.name))
         self._encoder = Encoder(card, "cuda" if gpu else "cpu", variant, None if gpu else 1)
-        self._source, self._settings = origin.open(), settings
+        self._origin, self._settings = origin, settings
+        self._source: Source | None = None
 
     def __call__(self, batch: Any) -> Any:
-        positions = batch["position"].to_pylist()
-        known = len(self._source)
-        for position, id in zip(positions, batch["id"].to_pylist(), strict=True):
-            if position >= known or _stored(self._source.ids[position]) != id:
-                raise InvalidSource(f"{self._source.name}: has other pictures on this node, or changed meanwhile")
-        outcomes = [one for chunk in embedded(self._source, self._encoder, self._settings, positions) for one in chunk]
-        return _table(outcomes, self._encoder.dimension)
+        positions, dimension = batch["position"].to_pylist(), self._encoder.dimension
+        try:
+            source = self._open(positions, batch["id"].to_pylist())
+            chunks = list(embedded(source, self._encoder, self._settings, positions))
+            return _table([one for chunk in chunks for one in chunk], dimension)
+        # It concerns all pictures. Ray would repeat what raises, and pass on more than the sentence.
+        except LookalikeError as error:
+            return _table([(position, error) for position in positions], dimension, str(error))
+
+    def _open(self, positions: Sequence[int], ids: Sequence[bytes]) -> Source:
+        """Return the source, if it has these ids at these positions."""
+        if self._source is None:
+            self._source = self._origin.open()
+        source = self._source
+        for position, id in zip(positions, ids, strict=True):
+            if position >= len(source) or _stored(source.ids[position]) != id:
+                raise InvalidSource(f"{source.name}: has other pictures on a node, or changed meanwhile")
+        return source
 
 
 def _content(encoder: Encoder) -> dict[str, bytes]:
@@ -162,8 +174,8 @@ def _positions(source: Source, positions: Sequence[int]) -> Any:
     return pa.table({"position": pa.array(positions, pa.int64()), "id": ids})
 
 
-def _table(outcomes: Embeddings, dimension: int) -> Any:
-    """Return outcomes as a table; `error` is a JSON list of sentence and code, or null."""
+def _table(outcomes: Embeddings, dimension: int, fatal: str | None = None) -> Any:
+    """Return outcomes as a table; `error` is a JSON list of sentence and code, or null, and `fatal` ends the job."""
     nothing = (np.zeros(dimension, np.float32), Measured(0, 0, "", 0, None))
     good = [nothing if isinstance(one, LookalikeError) else one for _, one in outcomes]
     errors = [json.dumps([str(one), one.code]) if isinstance(one, LookalikeError) else None for _, one in outcomes]
@@ -174,6 +186,7 @@ def _table(outcomes: Embeddings, dimension: int) -> Any:
             "position": pa.array([position for position, _ in outcomes], pa.int64()),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), dimension),
             "error": pa.array(errors, pa.string()),
+            "fatal": pa.array([fatal] * len(outcomes), pa.string()),
             **{
                 name: pa.array(values, pa.string() if name == "digest" else pa.int64())
                 for name, values in measured.items()
@@ -183,7 +196,10 @@ def _table(outcomes: Embeddings, dimension: int) -> Any:
 
 
 def _outcomes(table: Any) -> Embeddings:
-    """Return what `_table` made a table of."""
+    """Return what `_table` made a table of. Raises InvalidRequest if it ends the job."""
+    fatal = next((one for one in table["fatal"].to_pylist() if one), None)
+    if fatal:
+        raise InvalidRequest(f"Ray: {fatal}")
     columns = table["embedding"].combine_chunks()
     rows = np.asarray(columns.flatten(), np.float32).reshape(len(table), -1)
     measured = zip(*(table[name].to_pylist() for name in Measured._fields), strict=True)
