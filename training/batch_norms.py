@@ -33,7 +33,7 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
         if self.training and input.device.type == "cpu":
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
-            normalised: Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
+            normalised: Tensor = _Normalise.apply(
                 input, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps
             )
         else:

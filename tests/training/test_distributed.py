@@ -172,7 +172,6 @@ def test_two_processes_have_the_losses_of_one(
     np.testing.assert_array_less(
         np.abs(np.subtract(two["losses"][name], alone)), CLOSE[name] * np.maximum(1, np.abs(alone))
     )
-    print(name, np.max(np.abs(np.subtract(two["losses"][name], alone)) / np.maximum(1, np.abs(alone))))
 
 
 def test_a_batch_norm_of_two_processes_is_that_of_the_whole_batch(two: dict[str, Any]) -> None:
