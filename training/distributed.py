@@ -8,6 +8,7 @@ as they are.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -141,6 +142,8 @@ def own_folder(folder: Path) -> Path:
     if first():
         return folder
     folder = folder / f"process-{rank()}"
+    # Pixels that a killed run left there are not those that the first process's checkpoint tells of.
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -197,6 +197,7 @@ def test_the_first_process_alone_writes_the_run(two: dict[str, Any]) -> None:
     written = {path.name.split(".")[0] for path in run.iterdir()}
     assert written == {"checkpoint", "log", "events", "process-1"}
     assert not (run / "process-1" / "checkpoint.pt").exists()
+    assert not (run / "process-1" / "canvas.bin").exists()
 
 
 def test_one_process_resumes_the_run_of_two(two: dict[str, Any], tiny_recipe_file: Path, tmp_path: Path) -> None:
@@ -262,7 +263,8 @@ def main(file: Path, folder: Path) -> None:
     with joined(CPU):
         run = folder / "run"
         if first():
-            run.mkdir()
+            (run / "process-1").mkdir(parents=True)
+            (run / "process-1" / "canvas.bin").write_bytes(b"of a run that was killed")
         own = own_folder(run)
         found = {
             "batch_norm": batch_norm_differences(),
