@@ -33,6 +33,8 @@ _ITEMS, _GROUPS, _DIMENSION = 100_000, 5_000, 128
 _THRESHOLD = 0.9
 _PHOTOS = 2125
 _TURNS = 5
+# Px a frame: 5,000 groups are 1.9 million.
+_STEP = 2000
 
 # Notes when the first element that matches a selector is on the screen, in ms since the page was opened.
 _WATCH = """(selector) => {
@@ -109,13 +111,12 @@ def duplicates(work: Path, browser: Browser) -> Iterator[Row]:
             if len(waits) < _TURNS:
                 page.close()
         yield Row(f"{name}: first groups shown after they are known", "≤ 2 s", "1 s", f"{_median(waits) / 1e3:.2f} s")
-        # 5,000 rows are 1.9 million px.
-        for step in (400, 4000):
-            page.evaluate("window.scrollTo(0, 0)")
-            frames: list[float] = page.evaluate(_SCROLL, step)
-            longest, most = max(frames), sorted(frames)[int(0.99 * len(frames))]
-            figure = f"{longest:.0f} ms (99 % within {most:.0f} ms, {len(frames):,} frames)"
-            yield Row(f"{name}: scroll to the end, {step:,} px a frame, longest frame", "≤ 100 ms", "50 ms", figure)
+        # All groups are there a moment later.
+        page.wait_for_load_state("networkidle")
+        frames: list[float] = page.evaluate(_SCROLL, _STEP)
+        longest, most = max(frames), sorted(frames)[int(0.99 * len(frames))]
+        figure = f"{longest:.0f} ms (99 % within {most:.0f} ms, {len(frames):,} frames)"
+        yield Row(f"{name}: scroll to the end, {_STEP:,} px a frame, longest frame", "≤ 100 ms", "50 ms", figure)
         page.close()
 
 

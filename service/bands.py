@@ -106,7 +106,8 @@ def measure(store: EmbeddedStore, facts: dict[str, Any]) -> Scores:
     # The highest of `count` scores, if they were normally distributed. Where strangers are of a few kinds, such as ten
     # digits, the distribution has a long end, and half of the way to `near` is better (docs/experiments.md).
     highest = strangers[1] + math.sqrt(2 * math.log(count)) * deviation
-    alike = round(max(strangers[2], min(highest, (strangers[2] + near) / 2)), 4)
+    # Where all items are alike, strangers have higher scores than `near`.
+    alike = round(min(near, max(strangers[2], min(highest, (strangers[2] + near) / 2))), 4)
     # Where all items are copies of one file there is no neighbour.
     nearest = _quantiles(neighbours, 0.05, 0.5, 0.95) if len(neighbours) else None
     return Scores(near, alike, strangers, nearest, len(neighbours))

@@ -505,6 +505,7 @@ class Info(BaseModel):
     """The encoder, the gallery, the limits and the versions of this service.
 
     `queries` are the kinds of query that a search takes here; `text` is null where the encoder reads pictures alone.
+    `card` has what the encoder's card.json says of its method, licence, origin and data.
     """
 
     model: str
@@ -513,6 +514,7 @@ class Info(BaseModel):
     count: int | None
     variant: str
     provider: str
+    card: dict[str, Any]
     preprocessing: dict[str, Any]
     queries: list[str]
     text: TextInfo | None

@@ -16,7 +16,8 @@ const KEY = "lookalike-key";
  * @typedef {{items: Item[], total: number, next: string | null}} Listing
  * @typedef {{model: string, fingerprint: string, dimension: number, count: number | null, variant: string,
  *   provider: string, queries: string[], notice: string | null, limits: Record<string, number>,
- *   versions: Record<string, string>}} Info
+ *   versions: Record<string, string>, card: {method?: string, licence?: string, origin?: string,
+ *   data?: {source?: string, pictures?: number}}}} Info
  * @typedef {{prefix?: string, name?: string, filter?: string, order?: string, offset?: number, limit?: number}} Listed
  */
 

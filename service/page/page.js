@@ -4,7 +4,7 @@
 //   #picture?id=                                 one picture, large
 //   #search?id= | text= | kept=                  lookalikes of an item, of words, of the visitor's pictures
 //   #duplicates?preset= | threshold=             groups of copies
-//   #map?colour=                                 all items as points
+//   #map?colour=&id= | text=                     all items as points, and marks on lookalikes
 //   #add                                         pictures for the collection
 //   #about                                       the service
 

@@ -81,6 +81,11 @@ export function reload() {
 export function startRouter(table) {
   views = table;
   history.scrollRestoration = "manual";
+  document.querySelector("#skip")?.addEventListener("click", (event) => {
+    // Its address would be that of a view.
+    event.preventDefault();
+    main.focus();
+  });
   window.addEventListener("popstate", () => {
     remember();
     open();

@@ -13,6 +13,8 @@ from tests.conftest import encoded, scene
 from tests.page.files import drop_paths, fetch, hand_over, names, payload
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("drives a browser through uploads")
+
 
 @pytest.fixture(scope="module")
 def store_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -212,8 +214,9 @@ def test_a_lost_connection_stops_it_and_it_goes_on(page: Page, store_url: str, c
     expect(page.get_by_role("alert").filter(has_text="cannot be reached")).to_be_visible()
     expect(page.get_by_role("status").filter(has_text="added")).to_have_text("1 added, 59 not sent.")
     page.unroute("**/images")
-    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("button", name="Try again").press("Enter")
     expect(page.get_by_role("status").filter(has_text="added")).to_have_text("60 added.")
+    expect(page.get_by_role("heading", level=2)).to_be_focused()
     assert len(ids(store_url, "lost/")) == 60
     assert [text for text in complaints if "ERR_FAILED" not in text] == []
     complaints.clear()
@@ -268,6 +271,8 @@ def test_it_can_be_cancelled_and_resumed(page: Page, store_url: str) -> None:
     expect(page.locator(".figures")).to_contain_text("1 of 20")
     page.get_by_role("button", name="Cancel").press("Enter")
     expect(page.get_by_role("heading", level=2)).to_have_text("Cancelled")
+    # The button is gone, but the focus is not lost.
+    expect(page.get_by_role("link", name="Show them")).to_be_focused()
     expect(page.get_by_role("status").filter(has_text="added")).to_have_text("1 added, 19 not sent.")
     page.unroute("**/images")
     page.get_by_role("button", name="Go on with the other 19").click()

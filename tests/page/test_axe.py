@@ -7,6 +7,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.conftest import ROOT, missing
 
+pytestmark = pytest.mark.slow("opens each state four times")
+
 AXE = ROOT / "requirements" / "node_modules" / "axe-core" / "axe.min.js"
 # By the view that they open: the address, and what is there once it is open.
 STATES = {

@@ -248,3 +248,32 @@ def test_a_key_is_asked_for_until_it_is_right(page: Page, tmp_path: Path, compla
         expect(page.get_by_text("5 pictures")).to_be_visible()
     assert [text for text in complaints if "401" not in text] == []
     complaints.clear()
+
+
+def test_the_first_tab_skips_the_header_and_stays_in_the_view(page: Page, digits_url: str) -> None:
+    page.goto(f"{digits_url}/#about")
+    expect(page.get_by_role("heading", level=1)).to_have_text("About this service")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("main")).to_be_focused()
+    expect(page.get_by_role("heading", level=1)).to_have_text("About this service")
+
+
+@pytest.mark.parametrize(
+    ("link", "title", "heading"),
+    [
+        ("Duplicates", "Duplicates", "Duplicates"),
+        ("Map", "Map", "Map"),
+        ("Add", "Add pictures", "Add pictures"),
+        ("About this service", "About this service", "About this service"),
+    ],
+)
+def test_each_view_has_a_link_a_title_and_a_heading(
+    page: Page, digits_url: str, link: str, title: str, heading: str
+) -> None:
+    page.goto(digits_url)
+    page.get_by_role("banner").get_by_role("link", name=re.compile(f"^{link}")).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+    expect(page).to_have_title(f"{title} · Lookalike")
+    expect(page.get_by_role("banner").locator("[aria-current=page]")).to_have_count(1)

@@ -14,6 +14,8 @@ from playwright.sync_api import Locator, Page, Route, expect
 from tests.conftest import encoded, scene
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("waits for groups")
+
 HOSTILE = ["$(touch hacked).png", "-rf.png", 'it\'s `id` "quoted" \\.png', "<img src=x onerror=alert(1)>.png"]
 
 
@@ -241,6 +243,8 @@ def test_the_keyboard_does_everything(page: Page, url: str) -> None:
     third.press("u")
     expect(state(page, "2.png")).to_have_count(0)
     # Only the current group's controls are in the tab order.
+    for control in first.locator("a, button, input").all():
+        expect(control).to_have_attribute("tabindex", "-1")
     third.press("Tab")
     expect(third.get_by_role("button", name="Keep 1, remove 1")).to_be_focused()
     page.keyboard.press("Shift+Tab")
@@ -358,7 +362,7 @@ def test_a_script_takes_any_name(page: Page, url: str, tmp_path: Path) -> None:
     marked += [copy(str(work / "link"))]
     page.goto(f"{url}/#about")
     made = """async ([text, staying]) => {
-        const { makeList, makeScript } = await import("./page/parts/script.js");
+        const { makeList, makeScript } = await import("./page/duplicates/script.js");
         const marked = JSON.parse(text);
         return [makeScript(marked, new Set(staying)), makeList(marked)];
     }"""

@@ -16,6 +16,8 @@ from playwright.sync_api import FloatRect, Page, Route, expect
 
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("waits for maps")
+
 
 @pytest.fixture(scope="module")
 def map_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

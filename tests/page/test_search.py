@@ -17,6 +17,8 @@ from tests.conftest import encoded, scene
 from tests.page.files import digit, drop_paths, fetch, hand_over, names, payload
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("drives a browser through searches")
+
 # The pictures of `mixed_url` have these longer sides.
 LARGE, HUGE = 3000, 6000
 
@@ -219,6 +221,26 @@ def test_several_files_are_tabs_and_none_is_dropped(page: Page, digits_url: str,
     page.keyboard.press("Tab")
     assert [text for text in complaints if "415" not in text] == []
     complaints.clear()
+
+
+def test_each_tab_keeps_its_own_part(page: Page, mixed_url: str, large: bytes) -> None:
+    page.goto(mixed_url)
+    files = [payload("large.jpg", large, "image/jpeg"), payload("red.png", colour(255, 0, 0))]
+    page.set_input_files("#ask-files", files)
+    expect(tiles(page, "Same file")).to_contain_text("large.jpg")
+    page.goto(f"{page.url}&crop=0.6,0.1,0.3,0.6")
+    expect(heading(page)).to_have_text("Like a part of large.jpg")
+    page.get_by_role("tab", name="red.png").click()
+    expect(heading(page)).to_have_text("Looks like red.png")
+    expect(tiles(page, "Same file")).to_contain_text("red.png")
+    assert params(page)["tab"] == "1" and "crop" not in params(page)
+    tiles(page).first.click()
+    expect(page.get_by_role("link", name="Search by this")).to_be_visible()
+    page.go_back()
+    expect(heading(page)).to_have_text("Looks like red.png")
+    page.get_by_role("tab", name="large.jpg").click()
+    expect(heading(page)).to_have_text("Like a part of large.jpg")
+    expect(tiles(page).first).to_contain_text("blue.png")
 
 
 def test_a_tab_that_is_left_does_not_show_its_late_answer(page: Page, digits_url: str) -> None:

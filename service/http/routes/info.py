@@ -29,6 +29,8 @@ VERSIONS = {
     "onnxruntime": onnxruntime.__version__,
     "faiss": faiss.__version__,
 }
+# Of the encoder's card: how it came about, and who may use it.
+_CARD = ("method", "licence", "origin", "data")
 # Of the preprocessing, beside its sizes.
 _PREPROCESSING = ("resize", "resample", "rescale", "mean", "std")
 
@@ -84,6 +86,7 @@ def _info(gallery: Gallery) -> dict[str, Any]:
         "count": None if settings.no_store else gallery.store.count(),
         "variant": gallery.encoder.variant,
         "provider": gallery.encoder.provider,
+        "card": {name: gallery.card.facts[name] for name in _CARD if name in gallery.card.facts},
         "preprocessing": preprocessing.sizes | {k: v for k, v in asdict(preprocessing).items() if k in _PREPROCESSING},
         "queries": list(QUERY_KINDS if gallery.reads_texts else (kind for kind in QUERY_KINDS if kind != "text")),
         "text": _text(gallery),

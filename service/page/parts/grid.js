@@ -19,6 +19,7 @@ const PAUSE = 60;
  * @property {{width: number, below: number, height?: number}} tile least width, and the height of what stands below the
  *   square picture, in px, gaps included; a height is one for all widths
  * @property {T[]} [first] the first page, where it is known
+ * @property {(place: number) => T | undefined} [known] an item that needs no fetching
  * @property {string} label for screen readers
  * @property {AbortSignal} signal of the view
  * @property {(first: number, last: number) => void} [onMove] told the places in sight
@@ -31,7 +32,7 @@ const PAUSE = 60;
  * @template T
  * @param {GridOptions<T>} options
  */
-export function makeGrid({ count, load, makeTile, tile, first = [], label, signal, onMove, onProblem }) {
+export function makeGrid({ count, load, makeTile, tile, first = [], known = () => undefined, label, signal, onMove, onProblem }) {
   const list = make("ol", { class: "grid", role: "list", "aria-label": label });
   /** @type {Map<number, T[] | null>} null while a page is on its way */
   const pages = new Map();
@@ -45,7 +46,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], label, signa
   let timer = 0;
   if (first.length) pages.set(0, first);
 
-  const itemAt = (/** @type {number} */ place) => pages.get(Math.floor(place / PAGE))?.[place % PAGE];
+  const itemAt = (/** @type {number} */ place) => pages.get(Math.floor(place / PAGE))?.[place % PAGE] ?? known(place);
 
   function layOut() {
     const width = list.clientWidth;

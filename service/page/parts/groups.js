@@ -7,7 +7,7 @@ const FIRST = 100;
 const LATER = 1000;
 
 /**
- * @typedef {import("./decisions.js").Group} Group
+ * @typedef {import("../duplicates/decisions.js").Group} Group
  * @typedef {{threshold: number, total: number, rest: number, rest_bytes: number, groups: Group[], next: string | null}} Answer
  */
 

@@ -15,6 +15,7 @@ export async function openAbout({ place, title }) {
   const shown = [
     ["Pictures", countPictures(info.count ?? 0)],
     ["Encoder", info.model],
+    ...factsOfCard(info.card),
     ["Embeddings", `${formatCount(info.dimension)} numbers each, fingerprint ${info.fingerprint.slice(0, 12)}`],
     ["Runs on", `${info.provider}, ${info.variant}`],
     ["Takes", info.queries.join(", ")],
@@ -37,6 +38,14 @@ export async function openAbout({ place, title }) {
     make("h2", {}, "Theme"),
     makeThemes(),
   );
+}
+
+/** What the encoder's card tells. @param {import("../api.js").Info["card"]} card @returns {[string, string][]} */
+function factsOfCard({ method, licence, origin, data }) {
+  const trained = [data?.source, data?.pictures && countPictures(data.pictures)].filter(Boolean).join(", ");
+  /** @type {[string, string | undefined][]} */
+  const facts = [["Method", method], ["Origin", origin], ["Trained on", trained], ["Licence", licence]];
+  return facts.flatMap(([term, value]) => (value ? [[term, value]] : []));
 }
 
 const THEME = "lookalike-theme";

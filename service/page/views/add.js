@@ -104,7 +104,7 @@ function makeReview({ files, leftOut, folder }, signal, { start, back }) {
   );
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    add.disabled = true;
+    if (checking.textContent) return;
     checking.textContent = "Looking which of these names are there already …";
     trouble.replaceChildren();
     try {
@@ -116,7 +116,6 @@ function makeReview({ files, leftOut, folder }, signal, { start, back }) {
     } catch (error) {
       if (!signal.aborted) showProblem(trouble, error, () => form.requestSubmit());
     }
-    add.disabled = false;
     checking.textContent = "";
   });
   return form;
@@ -124,7 +123,7 @@ function makeReview({ files, leftOut, folder }, signal, { start, back }) {
 
 /** The id of a file in a folder. @param {string} folder @param {string} path */
 function idOf(folder, path) {
-  const segments = [...folder.split("/"), ...path.split("/")].map((segment) => segment.trim()).filter(Boolean);
+  const segments = [...folder.split("/").map((segment) => segment.trim()), ...path.split("/")].filter(Boolean);
   // The name of a file may hold halves of characters, which ids cannot.
   return new TextDecoder().decode(new TextEncoder().encode(segments.join("/"))).normalize("NFC");
 }
@@ -228,9 +227,17 @@ function makeProgress(upload, signal, more) {
     bar.hidden = upload.state === "done";
     heading.textContent = isRunning ? `Adding ${countPictures(upload.total)}` : titleOf(upload);
     result.textContent = isRunning ? "" : resultOf(upload);
-    trouble.replaceChildren();
-    if (upload.state === "stopped") showProblem(trouble, upload.trouble, () => upload.resume());
+    const hadFocus = buttons.contains(document.activeElement) || trouble.contains(document.activeElement);
+    if (upload.state === "stopped") showProblem(trouble, upload.trouble, goOn);
+    else trouble.replaceChildren();
     buttons.replaceChildren(...(isRunning ? [makeButton("Cancel", () => upload.cancel(), { id: "cancel" })] : makeNext()));
+    if (hadFocus) /** @type {HTMLElement | null} */ (buttons.querySelector("a, button"))?.focus();
+  }
+
+  function goOn() {
+    // The button is gone.
+    heading.focus();
+    upload.resume();
   }
 
   function makeNext() {
@@ -260,6 +267,8 @@ function makeProgress(upload, signal, more) {
     clearInterval(timer);
     cancelAnimationFrame(frame);
     if (upload.state === "running") upload.addEventListener("change", tellLater);
+    // A result without failures need not be seen again.
+    else if (upload.state === "done" && !upload.failed.length) forgetUpload();
   });
   // The visitor has gone to another view.
   function tellLater() {

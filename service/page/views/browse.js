@@ -26,7 +26,7 @@ const ORDERS = {
 /** @type {Record<string, {text: string, width: number, below: number}>} */
 const SIZES = {
   small: { text: "Small", width: 92, below: 0 },
-  medium: { text: "Medium", width: 152, below: 62 },
+  medium: { text: "Medium", width: 144, below: 62 },
   large: { text: "Large", width: 300, below: 62 },
 };
 const SIZE_KEY = "lookalike-tiles";

@@ -1,23 +1,23 @@
 // Groups of copies: which to keep, which to remove, and what comes of it: a list, a script, or a smaller index.
 
 import { ApiError } from "../api.js";
-import { fillComparison } from "../parts/compare.js";
-import { countRecords, decide, doneOf, forgetDecisions, hasRecord, keptOf, removedOf, saveDecisions } from "../parts/decisions.js";
+import { fillComparison } from "../duplicates/compare.js";
+import { countRecords, decide, doneOf, forgetDecisions, hasRecord, keptOf, removedOf, saveDecisions } from "../duplicates/decisions.js";
 import { make, makeButton } from "../parts/elements.js";
 import { makeGrid } from "../parts/grid.js";
-import { KEYS, makeRow, setTabStops, takeKey } from "../parts/group.js";
+import { KEYS, makeRow, setTabStops, takeKey } from "../duplicates/group.js";
 import { findGroups } from "../parts/groups.js";
 import { showDuplicates } from "../parts/header.js";
 import { showProblem } from "../parts/problem.js";
 import { removeItems } from "../parts/removal.js";
-import { makeList, makeScript, saveText } from "../parts/script.js";
+import { makeList, makeScript, saveText } from "../duplicates/script.js";
 import { showToast } from "../parts/toast.js";
 import { formatBytes, formatCount } from "../parts/words.js";
 import { addressOf, go, reload, rename, replace } from "../router.js";
 
 /**
  * @typedef {import("../parts/groups.js").Listing} Listing
- * @typedef {import("../parts/decisions.js").Group} Group
+ * @typedef {import("../duplicates/decisions.js").Group} Group
  * @typedef {import("../parts/removal.js").Failed} Failed
  * @typedef {import("../parts/removal.js").Restore} Restore
  */
@@ -31,6 +31,8 @@ const PRESETS = {
 const NARROW = "(max-width: 46rem)";
 const LEAST = 0.5;
 const STEP = 0.005;
+// So many groups are fetched before anyone scrolls to them.
+const MOST_AHEAD = 10_000;
 // A slider that rests for so many ms is a question.
 const PAUSE = 300;
 // Heights of a row in rem.
@@ -170,8 +172,10 @@ function openGroups({ params, place, signal, isReturn }) {
     all.hidden = !listing.total;
     results.replaceChildren(listing.total ? makeGroups(listing, address, signal, trouble, () => void find(), showMarked) : makeEmpty(listing));
     showMarked();
-    // Decisions about groups that are not there yet count, too.
-    if (listing.groups.filter(hasRecord).length < countRecords()) listing.load(listing.total, signal).then(showMarked, () => {});
+    // Scrolling is smooth once all groups are there. Decisions about groups that are not there yet count, too.
+    if (listing.total <= MOST_AHEAD || listing.groups.filter(hasRecord).length < countRecords()) {
+      listing.load(listing.total, signal).then(showMarked, () => {});
+    }
   }
 
   async function keepAllBest() {
@@ -296,6 +300,7 @@ function makeGroups(listing, address, signal, trouble, findAgain, onChange) {
       setTabStops(made.row, place === current);
       return made.row;
     },
+    known: (place) => listing.groups[place],
     // One row a line.
     tile: { width: 1e6, below: 0, height },
     label: `${formatCount(listing.total)} groups`,
@@ -397,7 +402,7 @@ function showKeys() {
 
 // What comes of it ----------------------------------------------------------------------------------
 
-/** @param {Group[]} groups @returns {import("../parts/script.js").Marked[]} */
+/** @param {Group[]} groups @returns {import("../duplicates/script.js").Marked[]} */
 function markedOf(groups) {
   return groups.flatMap((group) => {
     const ids = keptOf(group);

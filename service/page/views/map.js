@@ -2,12 +2,12 @@
 
 import { ask, askJson, thumbnailOf } from "../api.js";
 import { make, makeButton } from "../parts/elements.js";
-import { makeLinks } from "../parts/links.js";
-import { readPalette } from "../parts/palette.js";
-import { makePoints } from "../parts/points.js";
+import { readPalette } from "../map/palette.js";
+import { makePoints } from "../map/points.js";
 import { messageOf, showProblem } from "../parts/problem.js";
-import { makeScatter } from "../parts/scatter.js";
-import { makeStage } from "../parts/stage.js";
+import { makeRoving } from "../parts/roving.js";
+import { makeScatter } from "../map/scatter.js";
+import { makeStage } from "../map/stage.js";
 import { makePicture } from "../parts/tile.js";
 import { showToast } from "../parts/toast.js";
 import { countPictures, fileName, folderName, formatCount, withCode } from "../parts/words.js";
@@ -415,11 +415,13 @@ function showMap(body, answer, keys, query, params, signal) {
       link.addEventListener("pointerleave", () => setCurrent(-1));
       return link;
     });
+    const list = make("ol", { role: "list", "aria-label": heading }, ...links.map((link) => make("li", {}, link)));
+    makeRoving(list, "a")();
     const more = count - shown.length;
     section.replaceChildren(
       make("h2", {}, heading, " ", make("span", { class: "count" }, formatCount(count))),
       ...(buttons.length ? [make("p", { class: "buttons" }, ...buttons)] : []),
-      makeLinks(heading, links),
+      list,
       ...(more > 0 ? [make("p", { class: "soft" }, `and ${formatCount(more)} more`)] : []),
     );
     links.find((link) => link.getAttribute("href") === focused)?.focus();

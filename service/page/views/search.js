@@ -1,18 +1,18 @@
 // Lookalikes of an item, of words, or of the visitor's own pictures.
 
 import { ApiError, askJson } from "../api.js";
-import { makeBandTools } from "../parts/bands.js";
+import { makeBandTools } from "../search/bands.js";
 import { choosePictures } from "../parts/chooser.js";
-import { parsePart } from "../parts/crop.js";
+import { parsePart } from "../search/crop.js";
 import { make, makeButton } from "../parts/elements.js";
 import { makeChips, makeConditions } from "../parts/filters.js";
 import { serviceInfo } from "../parts/header.js";
-import { makeHits } from "../parts/hits.js";
+import { makeHits } from "../search/hits.js";
 import { showProblem } from "../parts/problem.js";
-import { queriesOf, searchBy } from "../parts/query.js";
-import { makeQueryColumn } from "../parts/query_column.js";
-import { makeTabs } from "../parts/tabs.js";
-import { countPictures } from "../parts/words.js";
+import { queriesOf, searchBy } from "../search/query.js";
+import { makeQueryColumn } from "../search/query_column.js";
+import { makeTabs } from "../search/tabs.js";
+import { countPictures, formatCount } from "../parts/words.js";
 import { addressOf, go, rename } from "../router.js";
 
 // So many hits are asked for at first.
@@ -24,13 +24,13 @@ const PATIENCE = 500;
  * One of the queries, with what the visitor has chosen for it.
  *
  * @typedef {object} Tab
- * @property {import("../parts/query.js").Query} query
+ * @property {import("../search/query.js").Query} query
  * @property {string} crop
  * @property {string} plus words that are added to a picture
  * @property {number} k hits that are wanted; 0 for as many as usual
  * @property {boolean} isOpen whether the less alike are shown
  * @property {boolean} isShrunk whether the visitor wants the picture to be made smaller
- * @property {import("../parts/query.js").Found | null} found
+ * @property {import("../search/query.js").Found | null} found
  */
 
 /**
@@ -49,7 +49,8 @@ const PATIENCE = 500;
 /**
  * What the service tells about the collection.
  *
- * @typedef {{scores: import("../parts/bands.js").Scores, folders: {prefix: string}[],
+ * @typedef {{folders: {prefix: string}[], left_out: number}} Folders
+ * @typedef {{scores: import("../search/bands.js").Scores, folders: Folders,
  *   metadata: {keys: {key: string, distinct: number, values: {value: unknown, count: number}[]}[]}}} Facts
  */
 
@@ -188,6 +189,8 @@ export async function openSearch({ params, place, signal, title }) {
 
   if (queries.length > 1) {
     const choose = (/** @type {number} */ number) => {
+      // The tab that is left keeps its state, too.
+      keepState();
       state.at = number;
       keepState();
       showAgain(tabs[number]);
@@ -216,7 +219,7 @@ function stateOf(params, count) {
   };
 }
 
-/** @param {import("../parts/query.js").Query} query @param {number} number @param {State} state @param {URLSearchParams} params @returns {Tab} */
+/** @param {import("../search/query.js").Query} query @param {number} number @param {State} state @param {URLSearchParams} params @returns {Tab} */
 function makeTab(query, number, state, params) {
   const own = { crop: params.get("crop") ?? "", plus: params.get("plus") ?? "", k: Number(params.get("k")) || 0, isOpen: params.has("all") };
   const other = { crop: "", plus: "", k: 0, isOpen: false, ...remembered.get(`${state.source.kept}/${number}`) };
@@ -226,9 +229,9 @@ function makeTab(query, number, state, params) {
 /** @param {State} state @param {AbortSignal} signal @returns {Promise<Facts>} */
 async function factsOf({ folder, filter }, signal) {
   const of = (/** @type {Record<string, string>} */ given) => new URLSearchParams(Object.entries(given).filter(([, value]) => value));
-  const [scores, { folders }, metadata] = await Promise.all([
+  const [scores, folders, metadata] = await Promise.all([
     askJson("scores", undefined, { signal }).catch(() => ({ near: null, alike: null, strangers: null })),
-    askJson(`folders?${of({ prefix: folder })}`, undefined, { signal }).catch(() => ({ folders: [] })),
+    askJson(`folders?${of({ prefix: folder })}`, undefined, { signal }).catch(() => ({ folders: [], left_out: 0 })),
     askJson(`metadata?${of({ prefix: folder, filter })}`, undefined, { signal }).catch(() => ({ keys: [] })),
   ]);
   return { scores, folders, metadata };
@@ -265,10 +268,10 @@ function makeTools(state, { folders, metadata }, addressWith, onCopies) {
  * The folder to search in: those above the chosen one, and those in it.
  *
  * @param {string} folder
- * @param {{prefix: string}[]} folders
+ * @param {Folders} below
  * @param {(changes: Record<string, string>) => string} addressWith
  */
-function makeFolderSelect(folder, folders, addressWith) {
+function makeFolderSelect(folder, { folders, left_out }, addressWith) {
   const parts = folder.split("/").filter(Boolean);
   const above = parts.map((_, number) => `${parts.slice(0, number + 1).join("/")}/`);
   // Whatever the address names stays chosen.
@@ -278,6 +281,7 @@ function makeFolderSelect(folder, folders, addressWith) {
   for (const prefix of [...above, ...folders.map((one) => one.prefix)]) {
     select.append(make("option", { value: prefix, selected: prefix === folder }, prefix.replace(/\/$/, "")));
   }
+  if (left_out) select.append(make("option", { disabled: true }, `and ${formatCount(left_out)} more`));
   select.addEventListener("change", () => go(addressWith({ folder: select.value })));
   return make("label", { class: "check" }, "Folder ", select);
 }

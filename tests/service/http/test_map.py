@@ -14,7 +14,7 @@ from tests.service.http.rows import assert_refused
 
 def ready(client: TestClient, query: str = "?method=pca") -> Any:
     """Ask until the map is made; return it."""
-    for _ in range(600):
+    for _ in range(2000):
         answer = client.get(f"/map{query}")
         assert answer.status_code in (200, 202), answer.text
         if answer.status_code == 200:
@@ -22,7 +22,7 @@ def ready(client: TestClient, query: str = "?method=pca") -> Any:
         assert 0 <= answer.json()["progress"] < 1
         assert answer.headers["retry-after"] == "1"
         time.sleep(0.1)
-    raise AssertionError("no map was made in a minute")
+    raise AssertionError("no map was made in minutes")
 
 
 def put(client: TestClient, id: str, seed: int, metadata: str = "{}") -> None:

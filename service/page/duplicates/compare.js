@@ -2,11 +2,11 @@
 
 import { contentOf, previewOf, thumbnailOf } from "../api.js";
 import { doneOf, keptOf } from "./decisions.js";
-import { make, makeButton } from "./elements.js";
+import { make, makeButton } from "../parts/elements.js";
 import { makeActions, makeButtons, makeFacts, reasonOf, stateOf, takeKey } from "./group.js";
-import { makePicture } from "./tile.js";
-import { fileName, folderName, formatCount } from "./words.js";
-import { makeZoom } from "./zoom.js";
+import { makePicture } from "../parts/tile.js";
+import { fileName, folderName, formatCount } from "../parts/words.js";
+import { makeZoom } from "../parts/zoom.js";
 
 /** @typedef {import("./decisions.js").Copy} Copy */
 

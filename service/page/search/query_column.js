@@ -3,8 +3,8 @@
 import { previewOf, thumbnailOf } from "../api.js";
 import { addressOf, go } from "../router.js";
 import { formatPart, makeCrop, parsePart } from "./crop.js";
-import { make } from "./elements.js";
-import { makePicture } from "./tile.js";
+import { make } from "../parts/elements.js";
+import { makePicture } from "../parts/tile.js";
 
 /** @typedef {import("./query.js").Query} Query */
 
@@ -31,6 +31,7 @@ export function makeQueryColumn({ query, crop, plus }, { readsWords, addressWith
       make("a", { class: "plain", href: addressOf("map", { id: query.id }) }, "Show on the map"),
     );
   }
+  if (query.text) buttons.append(make("a", { class: "plain", href: addressOf("map", { text: query.text }) }, "Show on the map"));
   const heading = query.text ? query.name : `${crop ? "Like a part of" : "Looks like"} ${query.name}`;
   column.append(make("h1", {}, heading, plus && ` and “${plus}”`), make("p", { class: "note soft" }), buttons);
   if (!query.text && readsWords) column.append(makePlus(plus, (words) => go(addressWith({ plus: words, k: "", all: "" }))));

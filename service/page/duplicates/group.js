@@ -3,11 +3,11 @@
 import { askJson, thumbnailOf } from "../api.js";
 import { addressOf } from "../router.js";
 import { decide, doneOf, keptOf, saveDecisions } from "./decisions.js";
-import { make, makeButton } from "./elements.js";
-import { messageOf } from "./problem.js";
-import { makePicture } from "./tile.js";
-import { showToast } from "./toast.js";
-import { fileName, folderName, formatBytes, formatCount, formatDate, formatScore } from "./words.js";
+import { make, makeButton } from "../parts/elements.js";
+import { messageOf } from "../parts/problem.js";
+import { makePicture } from "../parts/tile.js";
+import { showToast } from "../parts/toast.js";
+import { fileName, folderName, formatBytes, formatCount, formatDate, formatScore } from "../parts/words.js";
 
 // More copies than these are behind a button.
 const MOST_COPIES = 12;

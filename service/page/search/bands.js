@@ -1,7 +1,7 @@
 // Hits in bands by their scores, with controls for where the bands begin.
 
-import { make, makeButton } from "./elements.js";
-import { formatScore } from "./words.js";
+import { make, makeButton } from "../parts/elements.js";
+import { formatScore } from "../parts/words.js";
 
 /**
  * @typedef {import("../api.js").Hit} Hit

@@ -1,6 +1,6 @@
 // Colours for a canvas, which knows no CSS variables.
 
-import { make } from "./elements.js";
+import { make } from "../parts/elements.js";
 
 /**
  * The colours of points, by their code: the first for points without a value, then one for each value.

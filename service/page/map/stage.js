@@ -1,6 +1,6 @@
 // A plane to look at: dragging, wheel, pinch, buttons and keys move the part in sight, and an outline can be drawn.
 
-import { make, makeButton } from "./elements.js";
+import { make, makeButton } from "../parts/elements.js";
 import { SIDE } from "./points.js";
 
 const STEP = 1.5;

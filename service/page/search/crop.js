@@ -1,6 +1,6 @@
 // A frame on a picture: draw it with mouse or finger, or move it with the keys, and search by the part inside.
 
-import { make, makeButton } from "./elements.js";
+import { make, makeButton } from "../parts/elements.js";
 
 // A frame is at least this share of each side, and a key moves it so far.
 const LEAST = 0.02;
@@ -8,7 +8,7 @@ const STEP = 0.02;
 /** Where the frame begins for the keyboard. @type {Part} */
 const MIDDLE = { x: 0.2, y: 0.2, width: 0.6, height: 0.6 };
 
-/** @typedef {import("./shrink.js").Part} Part */
+/** @typedef {import("../parts/shrink.js").Part} Part */
 
 /** The part that "x,y,width,height" names; null if it is none. @param {string} text @returns {Part | null} */
 export function parsePart(text) {

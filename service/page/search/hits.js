@@ -1,11 +1,11 @@
 // The hits of a search: in bands where their scores have some, else as one list, with buttons for more of them.
 
 import { bandsOf, collapse } from "./bands.js";
-import { make, makeButton } from "./elements.js";
-import { showProblem } from "./problem.js";
-import { makeRoving } from "./roving.js";
-import { makeTile } from "./tile.js";
-import { formatCount } from "./words.js";
+import { make, makeButton } from "../parts/elements.js";
+import { showProblem } from "../parts/problem.js";
+import { makeRoving } from "../parts/roving.js";
+import { makeTile } from "../parts/tile.js";
+import { formatCount } from "../parts/words.js";
 
 // So many are shown at first where there are no bands.
 const SHOWN = 24;
@@ -54,7 +54,9 @@ export function makeHits(options) {
     const [rest] = bands.splice(-1);
     const filled = bands.filter(({ hits }) => hits.length);
     const summary = filled.map(({ title, hits }) => `${title}: ${formatCount(hits.length)}`).join(" · ");
-    place.append(make("p", { class: "soft", role: "status" }, summary || "No picture here is alike."));
+    // A single band says it by its heading.
+    const look = filled.length === 1 ? "unseen" : "soft";
+    place.append(make("p", { class: look, role: "status" }, summary || "No picture here is alike."));
     for (const { key, title, hits } of filled) addBand(key, title, hits);
     if (rest.hits.length) {
       const text = `${formatCount(rest.hits.length)}${asked ? " or more" : ""} that are less alike`;

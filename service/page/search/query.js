@@ -1,13 +1,13 @@
 // What a search is made by: an item, words, or a picture of the visitor's.
 
 import { ask, askJson, contentOf, previewOf } from "../api.js";
-import { keptFiles } from "./kept.js";
-import { cropOf, queryOf } from "./shrink.js";
-import { fileName } from "./words.js";
+import { keptFiles } from "../parts/kept.js";
+import { cropOf, queryOf } from "../parts/shrink.js";
+import { fileName } from "../parts/words.js";
 
 /**
  * @typedef {{name: string, id?: string, text?: string, file?: Blob}} Query with one of id, text and file
- * @typedef {{k: number, folder: string, filter: string, part: import("./shrink.js").Part | null, plus: string,
+ * @typedef {{k: number, folder: string, filter: string, part: import("../parts/shrink.js").Part | null, plus: string,
  *   isShrunk: boolean}} QueryOptions plus holds words that are added to a picture
  * @typedef {{hits: import("../api.js").Hit[], digest: string, note: string, k: number}} Found
  *   digest is the sha256 of the query's file, "" if it is unknown or only a part was searched by
@@ -63,7 +63,7 @@ export async function searchBy(query, options, limits, signal) {
  *
  * @param {{query: Query, part: QueryOptions["part"], limits: Record<string, number>, isShrunk: boolean}} asked
  * @param {AbortSignal} signal
- * @returns {Promise<import("./shrink.js").Sent>}
+ * @returns {Promise<import("../parts/shrink.js").Sent>}
  */
 async function pictureOf({ query, part, limits, isShrunk }, signal) {
   const { file, id } = query;
@@ -74,7 +74,7 @@ async function pictureOf({ query, part, limits, isShrunk }, signal) {
     });
     return queryOf(file, limits, isShrunk);
   }
-  const whole = /** @type {import("./shrink.js").Part} */ (part);
+  const whole = /** @type {import("../parts/shrink.js").Part} */ (part);
   if (file) return { blob: await cropOf(file, whole), digest: "", note: "" };
   const own = contentOf(/** @type {string} */ (id));
   const preview = previewOf({ id: /** @type {string} */ (id), metadata: {} }, 1024);

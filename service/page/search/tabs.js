@@ -1,6 +1,6 @@
 // A row of tabs, of which one is chosen.
 
-import { make } from "./elements.js";
+import { make } from "../parts/elements.js";
 
 /**
  * Make the tabs of a panel; arrows, Home and End go from one to the next.

@@ -1,6 +1,6 @@
 // The copies to remove as a list of paths and as a shell script. Names of files may hold anything that a disk allows.
 
-import { formatBytes, formatCount } from "./words.js";
+import { formatBytes, formatCount } from "../parts/words.js";
 
 /** @typedef {import("./decisions.js").Copy} Copy */
 
