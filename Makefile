@@ -13,7 +13,7 @@ MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
+.PHONY: help serve test test-all test-scale check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
         kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures container \
         setup setup-serve lock clean
 
@@ -40,6 +40,9 @@ test: setup ## run the tests that find most faults, in a few minutes
 
 test-all: setup requirements/node_modules/.done ## run every test that this machine has the means for
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
+
+test-scale: .venv-scale/.done ## run the tests of the store on Milvus and of embedding on Ray
+	.venv-scale/bin/python -m pytest tests/scale
 
 check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules
 	.venv/bin/ruff check .
@@ -114,10 +117,11 @@ setup: .venv/.done ## make .venv: training, serving and test tools
 .venv-serve/.done: requirements/serve-cpu.txt pyproject.toml
 .venv/.done: requirements/dev.txt pyproject.toml
 .venv-bench/.done: requirements/bench-search.txt pyproject.toml
+.venv-scale/.done: requirements/scale.txt pyproject.toml
 
 # One recipe makes every environment from its lock. The lock holds all dependencies, so the project itself is installed
 # without any. The recipe writes .done last, so make repeats a failed set-up.
-.venv-serve/.done .venv/.done .venv-bench/.done:
+.venv-serve/.done .venv/.done .venv-bench/.done .venv-scale/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(@D)/bin/uv pip install --quiet --python $(@D) --require-hashes -r $<
@@ -132,10 +136,11 @@ requirements/node_modules/.done: requirements/package-lock.json | setup
 lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)
 	for set in "serve-cpu --extra cpu" "serve-gpu --extra gpu" "train --extra cpu --extra train" \
 	    "dev --extra cpu --extra train --extra dev" \
+	    "scale --extra cpu --extra milvus --extra ray --extra scale" \
 	    "bench-search --extra cpu --extra train --extra dev --extra bench-search"; do \
 	  name=$${set%% *}; .venv-serve/bin/uv pip compile pyproject.toml $${set#* } --group build \
 	    --python-version 3.11 --generate-hashes --no-header --quiet --upgrade -o requirements/$$name.txt || exit 2; \
 	done
 
 clean: ## remove the environments and the files that serving made
-	rm -rf .venv .venv-serve .venv-bench .lookalike
+	rm -rf .venv .venv-serve .venv-bench .venv-scale .lookalike

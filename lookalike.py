@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from service.errors import InvalidRequest, LookalikeError
+from service.errors import InvalidRequest, LookalikeError, NotOfThisStore
 
 if TYPE_CHECKING:
     from service.account import Account
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXTRAS = {
     "onnxruntime": "cpu (or gpu, for CUDA)",
     "ray": "ray",
+    "pymilvus": "milvus",
     **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "timm", "torch", "torchvision"), "train"),
 }
 
@@ -58,7 +59,18 @@ Source = Annotated[
 ]
 DataRoot = Annotated[Path, typer.Option(help="Where named sets lie, in torchvision's layout.")]
 Model = Annotated[Path, typer.Option(help="Folder of the encoder.")]
-StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.")]
+
+
+def _in_folder(store: Path | None) -> Path | None:
+    """Return the store's folder. Raises NotOfThisStore if it is on Milvus."""
+    from service.store.milvus_address import parse_address
+
+    if store is not None and parse_address(store) is not None:
+        raise NotOfThisStore("--store: expected a folder; this is not done with a store on Milvus")
+    return store
+
+
+StoreFolder = Annotated[Path, typer.Option("--store", help="Folder of the store.", callback=_in_folder)]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to train.")]
 ImageKey = Annotated[
     str | None,
@@ -428,6 +440,7 @@ def index(
 
         if watch and dry_run:
             raise InvalidRequest("--watch and --dry-run: expected one of them")
+        _in_folder(store)
         if image_key is not None:
             raise InvalidRequest("--image-key: is for samples in a .tar, which --sync does not follow")
         if client is not None:
@@ -537,7 +550,12 @@ def search(
 
 @cli.command(epilog="Example: lookalike duplicates --store gallery --html duplicates.html")
 def duplicates(
-    store: MaybeStore = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", help="Folder of the store; a service that serves it does the work.", callback=_in_folder
+        ),
+    ] = None,
     preset: Annotated[
         Literal["exact", "near", "alike"],
         typer.Option(help="The same bytes; resized or compressed; also cropped, turned or written on."),
@@ -607,13 +625,18 @@ def duplicates(
 @cli.command(epilog="Example: lookalike serve --store gallery")
 def serve(
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the store's own if left out.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of the store; made when it is not there.")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the store; made when it is not there. Or milvus://HOST:PORT/COLLECTION."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of the encoder: fp32, fp16, int8; the fastest if auto.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto for cuda where it works.")] = None,
     no_store: Annotated[bool | None, typer.Option("--no-store", help="Embed alone and keep nothing.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; more than one only with --no-store.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; more than one only with --no-store or Milvus.")
+    ] = None,
     read_only: Annotated[
         bool | None, typer.Option("--read-only", help="Beside the process that changes the store; follows its changes.")
     ] = None,
@@ -763,6 +786,26 @@ def export_store(
         print(f"{len(bare)} of them without their pictures, such as {bare[0].id}: {bare[0].error}", file=sys.stderr)
 
 
+@store_cli.command("copy", epilog="Example: lookalike store copy gallery milvus://db:19530/gallery")
+def copy_store(
+    source: Annotated[
+        Path, typer.Argument(metavar="FROM", help="Folder of a store, or milvus://HOST:PORT/COLLECTION.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TO", help="The other kind; made when it is not there.")],
+) -> None:
+    """Copy a store to Milvus, or back, and check the copy. A copy that was interrupted goes on when called again."""
+    from service.jobs.copy import copy as run
+    from service.settings import read_settings
+
+    done = run(read_settings(store=source, read_only=True), read_settings(store=target))
+    more = f"; {done.more} more were there and stay" if done.more else ""
+    print(f"{target}: {done.written} items written, {done.known} there already{more}; checked", file=sys.stderr)
+    if done.dismissed:
+        print(f"{done.dismissed} pairs that are no duplicates stay behind: Milvus keeps none", file=sys.stderr)
+    if done.bare:
+        print(f"{done.bare} items are without their pictures: LOOKALIKE_PICTURES names no place", file=sys.stderr)
+
+
 @store_cli.command("import", epilog="Example: lookalike store import items --store copy --model models/mine")
 def import_items(
     source: Annotated[Path, typer.Argument(metavar="PARQUET", help="A .parquet file, or a folder of them.")],
@@ -802,7 +845,7 @@ def import_items(
 @cli.command(epilog="Example: lookalike doctor --store gallery")
 def doctor(
     model: Annotated[Path | None, typer.Option(help="Folder of an encoder; the store's own if left out.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of a store.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of a store.", callback=_in_folder)] = None,
     paths: Annotated[bool, typer.Option("--paths", help="Show paths, not their last parts alone.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -24,6 +24,7 @@ from service.http.slots import Slots
 from service.lifetime import Lifetime, forward_hangups
 from service.settings import Settings
 from service.store.layout import announce
+from service.store.milvus_address import parse_address
 
 log = logging.getLogger("bentoml.lookalike")
 # M_MMAP_THRESHOLD and M_TOP_PAD in glibc's malloc.h.
@@ -87,7 +88,8 @@ class Worker:
 
     def _announce(self, url: str) -> None:
         """Tell the commands of this machine where the store is served."""
-        if not self.settings.no_store and not self.settings.read_only:
+        served_from_folder = not self.settings.no_store and parse_address(self.settings.store) is None
+        if served_from_folder and not self.settings.read_only:
             announce(self.settings.store, url)
 
     def __is_ready__(self) -> bool:
@@ -199,7 +201,7 @@ def open_service(app: FastAPI, settings: Settings) -> None:
     _use(app, gallery)
     log.info(
         "serving %s with the encoder %s (%s) on %s",
-        "without a store" if settings.no_store else f"{gallery.store.count()} pictures from {settings.store}",
+        "without a store" if settings.no_store else f"{gallery.store.count()} pictures from {_shown(settings)}",
         gallery.card.name,
         gallery.encoder.variant,
         gallery.encoder.provider,
@@ -212,6 +214,11 @@ def open_service(app: FastAPI, settings: Settings) -> None:
     gc.collect()
     gc.freeze()
     sys.setswitchinterval(_SWITCH_S)
+
+
+def _shown(settings: Settings) -> str:
+    """Return the store of the settings as a user writes it."""
+    return str(parse_address(settings.store) or settings.store)
 
 
 def _use(app: FastAPI, gallery: Gallery) -> None:

@@ -3,8 +3,26 @@
 from pathlib import Path
 
 from service.settings import Settings
+from service.store import embedded
 from service.store.catalog import no_store
-from service.store.embedded import recorded_model
+from service.store.milvus_address import parse_address
+
+
+def recorded_model(settings: Settings) -> tuple[Path, str] | None:
+    """Return folder and name of the encoder that built the store of the settings; None if there is no store.
+
+    Raises:
+        InvalidStore: the store is damaged, or cannot be reached.
+    """
+    if settings.no_store:
+        return None
+    address = parse_address(settings.store)
+    if address is None:
+        return embedded.recorded_model(settings.store)
+    # pymilvus is an extra.
+    from service.store.milvus_connection import recorded_model as recorded_on_milvus
+
+    return recorded_on_milvus(address, settings.milvus_token.get_secret_value())
 
 
 def find_model(settings: Settings, source: str = "") -> Path:
@@ -23,7 +41,7 @@ def find_model(settings: Settings, source: str = "") -> Path:
     """
     if settings.model:
         return settings.model
-    recorded = None if settings.no_store else recorded_model(settings.store)
+    recorded = recorded_model(settings)
     if recorded is None and settings.read_only and not settings.no_store:
         raise no_store(settings.store)
     if recorded is not None and recorded[0].is_dir():
@@ -47,7 +65,7 @@ def choose_model(settings: Settings, source: str = "") -> tuple[Path, str]:
         InvalidModel, InvalidOutput, InvalidStore: as find_model.
     """
     model = find_model(settings, source)
-    if settings.model is not None or (not settings.no_store and recorded_model(settings.store) is not None):
+    if settings.model is not None or recorded_model(settings) is not None:
         return model, ""
     # onnx takes most of a second to import.
     from service.encoding.pretrained import of_digits

@@ -7,7 +7,8 @@
                      └ UnsupportedFormat                        store: InvalidStore, StoreMismatch
 
 Around them: InvalidRequest (a request or a flag is malformed), InvalidModel (models/NAME), OutOfMemory, NoTextTower,
-InvalidOutput (--out); over HTTP also Unauthorized, Forbidden, SlowBody, Busy, Overloaded, NoStore and TimedOut.
+InvalidOutput (--out), NotOfThisStore and StoreAway (a store on Milvus); over HTTP also Unauthorized, Forbidden,
+SlowBody, Busy, Overloaded, NoStore and TimedOut.
 `status` is the HTTP status, `code` the word that programs read. At the command line each of them is one sentence on
 stderr and exit code 2.
 """
@@ -127,6 +128,19 @@ class StorePaused(InvalidStore):
 
     code = "store_paused"
     retry_after_s = 5
+
+
+class StoreAway(InvalidStore):
+    """A store on other machines that does not answer now."""
+
+    code = "store_away"
+    retry_after_s = 5
+
+
+class NotOfThisStore(InvalidRequest):
+    """A request for what this kind of store cannot do."""
+
+    code = "not_of_this_store"
 
 
 class ReadOnlyStore(InvalidStore):

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from service import FloatArray, PixelArray, cores, items, metrics
-from service.encoder_choice import find_model
+from service.encoder_choice import find_model, recorded_model
 from service.encoding.batcher import Batcher
-from service.encoding.card import read_card, suits
+from service.encoding.card import Card, read_card, suits
 from service.encoding.encoder import Encoder
 from service.encoding.images import OWN_FILES, decode, decode_pixels, preview, thumbnail, to_pixels, tones
 from service.encoding.text import TextEncoder, check_text, open_text_tower
@@ -38,9 +38,10 @@ from service.previews import PreviewCache
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery, begin_sum
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
-from service.store.embedded import EmbeddedStore, recorded_model
+from service.store.embedded import EmbeddedStore
 from service.store.filters import Filter
 from service.store.layout import current
+from service.store.milvus_address import parse_address
 
 _SAMPLED_THUMBNAILS = 100
 # In the store's folder.
@@ -106,7 +107,7 @@ class Gallery:
         self._decoders = ThreadPoolExecutor(cores() + 1, "decode")
         self._notice: tuple[int, str | None] = (0, None)
         most = 0 if store is None or settings.read_only else settings.preview_cache_bytes
-        self._previews = PreviewCache(settings.store / _PREVIEWS, most) if most else None
+        self._previews = PreviewCache(settings.folder / _PREVIEWS, most) if most else None
 
     @property
     def store(self) -> Store:
@@ -361,7 +362,7 @@ class Gallery:
         size = self.store.count().bit_length()
         if size != self._notice[0]:
             preprocessing, limits = self.card.preprocessing, self.settings.limits
-            sampled = [self.store.thumbnail(item.id) for item in self.store.scan(_SAMPLED_THUMBNAILS)[0]]
+            sampled = [self.store.thumbnail(item.id) for item in self.store.page(_SAMPLED_THUMBNAILS, order="id")[0]]
             pixels = [decode_pixels(data, preprocessing, limits) for data in sampled if data is not None]
             tone = tones(np.stack(pixels)) if pixels else None
             self._notice = (size, suits(self.card, tone, self.settings.store))
@@ -470,8 +471,11 @@ def follow_reindex(settings: Settings) -> tuple[Settings, str]:
     Raises:
         InvalidModel, InvalidStore: the encoder or the store cannot be read.
     """
-    recorded = None if settings.no_store or settings.model is None else recorded_model(settings.store)
-    if recorded is None or settings.model is None:
+    # A store on Milvus has no generations.
+    if settings.no_store or settings.model is None or parse_address(settings.store) is not None:
+        return settings, ""
+    recorded = recorded_model(settings)
+    if recorded is None:
         return settings, ""
     if read_card(settings.model).fingerprint not in replaced(settings.store):
         return settings, ""
@@ -496,9 +500,9 @@ def open_gallery(settings: Settings) -> Gallery:
         InvalidModel, InvalidStore, StoreMismatch.
     """
     encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
-    store = None if settings.no_store else open_store(settings, encoder)
+    store = None if settings.no_store else open_store(settings, encoder.card, encoder.dimension)
     gallery = Gallery(encoder, store, settings)
-    if store is not None and not settings.read_only:
+    if isinstance(store, EmbeddedStore) and not settings.read_only:
         try:
             catch_up(store, settings.store, gallery.add_many)
             take_up(store)
@@ -525,7 +529,7 @@ def succeed(gallery: Gallery) -> Gallery:
     encoder = Encoder(
         read_card(find_model(settings.model_copy(update={"model": None}))), settings.device, settings.variant
     )
-    later = open_store(settings, encoder, folder)
+    later = _open_folder(settings, encoder.card, encoder.dimension, folder)
     following = Gallery(encoder, later, settings)
     try:
         switch(earlier, later, settings.store, following.add_many, settings.read_only)
@@ -535,16 +539,27 @@ def succeed(gallery: Gallery) -> Gallery:
     return following
 
 
-def open_store(settings: Settings, encoder: Encoder, folder: Path | None = None) -> EmbeddedStore:
-    """Open the store that the settings name, or another folder with their options.
+def open_store(settings: Settings, card: Card, dimension: int) -> Store:
+    """Open the store that the settings name, for embeddings of an encoder.
 
     Raises:
         InvalidStore, StoreMismatch.
     """
+    address = parse_address(settings.store)
+    if address is None:
+        return _open_folder(settings, card, dimension, settings.store)
+    # pymilvus is an extra.
+    from service.store.milvus import MilvusStore
+
+    token, place = settings.milvus_token.get_secret_value(), settings.pictures
+    return MilvusStore(address, card, dimension, token, place, settings.read_only)
+
+
+def _open_folder(settings: Settings, card: Card, dimension: int, folder: Path) -> EmbeddedStore:
     return EmbeddedStore(
-        folder or settings.store,
-        encoder.card,
-        encoder.dimension,
+        folder,
+        card,
+        dimension,
         settings.read_only,
         exact_limit=settings.exact_limit,
         vector_type=settings.vector_type,

@@ -15,6 +15,7 @@ from service.gallery import follow_reindex, open_store
 from service.http.keys import read_keys
 from service.jobs.open_page import open_page_later
 from service.settings import Settings
+from service.store.milvus_address import parse_address
 
 # service/lifetime.py ends the worker a little later.
 _GRACEFUL_SHUTDOWN_S = 18
@@ -32,9 +33,14 @@ def serve(settings: Settings, open_page: bool = False) -> NoReturn:
     """
     settings, address = check(settings)
     bentoml = Path(sys.executable).with_name("bentoml")
-    # The API keys are in the environment already; nothing else holds them. BentoML runs in another folder.
-    told = settings.model_dump(exclude_none=True, exclude={"api_keys"})
+    # The API keys and the token are in the environment already; nothing else holds them. BentoML runs in another
+    # folder.
+    told = settings.model_dump(exclude_none=True, exclude={"api_keys", "milvus_token"})
     told = {name: value.absolute() if isinstance(value, Path) else value for name, value in told.items()}
+    if (milvus := parse_address(settings.store)) is not None:
+        told["store"] = milvus
+    if settings.pictures and "://" not in settings.pictures:
+        told["pictures"] = Path(settings.pictures).absolute()
     environment = _bentoml_home() | {f"LOOKALIKE_{name.upper()}": str(value) for name, value in told.items()}
     if os.environ.get("BENTOML_CONFIG"):
         environment["BENTOML_CONFIG"] = str(Path(os.environ["BENTOML_CONFIG"]).absolute())
@@ -62,7 +68,16 @@ def check(settings: Settings) -> tuple[Settings, str]:
     """
     read_keys(settings)
     if settings.workers > 1 and not settings.no_store:
-        raise InvalidRequest(f"--workers {settings.workers} needs --no-store: a store has one writer")
+        milvus = parse_address(settings.store)
+        if milvus is None:
+            raise InvalidRequest(
+                f"--workers {settings.workers} needs --no-store or a Milvus server: a store in a folder has one writer"
+            )
+        if milvus.in_file:
+            raise InvalidRequest(
+                f"--workers {settings.workers}: Milvus Lite opens its file in one process; several workers need a "
+                "Milvus server, as in --store milvus://HOST:19530/COLLECTION"
+            )
     settings, warning = follow_reindex(settings)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
@@ -72,7 +87,7 @@ def check(settings: Settings) -> tuple[Settings, str]:
     settings = settings.model_copy(update={"model": model})
     encoder = Encoder(read_card(model), settings.device, settings.variant)
     if not settings.no_store:
-        open_store(settings, encoder).close()
+        open_store(settings, encoder.card, encoder.dimension).close()
     return settings, _free_address(settings.host, settings.port)
 
 

@@ -30,9 +30,14 @@ class Settings(BaseModel):
 
     Attributes:
         model: the encoder's folder; None means the encoder of the store, or for a new store the one for photographs.
-        store: the store's folder; it is made if it does not exist.
+        store: the store's folder, which is made if it does not exist; or a collection of Milvus, as
+            milvus_address.parse_address reads it.
+        milvus_token: for Milvus, such as user:password; empty if it asks for none.
+        pictures: where a store on Milvus keeps thumbnails and originals: a path of fsspec, such as s3://bucket/folder;
+            without it they are left out.
         no_store: whether the service only embeds and keeps nothing.
-        workers: processes that serve; more than one needs no_store, because a store has one writer.
+        workers: processes that serve; more than one needs no_store or a Milvus server, because a store in a folder
+            has one writer.
         device: "auto", "cpu" or "cuda".
         variant: the encoder's variant: "fp32", "fp16" or "int8"; "auto" for the fastest here.
         host, port: where the service listens.
@@ -65,6 +70,8 @@ class Settings(BaseModel):
 
     model: Path | None = None
     store: Path = Path(".lookalike/store")
+    milvus_token: SecretStr = SecretStr("")
+    pictures: str = ""
     no_store: bool = False
     workers: int = Field(default=1, ge=1, le=64)
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda)$")
@@ -108,6 +115,11 @@ class Settings(BaseModel):
         variables = {name.lower(): value for name, value in os.environ.items()}
         found = {field: variables.get(_PREFIX + field) for field in cls.model_fields}
         return {field: value for field, value in found.items() if value is not None and value.strip()} | given
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this machine for what belongs to the store and is not in it, such as lists of what was left out."""
+        return Path(".lookalike/milvus") if str(self.store).startswith(("milvus:", "milvuss:")) else self.store
 
     @property
     def limits(self) -> Limits:

@@ -16,7 +16,7 @@ from service.errors import InvalidRequest, LookalikeError
 # Backoff of a service that says nothing about when to try again, and the longest that one wait may become, in seconds.
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
 # Codes of answers that mean: nothing is wrong with the request, try again.
-RETRYABLE = ("busy", "overloaded", "store_paused", "out_of_memory")
+RETRYABLE = ("busy", "overloaded", "store_paused", "store_away", "out_of_memory")
 
 
 class ServiceError(LookalikeError):

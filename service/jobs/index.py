@@ -76,7 +76,7 @@ def index_named(source: Source, gallery: Gallery, naming: Naming, keep_originals
     account.replaced = len(replaced)
     earlier = {at: indexing.earlier[at] for at in replaced if at in indexing.earlier}
     account.notes += _replaced_from_elsewhere(source, naming, earlier)
-    account.save(gallery.settings.store / LEFT_OUT)
+    account.save(gallery.settings.folder / LEFT_OUT)
     return account
 
 

@@ -151,7 +151,7 @@ def import_items(source: Path, gallery: Gallery) -> Account:
             items = [item for item in outcomes if not isinstance(item, LookalikeError)]
             _store(items, gallery, account)
             row += len(rows)
-    account.save(gallery.settings.store / LEFT_OUT)
+    account.save(gallery.settings.folder / LEFT_OUT)
     return account
 
 

@@ -130,6 +130,16 @@ class CatalogReader:
         """Return the bytes of an item's image file. None if there is no item, or they were not kept."""
         return self._blob("SELECT original FROM pictures WHERE key = (SELECT key FROM items WHERE id = ?)", id)
 
+    def pictures(self, keys: IntArray) -> dict[int, tuple[bytes, bytes | None]]:
+        """Return thumbnails and originals of keys, as `thumbnail` and `original` give them."""
+        # apsw.carray refuses an empty array.
+        if not len(keys):
+            return {}
+        query = _OF_KEYS.format(columns="key, thumbnail, original", table="pictures")
+        with self.connections.borrow() as database:
+            rows = database.execute(query, (apsw.carray(np.ascontiguousarray(keys, np.int64)),)).fetchall()
+        return {key: (bytes(small), None if original is None else bytes(original)) for key, small, original in rows}
+
     def vector(self, id: str) -> FloatArray | None:
         """Return an item's embedding (D,), or None."""
         blob = self._blob("SELECT vector FROM vectors WHERE key = (SELECT key FROM items WHERE id = ?)", id)

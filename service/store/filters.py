@@ -60,10 +60,17 @@ _WALK = """
 
 
 class Filter(NamedTuple):
-    """A condition on a row of `items`: SQL with a ? for each value."""
+    """A condition on a row of `items`: SQL with a ? for each value.
+
+    Attributes:
+        sql, values: the condition for SQLite.
+        asked: the same as JSON text in the grammar above, for stores without SQL. There "$begins" and "$name" stand
+            for `begins` and `has_name`; no user can ask for these two.
+    """
 
     sql: str
     values: tuple[Any, ...]
+    asked: str = "{}"
 
 
 # The name that `folded` has in SQL.
@@ -75,13 +82,14 @@ EVERY = Filter("TRUE", ())
 def begins(prefix: str) -> Filter:
     """Return the condition that an id begins with a text, in any Unicode normal form."""
     prefix = unicodedata.normalize("NFC", prefix)
+    asked = json.dumps({"$begins": prefix})
     # A range of an index. The order of UTF-8 is that of code points, of which the highest have no next one.
     head = prefix.rstrip(chr(sys.maxunicode))
     if not head:
-        return Filter("items.id >= ?", (prefix,)) if prefix else EVERY
+        return Filter("items.id >= ?", (prefix,), asked) if prefix else EVERY
     # Surrogates are no characters.
     after = chr(0xE000 if head[-1] == "\ud7ff" else ord(head[-1]) + 1)
-    return Filter("(items.id >= ? AND items.id < ?)", (prefix, head[:-1] + after))
+    return Filter("(items.id >= ? AND items.id < ?)", (prefix, head[:-1] + after), asked)
 
 
 def folded(text: str) -> str:
@@ -98,14 +106,15 @@ def has_name(text: str) -> Filter:
         return EVERY
     # SQLite's own lower() knows the letters of ASCII alone. A text of ASCII has as many bytes as characters.
     own = f"iif(octet_length(items.id) = length(items.id), lower(items.id), {FOLDED}(items.id))"
-    return Filter(f"instr({own}, ?) > 0", (folded(_text(text, "name")),))
+    wanted = folded(_text(text, "name"))
+    return Filter(f"instr({own}, ?) > 0", (wanted,), json.dumps({"$name": wanted}))
 
 
 def both(one: Filter, other: Filter) -> Filter:
     """Return the condition that two conditions hold."""
     if EVERY in (one, other):
         return other if one == EVERY else one
-    return _join("AND", [one, other])
+    return _join("AND", [one, other])._replace(asked=f'{{"$and": [{one.asked}, {other.asked}]}}')
 
 
 def parse_filter(content: Any) -> Filter:
@@ -118,7 +127,7 @@ def parse_filter(content: Any) -> Filter:
         InvalidQuery: the content is no filter. The message states the expected form and does not repeat the content.
     """
     budget = [_MAX_CONDITIONS]
-    return _parse(content, budget)
+    return _parse(content, budget)._replace(asked=json.dumps(content))
 
 
 def _parse(content: Any, budget: list[int]) -> Filter:
@@ -180,7 +189,7 @@ def _condition(operator: str, wanted: Any, budget: list[int]) -> tuple[Filter, b
         return _of_list_or_value(Filter(f"(type = 'text' AND value {_RANGES[operator]} ?)", (_text(wanted),))), False
     if isinstance(wanted, bool) or not isinstance(wanted, int | float):
         raise InvalidQuery(f"filter: {operator} expects a number or a text")
-    numbers = Filter(f"(type IN ('integer', 'real') AND value {_RANGES[operator]} ?)", (_number(wanted),))
+    numbers = Filter(f"(type IN ('integer', 'real') AND value {_RANGES[operator]} ?)", (number(wanted),))
     return _of_list_or_value(numbers), False
 
 
@@ -204,9 +213,9 @@ def _has_text(wanted: Any) -> Filter:
     """Return the condition that a value is a text with this text in it."""
     if not isinstance(wanted, str):
         return Filter("FALSE", ())
-    spellings = _spellings(wanted)
-    found = " OR ".join(["instr(value, ?) > 0"] * len(spellings))
-    return Filter(f"(type = 'text' AND ({found}))", tuple(spellings))
+    found_as = spellings(wanted)
+    found = " OR ".join(["instr(value, ?) > 0"] * len(found_as))
+    return Filter(f"(type = 'text' AND ({found}))", tuple(found_as))
 
 
 def _one_of(values: list[Any]) -> Filter:
@@ -219,9 +228,9 @@ def _one_of(values: list[Any]) -> Filter:
             case None | True | False:
                 conditions.append(Filter("type = ?", (json.dumps(value),)))
             case int() | float():
-                numbers.append(_number(value))
+                numbers.append(number(value))
             case str():
-                texts += _spellings(value)
+                texts += spellings(value)
             case _:
                 raise InvalidQuery(
                     "filter: expected a text, a number, true, false or null as value, or $in with a list of them"
@@ -238,7 +247,7 @@ def _one_of(values: list[Any]) -> Filter:
 def _field(name: str, conditions: list[Filter]) -> Filter:
     # The name is compared as a value, because as a part of a JSON path it could name another field. So the SQL text is
     # ours alone.
-    names = json.dumps(_spellings(name))
+    names = json.dumps(spellings(name))
     one_leaf = "SELECT 1 FROM json_each(items.metadata) WHERE key IN (SELECT value FROM json_each(?)) AND "
     # Through a list, a name with dots leads to several values, of which each condition may have its own.
     walk, groups = (_WALK, [[each] for each in conditions]) if "." in name else (one_leaf, [conditions])
@@ -259,7 +268,7 @@ def _join(word: str, filters: list[Filter]) -> Filter:
     return Filter("(" + f" {word} ".join(each.sql for each in filters) + ")", values)
 
 
-def _number(value: int | float) -> int | float:
+def number(value: int | float) -> int | float:
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
             raise InvalidQuery("filter: expected finite numbers")
@@ -273,7 +282,7 @@ def _number(value: int | float) -> int | float:
         raise InvalidQuery("filter: a number is too large") from error
 
 
-def _spellings(text: str) -> list[str]:
+def spellings(text: str) -> list[str]:
     """Return a text as it is, composed and decomposed: metadata may have come in either form."""
     composed, decomposed = (unicodedata.normalize(form, _text(text)) for form in ("NFC", "NFD"))
     return list(dict.fromkeys([text, composed, decomposed]))

@@ -10,16 +10,14 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
-from service.errors import InvalidStore
 from service.http import schemas
 from service.http.compression import json_answer
 from service.http.openapi import WORK, answers
-from service.http.routes.state import stored_gallery_of, work
+from service.http.routes.state import embedded_of, stored_gallery_of, work
 from service.http.routes.strict import StrictRoute
 from service.maps import Maps, Wanted
 from service.projection import Method, check_method, colours, default_method
 from service.store.catalog_reader import CatalogReader
-from service.store.embedded import EmbeddedStore
 
 # Seconds after which the progress is worth another look.
 _RETRY_S = "1"
@@ -51,9 +49,7 @@ async def get_map(request: Request, method: Methods = None, colour: Colour = Non
     gallery, maps = stored_gallery_of(request), maps_of(request)
 
     def find() -> Response:
-        store = gallery.store
-        if not isinstance(store, EmbeddedStore):
-            raise InvalidStore("this store is not in a folder, and no map of it can be made")
+        store = embedded_of(gallery)
         wanted = Wanted(store.folder, default_method() if method is None else check_method(method))
         shown = maps.get(wanted, store.sequence())
         if isinstance(shown, float):

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import Request, Response
 
-from service.errors import FingerprintMismatch, InvalidStore, UnsupportedFormat
+from service.errors import FingerprintMismatch, NotOfThisStore, UnsupportedFormat
 from service.gallery import Gallery
 from service.http.bodies import content_type
 from service.http.slots import Slots
@@ -44,10 +44,10 @@ def stored_gallery_of(request: Request) -> Gallery:
 
 
 def embedded_of(gallery: Gallery) -> EmbeddedStore:
-    """Return the store, if it is in a folder. Raises InvalidStore."""
+    """Return the store, if it is in a folder. Raises NotOfThisStore."""
     store = gallery.store
     if not isinstance(store, EmbeddedStore):
-        raise InvalidStore("this store is not in a folder")
+        raise NotOfThisStore("duplicates, the map and the bands of scores are of a store in a folder, not of Milvus")
     return store
 
 
