@@ -6,6 +6,7 @@ The folder PHOTOS is copied until it has so many files. The two take turns. What
 a run of few pictures is timed as well, and the pace is that of the pictures between the two. It needs .venv-scale.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -34,6 +35,8 @@ def main(photos: Path, count: Annotated[int, typer.Option()] = 5000, turns: Anno
         for number in range(count):
             source = files[number % len(files)]
             (folder / f"{number:06d}{source.suffix}").write_bytes(source.read_bytes())
+        # Ray gives its workers a niceness of 15 otherwise, so any other job on the machine would decide.
+        os.environ["RAY_worker_niceness"] = "0"
         connect("local")
         paces: dict[str, list[float]] = {"embed": [], "embed --ray local": []}
         for turn in range(turns):

@@ -40,7 +40,12 @@ def address() -> Iterator[str]:
     # Workers read the store of objects with the keys of this process.
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     with pytest.MonkeyPatch.context() as patch, closing_server() as server:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": server, "PYTHONPATH": str(ROOT)}.items():
+        for name, value in {
+            **keys,
+            "AWS_ENDPOINT_URL": server,
+            "PYTHONPATH": str(ROOT),
+            "RAY_worker_niceness": "0",
+        }.items():
             patch.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
