@@ -36,7 +36,7 @@ def main(photos: Path, count: Annotated[int, typer.Option()] = 5000, turns: Anno
             source = files[number % len(files)]
             (folder / f"{number:06d}{source.suffix}").write_bytes(source.read_bytes())
         # Ray gives its workers a niceness of 15 otherwise, so any other job on the machine would decide.
-        os.environ["RAY_worker_niceness"] = "0"
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
         connect("local")
         paces: dict[str, list[float]] = {"embed": [], "embed --ray local": []}
         for turn in range(turns):
