@@ -377,10 +377,9 @@ def embed(
     chosen, choice = choose_model(settings.model_copy(update={"no_store": True}), source)
     if choice:
         print(choice, file=sys.stderr)
-    engine = embedded
     if ray:
         connect(ray)
-        engine = on_ray(Origin(source, data_root, image_key))
+    engine = on_ray(Origin(source, data_root, image_key)) if ray else embedded
     try:
         done = embed_source(pictures, chosen, out, settings, dtype, format == "npy", engine)
     except KeyboardInterrupt:
