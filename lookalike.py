@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Packages that only an extra of the project installs.
 _EXTRAS = {
     "onnxruntime": "cpu (or gpu, for CUDA)",
+    "ray": "ray",
     "pymilvus": "milvus",
     **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "timm", "torch", "torchvision"), "train"),
 }
@@ -118,27 +119,32 @@ def pretrain(
     """Train an encoder on your own pictures and export it. The run's checkpoint and log lie in OUT.run."""
     _need_torch()
     from service.settings import read_own_settings
+    from training.device import choose_device
+    from training.distributed import first, joined
     from training.pretrain import pretrain as run
     from training.recipe import read_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
         raise InvalidRequest(f"--minutes: expected a time above 0, got {minutes}")
     chosen = read_recipe(recipe, change or ())
-    done = run(
-        source,
-        chosen,
-        out,
-        minutes,
-        device,
-        data_root,
-        init,
-        resume,
-        checkpoint_minutes,
-        overwrite,
-        image_key,
-        read_own_settings().limits,
-    )
-    _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done, as_json)
+    # Under torchrun this process is one of several, and the first speaks for all.
+    with joined(choose_device(device)):
+        done = run(
+            source,
+            chosen,
+            out,
+            minutes,
+            device,
+            data_root,
+            init,
+            resume,
+            checkpoint_minutes,
+            overwrite,
+            image_key,
+            read_own_settings().limits,
+        )
+        if first():
+            _finish(f"{source}: {done.added} pictures; {done.bad} could not be read", done, as_json)
 
 
 @cli.command(epilog="Example: lookalike export models/mine.run --out models/mine --overwrite")
@@ -319,7 +325,12 @@ def embed(
             "set; or - for a list of paths on stdin.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of parts to write, or to bring in step with the source.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder of parts to write, or to bring in step with the source; or a URL, as s3://bucket/out."
+        ),
+    ],
     model: Annotated[Path | None, typer.Option(help="Folder of the encoder; the default one if left out.")] = None,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of the embeddings' numbers.")] = "float32",
     format: Annotated[
@@ -332,6 +343,13 @@ def embed(
     nul: Annotated[bool, typer.Option("-0", help="The paths on stdin end with NUL, as from find -print0.")] = False,
     image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Embed on a Ray cluster: local for one on this machine, auto for the running one, or its address.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Embed a whole source into a folder of Parquet parts or NumPy files.
@@ -342,23 +360,28 @@ def embed(
     """
     del resume
     from service.encoder_choice import choose_model
-    from service.jobs.embed import embed_source
+    from service.jobs.embed import embed_source, embedded
+    from service.jobs.ray_embed import Origin, connect, on_ray
     from service.settings import read_own_settings
-    from service.sources import open_source
     from service.sources.listed import open_list, read_list
 
+    if ray and source == "-":
+        raise InvalidRequest("--ray: expected a SOURCE that every node can open, not a list of paths on stdin")
     if nul and source != "-":
         raise InvalidRequest(f"-0: is for a list of paths on stdin; expected the source -, got {source}")
     if source == "-":
         pictures = open_list(source, read_list(sys.stdin.buffer.read(), nul))
     else:
-        pictures = open_source(source, data_root, image_key)
+        pictures = Origin(source, data_root, image_key).open()
     settings = read_own_settings(model=model)
     chosen, choice = choose_model(settings.model_copy(update={"no_store": True}), source)
     if choice:
         print(choice, file=sys.stderr)
+    if ray:
+        connect(ray)
+    engine = on_ray(Origin(source, data_root, image_key)) if ray else embedded
     try:
-        done = embed_source(pictures, chosen, out, settings, dtype, format == "npy")
+        done = embed_source(pictures, chosen, out, settings, dtype, format == "npy", engine)
     except KeyboardInterrupt:
         print(f"{out}: stopped; what is embedded is written, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None

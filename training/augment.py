@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from training.distributed import uniform
 from training.recipe import Augmentation
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -29,6 +30,7 @@ def augment(
     generator: Generator,
     side: int | None = None,
     areas: tuple[float, float] | None = None,
+    copies: int = 1,
 ) -> Tensor:
     """Return one random view of each picture.
 
@@ -40,6 +42,7 @@ def augment(
         side: of the views, in pixels; None: S. Pixels are interpolated, not averaged: a crop should have at most twice
             the side of its view.
         areas: smallest and largest share of the picture's area that a crop keeps; None: recipe.crop_area to 1.
+        copies: the rows are so many copies of N / copies pictures, one copy after the other.
 
     Returns:
         (N, C, side, side) float32 in 0..1, new memory.
@@ -50,7 +53,7 @@ def augment(
     r, channels = recipe, pictures.shape[1]
     side, areas = side or pictures.shape[-1], areas or (r.crop_area, 1.0)
     crops = areas[0] < 1
-    n = _draw(pictures, r, side, areas, generator)
+    n = _draw(pictures, r, side, areas, generator, copies)
     resized = side != pictures.shape[-1]
     if resized or crops or r.flip or r.rotation or r.scale or r.shear or r.shift or r.elastic:
         # A crop at the picture's edge samples up to half a pixel beyond the last pixel's centre: zeros darken it.
@@ -104,11 +107,11 @@ def gaussian_kernels(sigma: Tensor, radius: int) -> Tensor:
 
 
 def _draw(
-    pictures: Tensor, recipe: Augmentation, side: int, areas: tuple[float, float], generator: Generator
+    pictures: Tensor, recipe: Augmentation, side: int, areas: tuple[float, float], generator: Generator, copies: int
 ) -> dict[str, Tensor]:
     """Draw all numbers at once, used or not; return them by name: (N,) each, and bumps (N, 2, 16)."""
     names, low, high = _ranges(recipe, side, areas, pictures.device)
-    random = torch.rand(len(names) + 32, len(pictures), generator=generator, device=pictures.device)
+    random = uniform(len(names) + 32, copies, len(pictures) // copies, generator, pictures.device)
     # The grid's unit is half a side.
     bumps = (2 * random[-32:] - 1) * 2 * recipe.elastic
     return {"bumps": bumps.T.view(-1, 2, 16), **dict(zip(names, low.lerp(high, random[:-32]), strict=True))}

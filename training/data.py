@@ -24,6 +24,7 @@ from service.files import write_file
 from service.sources import open_source
 from service.sources.source import Source, from_arrays, slice_source
 from training.checkpoint import Cursor
+from training.distributed import count, exchange, own, rank
 
 if TYPE_CHECKING:
     # A machine that only trains has no onnxruntime.
@@ -203,6 +204,13 @@ class Canvas:
         good: np.ndarray[Any, np.dtype[np.bool_]] = self._state[positions] == _GOOD
         return good
 
+    def learn(self, positions: IntArray, bad: dict[int, Failure]) -> None:
+        """Take over what other processes found out: the bad ones among these positions; the others are good."""
+        unknown = positions[self._state[positions] == _UNKNOWN]
+        self._state[unknown] = _SEEN
+        self._state[list(bad)] = _BAD
+        self.bad |= bad
+
     def untouched(self) -> int:
         """Return how many pictures have not been decoded yet and will be kept once they are."""
         return 0 if self._pixels is None else int(self._missing(slice(None)).sum())
@@ -361,7 +369,10 @@ def spread(positions: IntArray, count: int) -> IntArray:
 
 
 class Loaded(NamedTuple):
-    """A batch on the device: pixels (N, C, S, S) uint8, positions (N,) int64; and the place in the order after it."""
+    """A batch on the device: pixels (N, C, S, S) uint8, positions (N,) int64; and the place in the order after it.
+
+    Of several processes each has the pixels of its share, and the positions of the whole batch.
+    """
 
     pixels: Tensor
     positions: Tensor
@@ -409,7 +420,7 @@ def resident_batches(canvas: Canvas, among: IntArray, size: int, seed: int, curs
             raise InvalidSource(f"{canvas.source.name}: {len(good)} pictures can be used, a batch needs {size}")
         for end in range(offset + size, len(good) + 1, size):
             chosen = good[end - size : end]
-            yield Loaded(canvas.resident(chosen), chosen, Cursor(epoch, end))
+            yield Loaded(canvas.resident(chosen.tensor_split(count())[rank()]), chosen, Cursor(epoch, end))
         epoch, offset = epoch + 1, 0
 
 
@@ -430,6 +441,10 @@ def epoch_order(among: IntArray, seed: int, epoch: int, canvas: Canvas) -> IntAr
 
 
 def _whole_batch(canvas: Canvas, order: IntArray, offset: int, size: int) -> tuple[Tensor, IntArray, int] | None:
+    """Return the pixels of this process's share, the positions of the batch, and the offset after it; None at the end.
+
+    Each process decodes its share. Where a picture is bad, the shares of all shift.
+    """
     pixels: list[Tensor] = []
     positions: list[IntArray] = []
     needed = size
@@ -438,11 +453,27 @@ def _whole_batch(canvas: Canvas, order: IntArray, offset: int, size: int) -> tup
         if len(part) < needed:
             return None
         offset += needed
-        taken, good = canvas.take(part)
+        taken, good = _shared(canvas, part)
         pixels.append(taken)
         positions.append(good)
         needed -= len(good)
-    return torch.cat(pixels), np.concatenate(positions), offset
+    chosen = np.concatenate(positions)
+    if count() > 1 and len(pixels) > 1:
+        return canvas.take(own(chosen))[0], chosen, offset
+    return torch.cat(pixels), chosen, offset
+
+
+def _shared(canvas: Canvas, positions: IntArray) -> tuple[Tensor, IntArray]:
+    """Decode pictures, each process its share; return the share's pixels, and which of all positions are good."""
+    share = own(positions)
+    taken, good = canvas.take(share)
+    if count() == 1:
+        return taken, good
+    bad = {at: canvas.bad[at] for at in positions.tolist() if at in canvas.bad}
+    for found in exchange(bad):
+        bad |= found
+    canvas.learn(positions, bad)
+    return taken, positions[~np.isin(positions, list(bad))]
 
 
 def ahead(items: Iterator[Loaded]) -> Generator[Loaded]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from service.errors import InvalidRequest
+from training.distributed import local_device
 from training.methods import Method
 from training.recipe import LOCKED, Recipe
 
@@ -23,11 +24,11 @@ def choose_device(name: str) -> torch.device:
     """Return the device for "auto", "cpu" or "cuda".
 
     Raises:
-        InvalidRequest: cuda was asked for and torch finds no GPU.
+        InvalidRequest: cuda was asked for and torch finds no GPU; or none for this process of several.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return local_device(torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"))
 
 
 def choose_precision(recipe: Recipe, backbone: nn.Module, on: torch.device) -> str:

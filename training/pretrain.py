@@ -43,6 +43,7 @@ from training.checkpoint import (
 )
 from training.data import Canvas, Loaded, ahead, batches, open_training_source, resident_batches, spread
 from training.device import choose_device, choose_precision, compile_if_faster, now
+from training.distributed import check_divisible, first, from_first, largest, mean_gradients, own_folder
 from training.encoder import Encoder
 from training.export import check_export, export, export_locked
 from training.locked import open_locked
@@ -102,24 +103,34 @@ def pretrain(
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     on = choose_device(device)
-    check_export(out)
+    if first():
+        check_export(out)
+    check_divisible(recipe.batch_size, recipe.compile)
     folder, identity = run_folder(out), Identity(source_name, recipe, init, minutes, image_key)
-    earlier = resumable(out, identity, resume, overwrite)
+    earlier = from_first(lambda: resumable(out, identity, resume, overwrite))
     torch.manual_seed(recipe.seed)
     source = open_training_source(source_name, data_root, image_key)
     check_labels(source, recipe)
     backbone, locked = image_tower(recipe, init, out)
     method = build_method(recipe, backbone, len(source))
-    if overwrite:
+    if overwrite and first():
         set_aside(folder)
-    folder.mkdir(exist_ok=True)
+    if first():
+        folder.mkdir(exist_ok=True)
+    folder = own_folder(folder)
     normalisation = backbone.normalisation
     material = prepare(source, recipe, folder, on, earlier, limits=limits, normalisation=normalisation, locked=locked)
-    train_and_export(method, material, identity, out, earlier, checkpoint_minutes * 60)
+    try:
+        train_and_export(method, material, identity, out, folder, earlier, checkpoint_minutes * 60)
+    finally:
+        if not first():
+            shutil.rmtree(folder, ignore_errors=True)
+    account = account_of(material)
+    if not first():
+        return account
     shutil.rmtree(earlier_run(folder), ignore_errors=True)
     material.canvas.remove()
     print(f"wrote {out}; checkpoint and log are in {folder}", file=sys.stderr)
-    account = account_of(material)
     account.save(folder / LEFT_OUT)
     return account
 
@@ -151,22 +162,24 @@ def train_and_export(
     material: Material,
     identity: Identity,
     out: Path,
+    folder: Path,
     earlier: Checkpoint | None,
     checkpoint_s: float,
 ) -> None:
     """Train to the end, warn if that made it worse, and export; however it ends, the bad pictures have been listed.
 
     Args:
-        out: the model folder.
-        earlier, checkpoint_s: as in `train`.
+        out: the model folder; of several processes the first writes it.
+        folder, earlier, checkpoint_s: as in `train`.
     """
-    folder, untrained = run_folder(out), deepcopy(method.backbone)
+    untrained = deepcopy(method.backbone)
     try:
         checkpoint = train(method, material, identity, folder, earlier, checkpoint_s)
         run = checkpoint.progress
         print(f"{run.step} steps in {run.seconds:.0f} s, loss {run.loss:.4f}", file=sys.stderr)
-        compare_with_untrained(untrained, method, material, checkpoint)
-        finish(method, material, checkpoint, out)
+        if first():
+            compare_with_untrained(untrained, method, material, checkpoint)
+            finish(method, material, checkpoint, out)
     finally:
         material.canvas.list_bad(folder / "bad-pictures.txt")
         material.canvas.close()
@@ -349,7 +362,8 @@ def train(
     Where the recipe averages the weights, the method's backbone has the average in the end.
 
     Args:
-        folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events.
+        folder: of the run; gets checkpoint.pt, log.jsonl and TensorBoard events. Of several processes each has one, and
+            the first writes the checkpoints.
         earlier: the checkpoint to resume from.
         checkpoint_s: seconds between two checkpoints.
         session_s: seconds after which this session saves and ends, even if the run is not finished.
@@ -365,33 +379,37 @@ def train(
     log, loader = Log(folder, progress.step), load(material, recipe, progress)
     reached, revised_s = part(progress, recipe.knn_times), progress.seconds
     bar = tqdm(total=progress.total, initial=progress.step, desc="pretraining", unit=" steps", mininterval=0.5)
-    begun, seconds_before, saved = time.perf_counter(), progress.seconds, time.perf_counter()
+    begun, seconds_before, saved_s = time.perf_counter(), progress.seconds, progress.seconds
     with StopSignal() as stop, bar, closing(loader), closing(log):
         while progress.step != progress.total:
             result = learner.step(loader, progress)
-            progress.seconds = seconds_before + time.perf_counter() - begun
+            # Read once: if a later signal counted already for this step, the run would end without saving it. All
+            # processes decide by the same clock, and a signal to one of them stops all.
+            progress.seconds, asked = largest(seconds_before + time.perf_counter() - begun, stop.asked)
             if minutes and revising(progress, minutes * 60, revised_s):
-                progress.seconds = revised_s = seconds_before + now(canvas.device) - begun
-                touched = progress.step * recipe.batch_size * recipe.accumulate
-                bar.total = progress.total = planned_total(progress, minutes * 60, touched, canvas)
-            # Read once: if a later signal counted already for this step, the run would end without saving it.
-            last, asked = progress.step == progress.total, stop.asked
-            stopping = bool(asked) or time.perf_counter() - begun >= session_s
-            saving = last or stopping or time.perf_counter() - saved > checkpoint_s
+                (progress.seconds,) = largest(seconds_before + now(canvas.device) - begun)
+                revised_s, touched = progress.seconds, progress.step * recipe.batch_size * recipe.accumulate
+                (total,) = largest(planned_total(progress, minutes * 60, touched, canvas))
+                bar.total = progress.total = int(total)
+            last = progress.step == progress.total
+            stopping = bool(asked) or progress.seconds - seconds_before >= session_s
+            saving = last or stopping or progress.seconds - saved_s > checkpoint_s
             if progress.step % _WATCHED == 0 or saving:
                 watch(result, progress, learner, log, bar)
             if part(progress, recipe.knn_times) > reached and len(material.queries) and not material.locked:
-                classify_held_out(learner, material, progress, log, bar)
+                if first():
+                    classify_held_out(learner, material, progress, log, bar)
                 reached = part(progress, recipe.knn_times)
             bar.update()
             if saving:
                 checkpoint = learner.checkpoint(material, identity, progress)
-                write_checkpoint(folder, checkpoint)
+                if first():
+                    write_checkpoint(folder, checkpoint)
                 canvas.list_bad(folder / "bad-pictures.txt")
-                saved = time.perf_counter()
+                (saved_s,) = largest(seconds_before + time.perf_counter() - begun)
             if asked and not last:
                 bar.write(_STOPPED.format(progress.step), file=sys.stderr)
-                stop.end()
+                stop.end(int(asked))
             if stopping:
                 break
     assert checkpoint is not None
@@ -434,7 +452,7 @@ class Learner:
             if self.compiled:
                 method.backbone.compile(dynamic=False)
         else:
-            self.precision = choose_precision(recipe, method.backbone, self._on)
+            self.precision = from_first(lambda: choose_precision(recipe, method.backbone, self._on))
             self.compiled = recipe.compile and self._try_compiling(material)
 
     @property
@@ -455,6 +473,7 @@ class Learner:
             pixels, positions, progress.cursor = next(loader)
             progress.waited += time.perf_counter() - waiting
             result = self._learn(pixels, positions, self._randomness, progress.step / horizon)
+        mean_gradients(self.method)
         self._optimizer.step()
         self._optimizer.zero_grad()
         progress.step += 1
@@ -548,15 +567,17 @@ def make_views(
     layout that its convolutions read without a conversion.
     """
     pictures = pixels.float() / 255  # (N, C, S, S)
-    count, side, areas = recipe.views, recipe.side, None
+    number, side, areas = recipe.views, recipe.side, None
     if local:
-        count, side, areas = recipe.dino.local_views, recipe.local_side, recipe.dino.local_area
+        number, side, areas = recipe.dino.local_views, recipe.local_side, recipe.dino.local_area
     if pixels.device.type == "cuda":
         # One call for all views launches fewer kernels.
-        drawn = augment(pictures.repeat(count, 1, 1, 1), recipe.augmentation, randomness, side, areas)  # (VN, C, S, S)
+        drawn = augment(
+            pictures.repeat(number, 1, 1, 1), recipe.augmentation, randomness, side, areas, number
+        )  # (VN, C, S, S)
         drawn = drawn.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
-        return drawn.view(count, -1, *drawn.shape[1:])
-    views = torch.stack([augment(pictures, recipe.augmentation, randomness, side, areas) for _ in range(count)])
+        return drawn.view(number, -1, *drawn.shape[1:])
+    views = torch.stack([augment(pictures, recipe.augmentation, randomness, side, areas) for _ in range(number)])
     return views.sub_(mean).div_(std)  # (V, N, C, S, S)
 
 

@@ -27,14 +27,14 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def end(self) -> NoReturn:
-        """End the process as the signal asked.
+    def end(self, asked: int) -> NoReturn:
+        """End the process as the signal of this number asked.
 
         Raises:
             KeyboardInterrupt: SIGINT came.
             SystemExit: SIGTERM came; exit code 143.
         """
-        if self.asked == signal.SIGTERM:
+        if asked == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 

@@ -37,13 +37,14 @@ class Encoder:
         max_batch: the most pictures that a lane takes at once.
     """
 
-    def __init__(self, card: Card, device: str = "auto", variant: str = "fp32") -> None:
+    def __init__(self, card: Card, device: str = "auto", variant: str = "fp32", threads: int | None = None) -> None:
         """Open the graph, or the fastest of its variants, and warm it up.
 
         Args:
             card: the verified model folder.
             device: "cpu", "cuda", or "auto" for CUDA where onnxruntime can use it, else CPU.
             variant: a name in VARIANTS, or "auto" for the fastest here, as measured now.
+            threads: of a graph on a CPU; as many as it may keep busy if None.
 
         Raises:
             InvalidModel: a graph outside the contract, a variant that the card lacks or that is another encoder,
@@ -53,12 +54,12 @@ class Encoder:
             raise InvalidModel(f"{card.folder}: has no variant {variant}; it has {', '.join(('fp32', *card.variants))}")
         self.card = card
         devices = find_devices(device)
-        self.variant, graph = "fp32", Graph(card, "fp32", card.model, devices[0])
+        self.variant, graph = "fp32", Graph(card, "fp32", card.model, devices[0], threads)
         self._canary = canary(card.preprocessing.height, card.preprocessing.width)
         self.dimension = self._check_canary(graph)
         tried = {name: model for name, model in card.variants.items() if variant in ("auto", name)}
         if tried:
-            graph = self._choose(graph, tried, variant == "auto", devices[0])
+            graph = self._choose(graph, tried, variant == "auto", devices[0], threads)
         content = card.variants.get(self.variant, card.model)
         more = devices[1:] if graph.kind == "cuda" else []
         self._graphs = [graph, *(Graph(card, self.variant, content, one) for one in more)]
@@ -84,14 +85,16 @@ class Encoder:
             )
         return dimension
 
-    def _choose(self, model: Graph, tried: dict[str, bytes], fastest: bool, device: Device) -> Graph:
+    def _choose(
+        self, model: Graph, tried: dict[str, bytes], fastest: bool, device: Device, threads: int | None
+    ) -> Graph:
         """Open the variants tried; return the fastest of them and `model`, or the one variant that was asked for."""
         shape = (_CANARIES, self.card.preprocessing.height, self.card.preprocessing.width, 3)
         canaries = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         expected = model.warm_up(canaries)
         chosen, least = model, _GAIN * model.seconds(canaries) if fastest else math.inf
         for name, content in tried.items():
-            graph = Graph(self.card, name, content, device)
+            graph = Graph(self.card, name, content, device, threads)
             embeddings = graph.warm_up(canaries)
             if embeddings.shape != expected.shape or (expected * embeddings).sum(1).min() < _LEAST_CANARY_COSINE:
                 raise InvalidModel(f"{graph.path}: is another encoder than {MODEL_FILE}")

@@ -67,7 +67,7 @@ class Graph:
         max_batch: the most pictures that are worth running together.
     """
 
-    def __init__(self, card: Card, variant: str, model: bytes, device: Device) -> None:
+    def __init__(self, card: Card, variant: str, model: bytes, device: Device, threads: int | None = None) -> None:
         """Open a graph.
 
         Args:
@@ -75,6 +75,7 @@ class Graph:
             variant: the graph's name in VARIANTS.
             model: its bytes.
             device: runs it. onnxruntime may fall back to the CPU, unless the device is required.
+            threads: on a CPU; as many as it may keep busy if None.
 
         Raises:
             InvalidModel: a graph outside the contract, or a required device that cannot be used.
@@ -82,7 +83,7 @@ class Graph:
         self.path = card.folder / VARIANTS[variant]
         self._name, self._preprocessing = card.name, card.preprocessing
         options = ort.SessionOptions()
-        options.intra_op_num_threads = cores()
+        options.intra_op_num_threads = threads or cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         settings: dict[str, Any] = {}

@@ -1,9 +1,12 @@
-"""`lookalike embed`: a source → a folder of Parquet parts or NumPy files, kept in step with the source."""
+"""`lookalike embed`: a source → a folder of Parquet parts or NumPy files, kept in step with the source.
+
+An engine turns positions of the source into rows: `embedded` in this process, ray_embed.py on a cluster.
+"""
 
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,15 +18,16 @@ from service import FloatArray, PixelArray
 from service.account import Account, Failure, printable
 from service.encoding.apart import STORED_SIZE
 from service.encoding.batcher import Batcher
-from service.encoding.card import read_card
+from service.encoding.card import Preprocessing, read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import decode, to_pixels
+from service.encoding.images import Limits, decode, to_pixels
 from service.errors import InvalidOutput, InvalidRequest, LookalikeError, Outcome
 from service.jobs.description import Description
 from service.jobs.keeping import MEASURED, Stamp, keep
-from service.jobs.parquet_parts import FAILURES, META
+from service.jobs.parquet_parts import META
 from service.jobs.part_folder import EMBEDDING, PartFolder
 from service.jobs.reading import progress, read_ahead, use_good
+from service.jobs.remote_parts import part_folder
 from service.settings import Settings
 from service.sources.source import Source
 
@@ -34,7 +38,7 @@ _PART_S = 60.0
 Dtype = Literal["float32", "float16"]
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """The values of a picture in the columns MEASURED."""
 
     width: int
@@ -49,11 +53,42 @@ class _Embedded(NamedTuple):
 
     position: int
     row: FloatArray
-    measured: _Measured
+    measured: Measured
+
+
+Embeddings = Sequence[tuple[int, Outcome[tuple[FloatArray, Measured]]]]
+"""What became of the pictures at these positions: an embedding (D,) and the measures, or an error."""
+Engine = Callable[[Source, Encoder, Settings, Sequence[int]], Generator[Embeddings]]
+"""Embeds the pictures of a source at ascending positions, and yields them in order."""
+
+
+def embedded(source: Source, encoder: Encoder, settings: Settings, todo: Sequence[int]) -> Generator[Embeddings]:
+    """Embed in this process: threads read and decode while the encoder runs."""
+    reader = _Reader(source, encoder.card.preprocessing, settings.limits)
+    with (
+        closing(Batcher(encoder.lanes, encoder.max_batch)) as batcher,
+        closing(read_ahead(todo, reader.read)) as chunks,
+    ):
+
+        def embed(read: Sequence[tuple[PixelArray, Measured]]) -> list[Outcome[tuple[FloatArray, Measured]]]:
+            rows = batcher.embed([pixels for pixels, _ in read])
+            return [
+                row if isinstance(row, LookalikeError) else (row, measured)
+                for row, (_, measured) in zip(rows, read, strict=True)
+            ]
+
+        for chunk in chunks:
+            yield use_good(chunk, embed)
 
 
 def embed_source(
-    source: Source, model: Path, out: Path, settings: Settings, dtype: Dtype = "float32", npy: bool = False
+    source: Source,
+    model: Path,
+    out: Path | str,
+    settings: Settings,
+    dtype: Dtype = "float32",
+    npy: bool = False,
+    engine: Engine = embedded,
 ) -> Account:
     """Embed a source into a folder of parts that reads as one table.
 
@@ -65,10 +100,11 @@ def embed_source(
     Args:
         source: the pictures.
         model: the encoder's folder.
-        out: the folder to write, or to bring in step.
+        out: the folder to write, or to bring in step; or a URL that fsspec writes, such as s3://bucket/embeddings.
         settings: device and picture limits.
         dtype: of the embeddings that are written.
         npy: write the layout of clip-retrieval in place of Parquet parts.
+        engine: where the pictures are embedded.
 
     Raises:
         InvalidModel: there is no such encoder, or it failed.
@@ -82,18 +118,18 @@ def embed_source(
     account.notes += description.notes
     embedding = pa.field(EMBEDDING, pa.list_(getattr(pa, dtype)(), encoder.dimension))
     schema = pa.schema([*description.schema, embedding, *MEASURED])
-    with PartFolder(out, npy) as parts:
+    with part_folder(out, npy) as parts:
         _check(parts, encoder, embedding.type)
         kept = keep(source, parts, schema, description)
         facts = {"source": source.name, "fingerprint": encoder.card.fingerprint, "variant": encoder.variant}
-        job = _Embedding(source, encoder, settings, _Writer(parts, schema, description, facts), kept.changed)
+        job = _Embedding(source, _Writer(parts, schema, description, facts), kept.changed)
         try:
-            job.run(kept.todo)
+            job.run(kept.todo, engine(source, encoder, settings, kept.todo))
         finally:
             account.failures = job.failures
             account.known = len(source) - len(kept.todo)
             account.added, account.replaced = job.added, job.replaced
-            account.save(out / FAILURES)
+            parts.list_left_out(account)
         if kept.removed:
             account.notes.append(f"{kept.removed} pictures that {source.name} has no longer have left {out}")
     return account
@@ -159,60 +195,59 @@ class _Writer:
 
 
 class _Embedding:
-    """Reads, decodes and embeds pictures, and gives them to the writer.
+    """Takes embedded pictures from an engine, and gives them to the writer.
 
     Attributes:
         failures: the pictures that could not be read or embedded.
         added, replaced: how many were embedded, those of `changed` apart.
     """
 
-    def __init__(
-        self, source: Source, encoder: Encoder, settings: Settings, writer: _Writer, changed: frozenset[int]
-    ) -> None:
-        self._source, self._encoder, self._settings, self._writer = source, encoder, settings, writer
-        self._changed = changed
+    def __init__(self, source: Source, writer: _Writer, changed: frozenset[int]) -> None:
+        self._source, self._writer, self._changed = source, writer, changed
         self.failures: list[Failure] = []
         self.added = self.replaced = 0
 
-    def run(self, todo: Sequence[int]) -> None:
-        """Embed the pictures at ascending positions; what is embedded is written, whatever ends it."""
-        bar = progress("embedding", len(self._source), len(self._source) - len(todo))
-        with bar, closing(Batcher(self._encoder.lanes, self._encoder.max_batch)) as batcher:
+    def run(self, todo: Sequence[int], chunks: Generator[Embeddings]) -> None:
+        """Take the pictures at ascending positions; what is embedded is written, whatever ends it."""
+        with progress("embedding", len(self._source), len(self._source) - len(todo)) as bar:
             try:
-                with closing(read_ahead(todo, self._read)) as chunks:
+                with closing(chunks):
                     for chunk in chunks:
-                        self._writer.add(self._embed(chunk, batcher))
+                        self._writer.add(self._rows(chunk))
                         bar.update(len(chunk))
             except BaseException:
                 self._writer.flush()
                 raise
             self._writer.finish()
 
-    def _read(self, position: int) -> tuple[PixelArray, _Measured]:
+    def _rows(self, chunk: Embeddings) -> list[_Embedded]:
+        """Return the rows of a chunk's good pictures, and note the others."""
+        rows = []
+        for position, one in chunk:
+            if isinstance(one, LookalikeError):
+                self.failures.append(Failure.of(printable(self._source.ids[position]), one))
+            else:
+                rows.append(_Embedded(position, *one))
+        replaced = sum(row.position in self._changed for row in rows)
+        self.replaced += replaced
+        self.added += len(rows) - replaced
+        return rows
+
+
+class _Reader(NamedTuple):
+    source: Source
+    preprocessing: Preprocessing
+    limits: Limits
+
+    def read(self, position: int) -> tuple[PixelArray, Measured]:
         """Return the pixels (height, width, 3) of a picture, and its measures."""
-        source, preprocessing = self._source, self._encoder.card.preprocessing
+        source, preprocessing = self.source, self.preprocessing
         stamp = Stamp.of(source, position)
         data = source.entry(position).data
         # os.fsdecode turns bytes that are not UTF-8 into surrogates, which Parquet cannot hold.
         if not source.ids[position].isascii() and any("\ud800" <= one <= "\udfff" for one in source.ids[position]):
             raise InvalidRequest("its name is not UTF-8; rename it")
-        picture = decode(data, preprocessing.decoded_side, self._settings.limits)
+        picture = decode(data, preprocessing.decoded_side, self.limits)
         width, height = picture.info[STORED_SIZE]
-        measured = _Measured(width, height, hashlib.sha256(data).hexdigest(), len(data), stamp.modified)
+        measured = Measured(width, height, hashlib.sha256(data).hexdigest(), len(data), stamp.modified)
         return to_pixels(picture, preprocessing), measured
-
-    def _embed(
-        self, chunk: Sequence[tuple[int, Outcome[tuple[PixelArray, _Measured]]]], batcher: Batcher[PixelArray]
-    ) -> list[_Embedded]:
-        """Return the rows of a chunk's good pictures, and note the others."""
-        measured = {position: one[1] for position, one in chunk if not isinstance(one, LookalikeError)}
-        rows = []
-        for position, row in use_good(chunk, lambda read: batcher.embed([pixels for pixels, _ in read])):
-            if isinstance(row, LookalikeError):
-                self.failures.append(Failure.of(printable(self._source.ids[position]), row))
-            else:
-                rows.append(_Embedded(position, row, measured[position]))
-        replaced = sum(row.position in self._changed for row in rows)
-        self.replaced += replaced
-        self.added += len(rows) - replaced
-        return rows

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from service.account import Account
 from service.errors import InvalidOutput, InvalidSource
 from service.files import replace_file
 from service.jobs.parquet_parts import FAILURES, META, part_path, read_facts, write_parquet
@@ -140,6 +141,10 @@ class PartFolder:
         table = self.read(number, [*self.schema(number).names, *([EMBEDDING] if self.npy else [])])
         facts = self.facts(number) | {"last": True}
         self.write(number, table.replace_schema_metadata({META: json.dumps(facts).encode()}))
+
+    def list_left_out(self, account: Account) -> None:
+        """Write what a job left out beside the parts."""
+        account.save(self.folder / FAILURES)
 
     def _table_path(self, number: int) -> Path:
         return self.folder / _TABLES / f"{_TABLES}_{number}.parquet" if self.npy else part_path(self.folder, number)

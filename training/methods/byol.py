@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from training.backbones import Backbone, mlp
+from training.distributed import encode
 from training.losses import negative_cosine
 from training.methods.method import Batch, Projected, Step, follow, momentum_copy, positive_cosine
 from training.recipe import Recipe
@@ -29,7 +30,7 @@ class BYOL(Projected):
         h, z = self.project(batch.views)
         p = self.predictor(z.flatten(0, 1)).view_as(z)  # (V, N, P)
         with torch.no_grad():
-            target = self.target_head(self.target_backbone(batch.views.flatten(0, 1))).view_as(z)
+            target = self.target_head(encode(self.target_backbone, batch.views)).view_as(z)
         losses = [2 + 2 * negative_cosine(p[i], target[j]) for i, j in permutations(range(len(p)), 2)]
         return Step(torch.stack(losses).mean(), h.detach(), positive_cosine(z))
 

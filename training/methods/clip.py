@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.backbones import Backbone
+from training.distributed import encode
 from training.losses import clip, siglip
 from training.methods.method import Batch, Method, Step
 from training.recipe import LOCKED, Recipe
@@ -44,7 +45,7 @@ class CLIP(Method):
         assert batch.captions is not None
         tokens, mask, which, groups = batch.captions
         views = len(batch.views)
-        images = self.backbone(batch.views.flatten(0, 1))  # (V · N, P)
+        images = encode(self.backbone, batch.views)  # (V · N, P)
         texts = self.text(tokens, mask)[which].repeat(views, 1)  # (V · N, P)
         groups = groups.repeat(views)
         scale = self.log_scale.exp()

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.backbones import Backbone
+from training.distributed import copy_first
 from training.losses import supcon
 from training.methods.method import Batch, Projected, Step, positive_cosine
 from training.recipe import Recipe
@@ -57,4 +58,6 @@ class Clusters(Projected):
         means = MiniBatchKMeans(k, batch_size=4096, n_init=1, random_state=self.recipe.seed % 2**32)
         found = torch.from_numpy(means.fit_predict(embeddings)).to(self.assignment)
         self.assignment[filled] = found
+        # Threads add in any order, so the clusters of two processes may differ.
+        copy_first(self.assignment)
         self.seen.zero_()

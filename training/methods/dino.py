@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones import Backbone, mlp, output_dimension
+from training.distributed import encode
 from training.losses import dino, sinkhorn_center
 from training.methods.method import Batch, Method, Step, follow, momentum_copy, positive_cosine
 from training.recipe import Recipe
@@ -33,12 +34,12 @@ class DINO(Method):
         """Return the cross entropy of the teacher's global views and all views of the student; move the centre."""
         s = self.recipe.dino
         self.head.last.weight.requires_grad_(batch.progress >= s.frozen)
-        h = self.backbone(batch.views.flatten(0, 1))  # (VN, D)
-        every = h if batch.local is None else torch.cat([h, self.backbone(batch.local.flatten(0, 1))])
+        h = encode(self.backbone, batch.views)  # (VN, D)
+        every = h if batch.local is None else torch.cat([h, encode(self.backbone, batch.local)])
         student = self.head(every).unflatten(0, (-1, len(batch.positions)))  # (V + L, N, K)
         with torch.no_grad():
-            teacher = self.teacher_head(self.teacher_backbone(batch.views.flatten(0, 1))).float()
-            teacher = teacher.unflatten(0, batch.views.shape[:2])  # (V, N, K)
+            teacher = self.teacher_head(encode(self.teacher_backbone, batch.views)).float()
+            teacher = teacher.unflatten(0, (len(batch.views), -1))  # (V, N, K)
         first, later = s.teacher_temperature
         sharpness = first + (later - first) * min(1.0, batch.progress / max(s.teacher_warmup, 1e-9))
         if s.centering == "sinkhorn":

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.backbones import Backbone, mlp
+from training.batch_norms import synchronise
+from training.distributed import encode
 from training.recipe import Recipe
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -34,10 +36,11 @@ class Batch(NamedTuple):
     """The input of a method.
 
     Attributes:
-        views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n.
+        views: (V, N, C, S, S) float32, normalised; [v, n] is view v of picture n. Of several processes each has the
+            views of its share of the N pictures, and `encode` returns the embeddings of all.
         positions: (N,) int64 positions of the pictures in their source.
         labels: (N,) int64, −1 for a picture without a label; or None if the source has none.
-        local: (L, N, C, s, s) float32, normalised: local views, for a multi-crop method.
+        local: (L, N, C, s, s) float32, normalised: local views, for a multi-crop method; a share, as the views.
         progress: share of the run that is done, 0..1.
         captions: of the pictures, for a method that learns from them. With a locked backbone the views are its
             embeddings, (1, N, D).
@@ -72,18 +75,22 @@ class Method(nn.Module, ABC):
         needs_labels: of "all" pictures of a batch, of "some" pictures of the source, or None.
         needs_captions: whether a batch has captions.
         multi_crop: whether a batch has local views, as the recipe's table `dino` says.
+        synchronised: whether the backbone's batch norms compute their statistics over all processes.
         backbone: f, the part that is exported in the end.
     """
 
     needs_labels: ClassVar[Literal["all", "some"] | None] = None
     needs_captions: ClassVar[bool] = False
     multi_crop: ClassVar[bool] = False
+    synchronised: ClassVar[bool] = True
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         """Build the method around a backbone, for a source of `count` pictures."""
         super().__init__()
         self.recipe, self.count = recipe, count
         self.backbone = backbone.module
+        if self.synchronised:
+            synchronise(self.backbone)
 
     @abstractmethod
     def step(self, batch: Batch) -> Step:
@@ -105,9 +112,9 @@ class Projected(Method):
         return mlp(dimension, *self.recipe.projection)
 
     def project(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Return h (V · N, D) and z (V, N, P) of views (V, N, C, S, S)."""
-        h = self.backbone(views.flatten(0, 1))
-        return h, self.head(h).unflatten(0, views.shape[:2])
+        """Return h (V · N, D) and z (V, N, P) of views (V, N, C, S, S), of which each process has a share."""
+        h = encode(self.backbone, views)
+        return h, self.head(h).unflatten(0, (len(views), -1))
 
 
 def momentum_copy(module: _Module) -> _Module:

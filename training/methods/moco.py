@@ -4,7 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from service.errors import InvalidRequest
 from training.backbones import Backbone, mix_in, mlp
+from training.distributed import count as processes
+from training.distributed import encode, gather, mean_statistics, own_part
 from training.losses import info_nce
 from training.methods.method import Batch, Method, Step, follow, momentum_copy, positive_cosine
 from training.recipe import Recipe
@@ -13,15 +16,23 @@ from training.recipe import Recipe
 class MoCo(Method):
     """f_q learns and f_k follows with momentum m. A query q has its key k₊ as positive, K earlier keys as negatives.
 
-    The first view gives the key, every other view a query.
+    The first view gives the key, every other view a query. Batch norms have statistics for each part of a batch; of
+    several processes each has its share of the parts.
     """
+
+    synchronised = False
 
     queue: Tensor
     pointer: Tensor
 
     def __init__(self, recipe: Recipe, backbone: Backbone, count: int) -> None:
         super().__init__(recipe, backbone, count)
-        split_batch_norms(self.backbone, recipe.moco.splits)
+        if recipe.moco.splits % processes():
+            raise InvalidRequest(
+                f"moco.splits is {recipe.moco.splits}, and {processes()} processes divide these parts of a batch among "
+                f"them: expected a multiple of {processes()}"
+            )
+        split_batch_norms(self.backbone, recipe.moco.splits // processes())
         self.head = mlp(backbone.dimension, *recipe.projection, norm=False)
         self.key_backbone, self.key_head = momentum_copy(self.backbone), momentum_copy(self.head)
         keys = torch.randn(recipe.moco.queue, recipe.projection[-1])
@@ -32,7 +43,7 @@ class MoCo(Method):
     def step(self, batch: Batch) -> Step:
         """Return InfoNCE of the queries against their keys and the queue; then enqueue the keys."""
         k = self._keys(batch.views[0])  # (N, P)
-        h = self.backbone(batch.views[1:].flatten(0, 1))  # ((V−1)N, D)
+        h = encode(self.backbone, batch.views[1:])  # ((V−1)N, D)
         q = self.head(h)  # ((V−1)N, P)
         keys = k.repeat(len(batch.views) - 1, 1)
         # Autograd needs the queue as it is now, and _enqueue changes it before the backward pass.
@@ -45,6 +56,8 @@ class MoCo(Method):
         """Move the key encoder: θ_k ← m·θ_k + (1 − m)·θ_q, with a constant m."""
         follow(self.key_backbone, self.backbone, self.recipe.moco.momentum)
         follow(self.key_head, self.head, self.recipe.moco.momentum)
+        mean_statistics(self.backbone)
+        mean_statistics(self.key_backbone)
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
@@ -53,8 +66,9 @@ class MoCo(Method):
         The pictures are shuffled first: no key shares its batch-norm statistics with its query, which would give the
         query away.
         """
-        order = torch.randperm(len(view)).to(view.device)
-        k = self.key_head(self.key_backbone(view[order]))
+        pictures = gather(view[None])  # (1, N, C, S, S)
+        order = torch.randperm(pictures.shape[1]).to(view.device)
+        k = self.key_head(encode(self.key_backbone, own_part(pictures[:, order])))
         return F.normalize(k.float(), dim=1)[order.argsort()]
 
     @torch.no_grad()
