@@ -207,7 +207,8 @@ class ArrayStore:
     def page(
         self, limit: int, after: str = "", where: Filter | None = None, order: Order = "added", offset: int = 0
     ) -> tuple[list[Item], str | None]:
-        assert where is None and order == "added"
+        # Every store lists by id.
+        assert where is None and order == "id"
         items, following = self.scan(limit, int(after or 0) + offset)
         return items, None if following is None else str(following)
 
