@@ -1,6 +1,7 @@
 """The example that each verb's --help shows: it runs, one after the other in a folder of the user's own."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -50,6 +51,10 @@ def test_the_examples_run_one_after_the_other(tmp_path: Path) -> None:
             serves([str(LOOKALIKE), *arguments], tmp_path, environment)
             continue
         done = run(*arguments, cwd=tmp_path)
+        if name == "store copy":
+            # It needs a Milvus server; tests/scale copies to one.
+            assert done.returncode == 2 and re.search(r"install the extra milvus|cannot be reached", done.stderr), done
+            continue
         assert done.returncode == 0, (example, done.stdout, done.stderr)
     assert (tmp_path / "duplicates.html").exists()
 

@@ -142,8 +142,8 @@ def test_folders_lead_down_and_crumbs_lead_up(page: Page, folders_url: str) -> N
 
 def test_names_metadata_and_order_choose(page: Page, folders_url: str) -> None:
     page.goto(folders_url)
-    page.get_by_role("searchbox", name="File name").fill("IMG-004")
-    page.get_by_role("searchbox", name="File name").press("Enter")
+    page.get_by_role("searchbox", name="File name", exact=True).fill("IMG-004")
+    page.get_by_role("searchbox", name="File name", exact=True).press("Enter")
     expect(page.locator(".position")).to_contain_text("10 pictures")
     page.get_by_role("link", name=re.compile("^Name: IMG-004")).click()
     expect(page.locator(".position")).to_contain_text("460 pictures")
