@@ -119,7 +119,7 @@ REMOVALS: list[Removal] = [
     refusal("it holds other items than the catalog", _SNAPSHOT),
     refusal("it holds other vectors than the catalog", _SNAPSHOT),
     code(
-        "add",
+        "EmbeddedStore",
         "checked(np.stack([item.embedding for item in items]), self._dimension)",
         "None",
         "test_embeddings_that_cannot_be_are_not_added",

@@ -70,8 +70,10 @@ def test_a_prefix_that_is_no_path_is_none(served: Served, bad: str) -> None:
 @pytest.mark.parametrize("prefix", ["/page", "/images", "/search", "/livez"])
 def test_no_prefix_opens_what_needs_a_key(served: Served, prefix: str) -> None:
     client = served(trust_forwarded_prefix="true", root_path="/page", api_keys=f"write:{KEY}")
+    # Behind this prefix its address looks like that of a file of the page, which needs no key.
+    assert client.put("/page/images/a.png", headers=ALLOWED, content=PICTURE).status_code == 201
     for headers in ({}, {"X-Forwarded-Prefix": prefix}):
-        for path in ("/images", "/page/images", "/info", "/page/info", "/page/page/../info"):
+        for path in ("/images", "/page/images", "/page/images/a.png", "/info", "/page/info", "/page/page/../info"):
             assert client.get(path, headers=headers).status_code in (401, 404), (path, headers)
         assert client.delete("/page/page/x", headers=headers).status_code != 204
     assert client.get("/page/info", headers=ALLOWED).status_code == 200
