@@ -18,7 +18,7 @@ export function serviceInfo() {
   return asked;
 }
 
-/** Ask for the facts anew, for example once the number of pictures has changed. */
+/** Ask for the facts again, for example once the number of pictures has changed. */
 export function refreshInfo() {
   asked = null;
   return serviceInfo();

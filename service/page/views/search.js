@@ -230,9 +230,10 @@ function makeTab(query, number, state, params) {
 async function factsOf({ folder, filter }, signal) {
   const of = (/** @type {Record<string, string>} */ given) => new URLSearchParams(Object.entries(given).filter(([, value]) => value));
   const [scores, folders, metadata] = await Promise.all([
+    // Not every store can tell what its scores mean; its hits come without bands then.
     askJson("scores", undefined, { signal }).catch(() => ({ near: null, alike: null, strangers: null })),
     askJson(`folders?${of({ prefix: folder })}`, undefined, { signal }).catch(() => ({ folders: [], left_out: 0 })),
-    askJson(`metadata?${of({ prefix: folder, filter })}`, undefined, { signal }).catch(() => ({ keys: [] })),
+    askJson(`metadata?${of({ prefix: folder, filter })}`, undefined, { signal }),
   ]);
   return { scores, folders, metadata };
 }
