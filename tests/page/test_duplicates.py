@@ -408,7 +408,8 @@ def test_removal_from_the_index_and_undo(page: Page, own_url: str, pictures: Pat
         assert answer.read() == content
 
 
-def test_what_cannot_be_removed_is_named(page: Page, own_url: str, complaints: list[str]) -> None:
+def test_what_cannot_be_removed_is_named(page: Page, own_url: str, expected: list[str]) -> None:
+    expected.append("503")
     page.goto(f"{own_url}/#duplicates?preset=exact")
     page.get_by_role("button", name="Keep the best of each group").click()
     gone = next(id for id in ids(own_url) if id.startswith("old/1"))
@@ -422,8 +423,6 @@ def test_what_cannot_be_removed_is_named(page: Page, own_url: str, complaints: l
     expect(page.get_by_text("2 pictures are no longer in the index")).to_be_visible()
     expect(page.get_by_text(f"{gone}: The store cannot be written: the disk is full")).to_be_visible()
     expect(rows(page)).to_have_count(1)
-    assert len(complaints) == 1
-    complaints.clear()
 
 
 def test_an_empty_result_says_what_to_do(page: Page, empty_url: str) -> None:

@@ -196,7 +196,8 @@ def test_copies_collapse_into_one_tile(page: Page, mixed_url: str) -> None:
     expect(page.get_by_text("+1 copy")).to_have_count(0)
 
 
-def test_several_files_are_tabs_and_none_is_dropped(page: Page, digits_url: str, complaints: list[str]) -> None:
+def test_several_files_are_tabs_and_none_is_dropped(page: Page, digits_url: str, expected: list[str]) -> None:
+    expected.append("415")
     page.goto(digits_url)
     bad = payload("notes.json", b'{"id": "digits/00001"}', "application/json")
     page.set_input_files("#ask-files", [digit(digits_url, 7, "seven.png"), bad, digit(digits_url, 11, "eleven.png")])
@@ -219,8 +220,6 @@ def test_several_files_are_tabs_and_none_is_dropped(page: Page, digits_url: str,
     expect(tab.nth(2)).to_have_attribute("aria-selected", "true")
     expect(tiles(page, "Same file")).to_contain_text("00011")
     page.keyboard.press("Tab")
-    assert [text for text in complaints if "415" not in text] == []
-    complaints.clear()
 
 
 def test_each_tab_keeps_its_own_part(page: Page, mixed_url: str, large: bytes) -> None:
@@ -407,8 +406,10 @@ def test_a_part_is_chosen_by_finger(browser: Browser, mixed_url: str) -> None:
     def drag(shares: list[tuple[float, float]]) -> None:
         points = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in shares]
         devtools.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": points[:1]})
-        for point in points[1:]:
+        # The finger rests at the end: else the page scrolls on, and takes the next tap as the wish to stop it.
+        for point in [*points[1:], points[-1]]:
             devtools.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+            page.wait_for_timeout(100)
         devtools.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
     # Without a wish to select, a finger scrolls.
@@ -462,8 +463,9 @@ def test_an_avif_beyond_the_limits_is_a_query(page: Page, mixed_url: str, search
 
 
 def test_a_request_that_is_too_large_for_a_proxy_is_tried_smaller(
-    page: Page, digits_url: str, complaints: list[str], searches: Callable[[], list[bytes]]
+    page: Page, digits_url: str, expected: list[str], searches: Callable[[], list[bytes]]
 ) -> None:
+    expected.append("413")
     refused: list[Route] = []
 
     def refuse_once(route: Route) -> None:
@@ -484,8 +486,6 @@ def test_a_request_that_is_too_large_for_a_proxy_is_tried_smaller(
     first, second = searches()
     assert first == file
     assert second.startswith(b"\xff\xd8")
-    assert [text for text in complaints if "413" not in text] == []
-    complaints.clear()
 
 
 def field(page: Page) -> Locator:
@@ -554,7 +554,8 @@ def test_words_are_added_to_a_picture(page: Page, mixed_url: str) -> None:
     assert by_file[:23] == by_item[:23]
 
 
-def test_words_and_errors_where_the_encoder_reads_none(page: Page, digits_url: str, complaints: list[str]) -> None:
+def test_words_and_errors_where_the_encoder_reads_none(page: Page, digits_url: str, expected: list[str]) -> None:
+    expected.extend(["400", "404"])
     page.goto(f"{digits_url}/#search?id=digits%2F00007")
     expect(tiles(page).first).to_be_visible()
     expect(page.get_by_label("and …")).to_have_count(0)
@@ -562,8 +563,6 @@ def test_words_and_errors_where_the_encoder_reads_none(page: Page, digits_url: s
     expect(page.get_by_role("alert")).to_contain_text("reads no texts")
     page.goto(f"{digits_url}/#search?id=nobody")
     expect(page.get_by_role("alert")).to_contain_text("no item has this id", ignore_case=True)
-    assert [text for text in complaints if "400" not in text and "404" not in text] == []
-    complaints.clear()
 
 
 def test_folder_and_metadata_narrow_a_search(page: Page, mixed_url: str) -> None:
@@ -601,7 +600,8 @@ def test_pictures_that_are_no_longer_kept_say_so(page: Page, digits_url: str) ->
     expect(tiles(page, "Same file")).to_contain_text("00007")
 
 
-def test_a_service_that_is_away_leaves_what_was_there(page: Page, digits_url: str, complaints: list[str]) -> None:
+def test_a_service_that_is_away_leaves_what_was_there(page: Page, digits_url: str, expected: list[str]) -> None:
+    expected.append("ERR_INTERNET_DISCONNECTED")
     page.goto(f"{digits_url}/#picture?id=digits%2F00007")
     link = page.get_by_role("link", name="Search by this")
     expect(link).to_be_visible()
@@ -613,5 +613,3 @@ def test_a_service_that_is_away_leaves_what_was_there(page: Page, digits_url: st
     page.get_by_role("button", name="Try again").click()
     expect(heading(page)).to_have_text("Looks like 00007")
     expect(tiles(page).first).to_be_visible()
-    assert [text for text in complaints if "ERR_INTERNET_DISCONNECTED" not in text] == []
-    complaints.clear()

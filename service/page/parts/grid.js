@@ -44,6 +44,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], known = () =
   let hasFocus = false;
   let frame = 0;
   let timer = 0;
+  let before = 0;
   if (first.length) pages.set(0, first);
 
   const itemAt = (/** @type {number} */ place) => pages.get(Math.floor(place / PAGE))?.[place % PAGE] ?? known(place);
@@ -64,6 +65,10 @@ export function makeGrid({ count, load, makeTile, tile, first = [], known = () =
     entry.style.transform = `translate(${(place % columns) * 100}%, ${Math.floor(place / columns) * height}px)`;
   }
 
+  function schedule() {
+    frame ||= requestAnimationFrame(draw);
+  }
+
   function draw() {
     frame = 0;
     const above = -list.getBoundingClientRect().top;
@@ -77,15 +82,19 @@ export function makeGrid({ count, load, makeTile, tile, first = [], known = () =
         shown.delete(place);
       }
     }
-    for (let place = from; place < to; place += 1) show(place);
+    // What is out of sight in the next frame is not worth its pictures: until the window moves slower, frames stay empty.
+    const isFlying = Math.abs(above - before) > window.innerHeight / 2;
+    before = above;
+    for (let place = from; place < to; place += 1) show(place, isFlying);
+    if (isFlying) schedule();
     onMove?.(Math.min(count, topRow * columns), Math.min(count, bottomRow * columns));
     clearTimeout(timer);
     timer = setTimeout(() => fetchMissing(from, to), PAUSE);
   }
 
-  /** Draw a place: its tile once its item is known, until then an empty frame. */
-  function show(/** @type {number} */ place) {
-    const item = itemAt(place);
+  /** Draw a place: its tile once its item is known, until then, or if asked for, an empty frame. */
+  function show(/** @type {number} */ place, isEmpty = false) {
+    const item = isEmpty ? undefined : itemAt(place);
     let entry = shown.get(place);
     if (!entry) {
       entry = make("li", { "aria-setsize": count, "aria-posinset": place + 1, class: "waiting" });
@@ -131,6 +140,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], known = () =
     if (top < 0) window.scrollBy(0, top - height / 2);
     else if (top + height > window.innerHeight) window.scrollBy(0, top + height * 1.5 - window.innerHeight);
     draw();
+    show(place);
     const after = link(place);
     if (after) {
       after.tabIndex = 0;
@@ -172,9 +182,6 @@ export function makeGrid({ count, load, makeTile, tile, first = [], known = () =
   list.addEventListener("focusout", () => {
     hasFocus = false;
   });
-  const schedule = () => {
-    frame ||= requestAnimationFrame(draw);
-  };
   window.addEventListener("scroll", schedule, { passive: true, signal });
   // It is told when the grid enters the document, too.
   const observer = new ResizeObserver(layOut);

@@ -10,9 +10,12 @@ export function withCode(text) {
   });
 }
 
+// Making one is slow; a list formats thousands of numbers.
+const COUNTS = new Intl.NumberFormat("en-GB");
+
 /** "1,200". @param {number} count */
 export function formatCount(count) {
-  return count.toLocaleString("en-GB");
+  return COUNTS.format(count);
 }
 
 /** "1 picture", "1,797 pictures". @param {number} count */
