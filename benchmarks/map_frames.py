@@ -94,6 +94,7 @@ def _measure(browser: Browser, answer: dict[str, Any], way: str, zoom: int, seco
     answers = {
         "/map": json.dumps(answer),
         "/metadata": json.dumps({"keys": [{"key": "label", "values": [{"value": "0", "count": 1}]}], "left_out": 0}),
+        "/duplicates": json.dumps({"total": 0}),
         "/info": json.dumps({"queries": ["image"], "notice": None, "count": answer["count"], "limits": {}}),
     }
 

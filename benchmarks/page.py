@@ -33,9 +33,9 @@ _ITEMS, _GROUPS, _DIMENSION = 100_000, 5_000, 128
 _THRESHOLD = 0.9
 _PHOTOS = 2125
 _TURNS = 5
-# The window's height in px, and px a frame while scrolling. Half a window a frame is the most at which tiles are drawn.
+# The window's height in px, and px a frame while scrolling. A third of a window a frame is the most that draws tiles.
 _HEIGHT = 800
-_SLOW, _FAST = _HEIGHT // 2 - 10, 4000
+_SLOW, _FAST = _HEIGHT // 3 - 6, 4000
 
 # Notes when the first element that matches a selector is on the screen, in ms since the page was opened.
 _WATCH = """(selector) => {

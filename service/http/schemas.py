@@ -505,7 +505,7 @@ class Info(BaseModel):
     """The encoder, the gallery, the limits and the versions of this service.
 
     `queries` are the kinds of query that a search takes here; `text` is null where the encoder reads pictures alone.
-    `card` has what the encoder's card.json says of its method, licence, origin and data.
+    `card` has what the encoder's card.json says of its method, licence, origin, data and quality.
     """
 
     model: str

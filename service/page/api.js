@@ -17,7 +17,8 @@ const KEY = "lookalike-key";
  * @typedef {{model: string, fingerprint: string, dimension: number, count: number | null, variant: string,
  *   provider: string, queries: string[], notice: string | null, limits: Record<string, number>,
  *   versions: Record<string, string>, card: {method?: string, licence?: string, origin?: string,
- *   data?: {source?: string, pictures?: number}}}} Info
+ *   data?: {source?: string, pictures?: number}, quality?: Record<string, Quality>}}} Info
+ * @typedef {{pictures?: number, knn?: number, zero_shot?: number, cosine_p1?: number}} Quality of one file of the encoder
  * @typedef {{prefix?: string, name?: string, filter?: string, order?: string, offset?: number, limit?: number}} Listed
  */
 

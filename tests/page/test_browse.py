@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.colours import RGB, picture, write_colours
-from tests.conftest import encoded, scene
+from tests.conftest import MODEL, encoded, scene
 from tests.serving import serving
 
 ODD_ID = "holiday 2024/50% #1?/./Größe ü+&.png"
@@ -95,15 +95,16 @@ def test_what_flies_by_is_not_drawn(page: Page, digits_url: str) -> None:
     page.wait_for_load_state("networkidle")
     # By a window a frame.
     drawn = page.evaluate("""async () => {
-        const drawn = new Set();
-        const before = new Set([...document.querySelectorAll('.grid .tile')].map((tile) => tile.title));
+        const names = () => [...document.querySelectorAll('.grid .tile')].map((tile) => tile.title);
+        const before = new Set(names());
+        let drawn = 0;
         await new Promise(requestAnimationFrame);
         for (let step = 0; step < 6; step += 1) {
             window.scrollBy(0, window.innerHeight);
             await new Promise(requestAnimationFrame);
-            for (const tile of document.querySelectorAll('.grid .tile')) if (!before.has(tile.title)) drawn.add(tile.title);
+            drawn += names().filter((name) => !before.has(name)).length;
         }
-        return drawn.size;
+        return drawn;
     }""")
     assert drawn == 0
     expect(tiles(page).first).to_be_visible()
@@ -276,6 +277,16 @@ def test_a_key_is_asked_for_until_it_is_right(page: Page, tmp_path: Path, expect
         dialog.get_by_label("API key").fill(key)
         dialog.get_by_label("API key").press("Enter")
         expect(page.get_by_text("5 pictures")).to_be_visible()
+
+
+def test_about_tells_how_good_the_encoder_was_at_its_export(page: Page, digits_url: str) -> None:
+    page.goto(f"{digits_url}/#about")
+    told = page.locator("dt", has_text="Measured: model.int8.onnx").locator("+ dd")
+    quality = json.loads((MODEL / "card.json").read_text())["quality"]["model.int8.onnx"]
+    expect(told).to_have_text(
+        f"k-NN accuracy {quality['knn']:.3f}, cosine to fp32 at least {quality['cosine_p1']:.3f} for 99 %, "
+        "of 1,000 pictures that it was not trained on"
+    )
 
 
 def test_the_first_tab_skips_the_header_and_stays_in_the_view(page: Page, digits_url: str) -> None:

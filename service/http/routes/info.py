@@ -29,8 +29,8 @@ VERSIONS = {
     "onnxruntime": onnxruntime.__version__,
     "faiss": faiss.__version__,
 }
-# Of the encoder's card: how it came about, and who may use it.
-_CARD = ("method", "licence", "origin", "data")
+# Of the encoder's card: how it came about, how good it was at its export, and who may use it.
+_CARD = ("method", "licence", "origin", "data", "quality")
 # Of the preprocessing, beside its sizes.
 _PREPROCESSING = ("resize", "resample", "rescale", "mean", "std")
 

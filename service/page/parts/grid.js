@@ -83,7 +83,7 @@ export function makeGrid({ count, load, makeTile, tile, first = [], known = () =
       }
     }
     // What is out of sight in the next frame is not worth its pictures: until the window moves slower, frames stay empty.
-    const isFlying = Math.abs(above - before) > window.innerHeight / 2;
+    const isFlying = Math.abs(above - before) > window.innerHeight / 3;
     before = above;
     for (let place = from; place < to; place += 1) show(place, isFlying);
     if (isFlying) schedule();

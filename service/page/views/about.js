@@ -3,7 +3,7 @@
 import { forgetKey, hasKey } from "../api.js";
 import { make, makeButton } from "../parts/elements.js";
 import { refreshInfo } from "../parts/header.js";
-import { countPictures, formatCount } from "../parts/words.js";
+import { countPictures, formatCount, formatScore } from "../parts/words.js";
 import { reload } from "../router.js";
 
 /** @type {import("../router.js").View} */
@@ -41,11 +41,22 @@ export async function openAbout({ place, title }) {
 }
 
 /** What the encoder's card tells. @param {import("../api.js").Info["card"]} card @returns {[string, string][]} */
-function factsOfCard({ method, licence, origin, data }) {
+function factsOfCard({ method, licence, origin, data, quality = {} }) {
   const trained = [data?.source, data?.pictures && countPictures(data.pictures)].filter(Boolean).join(", ");
   /** @type {[string, string | undefined][]} */
   const facts = [["Method", method], ["Origin", origin], ["Trained on", trained], ["Licence", licence]];
+  for (const [file, figures] of Object.entries(quality)) facts.push([`Measured: ${file}`, describeQuality(figures)]);
   return facts.flatMap(([term, value]) => (value ? [[term, value]] : []));
+}
+
+/** What was measured of a file of the encoder when it was exported. @param {import("../api.js").Quality} figures */
+function describeQuality({ pictures, knn, zero_shot, cosine_p1 }) {
+  const words = [
+    knn !== undefined && `k-NN accuracy ${formatScore(knn)}`,
+    zero_shot !== undefined && `accuracy by words alone ${formatScore(zero_shot)}`,
+    cosine_p1 !== undefined && `cosine to fp32 at least ${formatScore(cosine_p1)} for 99 %`,
+  ].filter(Boolean);
+  return words.length && pictures ? `${words.join(", ")}, of ${countPictures(pictures)} that it was not trained on` : "";
 }
 
 const THEME = "lookalike-theme";
