@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from service import cores
-from service.errors import LookalikeError, NoEmbedding, Outcome, attempt, map_values
+from service.errors import InvalidSource, LookalikeError, NoEmbedding, Outcome, attempt, map_values
 
 _CHUNK = 64
 
@@ -20,11 +20,17 @@ def read_ahead(positions: Sequence[int], read: Callable[[int], T]) -> Generator[
     """Yield chunks of positions, each with the outcome of reading it, in order.
 
     The next chunk is read by as many threads as there are cores while the caller uses the current one.
+
+    Raises:
+        InvalidSource: the source cannot be read now. It concerns all pictures, so none of the chunk is yielded.
     """
     chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
 
     def read_one(position: int) -> tuple[int, Outcome[T]]:
-        return position, attempt(read, position)
+        outcome = attempt(read, position)
+        if isinstance(outcome, InvalidSource):
+            raise outcome
+        return position, outcome
 
     pool = ThreadPoolExecutor(cores())
     try:

@@ -2,10 +2,11 @@
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from service.account import Account
@@ -74,15 +75,12 @@ class RemoteParts(PartFolder):
         return dict(json.loads(metadata[META]))
 
     def schema(self, number: int) -> Any:
-        with self._open(number) as file:
+        with self._opened(number) as file:
             return pq.read_schema(file)
 
     def read(self, number: int, columns: list[str]) -> Any:
-        try:
-            with self._open(number) as file:
-                return pq.read_table(file, columns=columns, use_threads=False)
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise InvalidOutput(f"{self._path(number)}: cannot be read: {error}") from error
+        with self._opened(number) as file:
+            return pq.read_table(file, columns=columns, use_threads=False)
 
     def write(self, number: int, table: Any) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -99,15 +97,17 @@ class RemoteParts(PartFolder):
             if local.exists():
                 self._put(path, local.read_bytes())
                 account.listed_in = Path(path)
-            elif self._files.exists(path):
-                self._files.rm(path)
+            else:
+                self._remove(path)
 
     def _path(self, number: int) -> str:
         return f"{self._root}/{part_path(self.folder, number).name}"
 
-    def _open(self, number: int) -> Any:
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[Any]:
         try:
-            return self._files.open(self._path(number), "rb")
+            with self._files.open(self._path(number), "rb") as file:
+                yield file
         except Exception as error:
             raise InvalidOutput(f"{self._path(number)}: cannot be read: {error}") from error
 
@@ -117,3 +117,10 @@ class RemoteParts(PartFolder):
             self._files.pipe_file(path, content)
         except Exception as error:
             raise InvalidOutput(f"{path}: cannot be written: {error}") from error
+
+    def _remove(self, path: str) -> None:
+        try:
+            if self._files.exists(path):
+                self._files.rm(path)
+        except Exception as error:
+            raise InvalidOutput(f"{path}: cannot be removed: {error}") from error

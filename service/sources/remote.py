@@ -1,5 +1,6 @@
 """Pictures below a URL that fsspec reads, such as s3://bucket/photos: one object, one picture."""
 
+import errno
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -52,7 +53,7 @@ def open_remote(name: str) -> Source:
         try:
             content: bytes = files.cat_file(found[ids[position]].path)
         except Exception as error:
-            raise OSError(_reason(error)) from error
+            raise _failure(found[ids[position]].path, error) from error
         return content
 
     return Source(
@@ -110,12 +111,25 @@ def _time_ns(facts: dict[str, Any]) -> int:
 def _start(files: Any, path: str) -> Callable[[], bytes]:
     def read() -> bytes:
         try:
-            content: bytes = files.cat_file(path, 0, FIRST_BYTES)
+            # Only by name: s3fs has a version before them.
+            content: bytes = files.cat_file(path, start=0, end=FIRST_BYTES)
         except Exception as error:
-            raise OSError(_reason(error)) from error
+            raise _failure(path, error) from error
         return content
 
     return read
+
+
+def _failure(path: str, error: Exception) -> Exception:
+    """Return what to raise for an object that could not be read: OSError if it concerns this object.
+
+    InvalidSource says that the store does not answer, after all the attempts of its own package. It ends a job: the
+    following objects would take as long, and be listed as damaged.
+    """
+    reason = _reason(error)
+    if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "errno", None) == errno.EINVAL:
+        return OSError(reason)
+    return InvalidSource(f"{path}: cannot be read now: {reason}; the same command goes on from here")
 
 
 def _reason(error: Exception) -> str:

@@ -1,38 +1,22 @@
 """Thumbnails and originals in an object store: moto's server, over HTTP as S3 itself."""
 
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 import s3fs
-from moto.server import ThreadedMotoServer
 
 from service.errors import StoreAway
 from service.store.milvus import MilvusStore
 from service.store.pictures import Pictures
-from tests.ports import free_port
+from tests.conftest import MODEL, encoded, scene
 from tests.scale.test_store_contract import D, address, card, item, unit
+from tests.scale.unsteady_storage import UnsteadyStorage, never
+from tests.serving import running
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadedMotoServer]:
-    """Yield a running server with the bucket `pictures`, which s3fs finds by the environment."""
-    server = ThreadedMotoServer("127.0.0.1", port := free_port())
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().makedirs("pictures", exist_ok=True)
-    yield server
-    server.stop()
-
-
-def test_pictures_in_an_object_store(tmp_path: Path, bucket: ThreadedMotoServer) -> None:
+def test_pictures_in_an_object_store(tmp_path: Path, storage: UnsteadyStorage) -> None:
     store = MilvusStore(address(tmp_path), card(), D, pictures="s3://pictures/of/mine")
     store.add([item("a", unit(D)), item("b", unit(D))])
     store.add([item("a", unit(D, seed=1))])
@@ -46,9 +30,44 @@ def test_pictures_in_an_object_store(tmp_path: Path, bucket: ThreadedMotoServer)
     store.close()
 
 
-def test_an_object_store_that_does_not_answer(bucket: ThreadedMotoServer) -> None:
+def test_an_object_store_that_does_not_answer(storage: UnsteadyStorage) -> None:
     pictures = Pictures("s3://pictures")
     name = pictures.put(item("a", unit(D)))
-    bucket.stop()
+    storage.stop()
     with pytest.raises(StoreAway, match="s3://pictures: cannot be used now"):
         pictures.thumbnail(name)
+
+
+def test_500_now_and_then_is_tried_again(storage: UnsteadyStorage) -> None:
+    storage.refuse(lambda _, before: not before)
+    pictures = Pictures("s3://pictures")
+    name = pictures.put(item("a", unit(D)))
+    assert pictures.thumbnail(name) == b"thumbnail of a"
+    pictures.remove([name])
+    assert pictures.thumbnail(name) is None
+    assert storage.refused > 3
+
+
+def test_the_service_says_when_to_come_back_and_recovers(tmp_path: Path, storage: UnsteadyStorage) -> None:
+    def asked(method: str, path: str, body: bytes | None = None) -> tuple[int, str | None]:
+        request = urllib.request.Request(f"{url}{path}", body, method=method)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, None
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers["Retry-After"]
+
+    flags = ("--model", str(MODEL), "--store", f"milvus:{tmp_path}/store.db/pictures")
+    with running(tmp_path, *flags, pictures="s3://pictures/of/mine") as (_, url, log):
+        assert asked("PUT", "/images/kept", encoded(scene())) == (201, None)
+        storage.refuse(lambda request, _: "/pictures/of/mine/" in request)
+        assert asked("GET", "/images/kept/thumbnail") == (503, "5")
+        assert asked("PUT", "/images/new", encoded(scene(seed=1))) == (503, "5")
+        # The picture is not there by half.
+        assert asked("GET", "/images/new") == (404, None)
+        assert asked("GET", "/readyz") == (200, None)
+        storage.refuse(never)
+        assert asked("PUT", "/images/new", encoded(scene(seed=1))) == (201, None)
+        for name in ("kept", "new"):
+            assert asked("GET", f"/images/{name}/thumbnail") == (200, None)
+        assert "Traceback" not in log.read_text()

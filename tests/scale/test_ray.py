@@ -15,7 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
-from moto.server import ThreadedMotoServer
+import s3fs
 from ray.cluster_utils import Cluster
 
 from service.encoding.encoder import Encoder
@@ -28,6 +28,7 @@ from service.sources import open_source
 from service.sources.remote import open_remote
 from service.sources.source import Source
 from tests.conftest import MODEL, ROOT, encoded, scene
+from tests.scale.unsteady_storage import UnsteadyStorage, never, now_and_then
 
 DATA = Path("data")
 # "auto" takes the variant that is fastest now, and they differ in the third digit.
@@ -35,18 +36,19 @@ FP32 = Settings(variant="fp32")
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def objects() -> Iterator[UnsteadyStorage]:
+    with UnsteadyStorage() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def address(objects: UnsteadyStorage) -> Iterator[str]:
     """Of a cluster of two nodes with a core each; this process is connected to it."""
-    # Workers read the store of objects with the keys of this process.
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch, closing_server() as server:
-        for name, value in {
-            **keys,
-            "AWS_ENDPOINT_URL": server,
-            "PYTHONPATH": str(ROOT),
-            "RAY_worker_niceness": "0",
-        }.items():
+    with pytest.MonkeyPatch.context() as patch:
+        # Workers find the store of objects by the environment of this process.
+        for name, value in {**objects.environment, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}.items():
             patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         cluster.add_node(num_cpus=1)
         cluster.wait_for_nodes()
@@ -54,18 +56,6 @@ def address() -> Iterator[str]:
         yield cluster.address
         ray.shutdown()
         cluster.shutdown()
-
-
-class closing_server:  # noqa: N801
-    """A server that speaks S3, as a context."""
-
-    def __enter__(self) -> str:
-        self._server = ThreadedMotoServer("127.0.0.1", 0)
-        self._server.start()
-        return "http://{}:{}".format(*self._server.get_host_and_port())
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop()
 
 
 @pytest.fixture
@@ -155,16 +145,18 @@ def is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def test_pictures_and_parts_may_lie_in_a_store_of_objects(address: str, photos: Path, tmp_path: Path) -> None:
-    import s3fs
-
+def test_pictures_and_parts_may_lie_in_a_store_of_objects_that_answers_500_now_and_then(
+    address: str, objects: UnsteadyStorage, photos: Path, tmp_path: Path
+) -> None:
     files = s3fs.S3FileSystem()
-    files.mkdir("pictures")
     files.put(str(photos), "pictures/photos", recursive=True)
     origin, out = Origin("s3://pictures/photos", DATA), "s3://pictures/embeddings"
     assert list(open_remote(origin.name).ids) == list(open_source(str(photos)).ids)
+    objects.refuse(now_and_then)
     done = embed_source(origin.open(), MODEL, out, FP32, engine=on_ray(origin))
+    objects.refuse(never)
     assert (done.added, done.bad) == (12, 1)
+    assert objects.refused > 3
     files.get(out, str(tmp_path / "fetched"), recursive=True)
     embed_source(open_source(str(photos)), MODEL, tmp_path / "local", FP32)
     mine, expected = rows(tmp_path / "fetched" / "part-00000.parquet"), rows(tmp_path / "local" / "part-00000.parquet")
@@ -182,9 +174,19 @@ def test_pictures_and_parts_may_lie_in_a_store_of_objects(address: str, photos: 
     assert not files.exists(f"{out}/{FAILURES}")
 
 
-def test_a_url_that_holds_something_else_is_refused(address: str, photos: Path) -> None:
-    import s3fs
+def test_500_for_good_of_the_store_of_objects_ends_the_job(
+    address: str, objects: UnsteadyStorage, photos: Path
+) -> None:
+    s3fs.S3FileSystem().put(str(photos), "pictures/unsteady", recursive=True)
+    origin = Origin("s3://pictures/unsteady", DATA)
+    source = origin.open()
+    objects.refuse(lambda request, _: request.endswith("/7.png"))
+    with pytest.raises(InvalidRequest, match=r"Ray: pictures/unsteady/b/7\.png: cannot be read now"):
+        embed_source(source, MODEL, "s3://pictures/parts", FP32, engine=on_ray(origin))
+    objects.refuse(never)
 
+
+def test_a_url_that_holds_something_else_is_refused(address: str, photos: Path) -> None:
     files = s3fs.S3FileSystem()
     files.mkdir("taken")
     files.pipe_file("taken/out/letter.txt", b"dear")
