@@ -37,8 +37,8 @@ from training.recipe import MethodName, Recipe, read_recipe
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-# What is wrong shows in the first step, or in the second where it is carried over, as a queue is. So the others need not
-# go as far as SimCLR.
+# What is wrong shows in the first step, or in the second where it is carried over, as a queue is. So the others need
+# not go as far as SimCLR.
 STEPS = dict.fromkeys(METHODS, 5) | {"simclr": 20}
 # Small steps of SGD. AdamW divides a gradient by its own size, so rounding decides where it is nearly 0; and with large
 # steps a change of 1e-7 in the weights of one process alone is one of 1e-3 in its loss after 20 steps.
