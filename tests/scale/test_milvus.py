@@ -18,7 +18,8 @@ from service.store.milvus_address import MilvusAddress, parse_address
 from service.store.milvus_connection import recorded_model
 from tests.conftest import MODEL
 from tests.scale.milvus_server import Server, guarded_server, milvus_server
-from tests.scale.test_store_contract import D, address, card, item, unit
+from tests.service.store.test_contract import address
+from tests.service.store.test_embedded import D, card, item, unit
 from tests.serving import LOOKALIKE, running
 
 
