@@ -4,7 +4,6 @@ from importlib.util import find_spec
 
 _NEEDED = {
     "test_milvus*": "pymilvus",
-    "test_store_contract.py": "pymilvus",
     "test_copy.py": "pymilvus",
     "test_ray*": "ray",
 }

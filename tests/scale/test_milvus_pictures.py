@@ -11,7 +11,8 @@ from service.errors import StoreAway
 from service.store.milvus import MilvusStore
 from service.store.pictures import Pictures
 from tests.ports import free_port
-from tests.scale.test_store_contract import D, address, card, item, unit
+from tests.service.store.test_contract import address
+from tests.service.store.test_embedded import D, card, item, unit
 
 
 @pytest.fixture
