@@ -42,7 +42,7 @@ test-all: setup requirements/node_modules/.done ## run every test that this mach
 	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 test-scale: .venv-scale/.done ## run the tests of the store on Milvus and of embedding on Ray
-	.venv-scale/bin/python -m pytest tests/scale
+	.venv-scale/bin/python -m pytest tests/scale tests/service/store/test_contract.py
 
 check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules
 	.venv/bin/ruff check .

@@ -310,5 +310,5 @@ def follow(
         failed += [f"{one.id}: {outcome}" for one, outcome in outcomes if isinstance(outcome, LookalikeError)]
         done(len(rows))
     if failed:
-        raise InvalidStore(f"{len(failed)} items cannot be embedded anew; {failed[0]}")
+        raise InvalidStore(f"{len(failed)} items cannot be embedded again; {failed[0]}")
     return latest

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "models" / "mnist"
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip the test with this reason, or fail it if LOOKALIKE_TEST_ALL=1 promised that nothing is missing."""
     if os.environ.get("LOOKALIKE_TEST_ALL") == "1":
         pytest.fail(what)

@@ -44,11 +44,11 @@ def serving(folder: Path, pictures: str = "", encoder: Path = MODEL, **settings:
 
 @contextmanager
 def running(folder: Path, *flags: str, **settings: str) -> Iterator[tuple["subprocess.Popen[bytes]", str, Path]]:
-    """Run `lookalike serve` on a free port; yield its process, its address and its log once it is ready.
+    """Run `lookalike serve` on a free port, or on port="…"; yield process, address and log once it is ready.
 
     When the block ends, every process of the service is ended too, even after a failure.
     """
-    port = free_port()
+    port = int(settings.get("port") or free_port())
     log = folder / "serve.log"
     with log.open("wb") as output:
         command = [str(LOOKALIKE), "serve", *flags, "--port", str(port)]

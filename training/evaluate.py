@@ -386,7 +386,7 @@ def randomised(card: Card) -> bytes:
                 if name:
                     put(name, np.full(tuple(values[name].dims), constant))
     if not drawn:
-        raise InvalidModel(f"{card.folder}: no weight to draw anew in its graph; is it quantised?")
+        raise InvalidModel(f"{card.folder}: no weight to draw at random in its graph; is it quantised?")
     return bytes(graph.SerializeToString())
 
 

@@ -23,7 +23,9 @@ def build_optimizer(method: Method, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "lars":
         return LARS(groups, rate, momentum)
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=recipe.nesterov, fused=True)
+        # The fused kernel takes no weights that begin to learn later than others.
+        fused = not (recipe.method == "dino" and recipe.dino.frozen)
+        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=recipe.nesterov, fused=fused)
     return torch.optim.AdamW(groups, lr=rate, fused=True)
 
 

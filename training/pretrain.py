@@ -235,7 +235,7 @@ def export_run(folder: Path, out: Path, data_root: Path, overwrite: bool = False
 
 
 def resumable(out: Path, identity: Identity, resume: bool, overwrite: bool = False) -> Checkpoint | None:
-    """Return the checkpoint to resume from, or None to begin anew.
+    """Return the checkpoint to resume from, or None to begin at step 0.
 
     Args:
         out: the model folder.

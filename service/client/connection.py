@@ -17,6 +17,8 @@ from service.errors import InvalidRequest, LookalikeError
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 10.0
 # Codes of answers that mean: nothing is wrong with the request, try again.
 RETRYABLE = ("busy", "overloaded", "store_paused", "store_away", "out_of_memory")
+# Statuses with which a proxy says, in words of its own, that it lost the service or did not reach it.
+_OF_A_PROXY = (502, 503, 504)
 
 
 class ServiceError(LookalikeError):
@@ -24,7 +26,8 @@ class ServiceError(LookalikeError):
 
     Attributes:
         status: the HTTP status; 0 without an answer.
-        code: the word of the answer that programs read, as docs/api.md lists them; "unreachable" without an answer.
+        code: the word of the answer that programs read, as docs/api.md lists them; "unreachable" without an answer, or
+            if only a proxy answered.
     """
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -128,9 +131,10 @@ class Connections:
                 if answer.status < 300:
                     return answer
                 failure = _refusal(answer, self.url)
-                if answer.status not in (429, 503) or "retry-after" not in answer.headers:
+                asks_for_time = answer.status in (429, 503) and "retry-after" in answer.headers
+                if not asks_for_time and not (again and failure.code == "unreachable"):
                     raise failure
-                wait_s = max(wait_s, _retry_after_s(answer.headers["retry-after"]))
+                wait_s = max(wait_s, _retry_after_s(answer.headers.get("retry-after", "0")))
             # Clients that were refused together come back at different times.
             pause_s = wait_s * random.uniform(1, 1.25)  # noqa: S311
             if time.monotonic() + pause_s > deadline:
@@ -200,6 +204,8 @@ def _refusal(answer: Answer, url: str) -> ServiceError:
         told = content.get("error", content)
         code, detail = str(told["code"]), str(told.get("detail", told.get("message")))
     except (ValueError, KeyError, AttributeError, TypeError):
+        if answer.status in _OF_A_PROXY:
+            return ServiceError(answer.status, "unreachable", f"{url}: its proxy answered {answer.status}")
         return ServiceError(answer.status, "unknown", f"{url}: answered {answer.status}; is this a Lookalike service?")
     if answer.status == 401:
         detail = "the service asks for an API key: give one with --key or LOOKALIKE_KEY"

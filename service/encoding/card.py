@@ -306,7 +306,7 @@ def read_card(folder: Path) -> Card:
         if not _belongs(VARIANTS[name], facts):
             raise InvalidModel(
                 f"{folder / VARIANTS[name]}: {CARD_FILE} has not measured it to be {MODEL_FILE} in other arithmetic; "
-                "remove it, or write the encoder anew with `lookalike export --overwrite`"
+                "remove it, or write the encoder again with `lookalike export --overwrite`"
             )
     return replace(card, fingerprint=own, variants=variants, text=_text_files(folder, files))
 

@@ -135,10 +135,12 @@ def copy(source: Settings, target: Settings) -> Copied:
         sample: list[NewItem] = []
         rng = np.random.default_rng(0)
         total = origin.count()
+        # Nothing is looked up in a store that is empty.
+        is_new = store.count() == 0
         share = _SAMPLED / max(total, 1)
         with tqdm(total=total, desc="copying", unit=" items", mininterval=1) as progress:
             for batch in origin.batches():
-                fresh = _fresh(batch, store)
+                fresh = batch if is_new else _fresh(batch, store)
                 store.add(fresh)
                 written, known = written + len(fresh), known + len(batch) - len(fresh)
                 bare += sum(bool(item.thumbnail or item.original) for item in batch) if _is_bare(target) else 0

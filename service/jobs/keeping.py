@@ -222,7 +222,7 @@ class _Rows:
         return differ
 
     def _part(self, number: int, rows: IntArray, places: IntArray, stamps: dict[int, Stamp]) -> Any:
-        """Return the rows of a part that stay, described anew.
+        """Return the rows of a part that stay, described again.
 
         Args:
             number: of the part.

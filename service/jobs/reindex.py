@@ -46,7 +46,7 @@ def reindex(model: Path, settings: Settings) -> int:
             )
         _begin(home, folder, encoder.card.fingerprint)
         store = EmbeddedStore(folder, encoder.card, encoder.dimension)
-        with closing(Gallery(encoder, store, settings)) as gallery, progress("embedding anew", 0, 0) as bar:
+        with closing(Gallery(encoder, store, settings)) as gallery, progress("embedding again", 0, 0) as bar:
             build(store, earlier, home, gallery.add_many, bar.update)
             count = store.count()
     publish(home, folder)

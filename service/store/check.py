@@ -93,7 +93,7 @@ def _index(folder: Path) -> Iterator[str]:
             for keys, vectors in catalog.vectors():
                 same = np.asarray([key not in later for key in keys.tolist()])
                 if not index.holds(keys[same], vectors[same]):
-                    yield f"{SNAPSHOT}: holds other vectors than {FILE}; remove it, the index is made anew without it"
+                    yield f"{SNAPSHOT}: holds other vectors than {FILE}; remove it, the index is rebuilt without it"
                     return
         finally:
             catalog.close()
@@ -103,4 +103,4 @@ def _index(folder: Path) -> Iterator[str]:
     except InvalidStore:
         return
     except (DamagedSnapshot, ValueError, KeyError, OSError) as error:
-        yield f"{SNAPSHOT}: {error}; the index is made anew without it"
+        yield f"{SNAPSHOT}: {error}; the index is rebuilt without it"

@@ -67,7 +67,7 @@ def load_index(folder: Path, reader: CatalogReader, read_only: bool) -> Loaded:
     index = exact_index(reader)
     unsaved = len(index)
     if unsaved:
-        log.warning("the index was made anew from %d vectors: %s", unsaved, reason)
+        log.warning("the index was rebuilt from %d vectors: %s", unsaved, reason)
     # The process that writes the store may have committed changes meanwhile.
     if read_only:
         sequence = replay(reader, index, sequence)

@@ -7,7 +7,7 @@ NotOfThisStore: docs/operations.md lists it.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
@@ -35,20 +35,20 @@ from service.errors import (
 from service.file_facts import Move
 from service.store import Field, Folder, Hit, Item, Known, NewItem, Order
 from service.store.faiss_index import checked
-from service.store.filters import Filter, begins, both, folded
+from service.store.filters import Filter, begins, both
 from service.store.milvus_address import MilvusAddress
 from service.store.milvus_connection import PREFIX, TIMEOUT_S, connect, no_collection_of_ours, own_facts, translated
-from service.store.milvus_filters import MOST_TERMS, TERM_LENGTH, condition_of, encoded, index_of, quoted
+from service.store.milvus_filters import MOST_TERMS, TERM_LENGTH, condition_of, index_of, quoted
 from service.store.milvus_rows import (
     LONGEST_ID,
-    LONGEST_NAME,
-    LONGEST_TEXT,
     Place,
     Row,
     check_lengths,
     cursor_of,
     cut_short,
+    facts_of,
     field_of,
+    file_facts,
     item_of,
     kind_of,
     no_cursor,
@@ -72,7 +72,10 @@ _INDEXES: dict[str, dict[str, Any]] = {
     "FLAT": {},
     "HNSW": {"M": 16, "efConstruction": 200},
 }
-_OF_ITEM = ["id", "metadata", "source", "digest", "variant", "file"]
+_OF_ITEM = ["id", "metadata", "facts"]
+# Of the fields of a collection; a collection of another one is refused.
+_LAYOUT = "2"
+_JSON = ("metadata", "facts", "index")
 _SORTED_BY = {"date": "date", "size": "size_bytes"}
 
 
@@ -135,17 +138,13 @@ class MilvusStore:
         schema.add_field("added", DataType.INT64)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self._dimension)
         schema.add_field("metadata", DataType.JSON)
-        schema.add_field("source", DataType.VARCHAR, max_length=LONGEST_TEXT, nullable=True)
-        schema.add_field("digest", DataType.VARCHAR, max_length=LONGEST_ID)
-        schema.add_field("variant", DataType.VARCHAR, max_length=LONGEST_ID)
-        # One field for all facts about the file: pymilvus takes as long for each field as for a vector.
-        schema.add_field("file", DataType.JSON)
-        schema.add_field("pictures", DataType.VARCHAR, max_length=LONGEST_ID)
-        schema.add_field("name", DataType.VARCHAR, max_length=LONGEST_NAME)
+        # One field for what no index is needed for: pymilvus takes as long for each field as for a vector.
+        schema.add_field("facts", DataType.JSON)
         terms = {"element_type": DataType.VARCHAR, "max_capacity": MOST_TERMS, "max_length": TERM_LENGTH}
         schema.add_field("terms", DataType.ARRAY, **terms)
         schema.add_field("index", DataType.JSON)
         facts = {
+            "layout": _LAYOUT,
             "fingerprint": card.fingerprint,
             "dimension": str(self._dimension),
             "model": card.name,
@@ -164,7 +163,7 @@ class MilvusStore:
         """Have Milvus build the indexes that are not there; one of another kind, which somebody made, stays."""
         there = set(self._client.list_indexes(self.address.collection, timeout=TIMEOUT_S))
         is_lite = self._client.get_server_version(timeout=TIMEOUT_S).startswith("milvus_lite")
-        wanted = {"vector": "FLAT"} if is_lite else {"vector": "HNSW", "terms": "INVERTED", "source": "INVERTED"}
+        wanted = {"vector": "FLAT"} if is_lite else {"vector": "HNSW", "terms": "INVERTED"}
         indexes = self._client.prepare_index_params()
         for name, kind in wanted.items():
             if name not in there:
@@ -187,7 +186,7 @@ class MilvusStore:
         vectors = checked(np.stack([item.embedding for item in items]), self._dimension)
         with self._changing():
             ids = list(dict.fromkeys(item.id for item in items))
-            known = {row["id"]: row for row in self._rows(ids, ["id", "added", "metadata", "pictures"])}
+            known = {row["id"]: row for row in self._rows(ids, ["id", "added", "metadata", "facts"])}
             new: list[bool] = []
             rows: dict[str, Row] = {}
             for item, vector in zip(items, vectors, strict=True):
@@ -198,24 +197,19 @@ class MilvusStore:
             if self._pictures is not None:
                 # Of an id that is given twice, the last one counts.
                 for item in {item.id: item for item in items}.values():
-                    rows[item.id]["pictures"] = self._pictures.put(item)
+                    rows[item.id]["facts"]["pictures"] = self._pictures.put(item)
             self._upsert(list(rows.values()))
-            self._forget([row["pictures"] for row in known.values()])
+            self._forget(known.values())
         return new
 
     def _row(self, item: NewItem, metadata: dict[str, Any], vector: FloatArray, added: int) -> Row:
-        terms, index = index_of(metadata)
+        terms, index = index_of(item.id, metadata)
         row = {
             "id": item.id,
             "added": added,
             "vector": vector,
             "metadata": metadata,
-            "source": item.source,
-            "digest": item.digest,
-            "variant": item.variant,
-            "file": item.facts._asdict() | {"mtime_ns": item.mtime_ns},
-            "pictures": "",
-            "name": encoded(folded(item.id)),
+            "facts": facts_of(item),
             "terms": terms,
             "index": index,
         }
@@ -225,17 +219,17 @@ class MilvusStore:
     def remove(self, id: str) -> bool:
         """See Store.remove."""
         with self._changing():
-            rows = self._rows([id], ["id", "pictures"])
-            self._delete(rows)
+            rows = self._rows([id], ["id", "facts"])
+            self._remove(rows)
         return bool(rows)
 
     def remove_matching(self, where: Filter, expect: int | None = None) -> int:
         """See Store.remove_matching. Items that another process changes meanwhile may be removed or not."""
         with self._changing():
-            rows = list(self._stream(where, ["id", "pictures"]))
+            rows = list(self._stream(where, ["id", "facts"]))
             if expect is not None and len(rows) != expect:
                 raise CountMismatch(f"expected {expect} items that match, found {len(rows)}; nothing is removed")
-            self._delete(rows)
+            self._remove(rows)
         return len(rows)
 
     def set_metadata(self, id: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Item | None:
@@ -245,7 +239,7 @@ class MilvusStore:
             if item is None:
                 return None
             metadata = change(item.metadata)
-            terms, index = index_of(metadata)
+            terms, index = index_of(id, metadata)
             row = {"id": id, "metadata": metadata, "terms": terms, "index": index}
             self._upsert([row], partial_update=True)
         return replace(item, metadata=metadata)
@@ -254,7 +248,7 @@ class MilvusStore:
         """See Store.move. First all new ids are written, then the old ones are removed: two calls to Milvus."""
         with self._changing():
             known = {row["id"]: row for row in self._rows([move.id for move in moves], ["*"])}
-            made = [move for move in moves if move.id in known and known[move.id]["digest"] == move.digest]
+            made = [move for move in moves if move.id in known and known[move.id]["facts"]["digest"] == move.digest]
             leaving = {move.id for move in made if move.to != move.id}
             coming = {move.to for move in made if move.to is not None and move.to != move.id}
             if any(row["id"] not in leaving for row in self._rows(list(coming), ["id"])):
@@ -263,16 +257,15 @@ class MilvusStore:
             for move in made:
                 if move.to is None:
                     continue
-                changed = {"id": move.to, "name": encoded(folded(move.to)), "source": move.source}
-                row = dict(known[move.id]) | changed
-                row["file"] = move.facts._asdict() | {"mtime_ns": move.mtime_ns}
-                rows.append(row | {"vector": np.asarray(row["vector"], np.float32)})
+                row = dict(known[move.id])
+                row |= {"id": move.to, "vector": np.asarray(row["vector"], np.float32)}
+                row["index"] = index_of(move.to, row["metadata"])[1]
+                row["facts"] = row["facts"] | file_facts(move.facts, move.mtime_ns) | {"source": move.source}
                 check_lengths(row)
+                rows.append(row)
             self._upsert(rows)
-            gone = [known[id] for id in leaving - coming]
-            removed = {move.id for move in made if move.to is None}
-            self._delete([row if row["id"] in removed else row | {"pictures": ""} for row in gone])
-            self._forget([known[id]["pictures"] for id in removed & coming])
+            self._delete(list(leaving - coming))
+            self._forget([known[move.id] for move in made if move.to is None])
         return len(made)
 
     def note(self, facts: dict[str, str]) -> None:
@@ -292,27 +285,31 @@ class MilvusStore:
         batch: list[Row] = []
         size = 0
         for row in rows:
-            content = orjson.dumps([row["metadata"], row["index"]])
-            own = 4 * self._dimension + len(content) + (TERM_LENGTH + 2) * len(row["terms"])
+            # pymilvus takes several times as long to write JSON as to check what is written.
+            written = {name: orjson.dumps(row[name]).decode() for name in _JSON if name in row}
+            own = 4 * self._dimension + sum(map(len, written.values())) + (TERM_LENGTH + 2) * len(row["terms"])
             if batch and (len(batch) == _MOST_ROWS or size + own > _MOST_BYTES):
                 self._client.upsert(self.address.collection, batch, timeout=_WRITE_S, **options)
                 batch, size = [], 0
-            batch.append(row)
+            batch.append(row | written)
             size += own
         if batch:
             self._client.upsert(self.address.collection, batch, timeout=_WRITE_S, **options)
 
-    def _delete(self, rows: Sequence[Row]) -> None:
-        for start in range(0, len(rows), _MOST_ROWS):
-            ids = [row["id"] for row in rows[start : start + _MOST_ROWS]]
-            self._client.delete(self.address.collection, filter=_among(ids), timeout=TIMEOUT_S)
-        self._forget([row["pictures"] for row in rows])
+    def _remove(self, rows: Sequence[Row]) -> None:
+        self._delete([row["id"] for row in rows])
+        self._forget(rows)
 
-    def _forget(self, names: Sequence[str]) -> None:
-        # The item is gone or has other pictures already: files that stay cost space alone.
+    def _delete(self, ids: Sequence[str]) -> None:
+        for start in range(0, len(ids), _MOST_ROWS):
+            condition = _among(ids[start : start + _MOST_ROWS])
+            self._client.delete(self.address.collection, filter=condition, timeout=TIMEOUT_S)
+
+    def _forget(self, rows: Iterable[Row]) -> None:
+        """Remove the pictures of rows that are gone or have others now: files that stay cost space alone."""
         if self._pictures is not None:
             with suppress(StoreAway):
-                self._pictures.remove(names)
+                self._pictures.remove([row["facts"]["pictures"] for row in rows])
 
     def _next(self) -> int:
         """Return when an item is added, in nanoseconds since 1970, later than the one before."""
@@ -340,17 +337,17 @@ class MilvusStore:
         return None if self._pictures is None else self._pictures.original(self._picture_of(id))
 
     def _picture_of(self, id: str) -> str:
-        rows = self._rows([id], ["pictures"])
-        return str(rows[0]["pictures"]) if rows else ""
+        rows = self._rows([id], ["facts"])
+        return str(rows[0]["facts"]["pictures"]) if rows else ""
 
     def below(self, origin: str) -> list[Known]:
         """See Store.below. Cost: reads the items of the source."""
-        condition = f"source > {quoted(f'{origin}/')} and source < {quoted(f'{origin}0')}"
-        rows = self._pages(condition, ["id", "source", "digest", "file"])
+        condition = f'facts["source"] > {quoted(f"{origin}/")} and facts["source"] < {quoted(f"{origin}0")}'
         start = len(origin) + 1
+        rows = [(row["id"], row["facts"]) for row in self._pages(condition, ["id", "facts"])]
         return [
-            Known(row["source"][start:], row["id"], row["digest"], row["file"]["size_bytes"], row["file"]["mtime_ns"])
-            for row in rows
+            Known(facts["source"][start:], id, facts["digest"], facts["size_bytes"], facts["mtime_ns"])
+            for id, facts in rows
         ]
 
     def facts(self) -> dict[str, str]:
@@ -429,8 +426,8 @@ class MilvusStore:
         """Return the places of all items that match behind a place, sorted."""
         column, down = order.removeprefix("-"), order.startswith("-")
         value = _SORTED_BY.get(column)
-        rows = self._stream(where, ["id", "added", *(["file"] if value else [])], f"the order {order}")
-        places = [Place(row["file"][value] if value else None, row["added"], row["id"]) for row in rows]
+        rows = self._stream(where, ["id", "added", *(["facts"] if value else [])], f"the order {order}")
+        places = [Place(row["facts"][value] if value else None, row["added"], row["id"]) for row in rows]
 
         def key(place: Place) -> tuple[Any, ...]:
             if column == "id":
@@ -467,7 +464,7 @@ class MilvusStore:
 
         A collection of more than MOST_SORTED items gives them in the order of their ids.
         """
-        fields = [*_OF_ITEM, "vector", "pictures"]
+        fields = [*_OF_ITEM, "vector"]
         if self.count() > MOST_SORTED:
             rows = self._pages("", fields)
             while batch := list(islice(rows, limit)):
@@ -480,7 +477,7 @@ class MilvusStore:
             yield [self._new_item(found[id]) for id in ids if id in found]
 
     def _new_item(self, row: Row) -> NewItem:
-        item, name = item_of(row), row["pictures"]
+        item, name = item_of(row), row["facts"]["pictures"]
         return NewItem(
             **{field.name: getattr(item, field.name) for field in dataclass_fields(item)},
             embedding=np.asarray(row["vector"], np.float32),
@@ -637,6 +634,11 @@ def _check_encoder(address: MilvusAddress, have: dict[str, str], card: Card, dim
     """Raise StoreMismatch or InvalidStore if a collection is not of an encoder's embeddings."""
     if "fingerprint" not in have:
         raise no_collection_of_ours(address)
+    if have.get("layout") != _LAYOUT:
+        raise InvalidStore(
+            f"{address}: its fields are those of another version of Lookalike (layout {have.get('layout', '1')}, "
+            f"expected {_LAYOUT}); index into another collection"
+        )
     if have["fingerprint"] != card.fingerprint:
         raise StoreMismatch(
             f"{address}: built by the encoder {have.get('model')} ({have['fingerprint'][:12]}…), not by {card.name} "

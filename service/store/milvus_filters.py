@@ -4,7 +4,8 @@ Milvus has no operator for "a member of the list is in the range", nor for names
 carries what its metadata answer, and every operator of filters.py means the same on both stores:
 
     terms   hashes of (kind, name, value): what the field of a name equals, has among its members, or that it is there
-    index   JSON by the hash of a name: the least and the largest number and text of the field, and its texts
+    index   JSON by the hash of a name: the least and the largest number and text of the field, and its texts;
+            by "name" the item's id, its letters folded
 
 A name with dots has entries for every way on which it leads to a value. Texts are stored in an encoding of their own,
 in which LIKE finds no wildcard and the order is that of code points.
@@ -20,13 +21,13 @@ from typing import Any
 import orjson
 
 from service.errors import InvalidRequest
-from service.store.filters import begins, number, spellings
+from service.store.filters import begins, folded, number, spellings
 
 # Of an array in Milvus.
 MOST_TERMS = 4096
 TERM_LENGTH = 20
-# Milvus takes 65,536 bytes of JSON in a field.
-_MOST_INDEX_BYTES = 65_000
+# Milvus takes 65,536 bytes of JSON in a field, and the id, folded and encoded, has at most 8,192.
+_MOST_INDEX_BYTES, _MOST_NAME_BYTES = 57_000, 8192
 # Kinds of terms: a value of the field or of its members, a member alone, the field itself, a bound of one type.
 _VALUE, _MEMBER, _FIELD, _NUMBERS, _TEXTS = "=", "[", "?", "n", "t"
 _HIGH, _LOW = "ghijklmnopqrstuv", "0123456789abcdef"
@@ -50,11 +51,11 @@ def quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def index_of(metadata: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return the terms and the index of an item's metadata.
+def index_of(id: str, metadata: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return the terms and the index of an item's id and metadata.
 
     Raises:
-        InvalidRequest: the metadata has more values than Milvus indexes.
+        InvalidRequest: the id is longer, or the metadata has more values, than Milvus indexes.
     """
     terms: set[str] = set()
     numbers: dict[str, list[float]] = {}
@@ -91,6 +92,9 @@ def index_of(metadata: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             f"metadata: expected at most {MOST_TERMS} values and {_MOST_INDEX_BYTES // 3} bytes of texts, which is "
             "what Milvus indexes"
         )
+    index["name"] = encoded(folded(id))
+    if len(index["name"]) > _MOST_NAME_BYTES:
+        raise InvalidRequest(f"id: expected at most {_MOST_NAME_BYTES // 2} bytes once its letters are folded")
     return sorted(terms), index
 
 
@@ -131,7 +135,7 @@ def _member(name: str, wanted: Any) -> str:
             bounds = [quoted(bound) for bound in begins(wanted).values]
             return _joined("and", [f"id {sign} {bound}" for sign, bound in zip((">=", "<"), bounds, strict=False)])
         case "$name":
-            return f'name like "%{encoded(wanted)}%"'
+            return f'index["name"] like "%{encoded(wanted)}%"'
     name = unicodedata.normalize("NFC", name)
     conditions = wanted if isinstance(wanted, dict) else {"$eq": wanted}
     return _joined("and", [_condition(name, operator, value) for operator, value in conditions.items()])
@@ -187,8 +191,10 @@ def _joined(word: str, conditions: list[str]) -> str:
 def _term(kind: str, name: str, value: Any = None) -> str:
     """Return the hash of a kind, a name and a value, in TERM_LENGTH hexadecimal digits."""
     match value:
-        case None | bool():
-            shown = json.dumps(value)
+        case None:
+            shown = "null"
+        case bool():
+            shown = "true" if value else "false"
         case int() | float():
             # 7 and 7.0 are the same.
             exact = number(value)

@@ -12,7 +12,9 @@ from service.file_facts import FileFacts
 from service.store import Field, Hit, Item, Value
 from service.store.ranking import best_of
 
-LONGEST_ID, LONGEST_NAME, LONGEST_TEXT = 1024, 8192, 65_535
+LONGEST_ID = 1024
+# Milvus takes 65,536 bytes of JSON in a field; what else is in this one is short.
+_LONGEST_SOURCE, _LONGEST_DIGEST = 32_768, 1024
 # Milvus's own scores are of float32.
 _ROUNDING = 1e-5
 _MOST_VALUES, _LONGEST_VALUE = 12, 200
@@ -29,17 +31,30 @@ class Place(NamedTuple):
 
 
 def check_lengths(row: Row) -> None:
-    limits = {"id": LONGEST_ID, "digest": LONGEST_ID, "source": LONGEST_TEXT, "name": LONGEST_NAME}
-    for name, most in limits.items():
-        if row[name] is not None and len(row[name].encode()) > most:
-            shown = "id" if name == "name" else name
-            raise InvalidRequest(f"{shown}: Milvus takes at most {most} bytes of it")
+    lengths = {
+        "id": (row["id"], LONGEST_ID),
+        "digest": (row["facts"]["digest"], _LONGEST_DIGEST),
+        "source": (row["facts"]["source"] or "", _LONGEST_SOURCE),
+    }
+    for name, (text, most) in lengths.items():
+        if len(text.encode()) > most:
+            raise InvalidRequest(f"{name}: Milvus takes at most {most} bytes of it")
+
+
+def facts_of(item: Item) -> dict[str, Any]:
+    """Return what a row knows of an item beside its id and metadata; its pictures are not kept yet."""
+    own = {"source": item.source, "digest": item.digest, "variant": item.variant, "pictures": ""}
+    return own | file_facts(item.facts, item.mtime_ns)
+
+
+def file_facts(facts: FileFacts, mtime_ns: int | None) -> dict[str, Any]:
+    return facts._asdict() | {"mtime_ns": mtime_ns}
 
 
 def item_of(row: Row) -> Item:
-    facts = FileFacts(*(row["file"][name] for name in FileFacts._fields))
-    fields = (row["id"], row["metadata"], row["source"], row["digest"], row["variant"])
-    return Item(*fields, facts=facts, mtime_ns=row["file"]["mtime_ns"])
+    facts = row["facts"]
+    fields = (row["id"], row["metadata"], facts["source"], facts["digest"], facts["variant"])
+    return Item(*fields, facts=FileFacts(*(facts[name] for name in FileFacts._fields)), mtime_ns=facts["mtime_ns"])
 
 
 def cut_short(found: list[Any], k: int, most: int) -> bool:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
 _NEEDED = {
     "test_milvus*": "pymilvus",
-    "test_store_contract.py": "pymilvus",
     "test_copy.py": "pymilvus",
     "test_ray*": "ray",
     "test_object_storage.py": "moto",

@@ -19,7 +19,7 @@ from service.store.embedded import EmbeddedStore
 from service.store.milvus import MilvusStore
 from service.store.milvus_address import MilvusAddress
 from tests.conftest import MODEL, another_encoder
-from tests.scale.test_store_contract import unit
+from tests.service.store.test_embedded import unit
 from tests.serving import LOOKALIKE
 
 D = 64

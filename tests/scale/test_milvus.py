@@ -18,7 +18,8 @@ from service.store.milvus_address import MilvusAddress, parse_address
 from service.store.milvus_connection import recorded_model
 from tests.conftest import MODEL
 from tests.scale.milvus_server import Server, guarded_server, milvus_server
-from tests.scale.test_store_contract import D, address, card, item, unit
+from tests.service.store.test_contract import address
+from tests.service.store.test_embedded import D, card, item, unit
 from tests.serving import LOOKALIKE, running
 
 
@@ -94,12 +95,18 @@ def test_a_token_that_is_wrong_or_right(tmp_path: Path) -> None:
         store.close()
 
 
-def test_collections_that_are_not_for_this_encoder(tmp_path: Path) -> None:
+def test_collections_that_are_not_for_this_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = MilvusStore(address(tmp_path), card(), D)
     assert recorded_model(address(tmp_path), "") == (Path("/models/encoder"), "encoder")
     with pytest.raises(StoreMismatch, match="built by the encoder encoder"):
         MilvusStore(address(tmp_path), card("other"), D)
     store.close()
+    with (
+        monkeypatch.context() as later,
+        pytest.raises(InvalidStore, match=r"version of Lookalike \(layout 2, expected 3\)"),
+    ):
+        later.setattr(milvus, "_LAYOUT", "3")
+        MilvusStore(address(tmp_path), card(), D)
     with pytest.raises(InvalidStore, match=r"its vectors have 8 numbers, the encoder encoder gives 9"):
         MilvusStore(address(tmp_path), card(), D + 1)
     client = MilvusClient(address(tmp_path).uri)

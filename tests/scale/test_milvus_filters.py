@@ -18,7 +18,6 @@ from tests.service.store.test_filters import TAGGED, _filters, _metadata, meets
 _SCHEMA = CollectionSchema(
     [
         FieldSchema("id", DataType.VARCHAR, is_primary=True, max_length=1024),
-        FieldSchema("name", DataType.VARCHAR, max_length=4096),
         FieldSchema("terms", DataType.ARRAY, element_type=DataType.VARCHAR, max_capacity=MOST_TERMS, max_length=20),
         FieldSchema("index", DataType.JSON),
     ]
@@ -30,11 +29,10 @@ def matching(rows: dict[str, dict[str, Any]], where: Filter) -> set[str]:
     condition = condition_of(where.asked)
     if not condition:
         return set(rows)
-    indexes = [index_of(metadata) for metadata in rows.values()]
+    indexes = [index_of(id, metadata) for id, metadata in rows.items()]
     table = pa.table(
         {
             "id": list(rows),
-            "name": [encoded(folded(id)) for id in rows],
             "terms": pa.array([terms for terms, _ in indexes], pa.list_(pa.string())),
             "index": [json.dumps(index) for _, index in indexes],
         }
@@ -103,4 +101,4 @@ def test_the_encoding_of_texts_keeps_order_and_parts(one: str, other: str) -> No
 @pytest.mark.parametrize("metadata", [{"a": list(range(5000))}, {"a": "x" * 40_000}])
 def test_metadata_beyond_what_milvus_indexes_is_refused(metadata: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="expected at most 4096 values"):
-        index_of(metadata)
+        index_of("a", metadata)

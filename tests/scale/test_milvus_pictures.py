@@ -11,8 +11,9 @@ from service.errors import StoreAway
 from service.store.milvus import MilvusStore
 from service.store.pictures import Pictures
 from tests.conftest import MODEL, encoded, scene
-from tests.scale.test_store_contract import D, address, card, item, unit
 from tests.scale.unsteady_storage import UnsteadyStorage, never
+from tests.service.store.test_contract import address
+from tests.service.store.test_embedded import D, card, item, unit
 from tests.serving import running
 
 

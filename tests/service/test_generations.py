@@ -132,7 +132,7 @@ def test_a_bad_picture_is_named_and_the_others_are_taken_over(home: Path, opened
     second = opened.enter_context(closing(EmbeddedStore(home / "generation-2", card("second"), D)))
     with (
         closing(CatalogReader(home)) as earlier,
-        pytest.raises(InvalidStore, match="1 items cannot be embedded anew; b: no picture"),
+        pytest.raises(InvalidStore, match="1 items cannot be embedded again; b: no picture"),
     ):
         build(second, earlier, home, adding(second), lambda _: None)
     assert list(contents(second)) == ["a", "c"]

@@ -40,6 +40,7 @@ from training.methods import METHODS, Batch, Captioned, Method, build_method
 from training.methods.infonce import next_of_label
 from training.methods.moco import MoCo, SplitBatchNorm, split_batch_norms
 from training.methods.supcon import apart
+from training.optimizers import build_optimizer
 from training.recipe import MethodName, Recipe
 
 # The source has this many pictures.
@@ -620,9 +621,10 @@ def test_a_teacher_temperature_may_be_constant_from_the_start(tiny_recipe: Recip
     assert float(method.step(batch).loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_dinos_last_layer_is_frozen_at_first(tiny_recipe: Recipe) -> None:
+@pytest.mark.parametrize("optimizer_name", ["adamw", "sgd", "lars"])
+def test_dinos_last_layer_is_frozen_at_first(optimizer_name: str, tiny_recipe: Recipe) -> None:
     method = dino_method(tiny_recipe, frozen=0.1)
-    optimizer = torch.optim.AdamW([weight for weight in method.parameters() if weight.requires_grad], 1e-3)
+    optimizer = build_optimizer(method, method.recipe.model_copy(update={"optimizer": optimizer_name}))
     for progress, learns in ((0.0, False), (0.09, False), (0.1, True), (0.5, True)):
         before, rest = method.head.last.weight.clone(), method.head.layers[0].weight.clone()
         backward(method.step(batch_of()._replace(progress=progress)).loss)

@@ -238,6 +238,19 @@ def test_what_must_not_come_twice_is_not_sent_twice() -> None:
         assert len(seen) == 2
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_that_lost_the_service_is_asked_again(status: int) -> None:
+    def script(n: int, _: bytes) -> bytes:
+        return http(200, {"n": n}) if n > 2 else http(status, "<html>")
+
+    with stumbling(script) as (url, seen):
+        assert Connections(url, None, 5, 20).request("POST", "/embed").json() == {"n": 3}
+    with stumbling(script) as (url, seen):
+        with pytest.raises(ServiceError, match=f"its proxy answered {status}") as lost:
+            Connections(url, None, 5, 20).request("DELETE", "/images", again=False)
+        assert (lost.value.code, len(seen)) == ("unreachable", 1)
+
+
 def test_pictures_that_were_refused_for_now_are_sent_again() -> None:
     limits = {"limits": {"max_request_bytes": 1000, "max_images": 4}, "dimension": 2}
 

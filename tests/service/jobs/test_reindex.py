@@ -133,12 +133,12 @@ def test_pictures_that_were_not_kept_are_read_where_they_came_from(tmp_path: Pat
     served.add("sent", encoded(scene(seed=5)), {})
     (pictures / "1.png").write_bytes(encoded(scene(seed=9)))
     (pictures / "2.png").unlink()
-    with pytest.raises(InvalidStore, match=r"2 items cannot be embedded anew; 1.png: .* has another by now"):
+    with pytest.raises(InvalidStore, match=r"2 items cannot be embedded again; 1.png: .* has another by now"):
         reindex(other, settings)
     # No generation was published.
     assert current(settings.store) == settings.store
     (pictures / "1.png").write_bytes(encoded(scene(seed=1)))
-    with pytest.raises(InvalidStore, match=r"1 items cannot be embedded anew; 2.png: .* cannot be read from"):
+    with pytest.raises(InvalidStore, match=r"1 items cannot be embedded again; 2.png: .* cannot be read from"):
         reindex(other, settings)
     served.remove("2.png")
     assert reindex(other, settings) == 4

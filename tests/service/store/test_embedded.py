@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from service import FloatArray
 from service.encoding.card import Card, Preprocessing, read_card
-from service.errors import InvalidQuery, InvalidStore, StoreMismatch
+from service.errors import InvalidStore, StoreMismatch
 from service.file_facts import FileFacts
 from service.store import NewItem
 from service.store.catalog import FILE, CatalogWriter
@@ -43,47 +43,6 @@ def item(id: str, embedding: FloatArray, **metadata: Any) -> NewItem:
     return NewItem(id, metadata, None, "digest of " + id, "fp32", embedding, b"thumbnail of " + id.encode(), None)
 
 
-@pytest.mark.parametrize(
-    ("queries", "k", "says"),
-    [
-        (unit(1, D + 1), 1, "expected vectors of 8 numbers"),
-        (unit(D), 1, "shape"),
-        (unit(1, D) * 2, 1, "not of length 1"),
-        (np.full((1, D), np.nan, np.float32), 1, "not finite"),
-        (np.full((1, D), np.inf, np.float32), 1, "not finite"),
-        (unit(1, D), 0, "k must be 1 or more"),
-        (unit(1, D), -1, "k must be 1 or more"),
-    ],
-)
-def test_queries_that_cannot_be(tmp_path: Path, queries: FloatArray, k: int, says: str) -> None:
-    store = EmbeddedStore(tmp_path, card(), D)
-    store.add([item("a", unit(D))])
-    with pytest.raises(InvalidQuery, match=says):
-        store.search(queries, k)
-    store.close()
-
-
-def test_embeddings_that_cannot_be_are_not_added(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path, card(), D)
-    for bad in (unit(D) * 2, np.full(D, np.nan, np.float32)):
-        with pytest.raises(InvalidQuery):
-            store.add([item("good", unit(D)), item("bad", bad)])
-    assert store.count() == 0
-    assert store.get("good") is None
-    store.close()
-
-
-def test_a_search_equals_plain_numpy(tmp_path: Path) -> None:
-    vectors, queries = unit(300, D), unit(20, D, seed=1)
-    store = EmbeddedStore(tmp_path, card(), D)
-    store.add([item(str(n), vector) for n, vector in enumerate(vectors)])
-    scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
-    for row, hits in zip(scores, store.search(queries, 7), strict=True):
-        assert [int(hit.id) for hit in hits] == np.argsort(-row, kind="stable")[:7].tolist()
-        assert np.allclose([hit.score for hit in hits], np.sort(row)[::-1][:7], atol=1e-6)
-    store.close()
-
-
 @pytest.mark.parametrize("vector_type", ["float32", "float16"])
 def test_a_vector_scores_one_with_itself(tmp_path: Path, vector_type: str) -> None:
     """And what lies beside it scores less, in the order of plain NumPy in float64."""
@@ -97,42 +56,6 @@ def test_a_vector_scores_one_with_itself(tmp_path: Path, vector_type: str) -> No
         assert (hits[0].id, hits[0].score) == (str(n), 1.0)
         assert [int(hit.id) for hit in hits] == np.argsort(-(exact @ exact[n]), kind="stable")[:5].tolist()
         assert hits[1].score < 1
-    store.close()
-
-
-def test_an_item_that_is_replaced_keeps_its_metadata_where_asked(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path, card(), D)
-    first, second = unit(2, D)
-    store.add([item("a", first, mine=1, label="x"), item("b", first, mine=1)])
-    kept = replace(item("a", second, label="y"), keep_metadata=True)
-    assert store.add([kept, item("b", second), replace(item("c", second, n=1), keep_metadata=True)])[0] is False
-    assert [found.metadata for found in store.scan(9)[0]] == [{"mine": 1, "label": "y"}, {}, {"n": 1}]
-    store.close()
-
-
-def test_equal_scores_come_in_the_order_of_adding(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path, card(), D)
-    same, other = unit(2, D)
-    # There are more items than a search takes as candidates first.
-    store.add([item(f"{n}", same if n % 5 else other) for n in range(500)])
-    # An item that is replaced twice keeps its place.
-    store.add([item("1", other)])
-    store.add([item("1", same)])
-    expected = [str(n) for n in range(500) if n % 5]
-    for k in (1, 3, 100, 400):
-        hits = store.search(same[None], k)[0]
-        assert [hit.id for hit in hits] == expected[:k]
-        assert len({hit.score for hit in hits}) == 1
-        assert hits[0].score <= 1
-    store.close()
-
-
-def test_fewer_hits_when_fewer_are_stored(tmp_path: Path) -> None:
-    store = EmbeddedStore(tmp_path, card(), D)
-    assert store.search(unit(2, D), 3) == [[], []]
-    store.add([item("a", unit(D))])
-    assert [[hit.id for hit in hits] for hits in store.search(unit(2, D), 3)] == [["a"], ["a"]]
-    assert store.search(np.empty((0, D), np.float32), 3) == []
     store.close()
 
 
@@ -158,33 +81,9 @@ def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(tmp
     store.close()
 
 
-def test_an_id_given_twice_in_one_call_keeps_its_last(store_folder: Path) -> None:
-    store = EmbeddedStore(store_folder, card(), D)
-    first, second = unit(2, D)
-    assert store.add([item("a", first), item("a", second)]) == [True, False]
-    assert store.count() == 1
-    assert store.search(second[None], 1)[0][0].score > 0.999
-    store.close()
-
-
 @pytest.fixture
 def store_folder(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "store"
-
-
-def test_scan_pages_through_everything_once(store_folder: Path) -> None:
-    store = EmbeddedStore(store_folder, card(), D)
-    store.add([item(f"p{n}", vector) for n, vector in enumerate(unit(7, D))])
-    store.remove("p3")
-    seen, cursor = [], 0
-    while True:
-        items, following = store.scan(2, cursor)
-        seen += [found.id for found in items]
-        if following is None:
-            break
-        cursor = following
-    assert seen == ["p0", "p1", "p2", "p4", "p5", "p6"]
-    store.close()
 
 
 def test_a_store_of_another_encoder_is_refused_with_both_names(store_folder: Path) -> None:

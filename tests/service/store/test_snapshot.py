@@ -160,7 +160,7 @@ def test_a_snapshot_that_is_not_the_stores_is_replaced(
     store = EmbeddedStore(folder, card(), D)
     assert finds_all(store)
     assert len(warnings(caplog)) == 2
-    assert all("the index was made anew from 40 vectors" in text and says in text for text in warnings(caplog))
+    assert all("the index was rebuilt from 40 vectors" in text and says in text for text in warnings(caplog))
     store.close()
     EmbeddedStore(folder, card(), D).close()
     # The new snapshot is valid, so there is no further warning.
