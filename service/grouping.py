@@ -25,7 +25,8 @@ from service.store.near_pairs import Pairs
 _MOST_RESULTS = 4
 # A search for groups that nobody has asked about for so many seconds makes way for another.
 _PATIENCE_S = 5.0
-_GROUPS, _PAIRS = "groups.jsonl", "pairs.npz"
+# _ENDS holds plain numbers: in Python 3.11 np.load may fail where several threads call it (see service/client).
+_GROUPS, _PAIRS, _ENDS = "groups.jsonl", "pairs.npz", "ends.bin"
 # A cursor is the number of a result, times this, and a place in it.
 _MOST_GROUPS = 10**9
 
@@ -110,7 +111,7 @@ class _Job:
     def result(self, number: int) -> _Result:
         """Return the result. Raises as `SideProcess.result`."""
         told = self.process.result()
-        ends = np.load(Path(self.folder.name) / "ends.npy")
+        ends = np.fromfile(Path(self.folder.name) / _ENDS, np.int64)
         rest, rest_bytes, sequence = (told[name] for name in ("rest", "rest_bytes", "sequence"))
         return _Result(number, self.folder, ends, rest, rest_bytes, sequence, self.epoch)
 
@@ -224,5 +225,5 @@ def work(tell: Tell, folder: str, threshold: str, out: str, earlier: str) -> dic
             ends.append(place)
             rest += len(group.rest)
             rest_bytes += sum(copy.facts.size_bytes or 0 for copy in group.rest)
-    np.save(Path(out) / "ends.npy", np.asarray(ends, np.int64))
+    np.asarray(ends, np.int64).tofile(Path(out) / _ENDS)
     return {"sequence": found.sequence, "rest": rest, "rest_bytes": rest_bytes}

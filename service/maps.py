@@ -18,7 +18,7 @@ from service.store.catalog_reader import CatalogReader
 
 # Maps that are kept, one for each store and method.
 _MOST_RESULTS = 4
-_IDS, _KEYS, _POSITIONS = "ids.json", "keys.npy", "positions.bin"
+_IDS, _KEYS, _POSITIONS = "ids.json", "keys.bin", "positions.bin"
 
 
 class Wanted(NamedTuple):
@@ -52,8 +52,7 @@ class Map:
     @property
     def keys(self) -> IntArray:
         """(N,) int64 catalog keys of its items."""
-        keys: IntArray = np.load(Path(self.folder.name) / _KEYS)
-        return keys
+        return np.fromfile(Path(self.folder.name) / _KEYS, np.int64)
 
     @property
     def positions(self) -> bytes:
@@ -154,6 +153,6 @@ def work(tell: Tell, folder: str, method: Method, out: str) -> dict[str, Any]:
     # Items may have been added or removed meanwhile.
     keys, of_map, of_ids = np.intersect1d(made.keys, keys, assume_unique=True, return_indices=True)
     (Path(out) / _IDS).write_bytes(orjson.dumps([ids[place] for place in of_ids.tolist()]))
-    np.save(Path(out) / _KEYS, keys)
+    keys.astype(np.int64).tofile(Path(out) / _KEYS)
     (Path(out) / _POSITIONS).write_bytes(made.positions[of_map].astype("<u2").tobytes())
     return {"sequence": made.sequence, "method": made.method, "count": len(keys)}

@@ -24,6 +24,7 @@ from service.encoding.images import OWN_FILES, Limits
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
 from service.sources.source import LeftOut, Source
+from service.stopping import StopSignal
 from training.augment import augment
 from training.backbones import Backbone, build_backbone
 from training.captions import Texts
@@ -53,7 +54,6 @@ from training.methods import METHODS, Batch, Method, Step, build_method
 from training.methods.clip import CLIP
 from training.optimizers import build_optimizer, follow_weights
 from training.recipe import LOCKED, Recipe
-from training.stopping import StopSignal
 from training.text_export import TextSide, export_text
 
 if TYPE_CHECKING:

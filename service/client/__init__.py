@@ -8,6 +8,7 @@ Written by hand, and with the standard library's HTTP alone: see docs/decisions/
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -59,6 +60,9 @@ R = TypeVar("R")
 
 # Seconds between two questions for groups that are being found.
 _LOOK_S = 0.5
+# np.load parses a literal of Python, and of two threads that do so at once in Python 3.11 one may get a SystemError,
+# "AST constructor recursion depth mismatch" (python/cpython#106905).
+_PARSING = threading.Lock()
 
 
 class Client:
@@ -147,7 +151,8 @@ class Client:
     def _embed(self, body: bytes, kind: str) -> FloatArray:
         headers = {"Content-Type": kind, "Accept": "application/x-npy"}
         answer = self._connections.request("POST", "/embed", body=body, headers=headers)
-        embeddings: FloatArray = np.load(io.BytesIO(answer.data), allow_pickle=False)
+        with _PARSING:
+            embeddings: FloatArray = np.load(io.BytesIO(answer.data), allow_pickle=False)
         return embeddings
 
     def _embedded(self, parts: list[FloatArray]) -> FloatArray:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from service import cores
 from service.errors import InvalidSource, LookalikeError, NoEmbedding, Outcome, attempt, map_values
+from service.stopping import StopSignal
 
 _CHUNK = 64
 
@@ -23,6 +24,7 @@ def read_ahead(positions: Sequence[int], read: Callable[[int], T]) -> Generator[
 
     Raises:
         InvalidSource: the source cannot be read now. It concerns all pictures, so none of the chunk is yielded.
+        KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM came, and the caller has used the chunk in hand.
     """
     chunks = [positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK)]
 
@@ -32,18 +34,22 @@ def read_ahead(positions: Sequence[int], read: Callable[[int], T]) -> Generator[
             raise outcome
         return position, outcome
 
-    pool = ThreadPoolExecutor(cores())
-    try:
-        current: Iterator[tuple[int, Outcome[T]]] | None = None
-        for chunk in chunks:
-            ready, current = current, pool.map(read_one, chunk)
-            if ready is not None:
-                yield list(ready)
-        if current is not None:
-            yield list(current)
-    finally:
-        # If the caller stops early, what nobody waits for is not begun.
-        pool.shutdown(cancel_futures=True)
+    # An interruption while a thread holds a lock would leave it locked, and the end of the pool would wait for it.
+    with StopSignal() as stop:
+        pool = ThreadPoolExecutor(cores())
+        try:
+            current: Iterator[tuple[int, Outcome[T]]] | None = None
+            for chunk in chunks:
+                ready, current = current, pool.map(read_one, chunk)
+                if ready is not None:
+                    yield list(ready)
+                    stop.check()
+            if current is not None:
+                yield list(current)
+                stop.check()
+        finally:
+            # If the caller stops early, what nobody waits for is not begun.
+            pool.shutdown(cancel_futures=True)
 
 
 def use_good(

@@ -1,5 +1,7 @@
 """The jobs' shared reading: outcomes keep their order, and errors that concern no picture end the job."""
 
+import os
+import signal
 import threading
 
 import pytest
@@ -72,3 +74,16 @@ def test_an_error_in_a_stage_comes_after_the_chunks_before_it() -> None:
         with pytest.raises(InvalidStore, match="full"):
             done.extend(in_two_stages(range(5), *stages))
         assert done == [0, 1]
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_ctrl_c_waits_until_the_chunk_is_used_and_is_never_lost(at: int) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    used = []
+    with pytest.raises(KeyboardInterrupt):
+        for number, chunk in enumerate(read_ahead(range(3 * 64), str)):
+            if number == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            used.append(len(chunk))
+    assert used == [64] * (at + 1)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step in hand is finished and saved first."""
+"""Ctrl-C and SIGTERM during long work: the step in hand is finished and saved first."""
 
 import signal
 import sys
@@ -26,6 +26,11 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """End the process if a signal asked for it. Raises as `end`."""
+        if self.asked:
+            self.end(self.asked)
 
     def end(self, asked: int) -> NoReturn:
         """End the process as the signal of this number asked.
