@@ -113,7 +113,7 @@ def test_fewer_hits_when_fewer_are_stored(store: Store) -> None:
     assert store.search(np.empty((0, D), np.float32), 3) == []
 
 
-def test_what_was_added_is_there_after_reopening(open_store: Open) -> None:
+def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(open_store: Open) -> None:
     vectors = unit(4, D)
     store = open_store()
     assert store.add([item(f"p{n}", vector, n=n) for n, vector in enumerate(vectors)]) == [True] * 4
@@ -125,6 +125,11 @@ def test_what_was_added_is_there_after_reopening(open_store: Open) -> None:
         assert store.get("p1") is None
         hit = store.search(vectors[1:2], 10)[0][0]
         assert (hit.id, hit.metadata) == ("p2", {"n": "new"})
+        assert store.thumbnail("p3") == b"thumbnail of p3"
+        assert store.original("p3") is None
+        embedding = store.embedding("p0")
+        assert embedding is not None
+        assert np.array_equal(embedding, vectors[0])
         store.close()
         store = open_store()
 

@@ -59,28 +59,6 @@ def test_a_vector_scores_one_with_itself(tmp_path: Path, vector_type: str) -> No
     store.close()
 
 
-def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(tmp_path: Path) -> None:
-    vectors = unit(4, D)
-    store = EmbeddedStore(tmp_path, card(), D)
-    assert store.add([item(f"p{n}", vector, n=n) for n, vector in enumerate(vectors)]) == [True] * 4
-    assert store.remove("p1")
-    assert not store.remove("p1")
-    assert store.add([item("p2", vectors[1], n="new")]) == [False]
-    for _ in range(2):
-        assert store.count() == 3
-        assert store.get("p1") is None
-        assert store.search(vectors[1:2], 10)[0][0].id == "p2"
-        assert store.search(vectors[1:2], 10)[0][0].metadata == {"n": "new"}
-        assert store.thumbnail("p3") == b"thumbnail of p3"
-        assert store.original("p3") is None
-        embedding = store.embedding("p0")
-        assert embedding is not None
-        assert np.array_equal(embedding, vectors[0])
-        store.close()
-        store = EmbeddedStore(tmp_path, card(), D)
-    store.close()
-
-
 @pytest.fixture
 def store_folder(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "store"
