@@ -133,14 +133,17 @@ requirements/node_modules/.done: requirements/package-lock.json | setup
 	PATH="$(CURDIR)/.venv/bin:$$PATH" npm ci --prefix requirements --no-audit --no-fund --loglevel error
 	@touch $@
 
+COMPILE = .venv-serve/bin/uv pip compile --python-version 3.11 --generate-hashes --no-header --quiet --upgrade
 lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)
-	for set in "serve-cpu --extra cpu" "serve-gpu --extra gpu" "train --extra cpu --extra train" \
-	    "dev --extra cpu --extra train --extra dev" \
-	    "scale --extra cpu --extra milvus --extra ray --extra scale" \
-	    "bench-search --extra cpu --extra train --extra dev --extra bench-search"; do \
-	  name=$${set%% *}; .venv-serve/bin/uv pip compile pyproject.toml $${set#* } --group build \
-	    --python-version 3.11 --generate-hashes --no-header --quiet --upgrade -o requirements/$$name.txt || exit 2; \
+	for set in "serve-cpu --extra cpu --extra demo --group build" "serve-gpu --extra gpu --extra demo --group build" \
+	    "image-cpu --extra cpu" "image-gpu --extra gpu" \
+	    "train --extra cpu --extra demo --extra train --group build" \
+	    "dev --extra cpu --extra demo --extra train --extra dev --group build" \
+	    "scale --extra cpu --extra demo --extra milvus --extra ray --extra scale --group build" \
+	    "bench-search --extra cpu --extra demo --extra train --extra dev --extra bench-search --group build"; do \
+	  $(COMPILE) pyproject.toml $${set#* } -o requirements/$${set%% *}.txt || exit 2; \
 	done
+	$(COMPILE) --group build --group image -o requirements/image-build.txt
 
 clean: ## remove the environments and the files that serving made
 	rm -rf .venv .venv-serve .venv-bench .venv-scale .lookalike

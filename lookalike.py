@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Packages that only an extra of the project installs.
 _EXTRAS = {
     "onnxruntime": "cpu (or gpu, for CUDA)",
+    "sklearn": "demo",
     "ray": "ray",
     "pymilvus": "milvus",
     **dict.fromkeys(("jinja2", "matplotlib", "onnxscript", "tensorboard", "timm", "torch", "torchvision"), "train"),
