@@ -60,7 +60,7 @@ def caddy(folder: Path, shipped: str, port: int, changes: Mapping[str, str]) -> 
     command = [program, "run", "--adapter", "caddyfile", "--config", folder / "Caddyfile"]
     # It keeps its own files below these.
     home = {name: str(folder / "caddy") for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
-    with _running(command, folder / "caddy.log", port, home):
+    with _running(command, folder / "caddy.log", port, **home):
         yield
 
 
@@ -73,11 +73,9 @@ def _changed(shipped: str, changes: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _running(
-    command: list[str | Path], log: Path, port: int, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
+def _running(command: list[str | Path], log: Path, port: int, **environment: str) -> Iterator[None]:
     with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environment or {})})
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
     try:
         until(lambda: _listens(port) or server.poll() is not None)
         assert server.poll() is None, log.read_text()

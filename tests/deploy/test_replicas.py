@@ -266,7 +266,8 @@ class Steady:
         try:
             connection.request("POST", "/embed", self._picture, {"Content-Type": "image/jpeg"})
             answer = connection.getresponse()
-            whole = len(json.loads(answer.read())["embeddings"]) == 1
+            body = answer.read()
+            whole = answer.status != 200 or len(json.loads(body)["embeddings"]) == 1
             self.answers[answer.status if whole else "no embedding"] += 1
         except Exception as error:
             self.answers[type(error).__name__] += 1
