@@ -44,7 +44,7 @@ def nginx(folder: Path, shipped: str, port: int, changes: Mapping[str, str]) -> 
     program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if program is None:
         missing("no nginx: install Debian's package nginx")
-    (folder / "lookalike.conf").write_text(_changed(shipped, changes))
+    (folder / "lookalike.conf").write_text(changed(shipped, changes))
     (folder / "nginx.conf").write_text(_NGINX)
     with _running([program, "-p", folder, "-c", folder / "nginx.conf"], folder / "nginx.log", port):
         yield
@@ -56,7 +56,7 @@ def caddy(folder: Path, shipped: str, port: int, changes: Mapping[str, str]) -> 
     program = shutil.which("caddy")
     if program is None:
         missing("no Caddy: install Debian's package caddy")
-    (folder / "Caddyfile").write_text(_changed(shipped, changes))
+    (folder / "Caddyfile").write_text(changed(shipped, changes))
     command = [program, "run", "--adapter", "caddyfile", "--config", folder / "Caddyfile"]
     # It keeps its own files below these.
     home = {name: str(folder / "caddy") for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
@@ -64,7 +64,8 @@ def caddy(folder: Path, shipped: str, port: int, changes: Mapping[str, str]) -> 
         yield
 
 
-def _changed(shipped: str, changes: Mapping[str, str]) -> str:
+def changed(shipped: str, changes: Mapping[str, str]) -> str:
+    """Return a file of deploy/ with other text in place of what stands in it once."""
     written = (ROOT / "deploy" / shipped).read_text()
     for ours, theirs in changes.items():
         assert written.count(ours) == 1, ours
