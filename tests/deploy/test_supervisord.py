@@ -59,7 +59,7 @@ class Supervised:
         self.keys.write_text(f"write:{OLD}\n")
         self._main.write_text(_MAIN)
         changes = {
-            "/opt/lookalike/.venv/bin/lookalike serve": f"{LOOKALIKE} serve --model {MODEL} --variant fp32",
+            "/opt/lookalike/.venv-serve/bin/lookalike serve": f"{LOOKALIKE} serve --model {MODEL} --variant fp32",
             "--port 3000": f"--port {port}",
             # The test's own user runs it.
             "user=lookalike\n": "",
@@ -161,7 +161,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
         pytest.skip("no systemd-analyze: it comes with Debian's package systemd")
     # It looks for the program of the unit.
     unit = tmp_path / "lookalike.service"
-    unit.write_text(UNIT.read_text().replace("/opt/lookalike/.venv/bin/lookalike", str(LOOKALIKE)))
+    unit.write_text(UNIT.read_text().replace("/opt/lookalike/.venv-serve/bin/lookalike", str(LOOKALIKE)))
     assert str(LOOKALIKE) in unit.read_text()
     verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
