@@ -156,13 +156,21 @@ def test_a_killed_main_process_is_started_again(supervised: Supervised) -> None:
     assert psutil.wait_procs(tree, timeout=1)[1] == []
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lookalike.service", "lookalike@3001.service"])
+def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     if which("systemd-analyze") is None:
         pytest.skip("no systemd-analyze: it comes with Debian's package systemd")
     # It looks for the program of the unit.
-    unit = tmp_path / "lookalike.service"
-    unit.write_text(UNIT.read_text().replace("/opt/lookalike/.venv-serve/bin/lookalike", str(LOOKALIKE)))
-    assert str(LOOKALIKE) in unit.read_text()
+    written = UNIT.read_text().replace("/opt/lookalike/.venv-serve/bin/lookalike", str(LOOKALIKE))
+    assert str(LOOKALIKE) in written
+    if "@" in name:
+        # The unit of replicas, as docs/operations.md makes it.
+        command = "sed 's/--port 3000/--no-store --port %i/' deploy/systemd/lookalike.service"
+        assert command in (ROOT / "docs" / "operations.md").read_text()
+        written = written.replace("--port 3000", "--no-store --port %i")
+        assert "--no-store --port %i\n" in written
+    unit = tmp_path / name
+    unit.write_text(written)
     verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
     # From 0, isolated, to 100; the default of a unit is 96.
