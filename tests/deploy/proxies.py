@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def nginx(folder: Path, shipped: str, port: int, changes: Mapping[str, str]) -> 
         missing("no nginx: install Debian's package nginx")
     (folder / "lookalike.conf").write_text(changed(shipped, changes))
     (folder / "nginx.conf").write_text(_NGINX)
-    with _running([program, "-p", folder, "-c", folder / "nginx.conf"], folder / "nginx.log", port):
+    with _running([program, "-p", str(folder), "-c", str(folder / "nginx.conf")], folder / "nginx.log", port):
         yield
 
 
@@ -57,7 +57,7 @@ def caddy(folder: Path, shipped: str, port: int, changes: Mapping[str, str]) -> 
     if program is None:
         missing("no Caddy: install Debian's package caddy")
     (folder / "Caddyfile").write_text(changed(shipped, changes))
-    command = [program, "run", "--adapter", "caddyfile", "--config", folder / "Caddyfile"]
+    command = [program, "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
     # It keeps its own files below these.
     home = {name: str(folder / "caddy") for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME")}
     with _running(command, folder / "caddy.log", port, **home):
@@ -74,7 +74,7 @@ def changed(shipped: str, changes: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def _running(command: list[str | Path], log: Path, port: int, **environment: str) -> Iterator[None]:
+def _running(command: Sequence[str], log: Path, port: int, **environment: str) -> Iterator[None]:
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
     try:

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import posixpath
 import re
 import socket
 import ssl
@@ -24,6 +25,7 @@ from tests.ports import free_port
 from tests.serving import serving
 
 ROOT_PATH = "/lookalike"
+IMPORTED = re.compile(r'(?:from |import\()"(\.[^"]+\.js)"')
 PICTURE = encoded(scene())
 
 
@@ -121,10 +123,18 @@ def form(pictures: list[bytes]) -> tuple[bytes, str]:
 def test_page_and_files_lie_below_the_path(proxy: Proxy) -> None:
     page = ask(proxy, "GET", "/")
     assert (page.status, page.type) == (200, "text/html")
-    files = re.findall(rb'(?:src|href)="([^"#]+\.(?:js|css))"', page.body)
-    assert len(files) >= 2
-    for file in files:
-        assert ask(proxy, "GET", f"/{file.decode()}").status == 200, file
+    files = re.findall(r'(?:src|href)="([^"#:]+\.(?:js|css))"', page.body.decode())
+    fetched = set[str]()
+    while files:
+        if (path := files.pop()) in fetched:
+            continue
+        file = ask(proxy, "GET", f"/{path}")
+        assert file.status == 200, path
+        fetched.add(path)
+        # Modules name each other by relative paths.
+        files += [posixpath.join(posixpath.dirname(path), name) for name in IMPORTED.findall(file.body.decode())]
+        files = [posixpath.normpath(name) for name in files]
+    assert {"page/api.js", "page/views/map.js", "page/styles/page.css"} <= fetched
     assert ask(proxy, "GET", "/readyz").status == 200
     assert ask(proxy, "GET", "/openapi.json").json()["servers"] == [{"url": ROOT_PATH}]
 

@@ -75,7 +75,7 @@ class Supervised:
 
     def control(self, *words: str) -> str:
         """Return what supervisorctl says."""
-        command = [Path(sys.executable).with_name("supervisorctl"), "-c", self._main, *words]
+        command = [str(Path(sys.executable).with_name("supervisorctl")), "-c", str(self._main), *words]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
 
     def pid(self) -> int:
@@ -174,7 +174,7 @@ def test_systemd_accepts_the_unit(name: str, tmp_path: Path) -> None:
     verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
     # From 0, isolated, to 100; the default of a unit is 96.
-    secured = ["systemd-analyze", "security", "--offline=true", "--threshold=20", unit]
+    secured = ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)]
     done = subprocess.run(secured, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -244,7 +244,7 @@ def test_a_store_of_a_later_schema_is_refused_and_left_as_it_is(tmp_path: Path, 
     database.execute("UPDATE meta SET value = '7' WHERE name = 'schema'").fetchall()
     database.close()
     before = (tmp_path / FILE).read_bytes()
-    with pytest.raises(InvalidStore, match="schema 7, this version reads 6$"):
+    with pytest.raises(InvalidStore, match=r"schema 7, this version reads 6$"):
         EmbeddedStore(tmp_path, card(), D, read_only=read_only)
     assert (tmp_path / FILE).read_bytes() == before
 
