@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,3 +33,13 @@ def cores() -> int:
     except (OSError, ValueError):
         # There is no such control group, or its quota is the word "max".
         return count
+
+
+def memory_bytes() -> int:
+    """Return how much memory this process may use: that of the machine, or less in a container with a limit."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    # Of control groups in their second and first version. A limit that is none is the word "max", or enormous.
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            found.append(int((Path("/sys/fs/cgroup") / name).read_text()))
+    return min(found)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from service import memory_bytes
 from service.encoding.limits import OWN_FILES, Limits
 from service.errors import InvalidRequest
 
@@ -59,7 +60,8 @@ class Settings(BaseModel):
             defaults are for strangers; `read_own_settings` has others for one's own files.
         max_texts, max_text_characters: texts in a request, and characters of a text.
         max_images: pictures in a request; max_bulk_images: pictures in a POST /images.
-        max_request_bytes: body of a request; max_buffered_bytes: all bodies that are being received.
+        max_request_bytes: body of a request; max_buffered_bytes: all bodies that are being received; by default an
+            eighth of the memory, and at most 1 GB.
         max_id_bytes, max_metadata_bytes: limits of an item, in UTF-8.
         max_k: neighbours of a query; max_queries: queries in a search; max_k_of_many: neighbours of each of several.
         max_waiting: requests that are at work or wait for a thread.
@@ -99,7 +101,7 @@ class Settings(BaseModel):
     max_text_characters: int = Field(default=10_000, ge=1)
     max_bulk_images: int = Field(default=10_000, ge=1)
     max_request_bytes: int = Field(default=64_000_000, ge=1)
-    max_buffered_bytes: int = Field(default=1_000_000_000, ge=1)
+    max_buffered_bytes: int = Field(default_factory=lambda: min(1_000_000_000, memory_bytes() // 8), ge=1)
     max_id_bytes: int = Field(default=256, ge=1)
     max_metadata_bytes: int = Field(default=16_384, ge=2)
     max_k: int = Field(default=1000, ge=1)

@@ -16,6 +16,7 @@ from service.encoding.apart import STORED_SIZE, Budget, decode_apart
 from service.encoding.card import Preprocessing
 from service.encoding.colours import LARGE_PIXELS, raw_mode, to_rgb
 from service.encoding.containers import Parts, needed_parts
+from service.encoding.decode_memory import decode_memory
 from service.encoding.limits import Limits
 from service.errors import EmptyPicture, TooLarge, UndecodablePicture, UnsupportedFormat
 
@@ -116,11 +117,12 @@ def decode(data: bytes, side: int, limits: Limits) -> Image.Image:
     # A child tells by its refusal that a picture is large.
     most = min(limits.max_pixels, LARGE_PIXELS)
     try:
-        return _decode_apart(data, side, replace(limits, max_pixels=most))
+        with decode_memory.take(most):
+            return _decode_apart(data, side, replace(limits, max_pixels=most))
     except TooLarge:
         if most == limits.max_pixels:
             raise
-        with _one_large:
+        with _one_large, decode_memory.take(limits.max_pixels):
             return _decode_apart(data, side, limits)
 
 
@@ -165,7 +167,10 @@ def _load(data: bytes, format: str, side: int, limits: Limits) -> Image.Image:
         least = _DRAFT_MARGIN * side
         # Only a JPEG has drafts; None accepts its mode as it is.
         picture.draft(None, (least, least))
-        with _one_large if picture.width * picture.height > LARGE_PIXELS else nullcontext():
+        # The decoder of a progressive JPEG holds all of it, whatever the draft.
+        width, height = size if picture.info.get("progressive") else picture.size
+        alone = _one_large if picture.width * picture.height > LARGE_PIXELS else nullcontext()
+        with alone, decode_memory.take(width * height):
             picture.load()
             upright = _upright(_on_canvas(to_rgb(picture, raw, data), picture), picture)
     upright.info[STORED_SIZE] = size

@@ -116,7 +116,7 @@ def test_every_verb_runs(tool: str) -> None:
     code, output = run_once(tool, "--", "index", "digits", "--store", "/tmp/store")
     assert (code, output.count("\n"), "extra demo" in output) == (2, 0, True), output
     code, output = run_once(tool, "--", "pretrain", "/tmp", "--recipe", "mnist-simclr", "--out", "/tmp/x")
-    assert (code, "torch" in output) == (2, True), output
+    assert (code, "training environment" in output) == (2, True), output
 
 
 def test_it_serves_without_rights(served: Container) -> None:
@@ -264,7 +264,7 @@ def test_memory_stays_below_its_limit_under_large_pictures(tool: str, tmp_path: 
 
 
 def test_a_full_disk_refuses_writes_and_loses_nothing(tool: str) -> None:
-    with container(tool, "--tmpfs", f"/data:rw,size=64m,mode=1777,uid={_USER}") as one:
+    with container(tool, "--tmpfs", "/data:rw,size=64m,mode=1777") as one:
         large, added = encoded(noise(1000, 1)), 0
         while (answer := ask(f"{one.url}/images/{added}", large, "PUT"))[0] == 201:
             added += 1
@@ -286,7 +286,7 @@ def test_a_backup_is_restored_into_a_fresh_volume(tool: str) -> None:
         subprocess.run([*mend, f"{_USER}:{_USER}", "/backups"], check=True, capture_output=True)
         with container(tool, *both) as one:
             assert ask(f"{one.url}/images/x", PICTURE, "PUT")[0] == 201
-            one.execute("lookalike", "store", "backup", "/backups/today", "--store", "/data/store")
+            one.execute("lookalike", "store", "backup", "--out", "/backups/today", "--store", "/data/store")
             assert ask(f"{one.url}/images/later", PICTURE, "PUT")[0] == 201
         restore = ("store", "restore", "/backups/today", "--store", "/data/store")
         code, output = run_once(tool, "-v", f"{fresh}:/data", "-v", f"{backups}:/backups", "--", *restore)
@@ -306,7 +306,8 @@ def watched() -> Iterator[tuple[str, str]]:
         for command in (
             "sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1",
             "ip link set lo up",
-            "ip link add out type dummy",
+            "ip link add out type veth peer name nobody",
+            "ip link set nobody up",
             "ip addr add 192.0.2.2/24 dev out",
             "ip link set out up",
             "ip route add default via 192.0.2.1",
