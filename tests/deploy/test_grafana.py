@@ -1,4 +1,4 @@
-"""The dashboard and the alerts query only metrics and labels that the service has, and the dashboard has all metrics."""
+"""Dashboard and alerts query only metrics and labels that the service has, and the dashboard has all metrics."""
 
 import json
 import re

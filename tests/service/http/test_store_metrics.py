@@ -13,6 +13,7 @@ from service.encoding.encoder import Encoder
 from service.errors import InvalidStore
 from service.store import NewItem, maintenance
 from service.store.embedded import EmbeddedStore
+from service.store.snapshot import SNAPSHOT
 from tests.service.conftest import Served
 from tests.service.http.rows import PICTURE
 from tests.service.http.test_unwritable import put, store_of
@@ -43,7 +44,7 @@ def test_the_last_snapshot_is_told(
 ) -> None:
     monkeypatch.setattr(maintenance, "_CHANGES_PER_SNAPSHOT", 2)
     client = served()
-    path = store_of(client).folder / maintenance.SNAPSHOT
+    path = store_of(client).folder / SNAPSHOT
     # A folder in its place makes every attempt to write it fail.
     path.mkdir()
     assert put(client, "a")[0] == put(client, "b")[0] == 201
@@ -66,7 +67,7 @@ def test_a_snapshot_that_is_due_at_the_start_is_written(
     first = EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension)
     first.add([new])
     first.close()
-    (path := tmp_path / "store" / maintenance.SNAPSHOT).unlink()
+    (path := tmp_path / "store" / SNAPSHOT).unlink()
     monkeypatch.setattr(maintenance, "_CHANGES_PER_SNAPSHOT", 1)
     with closing(EmbeddedStore(tmp_path / "store", encoder.card, encoder.dimension)) as store:
         wait_until(path.exists)
