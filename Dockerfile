@@ -1,7 +1,8 @@
 # Serve the pictures in the volume at /data:
 #   docker run -p 3000:3000 -v lookalike:/data --read-only --tmpfs /tmp lookalike
 # Add a folder of pictures while the service is stopped (a store has one writer):
-#   docker run --rm -v lookalike:/data -v "$PWD/pictures:/pictures:ro" lookalike index /pictures
+#   docker run --rm -v lookalike:/data -v "$PWD/pictures:/pictures:ro" lookalike \
+#     index /pictures --store /data/store
 # Serve with an encoder of your own, which must be the store's:
 #   docker run … -v "$PWD/models/mine:/model:ro" -e LOOKALIKE_MODEL=/model lookalike
 # `make image` builds it with the labels of its version. ACCELERATOR=gpu takes CUDA from wheels; run it with --gpus all.
