@@ -12,6 +12,11 @@ MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/
 # Containers often forbid bytecode. The tests start hundreds of processes, and each is seconds faster with it.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Debian's packages docker-compose and prometheus have these tools. $(1) is the tool, $(2) what it is asked.
+if-there = if command -v $(1) >/dev/null; then $(1) $(2); else echo "not checked: there is no $(1)"; fi
+# Kubernetes has no schema of kustomize's and the Prometheus operator's own kinds.
+MANIFESTS = $(shell find deploy/kubernetes -name '*.yaml' ! -name kustomization.yaml ! -name service-monitor.yaml)
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-scale check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
         kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures container \
@@ -44,12 +49,17 @@ test-all: setup requirements/node_modules/.done ## run every test that this mach
 test-scale: .venv-scale/.done ## run the tests of the store on Milvus and of embedding on Ray
 	.venv-scale/bin/python -m pytest tests/scale tests/service/store/test_contract.py
 
-check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules
+check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules, files for operators
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/node requirements/node_modules/typescript/bin/tsc -p tsconfig.json
 	.venv/bin/lint-imports
+	.venv/bin/hadolint Dockerfile
+	.venv/bin/kubernetes-validate --strict --quiet $(MANIFESTS)
+	$(call if-there,docker-compose,--profile gpu --profile scale config --quiet)
+	$(call if-there,promtool,check rules deploy/alerts.yaml)
+	$(call if-there,promtool,check config deploy/prometheus.yml)
 
 survive: setup ## kill a training run 20 times with -9, and compare its result with an undisturbed run
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800

@@ -20,8 +20,6 @@ errors: "Counter"
 batch_size: "Histogram"
 decode_seconds: "Histogram"
 inference_seconds: "Histogram"
-items: "Gauge"
-store_writable: "Gauge"
 ready: "Gauge"
 pictures_waiting: "Gauge"
 texts_waiting: "Gauge"
@@ -35,6 +33,16 @@ CONTENT_TYPE: str
 
 _FILES = "PROMETHEUS_MULTIPROC_DIR"
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# Without a store, on Milvus or of a read-only service some of these would be wrong at 0, so each exists from its first
+# value on.
+_OF_THE_STORE = {
+    "lookalike_items": "Items in the store.",
+    "lookalike_store_writable": "1 while the store takes changes; absent if it was opened read-only.",
+    "lookalike_store_disk_bytes": "Size of the store's file system, without what is reserved for root.",
+    "lookalike_store_disk_free_bytes": "Room that is left there.",
+    "lookalike_snapshot_timestamp_seconds": "When the last snapshot of the index was written; 0 without one.",
+    "lookalike_snapshot_due": "1 while the index has so many changes since that the next snapshot is due.",
+}
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _making = threading.Lock()
 
@@ -98,6 +106,20 @@ def tell_encoder(model: str, variant: str, provider: str, lanes: int) -> None:
     _encoder.labels(model, variant, provider).set(lanes)
 
 
+def tell_store(name: str, value: float) -> None:
+    """Report a metric of the store, one of _OF_THE_STORE."""
+    _make()
+    with _making:
+        _store_gauge(name).set(value)
+
+
+@cache
+def _store_gauge(name: str) -> "Gauge":
+    from prometheus_client import Gauge
+
+    return Gauge(name, _OF_THE_STORE[name], multiprocess_mode="mostrecent")
+
+
 def report() -> bytes:
     """Return all metrics in Prometheus' text form; those of several workers are summed."""
     from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, multiprocess
@@ -117,8 +139,8 @@ def report() -> bytes:
 
 def _make() -> None:
     """Register the metrics, once."""
-    global errors, batch_size, decode_seconds, inference_seconds, items, ready, pictures_waiting, requests_at_work
-    global texts_waiting, text_batch_size, text_seconds, store_writable, _requests, _seconds, _encoder, CONTENT_TYPE
+    global errors, batch_size, decode_seconds, inference_seconds, ready, pictures_waiting, requests_at_work
+    global texts_waiting, text_batch_size, text_seconds, _requests, _seconds, _encoder, CONTENT_TYPE
     with _making:
         if "_encoder" in globals():
             return
@@ -136,10 +158,6 @@ def _make() -> None:
         batch_size = Histogram("lookalike_batch_size", "Pictures in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64))
         decode_seconds = Histogram("lookalike_decode_seconds", "Time to decode a picture.", buckets=_BUCKETS_S)
         inference_seconds = Histogram("lookalike_inference_seconds", "Time to embed a batch.", buckets=_BUCKETS_S)
-        items = Gauge("lookalike_items", "Items in the store.", multiprocess_mode="mostrecent")
-        store_writable = Gauge(
-            "lookalike_store_writable", "1 while the store takes changes.", multiprocess_mode="mostrecent"
-        )
         ready = Gauge("lookalike_ready", "1 when the last look at readiness was well.", multiprocess_mode="livemin")
         pictures_waiting = Gauge(
             "lookalike_pictures_waiting", "Pictures that wait for a lane.", multiprocess_mode="livesum"

@@ -42,6 +42,8 @@ class Worker:
         self.app, self.settings, self.guard = app, settings, guard
         _return_large_blocks()
         open_service(self.app, self.settings)
+        # The encoder was checked when it was opened. Where nobody asks /readyz, the metric stays as it is here.
+        metrics.ready.set(True)
         # Signals can be caught in the main thread alone.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self.renew, daemon=True).start())

@@ -120,6 +120,22 @@ class Field:
     values: list[Value]
 
 
+class DiskState(NamedTuple):
+    """The disk of a store in a folder.
+
+    Attributes:
+        size_bytes, free_bytes: of its file system, without what is reserved for root.
+        snapshot_at_s: when the last snapshot of the index was written, in seconds since 1970; 0 if there is none.
+        snapshot_due: whether the index has so many changes since that the next snapshot is due. It is written within a
+            minute, unless that fails.
+    """
+
+    size_bytes: int
+    free_bytes: int
+    snapshot_at_s: float
+    snapshot_due: bool
+
+
 class Store(Protocol):
     """A collection of items, found by id and by similarity. Calls may come from any thread.
 
@@ -265,6 +281,10 @@ class Store(Protocol):
     @property
     def writable(self) -> bool:
         """Whether changes are taken now: not on a full or failed disk, nor in a store that was opened read-only."""
+        ...
+
+    def disk_state(self) -> DiskState | None:
+        """Return the state of the store's disk; None for a store that is not in a folder."""
         ...
 
     def settle(self) -> None:

@@ -13,7 +13,7 @@ from service import FloatArray
 from service.encoding.card import Card
 from service.errors import CountMismatch, InvalidQuery, InvalidStore, ReadOnlyStore, StoreMismatch, StorePaused
 from service.file_facts import Move
-from service.store import Field, Folder, Hit, Item, Known, NewItem, Order
+from service.store import DiskState, Field, Folder, Hit, Item, Known, NewItem, Order
 from service.store.catalog import FILE, CatalogWriter, Change, read_meta
 from service.store.catalog_reader import CatalogReader
 from service.store.commits import Commits
@@ -24,6 +24,7 @@ from service.store.layout import current, lock
 from service.store.live_index import LiveIndex
 from service.store.maintenance import Maintenance, load_index
 from service.store.ranking import find_hits
+from service.store.snapshot import SNAPSHOT
 from service.store.summaries import Summaries
 
 _MAX_ATTEMPTS = 50
@@ -257,6 +258,18 @@ class EmbeddedStore:
     def writable(self) -> bool:
         """See Store.writable."""
         return not self._commits.refused
+
+    def disk_state(self) -> DiskState:
+        """See Store.disk_state."""
+        try:
+            disk = os.statvfs(self.folder)
+            snapshot = self.folder / SNAPSHOT
+            written = snapshot.stat().st_mtime if snapshot.exists() else 0.0
+        except OSError as error:
+            raise InvalidStore(f"{self.folder}: cannot be read: {error.strerror}") from error
+        size = disk.f_blocks - disk.f_bfree + disk.f_bavail
+        due = self._maintenance.snapshot_due and not self._read_only
+        return DiskState(size * disk.f_frsize, disk.f_bavail * disk.f_frsize, written, due)
 
     # The index, generations, the end -----------------------------------------------------------------
 

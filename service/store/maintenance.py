@@ -140,7 +140,7 @@ class Maintenance:
 
     def start(self) -> None:
         """Start the thread."""
-        if self._outgrown():
+        if self._outgrown() or self.snapshot_due:
             self._due.set()
         self._thread.start()
 
@@ -148,7 +148,7 @@ class Maintenance:
         """Take note of committed changes that the index holds."""
         self._unsaved += changes
         self._changed_at = time.monotonic()
-        if self._outgrown() or self._unsaved >= self._snapshot_after():
+        if self._outgrown() or self.snapshot_due:
             self._due.set()
 
     def settle(self) -> None:
@@ -160,7 +160,7 @@ class Maintenance:
         with self._settling:
             if self._outgrown():
                 self.rebuild()
-            if self._unsaved >= self._snapshot_after():
+            if self.snapshot_due:
                 self.save()
 
     def rebuild(self) -> None:
@@ -201,15 +201,18 @@ class Maintenance:
 
     def save(self) -> None:
         """Save a snapshot. Changes wait while it is written, not while it is synced; searches go on."""
+        saved = 0
         try:
             with self._commits.paused():
                 facts, sections = self._live.index.sections()
                 facts |= {"fingerprint": self._reader.meta["fingerprint"], "sequence": self._live.sequence}
                 temporary = snapshot.write(self._path, facts, sections)
-                self._unsaved = 0
+                saved, self._unsaved = self._unsaved, 0
             snapshot.publish(temporary, self._path)
         # Only a warning: the catalog has everything.
         except OSError as error:
+            with self._commits.paused():
+                self._unsaved += saved
             log.warning("no snapshot of the index could be written to %s: %s", self._path, error.strerror or error)
 
     def close(self) -> None:
@@ -220,6 +223,11 @@ class Maintenance:
             self._thread.join()
             if self._unsaved:
                 self.save()
+
+    @property
+    def snapshot_due(self) -> bool:
+        """Whether the last snapshot lacks so many changes that the next one is due."""
+        return self._unsaved >= self._snapshot_after()
 
     def _outgrown(self) -> bool:
         """Whether the index is of the wrong kind for its size, or trained on less than half or more than twice it."""

@@ -522,6 +522,9 @@ class MilvusStore:
         """See Store.writable. False, too, after a call that Milvus did not answer, until it answers one."""
         return not (self._read_only or self._failed or self._closed)
 
+    def disk_state(self) -> None:
+        """Return None: the data are on Milvus's own disks."""
+
     def settle(self) -> None:
         """Write what Milvus holds in memory into segments, which it indexes by itself."""
         with self._calling():

@@ -251,6 +251,9 @@ class ArrayStore:
     def writable(self) -> bool:
         return True
 
+    def disk_state(self) -> None:
+        pass
+
     def settle(self) -> None:
         pass
 

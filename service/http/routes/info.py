@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from service import metrics
+from service.errors import LookalikeError
 from service.gallery import Gallery
 from service.http import schemas
 from service.http.openapi import WORK, answers
@@ -66,9 +68,22 @@ async def prometheus(request: Request) -> Response:
     """Return the metrics for Prometheus. It takes no slot, so it answers while all of them are occupied."""
     gallery = gallery_of(request)
     if not gallery.settings.no_store:
-        metrics.items.set(await asyncio.to_thread(gallery.store.count))
-        metrics.store_writable.set(gallery.store.writable)
+        await asyncio.to_thread(_tell_store, gallery)
     return Response(await asyncio.to_thread(metrics.report), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+
+def _tell_store(gallery: Gallery) -> None:
+    # While a store cannot be read, the metrics say so, and the others are there all the same.
+    with suppress(LookalikeError):
+        metrics.tell_store("lookalike_items", gallery.store.count())
+    if not gallery.settings.read_only:
+        metrics.tell_store("lookalike_store_writable", gallery.store.writable)
+    with suppress(LookalikeError):
+        if (disk := gallery.store.disk_state()) is not None:
+            metrics.tell_store("lookalike_store_disk_bytes", disk.size_bytes)
+            metrics.tell_store("lookalike_store_disk_free_bytes", disk.free_bytes)
+            metrics.tell_store("lookalike_snapshot_timestamp_seconds", disk.snapshot_at_s)
+            metrics.tell_store("lookalike_snapshot_due", disk.snapshot_due)
 
 
 @router.get("/info", responses=answers(schemas.Info, *WORK))
