@@ -6,10 +6,13 @@
 # Serve with an encoder of your own, which must be the store's:
 #   docker run … -v "$PWD/models/mine:/model:ro" -e LOOKALIKE_MODEL=/model lookalike
 # `make image` builds it with the labels of its version. ACCELERATOR=gpu takes CUDA from wheels; run it with --gpus all.
+# EXTRAS=milvus adds what a store on Milvus needs.
 ARG ACCELERATOR=cpu
+ARG EXTRAS=
 
 FROM python:3.11-slim AS build
 ARG ACCELERATOR
+ARG EXTRAS
 WORKDIR /build
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends binutils tini && rm -rf /var/lib/apt/lists/*
@@ -17,9 +20,10 @@ COPY requirements/image-build.txt requirements/
 RUN python -m venv tools && tools/bin/pip install --no-cache-dir --require-hashes -r requirements/image-build.txt
 
 # The locked set rarely changes, so its layers lie below the code.
-COPY requirements/image-${ACCELERATOR}.txt requirements/
+COPY requirements/image-*.txt requirements/
 RUN python -m venv --without-pip /opt/lookalike \
-    && tools/bin/uv pip install --no-cache --python /opt/lookalike --require-hashes -r requirements/image-${ACCELERATOR}.txt \
+    && tools/bin/uv pip install --no-cache --python /opt/lookalike --require-hashes \
+        -r "requirements/image-$ACCELERATOR${EXTRAS:+-$EXTRAS}.txt" \
     && tools/bin/cyclonedx-py environment --output-reproducible --output-file packages.cdx.json /opt/lookalike
 COPY pyproject.toml lookalike.py ./
 COPY service service

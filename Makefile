@@ -9,6 +9,13 @@ IMAGES ?= digits
 PHOTOS := .lookalike/models/photos
 MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/digits)
 
+# Of the image. Podman's own format holds no health check.
+ACCELERATOR ?= cpu
+EXTRAS  ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+COMMIT  := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+BUILDER ?= $(firstword $(foreach tool,podman docker buildah,$(if $(shell command -v $(tool)),$(tool))))
+
 # Containers often forbid bytecode. The tests start hundreds of processes, and each is seconds faster with it.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -19,7 +26,7 @@ MANIFESTS = $(shell find deploy/kubernetes -name '*.yaml' ! -name kustomization.
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all test-scale check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
-        kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures container \
+        kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures image image-test sbom \
         setup setup-serve lock clean
 
 help: ## show this list
@@ -118,8 +125,15 @@ soak: setup ## measure memory, threads and descriptors in ten minutes of mixed l
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200
 
-container: ## build the image and check it, with podman or docker
-	tests/deploy/container.sh
+image: ## build the image with podman, docker or buildah; ACCELERATOR=gpu, EXTRAS=milvus
+	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) $(foreach name,ACCELERATOR EXTRAS VERSION COMMIT, \
+	  --build-arg $(name)=$($(name))) -t lookalike:$(VERSION) -t lookalike .
+
+image-test: setup ## build the image and test it as an operator runs it, with podman or docker; LONG=1 builds it twice
+	$(if $(LONG),LOOKALIKE_TWO_BUILDS=1) .venv/bin/python -m pytest -m proof -s tests/deploy/test_image.py
+
+sbom: image ## write the image's list of packages to sbom.cdx.json, as CycloneDX
+	$(BUILDER) run --rm --entrypoint cat lookalike /app/sbom.cdx.json > sbom.cdx.json
 
 setup-serve: .venv-serve/.done ## make .venv-serve: the serving set, without torch
 setup: .venv/.done ## make .venv: training, serving and test tools
@@ -146,7 +160,7 @@ requirements/node_modules/.done: requirements/package-lock.json | setup
 COMPILE = .venv-serve/bin/uv pip compile --python-version 3.11 --generate-hashes --no-header --quiet --upgrade
 lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)
 	for set in "serve-cpu --extra cpu --extra demo --group build" "serve-gpu --extra gpu --extra demo --group build" \
-	    "image-cpu --extra cpu" "image-gpu --extra gpu" \
+	    "image-cpu --extra cpu" "image-gpu --extra gpu" "image-cpu-milvus --extra cpu --extra milvus" \
 	    "train --extra cpu --extra demo --extra train --group build" \
 	    "dev --extra cpu --extra demo --extra train --extra dev --group build" \
 	    "scale --extra cpu --extra demo --extra milvus --extra ray --extra scale --group build" \

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import metrics
 from service.http import logs
-from service.lifetime import forward_hangups
+from service.lifetime import correct_the_parent
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -122,5 +122,5 @@ def own_every_path(app: ASGIApp) -> ASGIApp:
 
 
 logs.write_json_lines()
-forward_hangups()
+correct_the_parent()
 Lookalike = make_service(Settings())

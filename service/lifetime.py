@@ -23,10 +23,11 @@ _LOOK_S = 0.25
 _ORPHAN_S = 1.0
 
 
-def forward_hangups() -> None:
-    """Let BentoML's parent pass SIGHUP on to its workers.
+def correct_the_parent() -> None:
+    """Let BentoML's parent pass SIGHUP on to its workers, and send no packet.
 
     Its process manager would start the workers again, which a store's lock and a port forbid, and end with exit code 0.
+    It also asks DNS for the name of its own machine, which takes ten seconds where no server answers.
     """
     from circus.sighandler import SysHandler
 
@@ -37,6 +38,7 @@ def forward_hangups() -> None:
                     os.kill(pid, signal.SIGHUP)
 
     SysHandler.handle_hup = forward
+    socket.getfqdn = lambda name="": name or socket.gethostname()
 
 
 class Lifetime:

@@ -264,7 +264,8 @@ def test_memory_stays_below_its_limit_under_large_pictures(tool: str, tmp_path: 
 
 
 def test_a_full_disk_refuses_writes_and_loses_nothing(tool: str) -> None:
-    with container(tool, "--tmpfs", "/data:rw,size=64m,mode=1777") as one:
+    disk = "type=tmpfs,destination=/data,tmpfs-size=64m,tmpfs-mode=1777"
+    with container(tool, "--mount", disk) as one:
         large, added = encoded(noise(1000, 1)), 0
         while (answer := ask(f"{one.url}/images/{added}", large, "PUT"))[0] == 201:
             added += 1
@@ -334,7 +335,7 @@ def test_no_packet_leaves_it(tool: str, watched: tuple[str, str], tmp_path: Path
     assert before == 1, "a packet that leaves is not counted"
     (tmp_path / "x.png").write_bytes(PICTURE)
     tmp_path.chmod(0o755)
-    options = ("--network", f"ns:{path}", "--dns", "192.0.2.53", "-v", f"{readable(tmp_path)}:/pictures:ro")
+    options = ("--network", f"ns:{path}", "--dns", "198.51.100.53", "-v", f"{readable(tmp_path)}:/pictures:ro")
     with container(tool, *options, ready=False) as one:
         port = one.url.rpartition(":")[2]
         call = (
