@@ -50,6 +50,7 @@ check: setup requirements/node_modules/.done ## lint, types of Python and of the
 	.venv/bin/mypy
 	.venv/bin/node requirements/node_modules/typescript/bin/tsc -p tsconfig.json
 	.venv/bin/lint-imports
+	.venv/bin/bandit --quiet --recursive --configfile pyproject.toml service training lookalike.py
 
 survive: setup ## kill a training run 20 times with -9, and compare its result with an undisturbed run
 	LOOKALIKE_KILLS=20 .venv/bin/python -m pytest tests/training/test_survival.py --timeout 1800
@@ -134,7 +135,7 @@ requirements/node_modules/.done: requirements/package-lock.json | setup
 	@touch $@
 
 COMPILE = .venv-serve/bin/uv pip compile --python-version 3.11 --generate-hashes --no-header --quiet --upgrade
-lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)
+lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address), and list the licences
 	for set in "serve-cpu --extra cpu --extra demo --group build" "serve-gpu --extra gpu --extra demo --group build" \
 	    "image-cpu --extra cpu" "image-gpu --extra gpu" \
 	    "train --extra cpu --extra demo --extra train --group build" \
@@ -144,6 +145,8 @@ lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no 
 	  $(COMPILE) pyproject.toml $${set#* } -o requirements/$${set%% *}.txt || exit 2; \
 	done
 	$(COMPILE) --group build --group image -o requirements/image-build.txt
+	$(MAKE) setup-serve
+	.venv-serve/bin/python requirements/licences.py
 
 clean: ## remove the environments and the files that serving made
 	rm -rf .venv .venv-serve .venv-bench .venv-scale .lookalike
