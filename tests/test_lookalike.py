@@ -163,7 +163,11 @@ def test_help_imports_none_of_what_the_verbs_need() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"lookalike {importlib.metadata.version('lookalike')}\n"
+    version = importlib.metadata.version("lookalike")
+    assert run("--version").stdout == f"lookalike {version}\n"
+    commit = {"LOOKALIKE_COMMIT": "0123abc"}
+    assert run("--version", environment=commit).stdout == f"lookalike {version} (commit 0123abc)\n"
+    assert f"lookalike {version} (commit 0123abc), bentoml" in run("doctor", environment=commit).stdout
 
 
 def test_search_imports_no_server_and_no_tool_of_other_verbs(store: Path, tmp_path: Path) -> None:
