@@ -2,10 +2,11 @@
 
 from starlette.types import Receive, Scope, Send
 
-from service.app import open_service, own_every_path
+from service.app import own_every_path
 from service.http.guard import Guard
 from service.http.routes import create_app
 from service.settings import Settings
+from service.worker import open_service
 
 _settings, _app = Settings(), create_app()
 _owner = own_every_path(_app)

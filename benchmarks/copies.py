@@ -7,7 +7,8 @@ import numpy as np
 from PIL import ImageOps
 
 from service import FloatArray
-from service.encoding.images import Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import Limits
 
 
 class Found(NamedTuple):

@@ -25,7 +25,8 @@ from service import FloatArray
 from service.duplicates import link
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import OWN_FILES, decode, decode_pixels
+from service.encoding.images import decode, decode_pixels
+from service.encoding.limits import OWN_FILES
 from service.encoding.pretrained import default_encoder
 from service.sources import open_source
 

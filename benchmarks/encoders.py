@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.photos import photos
 from service.encoding.card import CARD_FILE, square_preprocessing
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 from service.encoding.variants import Pictures
 from training.backbones import build_backbone
 from training.encoder import Encoder

@@ -11,7 +11,8 @@ import onnxruntime as ort
 
 from service import PixelArray
 from service.encoding.card import VARIANTS, Card, read_card
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 
 _THREADS = 2
 _BATCH = 16

@@ -18,7 +18,8 @@ from benchmarks.copies import Found, find_copies, hard_copy
 from service import FloatArray, PixelArray
 from service.encoding.card import MODEL_FILE, VARIANTS, Card, fingerprint, read_card
 from service.encoding.encoder import Encoder, canary
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 from service.encoding.pretrained import build_graphs, default_encoder, preprocessing, read_numbers
 from service.encoding.variants import Pictures, embed_pixels, judge
 from service.encoding.voting import headline_accuracy

@@ -16,7 +16,8 @@ from benchmarks.copies import find_copies, hard_copy
 from service import FloatArray, IntArray
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 from service.encoding.variants import embed_pixels
 from service.encoding.voting import headline_accuracy
 from service.encoding.whitening import Whitening, default_whitening, learn_whitening, without_whitening

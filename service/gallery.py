@@ -16,7 +16,8 @@ from service.encoder_choice import find_model, recorded_model
 from service.encoding.batcher import Batcher
 from service.encoding.card import Card, read_card, suits
 from service.encoding.encoder import Encoder
-from service.encoding.images import OWN_FILES, decode, decode_pixels, preview, thumbnail, to_pixels, tones
+from service.encoding.images import decode, decode_pixels, preview, thumbnail, to_pixels, tones
+from service.encoding.limits import OWN_FILES
 from service.encoding.text import TextEncoder, check_text, open_text_tower
 from service.errors import (
     InvalidQuery,

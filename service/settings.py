@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from service.encoding.images import OWN_FILES, Limits
+from service.encoding.limits import OWN_FILES, Limits
 from service.errors import InvalidRequest
 
 _PREFIX = "lookalike_"

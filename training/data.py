@@ -18,7 +18,8 @@ from tqdm import tqdm
 from service import IntArray, PixelArray, cores
 from service.account import Failure, printable
 from service.encoding.card import Preprocessing
-from service.encoding.images import OWN_FILES, Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import OWN_FILES, Limits
 from service.errors import InvalidRequest, InvalidSource, LookalikeError, NoEmbedding, kept
 from service.files import write_file
 from service.sources import open_source

@@ -18,7 +18,8 @@ from service import FloatArray, IntArray, PixelArray, cores
 from service.account import LEFT_OUT, Account, left_out_beside
 from service.encoding.card import Card, Preprocessing, read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import OWN_FILES, Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import OWN_FILES, Limits
 from service.encoding.variants import embed_pixels
 from service.encoding.voting import HEADLINE_K, nearest, vote
 from service.encoding.whitening import without_whitening

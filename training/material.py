@@ -11,7 +11,8 @@ from torch import Tensor
 
 from service import IntArray, PixelArray
 from service.encoding.card import Card
-from service.encoding.images import OWN_FILES, Limits, tones
+from service.encoding.images import tones
+from service.encoding.limits import OWN_FILES, Limits
 from service.encoding.variants import Pictures
 from service.errors import InvalidRequest, InvalidSource, LookalikeError
 from service.sources.source import Source

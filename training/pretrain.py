@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from service import FloatArray, IntArray
 from service.account import LEFT_OUT, Account
-from service.encoding.images import OWN_FILES, Limits
+from service.encoding.limits import OWN_FILES, Limits
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidRequest, InvalidSource
 from service.sources.source import LeftOut, Source

@@ -7,7 +7,7 @@ import numpy as np
 
 from service import FloatArray, PixelArray
 from service.encoding.card import MODEL_FILE, Card
-from service.encoding.runtimes import VERSION, Device, Graph, find_devices
+from service.encoding.runtimes import VERSION, Device, Graph, find_devices, worth_trying
 from service.errors import InvalidModel
 
 # Noise pictures in the batch that measures and compares variants. No variant was calibrated for noise, so the cosine to
@@ -57,7 +57,11 @@ class Encoder:
         self.variant, graph = "fp32", Graph(card, "fp32", card.model, devices[0], threads)
         self._canary = canary(card.preprocessing.height, card.preprocessing.width)
         self.dimension = self._check_canary(graph)
-        tried = {name: model for name, model in card.variants.items() if variant in ("auto", name)}
+        tried = {
+            name: model
+            for name, model in card.variants.items()
+            if variant == name or (variant == "auto" and worth_trying(name, graph.kind))
+        }
         if tried:
             graph = self._choose(graph, tried, variant == "auto", devices[0], threads)
         content = card.variants.get(self.variant, card.model)

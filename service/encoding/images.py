@@ -4,7 +4,7 @@ import io
 import threading
 import warnings
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from service.encoding.apart import STORED_SIZE, Budget, decode_apart
 from service.encoding.card import Preprocessing
 from service.encoding.colours import LARGE_PIXELS, raw_mode, to_rgb
 from service.encoding.containers import Parts, needed_parts
+from service.encoding.limits import Limits
 from service.errors import EmptyPicture, TooLarge, UndecodablePicture, UnsupportedFormat
 
 # The formats that we decode, with the endings of their files.
@@ -71,27 +72,6 @@ _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 
 # Our own limits refuse a large picture before it is decoded, with a better message than Pillow's.
 Image.MAX_IMAGE_PIXELS = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a picture: the defaults are for strangers over HTTP, OWN_FILES for one's own files.
-
-    Attributes:
-        max_image_bytes: bytes of its file.
-        max_pixels, max_side: pixels, and pixels a side, as it is stored.
-        max_aspect: long side : short side.
-        max_decode_s: processor time of decoding a TIFF, AVIF or HEIF.
-    """
-
-    max_image_bytes: int = 10_000_000
-    max_pixels: int = 25_000_000
-    max_side: int = 10_000
-    max_aspect: int = 100
-    max_decode_s: float = 1.5
-
-
-OWN_FILES = Limits(1_000_000_000, 250_000_000, 65_535, 100, 60)
 
 
 def format_of(data: bytes) -> str | None:

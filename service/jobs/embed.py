@@ -20,7 +20,8 @@ from service.encoding.apart import STORED_SIZE
 from service.encoding.batcher import Batcher
 from service.encoding.card import Preprocessing, read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode, to_pixels
+from service.encoding.images import decode, to_pixels
+from service.encoding.limits import Limits
 from service.errors import InvalidOutput, InvalidRequest, LookalikeError, Outcome
 from service.jobs.description import Description
 from service.jobs.keeping import MEASURED, Stamp, keep

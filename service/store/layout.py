@@ -122,6 +122,13 @@ def lock(folder: Path) -> int:
         if strangers and not (folder / FILE).exists() and not (folder / _CURRENT).exists():
             raise InvalidStore(f"{folder}: is not a store and not empty (it has {strangers[0]}); name another --store")
         guard = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except PermissionError as error:
+        there, user = folder if folder.exists() else folder.parent, f"{os.getuid()}:{os.getgid()}"
+        raise InvalidStore(
+            f"{folder}: user {os.getuid()} may not write in {there}, whose owner is {there.stat().st_uid}; as root: "
+            f"chown -R {user} {there} (in Docker: docker run --rm --user 0 --entrypoint chown -v VOLUME:{there} IMAGE "
+            f"-R {user} {there})"
+        ) from error
     except OSError as error:
         raise InvalidStore(f"{folder}: cannot be used as a store: {error.strerror}") from error
     try:

@@ -2,14 +2,12 @@
 
 import http.client
 import json
-import os
-import shutil
 import socket
-import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,67 +18,20 @@ import pytest
 from service import FloatArray
 from service.client import Client, ServiceError, Upload
 from service.http.guard import _READING_POSTS
-from tests.conftest import MODEL, encoded, missing, scene
+from tests.conftest import MODEL, encoded, scene
+from tests.deploy.proxies import nginx, until
 from tests.ports import free_port
 from tests.serving import running, serving, status_of
 
-CONF = Path(__file__).parents[2] / "deploy" / "nginx.conf"
-
-# What Debian's nginx.conf has around conf.d/, with every file in one folder.
-_MAIN = """
-user root;
-daemon off;
-pid nginx.pid;
-error_log error.log;
-events {}
-http {
-    log_format replicas '$request_method $uri $status $upstream_status';
-    access_log access.log replicas;
-    client_body_temp_path body;
-    proxy_temp_path proxy;
-    fastcgi_temp_path fastcgi;
-    uwsgi_temp_path uwsgi;
-    scgi_temp_path scgi;
-    include lookalike.conf;
-}
-"""
-
 
 @contextmanager
-def nginx(folder: Path, replicas: Sequence[int]) -> Iterator[str]:
+def in_front(folder: Path, replicas: Sequence[int]) -> Iterator[str]:
     """Run nginx with deploy/nginx.conf in front of the replicas at two ports; yield its address."""
-    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-    if program is None:
-        missing("no nginx: install Debian's package nginx")
     port = free_port()
-    written = CONF.read_text()
-    for ours, theirs in (("listen 80;", f"listen 127.0.0.1:{port};"), *zip(("3001", "3002"), replicas, strict=True)):
-        assert written.count(ours) == 1
-        written = written.replace(ours, str(theirs))
-    (folder / "lookalike.conf").write_text(written)
-    (folder / "nginx.conf").write_text(_MAIN)
-    with (folder / "nginx.log").open("wb") as log:
-        server = subprocess.Popen([program, "-p", folder, "-c", folder / "nginx.conf"], stdout=log, stderr=log)
-    try:
-        until(lambda: _listens(port) or server.poll() is not None)
-        assert server.poll() is None, (folder / "nginx.log").read_text()
+    changes = {"listen 80;": f"listen 127.0.0.1:{port};"}
+    changes |= {f"127.0.0.1:{3001 + number}": f"127.0.0.1:{replica}" for number, replica in enumerate(replicas)}
+    with nginx(folder, "nginx.conf", port, changes):
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait until a condition holds. Fails after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # What nginx sends again, with replicas that read a request and hang up ------------------------------
@@ -140,7 +91,7 @@ def test_only_what_may_come_twice_is_sent_again(request_line: str, tmp_path: Pat
     method, path, times = request_line.split()
     quitters = Quitters()
     try:
-        with nginx(tmp_path, quitters.ports) as address:
+        with in_front(tmp_path, quitters.ports) as address:
             connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
             connection.request(method, path, b"" if method in ("GET", "DELETE") else b"{}")
             assert connection.getresponse().status == 502
@@ -165,8 +116,10 @@ class Replica:
 
     def start(self) -> None:
         flags = ["--model", str(MODEL), "--no-store", "--workers", str(self._workers)]
-        server, self.address, self._log = self._stack.enter_context(running(self._folder, *flags, port=str(self.port)))
-        self._tree = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        self._server, self.address, self._log = self._stack.enter_context(
+            running(self._folder, *flags, port=str(self.port))
+        )
+        self._tree = [psutil.Process(self._server.pid), *psutil.Process(self._server.pid).children(recursive=True)]
 
     def answered(self) -> int:
         """Return how many pictures it has embedded since its start, by its log."""
@@ -186,6 +139,12 @@ class Replica:
 
     def close(self) -> None:
         self._stack.close()
+
+    def restart(self) -> None:
+        """End it by SIGTERM, start it again, and wait until it is ready."""
+        self.close()
+        assert self._server.returncode == 0
+        self.start()
 
 
 class Crowd:
@@ -236,7 +195,7 @@ def test_killed_replicas_cost_no_request(tmp_path: Path) -> None:
             expected = direct.embed(pictures)
         # No embedding passes for another one.
         assert (expected @ expected.T - np.eye(8)).max() < 0.999
-        address = stack.enter_context(nginx(tmp_path, [first.port, second.port]))
+        address = stack.enter_context(in_front(tmp_path, [first.port, second.port]))
         crowd = Crowd(stack.enter_context(Client(address, patience_s=120)), pictures, expected)
         stack.callback(crowd.stop)
 
@@ -279,11 +238,74 @@ def test_killed_replicas_cost_no_request(tmp_path: Path) -> None:
         assert status_of(f"{address}/readyz") == 200
 
 
+class Steady:
+    """Requests at a fixed rate, each on a connection of its own, however long the earlier ones take.
+
+    Attributes:
+        answers: how many requests ended with each status, or with the name of an error.
+        sent: how many were sent, by time.monotonic() of each.
+    """
+
+    def __init__(self, address: str, picture: bytes, rate: float) -> None:
+        self.answers, self.sent = Counter[int | str](), list[float]()
+        self._address, self._picture, self._rate = address.removeprefix("http://"), picture, rate
+        self._stop = threading.Event()
+        # As many as wait for an answer at the slowest moment.
+        self._threads = ThreadPoolExecutor(512)
+        self._clock = threading.Thread(target=self._send)
+        self._clock.start()
+
+    def _send(self) -> None:
+        begin = time.monotonic()
+        while not self._stop.wait(max(0, begin + len(self.sent) / self._rate - time.monotonic())):
+            self.sent.append(time.monotonic())
+            self._threads.submit(self._ask)
+
+    def _ask(self) -> None:
+        connection = http.client.HTTPConnection(self._address, timeout=75)
+        try:
+            connection.request("POST", "/embed", self._picture, {"Content-Type": "image/jpeg"})
+            answer = connection.getresponse()
+            body = answer.read()
+            whole = answer.status != 200 or len(json.loads(body)["embeddings"]) == 1
+            self.answers[answer.status if whole else "no embedding"] += 1
+        except Exception as error:
+            self.answers[type(error).__name__] += 1
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        """Send no more, and wait for all answers."""
+        self._stop.set()
+        self._clock.join()
+        self._threads.shutdown()
+
+
+@pytest.mark.slow("starts two services twice")
+def test_a_rolling_restart_costs_no_request(tmp_path: Path, data_root: Path) -> None:
+    photo = next((data_root / "photos").glob("*.JPEG")).read_bytes()
+    with ExitStack() as stack:
+        replicas = [Replica(tmp_path / name, workers=1) for name in ("first", "second")]
+        for replica in replicas:
+            stack.callback(replica.close)
+        steady = Steady(stack.enter_context(in_front(tmp_path, [one.port for one in replicas])), photo, rate=50)
+        stack.callback(steady.stop)
+        for replica in replicas:
+            until(lambda replica=replica: replica.answered() >= 50)  # type: ignore[misc]
+            replica.restart()
+        for replica in replicas:
+            until(lambda replica=replica: replica.answered() >= 50)  # type: ignore[misc]
+        steady.stop()
+        assert steady.answers == {200: len(steady.sent)}
+        # The rate was kept, so the replicas were under load while they restarted.
+        assert len(steady.sent) / (steady.sent[-1] - steady.sent[0]) > 45
+
+
 @pytest.mark.slow("starts a service")
 def test_changes_of_a_store_pass(tmp_path: Path) -> None:
     with serving(tmp_path) as direct:
         port = int(direct.rpartition(":")[2])
-        with nginx(tmp_path, [port, port]) as address, Client(address) as client:
+        with in_front(tmp_path, [port, port]) as address, Client(address) as client:
             picture = encoded(scene())
             # 10 MB is the limit of a picture, and none of nginx.
             uploads = [Upload("a/\u00fc %2F.png", picture, {"n": 1}), Upload("large", bytes(9_999_999))]

@@ -18,7 +18,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import Limits
 from service.errors import InvalidSource, LookalikeError
 from service.gallery import Gallery
 from service.jobs.index import index_source

@@ -134,7 +134,7 @@ def test_a_provider_that_is_lost_makes_it_not_ready_and_is_told_once(
     service = make_service(Settings(no_store=True, model=MODEL, variant="fp32"))
     with TestClient(service.to_asgi()) as client, caplog.at_level(logging.INFO, "bentoml.lookalike"):
         assert client.get("/readyz").status_code == 200
-        lane = service.inner.app.state.gallery.encoder._graphs[0]
+        lane = service.inner.app().state.gallery.encoder._graphs[0]
         session = lane._session
         del lane._session
         for _ in range(3):

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 from service import metrics
-from service.app import Worker
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
+from service.http.guard import Guard
 from service.http.routes import create_app
 from service.jobs.reindex import reindex
 from service.settings import Settings
+from service.worker import Worker
 from tests.conftest import MODEL, ROOT, another_encoder, encoded, scene
 
 _IMPORT = """
@@ -66,11 +67,8 @@ def test_a_switch_that_fails_changes_nothing_and_one_that_succeeds_names_the_new
     http = create_app()
     chosen = Settings(store=tmp_path / "store", model=MODEL, device="cpu", variant="fp32", work_timeout_s=0.1)
 
-    class Served(Worker):
-        app, settings = http, chosen
-
     handler = signal.getsignal(signal.SIGHUP)
-    worker = Served()
+    worker = Worker(http, chosen, Guard(http, chosen))
     try:
         worker.gallery.add("a", encoded(scene()), {})
         reindex(other, chosen)

@@ -4,7 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
-from service.encoding.images import OWN_FILES, Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import OWN_FILES, Limits
 from service.errors import InvalidRequest, TooLarge
 from service.settings import Settings, read_own_settings, read_settings
 from tests.service.encoding.test_images import png_header

@@ -22,7 +22,8 @@ from sklearn.datasets import load_digits
 from service import IntArray, PixelArray
 from service.account import Failure
 from service.encoding.card import square_preprocessing
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 from service.errors import InvalidSource
 from service.sources import open_source
 from service.sources.compact import Labels

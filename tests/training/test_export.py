@@ -13,7 +13,8 @@ from torch import nn
 
 from service.encoding.card import Card, read_card, square_preprocessing
 from service.encoding.encoder import Encoder as ServedEncoder
-from service.encoding.images import Limits, decode, to_pixels
+from service.encoding.images import decode, to_pixels
+from service.encoding.limits import Limits
 from service.encoding.variants import Pictures
 from service.errors import InvalidModel, InvalidOutput
 from service.sources import open_source

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode, to_pixels
+from service.encoding.images import decode, to_pixels
+from service.encoding.limits import Limits
 from service.errors import InvalidOutput, InvalidRequest, LookalikeError
 from tests.conftest import encoded, scene
 from training.importing import import_backbone

@@ -14,7 +14,8 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch.nn import functional as F
 
 from service import FloatArray, PixelArray
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 from service.encoding.pretrained import build_graphs, preprocessing, read_state, read_weights
 from service.errors import InvalidRequest
 from tests.conftest import missing

@@ -16,7 +16,8 @@ from torch import nn
 from service import PixelArray
 from service.encoding.card import Card, read_card, square_preprocessing
 from service.encoding.encoder import Encoder as ServedEncoder
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import Limits
 from service.encoding.variants import Pictures, judge
 from service.encoding.voting import headline_accuracy
 from service.errors import InvalidOutput, InvalidRequest, InvalidSource

@@ -15,7 +15,8 @@ import torch
 
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import OWN_FILES, decode_pixels
+from service.encoding.images import decode_pixels
+from service.encoding.limits import OWN_FILES
 from service.encoding.text import TextConfig, TextTower, open_text_tower
 from service.errors import InvalidModel, InvalidOutput, InvalidRequest, InvalidSource
 from service.sources import open_source

@@ -10,7 +10,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from service.encoding.images import Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import Limits
 from service.errors import LookalikeError
 from service.items import check_id
 from service.sources.source import Source

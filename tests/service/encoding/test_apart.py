@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from service.encoding import apart
-from service.encoding.images import Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import Limits
 from service.errors import TooLarge, UndecodablePicture
 from tests.conftest import encoded, scene
 from tests.heif import heic

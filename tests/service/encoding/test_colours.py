@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from service.encoding.colours import LARGE_PIXELS
-from service.encoding.images import OWN_FILES, Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import OWN_FILES, Limits
 from service.errors import UnsupportedFormat
 from tests.conftest import encoded, scene
 

@@ -8,7 +8,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from service.encoding.containers import needed_parts
-from service.encoding.images import Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import Limits
 from service.errors import LookalikeError, TooLarge, UndecodablePicture
 from tests.conftest import encoded, scene
 from tests.service.encoding.test_colours import chunk

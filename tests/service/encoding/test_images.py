@@ -12,7 +12,8 @@ from PIL import Image
 
 from service.encoding import images
 from service.encoding.card import Preprocessing
-from service.encoding.images import FORMATS, Limits, decode, format_of, media_type, thumbnail, to_pixels, tones
+from service.encoding.images import FORMATS, decode, format_of, media_type, thumbnail, to_pixels, tones
+from service.encoding.limits import Limits
 from service.errors import EmptyPicture, LookalikeError, TooLarge, UndecodablePicture, UnsupportedFormat
 from tests.conftest import encoded, scene
 from tests.heif import coded, heic, turned

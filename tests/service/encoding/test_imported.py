@@ -20,9 +20,10 @@ from PIL import Image
 from service import FloatArray
 from service.encoding.card import read_card
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode_pixels
+from service.encoding.images import decode_pixels
 from service.encoding.imported import Choices, import_onnx
 from service.encoding.layouts import choose
+from service.encoding.limits import Limits
 from service.encoding.model_folder import write_model
 from service.encoding.text import TEXT_CONFIG_FILE, TextConfig, TextTower
 from service.encoding.whitening import Whitening, append_whitening, without_whitening

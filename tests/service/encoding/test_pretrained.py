@@ -14,7 +14,8 @@ import pytest
 from service.encoding import pretrained
 from service.encoding.card import read_card, suits
 from service.encoding.encoder import Encoder
-from service.encoding.images import Limits, decode_pixels, tones
+from service.encoding.images import decode_pixels, tones
+from service.encoding.limits import Limits
 from service.encoding.pretrained import (
     build_graphs,
     default_encoder,

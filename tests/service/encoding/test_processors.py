@@ -12,7 +12,8 @@ from PIL import Image
 
 from service import PixelArray
 from service.encoding.card import Preprocessing
-from service.encoding.images import Limits, decode, decode_pixels, to_pixels
+from service.encoding.images import decode, decode_pixels, to_pixels
+from service.encoding.limits import Limits
 from service.encoding.processors import explicit, with_processor
 from service.errors import InvalidModel
 from tests.conftest import encoded

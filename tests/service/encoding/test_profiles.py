@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from service.encoding.images import Limits, decode
+from service.encoding.images import decode
+from service.encoding.limits import Limits
 from tests.conftest import encoded, scene
 from tests.service.encoding.test_colours import chunk
 

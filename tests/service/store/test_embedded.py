@@ -235,6 +235,20 @@ def test_a_store_of_an_earlier_schema_is_brought_up_to_date_and_keeps_all(tmp_pa
     database.close()
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_store_of_a_later_schema_is_refused_and_left_as_it_is(tmp_path: Path, read_only: bool) -> None:
+    store = EmbeddedStore(tmp_path, card(), D)
+    store.add([item("a", unit(D))])
+    store.close()
+    database = apsw.Connection(str(tmp_path / FILE))
+    database.execute("UPDATE meta SET value = '7' WHERE name = 'schema'").fetchall()
+    database.close()
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(InvalidStore, match=r"schema 7, this version reads 6$"):
+        EmbeddedStore(tmp_path, card(), D, read_only=read_only)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
 @pytest.mark.parametrize("schema", ["3", "4", "5"])
 def test_a_store_of_an_earlier_schema_is_read_beside_the_process_that_would_migrate_it(
     tmp_path: Path, schema: str
