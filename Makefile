@@ -12,7 +12,7 @@ MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/
 # Of the image. Podman's own format holds no health check.
 ACCELERATOR ?= cpu
 EXTRAS  ?=
-VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' service/__init__.py)
 COMMIT  := $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
 BUILDER ?= $(firstword $(foreach tool,podman docker buildah,$(if $(shell command -v $(tool)),$(tool))))
 
@@ -62,6 +62,7 @@ check: setup requirements/node_modules/.done ## lint, types of Python and of the
 	.venv/bin/mypy
 	.venv/bin/node requirements/node_modules/typescript/bin/tsc -p tsconfig.json
 	.venv/bin/lint-imports
+	.venv/bin/bandit --quiet --recursive --configfile pyproject.toml service training lookalike.py
 	.venv/bin/hadolint Dockerfile
 	.venv/bin/kubernetes-validate --strict --quiet $(MANIFESTS)
 	$(call if-there,docker-compose,--profile gpu --profile scale config --quiet)
@@ -158,7 +159,7 @@ requirements/node_modules/.done: requirements/package-lock.json | setup
 	@touch $@
 
 COMPILE = .venv-serve/bin/uv pip compile --python-version 3.11 --generate-hashes --no-header --quiet --upgrade
-lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address)
+lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address), and list the licences
 	for set in "serve-cpu --extra cpu --extra demo --group build" "serve-gpu --extra gpu --extra demo --group build" \
 	    "image-cpu --extra cpu" "image-gpu --extra gpu" "image-cpu-milvus --extra cpu --extra milvus" \
 	    "train --extra cpu --extra demo --extra train --group build" \
@@ -168,6 +169,8 @@ lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no 
 	  $(COMPILE) pyproject.toml $${set#* } -o requirements/$${set%% *}.txt || exit 2; \
 	done
 	$(COMPILE) --group build --group image -o requirements/image-build.txt
+	$(MAKE) setup-serve
+	.venv-serve/bin/python requirements/licences.py
 
 clean: ## remove the environments and the files that serving made
 	rm -rf .venv .venv-serve .venv-bench .venv-scale .lookalike

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from service import release
 from service.errors import InvalidRequest, LookalikeError, NotOfThisStore
 
 if TYPE_CHECKING:
@@ -29,16 +30,14 @@ cli = typer.Typer(pretty_exceptions_enable=False, no_args_is_help=True)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        print(f"lookalike {version('lookalike')}")
+        print(f"lookalike {release()}")
         raise typer.Exit
 
 
 @cli.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version and commit.")
     ] = False,
 ) -> None:
     """Train an image encoder on your own pictures, and serve similarity search with it."""

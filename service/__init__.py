@@ -6,6 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# The only place where the version stands: a bento and an image of the code have no installed package to ask.
+__version__ = "0.1.0"
+
 # onnxruntime reads this variable when it starts; its wheels report usage unless it is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
@@ -22,6 +25,16 @@ else:
         from service import arrays
 
         return getattr(arrays, name)
+
+
+def commit() -> str | None:
+    """Return the commit that the image was built from; None outside an image, where nothing records it."""
+    return os.environ.get("LOOKALIKE_COMMIT") or None
+
+
+def release() -> str:
+    """Return version and commit in words."""
+    return f"{__version__} (commit {known})" if (known := commit()) else __version__
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
@@ -95,7 +96,8 @@ class Lifetime:
             return None
         host, port, *_ = listening[0].getsockname()
         # An address for all interfaces is reached through that of the machine itself.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+        if (address := ip_address(host)).is_unspecified:
+            host = "127.0.0.1" if address.version == 4 else "::1"
         scheme = "https" if self._server.config.is_ssl else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 

@@ -163,7 +163,11 @@ def test_help_imports_none_of_what_the_verbs_need() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == f"lookalike {importlib.metadata.version('lookalike')}\n"
+    version = importlib.metadata.version("lookalike")
+    assert run("--version").stdout == f"lookalike {version}\n"
+    commit = {"LOOKALIKE_COMMIT": "0123abc"}
+    assert run("--version", environment=commit).stdout == f"lookalike {version} (commit 0123abc)\n"
+    assert f"lookalike {version} (commit 0123abc), bentoml" in run("doctor", environment=commit).stdout
 
 
 def test_search_imports_no_server_and_no_tool_of_other_verbs(store: Path, tmp_path: Path) -> None:
@@ -325,8 +329,22 @@ def test_a_model_whose_checksum_differs(tmp_path: Path) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     with (model / "model.onnx").open("ab") as file:
         file.write(b"\0")
-    assert "model.onnx: damaged: sha256 is" in refused("info", model)
-    assert "damaged" in refused("serve", "--model", model, "--store", tmp_path / "store")
+    says = "model.onnx: damaged: sha256 is"
+    assert says in refused("info", model)
+    assert says in refused("serve", "--model", model, "--store", tmp_path / "store")
+    assert says in refused("index", "digits[:2]", "--model", model, "--store", tmp_path / "store")
+    assert says in refused("embed", "digits[:2]", "--model", model, "--out", tmp_path / "parts")
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "parts").exists()
+
+
+def test_a_store_whose_encoder_was_damaged(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    assert run("index", "digits[:2]", "--model", model, "--store", tmp_path / "store").returncode == 0
+    with (model / "model.int8.onnx").open("r+b") as file:
+        file.write(b"\0")
+    for verb in (("serve",), ("search", ROOT / "docs" / "digits.png"), ("index", "digits[:3]")):
+        assert "model.int8.onnx: damaged: sha256 is" in refused(*verb, "--store", tmp_path / "store")
 
 
 def test_a_store_built_by_another_encoder(store: Path, tmp_path: Path) -> None:

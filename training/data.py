@@ -431,14 +431,14 @@ def epoch_order(among: IntArray, seed: int, epoch: int, canvas: Canvas) -> IntAr
     As long as pictures are read in blocks (Parquet), a few random blocks at a time are shuffled together. From the
     second epoch on the canvas holds all pictures, and all of them are shuffled together.
     """
-    random = np.random.default_rng((seed, epoch))
+    generator = np.random.default_rng((seed, epoch))
     blocks = canvas.source.blocks
     if blocks is None or (epoch and canvas.residence != "nowhere"):
-        return among[random.permutation(len(among))]
+        return among[generator.permutation(len(among))]
     # Each block's place in the order of blocks.
-    rank = random.permutation(len(blocks))
+    rank = generator.permutation(len(blocks))
     window = rank[np.searchsorted(np.asarray(blocks), among, side="right") - 1] // _BLOCKS_MIXED
-    return among[np.lexsort((random.random(len(among)), window))]
+    return among[np.lexsort((generator.random(len(among)), window))]
 
 
 def _whole_batch(canvas: Canvas, order: IntArray, offset: int, size: int) -> tuple[Tensor, IntArray, int] | None:

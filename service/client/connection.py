@@ -136,7 +136,7 @@ class Connections:
                     raise failure
                 wait_s = max(wait_s, _retry_after_s(answer.headers.get("retry-after", "0")))
             # Clients that were refused together come back at different times.
-            pause_s = wait_s * random.uniform(1, 1.25)  # noqa: S311
+            pause_s = wait_s * random.uniform(1, 1.25)  # noqa: S311  # nosec B311
             if time.monotonic() + pause_s > deadline:
                 raise failure
             time.sleep(pause_s)

@@ -278,29 +278,24 @@ def read_card(folder: Path) -> Card:
     """Read a model folder and check it against its own card.
 
     Raises:
-        InvalidModel: missing folder or file, JSON that does not parse, a checksum that differs, a variant that the card
-            has not measured to be the same encoder, or a part of a text tower without the rest.
+        InvalidModel: missing folder or file, JSON that does not parse, a checksum that differs or is missing, a variant
+            that the card has not measured to be the same encoder, or a part of a text tower without the rest.
 
-    Cost: reads and hashes model.onnx, its variants and its text tower once.
+    Cost: reads and hashes all files of the encoder once. A server does it before it starts, and in each worker.
     """
     if not folder.is_dir():
         raise InvalidModel(f"{folder}: no such model folder; expected a folder with {MODEL_FILE}")
-    files = {MODEL_FILE: _read(folder / MODEL_FILE)}
+    files = {file: _read(folder / file) for file in (MODEL_FILE, PREPROCESSOR_FILE)}
     files |= {file: _read(folder / file) for file in (*VARIANTS.values(), *TEXT_FILES) if (folder / file).exists()}
-    preprocessing = Preprocessing.from_config(_read_json(folder / PREPROCESSOR_FILE), str(folder / PREPROCESSOR_FILE))
-    facts = _read_json(folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    facts = _parse(_read(folder / CARD_FILE), folder / CARD_FILE) if (folder / CARD_FILE).exists() else {}
+    _verify(folder, files, facts.get("sha256", {}))
+    config = _parse(files[PREPROCESSOR_FILE], folder / PREPROCESSOR_FILE)
+    preprocessing = Preprocessing.from_config(config, str(folder / PREPROCESSOR_FILE))
     name = str(facts.get("name") or folder.resolve().name)
     card = Card(folder.resolve(), name, "", files[MODEL_FILE], preprocessing, facts)
     own = fingerprint(card.model, preprocessing, card.output)
-    if facts:
-        for file, expected in facts.get("sha256", {}).items():
-            data = files[file] if file in files else _read(folder / file)
-            if (actual := hashlib.sha256(data).hexdigest()) != expected:
-                raise InvalidModel(
-                    f"{folder / file}: damaged: sha256 is {actual[:12]}…, {CARD_FILE} says {str(expected)[:12]}…"
-                )
-        if facts.get("fingerprint", own) != own:
-            raise InvalidModel(f"{folder}: fingerprint is {own[:12]}…, {CARD_FILE} says {facts['fingerprint'][:12]}…")
+    if facts.get("fingerprint", own) != own:
+        raise InvalidModel(f"{folder}: fingerprint is {own[:12]}…, {CARD_FILE} says {facts['fingerprint'][:12]}…")
     variants = {name: files[file] for name, file in VARIANTS.items() if name != "fp32" and file in files}
     for name in variants:
         if not _belongs(VARIANTS[name], facts):
@@ -309,6 +304,23 @@ def read_card(folder: Path) -> Card:
                 "remove it, or write the encoder again with `lookalike export --overwrite`"
             )
     return replace(card, fingerprint=own, variants=variants, text=_text_files(folder, files))
+
+
+def _verify(folder: Path, files: dict[str, bytes], sums: dict[str, str]) -> None:
+    """Compare files with the sha256 that the card has of each. A card without any is that of an encoder of others.
+
+    Raises:
+        InvalidModel: a file differs, is missing, or has no sum. Variants have a check of their own.
+    """
+    for file, expected in sums.items():
+        data = files[file] if file in files else _read(folder / file)
+        if (actual := hashlib.sha256(data).hexdigest()) != expected:
+            raise InvalidModel(
+                f"{folder / file}: damaged: sha256 is {actual[:12]}…, {CARD_FILE} says {str(expected)[:12]}…"
+            )
+    for file in (MODEL_FILE, PREPROCESSOR_FILE, *TEXT_FILES):
+        if sums and file in files and file not in sums:
+            raise InvalidModel(f"{folder / file}: {CARD_FILE} has the sha256 of other files, but not of this one")
 
 
 def _text_files(folder: Path, files: dict[str, bytes]) -> TextFiles | None:
@@ -379,9 +391,10 @@ def _read(path: Path) -> bytes:
         raise InvalidModel(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parse(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds. Raises InvalidModel, which names the file."""
     try:
-        content = json.loads(_read(path))
+        content = json.loads(data)
     except ValueError as error:
         raise InvalidModel(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):

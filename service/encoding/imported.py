@@ -258,15 +258,15 @@ def _read_variants(files: Files, layout: Layout) -> dict[str, bytes]:
 
 def _crops(preprocessing: Preprocessing) -> PixelArray:
     """Return the pixels (64, height, width, 3) of crops of two photographs, from a third of them to the whole."""
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     pixels = []
     for name in _PHOTOGRAPHS:
         with (package_files("sklearn.datasets") / "images" / name).open("rb") as file, Image.open(file) as opened:
             photograph = opened.convert("RGB")
         for _ in range(_CROPS // len(_PHOTOGRAPHS)):
-            width, height = (int(side * random.uniform(0.33, 1)) for side in photograph.size)
-            left = int(random.integers(0, photograph.width - width + 1))
-            top = int(random.integers(0, photograph.height - height + 1))
+            width, height = (int(side * generator.uniform(0.33, 1)) for side in photograph.size)
+            left = int(generator.integers(0, photograph.width - width + 1))
+            top = int(generator.integers(0, photograph.height - height + 1))
             crop = photograph.crop((left, top, left + width, top + height))
             pixels.append(to_pixels(crop, preprocessing))
     return np.stack(pixels)

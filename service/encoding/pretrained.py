@@ -8,7 +8,7 @@ import base64
 import hashlib
 import io
 import json
-import pickle
+import pickle  # nosec B403
 import shutil
 from collections import OrderedDict
 from importlib.resources import files

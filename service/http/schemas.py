@@ -505,7 +505,8 @@ class Info(BaseModel):
     """The encoder, the gallery, the limits and the versions of this service.
 
     `queries` are the kinds of query that a search takes here; `text` is null where the encoder reads pictures alone.
-    `card` has what the encoder's card.json says of its method, licence, origin, data and quality.
+    `card` has what the encoder's card.json says of its method, licence, origin, data and quality. `commit` is
+    the one that the image was built from, null outside an image.
     """
 
     model: str
@@ -521,6 +522,7 @@ class Info(BaseModel):
     notice: str | None
     limits: dict[str, float]
     versions: dict[str, str]
+    commit: str | None
 
 
 class PartAnswer(BaseModel):

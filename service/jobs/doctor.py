@@ -12,7 +12,7 @@ from typing import NamedTuple
 import onnxruntime as ort
 from pydantic import SecretStr
 
-from service import cores
+from service import cores, release
 from service.encoder_choice import choose_model
 from service.encoding.card import Card, read_card
 from service.encoding.encoder import Encoder, canary
@@ -25,7 +25,6 @@ from service.store.check import examine as check
 from service.store.layout import current, generation
 
 _PACKAGES = (
-    "lookalike",
     "bentoml",
     "fastapi",
     "pillow",
@@ -86,7 +85,7 @@ def _examine(settings: Settings) -> Iterator[Line]:
 
 
 def _machine(settings: Settings) -> Iterator[Line]:
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {"lookalike": release()} | {name: _version(name) for name in _PACKAGES}
     yield Line("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
     yield Line("python", f"{platform.python_version()} on {platform.platform()}")
     model, flags = _processor()

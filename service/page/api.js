@@ -16,7 +16,7 @@ const KEY = "lookalike-key";
  * @typedef {{items: Item[], total: number, next: string | null}} Listing
  * @typedef {{model: string, fingerprint: string, dimension: number, count: number | null, variant: string,
  *   provider: string, queries: string[], notice: string | null, limits: Record<string, number>,
- *   versions: Record<string, string>, card: {method?: string, licence?: string, origin?: string,
+ *   versions: Record<string, string>, commit: string | null, card: {method?: string, licence?: string, origin?: string,
  *   data?: {source?: string, pictures?: number}, quality?: Record<string, Quality>}}} Info
  * @typedef {{pictures?: number, knn?: number, zero_shot?: number, cosine_p1?: number}} Quality of one file of the encoder
  * @typedef {{prefix?: string, name?: string, filter?: string, order?: string, offset?: number, limit?: number}} Listed

@@ -76,6 +76,7 @@ def run_js(browser: Browser, port: int, text: str) -> str:
     return json.dumps(found)
 
 
+@pytest.mark.slow("indexes and serves a gallery, and runs every command against it")
 def test_the_commands_answer_what_the_readme_says(port: int, tmp_path: Path, browser: Browser) -> None:
     ran: Counter[str] = Counter()
     for block, answer in zip(BLOCKS, [*BLOCKS[1:], Block("", "", "")], strict=True):

@@ -58,6 +58,7 @@ def test_shows_the_first_pictures_and_asks_nobody_else(page: Page, digits_url: s
     assert [url for url in asked if not url.startswith((f"{digits_url}/", "data:", "blob:"))] == []
 
 
+@pytest.mark.slow("loads the page twice and waits for all thumbnails")
 def test_no_thumbnail_is_fetched_again_after_a_reload(page: Page, digits_url: str) -> None:
     page.goto(digits_url)
     page.wait_for_load_state("networkidle")
@@ -69,6 +70,7 @@ def test_no_thumbnail_is_fetched_again_after_a_reload(page: Page, digits_url: st
     assert page.evaluate(f"{fetched}.filter((one) => one.transferSize > 0).length") == 0
 
 
+@pytest.mark.slow("starts a service of its own")
 def test_without_folders_and_metadata_the_grid_has_the_whole_width(page: Page, colours_url: str) -> None:
     page.goto(colours_url)
     expect(tiles(page).first).to_be_visible()
@@ -89,6 +91,7 @@ def test_only_tiles_in_sight_are_in_the_document(page: Page, digits_url: str) ->
     assert tiles(page).count() < 150
 
 
+@pytest.mark.slow("scrolls through a long gallery")
 def test_what_flies_by_is_not_drawn(page: Page, digits_url: str) -> None:
     page.goto(digits_url)
     expect(tiles(page).first).to_be_visible()
@@ -149,6 +152,7 @@ def test_the_grid_is_one_tab_stop_and_arrows_move_in_it(page: Page, digits_url: 
     expect(page.get_by_role("link", name="Search by this")).to_be_visible()
 
 
+@pytest.mark.slow("starts a service of its own")
 def test_folders_lead_down_and_crumbs_lead_up(page: Page, folders_url: str) -> None:
     page.goto(folders_url)
     expect(page.locator(".position")).to_contain_text("460 pictures")
@@ -308,6 +312,7 @@ def test_the_first_tab_skips_the_header_and_stays_in_the_view(page: Page, digits
         ("About this service", "About this service", "About this service"),
     ],
 )
+@pytest.mark.slow("opens each view")
 def test_each_view_has_a_link_a_title_and_a_heading(
     page: Page, digits_url: str, link: str, title: str, heading: str
 ) -> None:

@@ -9,6 +9,8 @@ from playwright.sync_api import Page, expect
 from tests.conftest import encoded, scene
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow("starts a service of its own and drives a browser through its pictures")
+
 
 @pytest.fixture(scope="module")
 def scenes_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

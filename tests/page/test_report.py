@@ -64,6 +64,7 @@ def test_pointing_at_a_query_shows_its_picture_and_names(
     assert {request for request in asked if not request.startswith("data:")} == {address}
 
 
+@pytest.mark.slow("walks a map by keys")
 def test_the_keyboard_walks_the_map(page: Page, address: str) -> None:
     page.goto(address)
     page.locator(".plot svg").focus()
@@ -129,6 +130,7 @@ def test_the_browser_keeps_it_from_asking(page: Page, address: str, expected: li
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow("opens the report at the width of a phone")
 def test_it_fits_a_phone(browser: Browser, address: str, evaluation: Evaluation, scheme: str) -> None:
     context = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
     page = context.new_page()

@@ -61,6 +61,7 @@ class Crowd:
             assert not thread.is_alive()
 
 
+@pytest.mark.slow("starts a service and keeps it under load until it has drained")
 def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path) -> None:
     with running(tmp_path, "--model", str(MODEL), "--no-store") as (server, address, log):
         crowd = Crowd(address)

@@ -64,6 +64,7 @@ def test_pca_comes_first_and_tsne_follows(folder: Path) -> None:
         assert np.frombuffer(last.map.positions, "<u2").reshape(-1, 2).max() == 65535
 
 
+@pytest.mark.slow("computes t-SNE twice")
 def test_an_earlier_map_is_shown_until_the_next_one_is_made(folder: Path) -> None:
     wanted = Wanted(folder, "t-sne")
     with closing(Maps()) as maps:

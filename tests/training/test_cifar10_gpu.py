@@ -152,6 +152,7 @@ def test_terminated_it_saves_and_needs_nothing_that_the_machine_lacks(data: Path
     assert saved is not None and saved.progress.step >= 20
 
 
+@pytest.mark.slow("begins a run of the benchmark")
 def test_without_test_pictures_some_are_held_out(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +167,7 @@ def test_without_test_pictures_some_are_held_out(
         run(recipe(), given, state, 0.01, 0.02, "cpu")
 
 
+@pytest.mark.slow("begins a run of the benchmark")
 def test_another_run_is_refused_in_one_sentence(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(recipe(), data, tmp_path, 0.01, 0.02, "cpu")
     with pytest.raises(InvalidRequest, match="begun with method simclr, now it is supcon"):

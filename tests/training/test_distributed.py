@@ -35,6 +35,8 @@ from training.methods import METHODS, build_method
 from training.pretrain import Learner, begin, load, train
 from training.recipe import MethodName, Recipe, read_recipe
 
+pytestmark = pytest.mark.slow("two processes train by each method, and others are started to be killed")
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 # What is wrong shows in the first step, or in the second where it is carried over, as a queue is. So the others need

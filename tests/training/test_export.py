@@ -132,6 +132,7 @@ def test_compare_finds_an_encoder_that_is_not_the_exported_one(tiny_card: Card) 
         compare(other, tiny_card, random_pixels(65), 64)
 
 
+@pytest.mark.slow("exports an encoder")
 def test_compare_finds_one_picture_that_differs_in_any_batch(tmp_path: Path) -> None:
     """A graph and its torch twin that agree on dark pictures only."""
 
@@ -202,6 +203,7 @@ def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"thesis/chapter.txt": b"years of work", "notes": b"years of work"}
 
 
+@pytest.mark.slow("exports an encoder twice")
 def test_a_failure_leaves_the_earlier_model_and_nothing_else(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     out.mkdir()

@@ -677,6 +677,7 @@ WORDS: dict[str, object] = {
     "templates": ["{label}", "a picture of {label}"],
     "width": 16, "layers": 1, "heads": 2, "vocabulary": 300,
 }  # fmt: skip
+TWICE = pytest.mark.slow("trains a run twice, once with interruptions")
 SETTINGS: dict[str, dict[str, object]] = {
     # The queue wraps around.
     "moco": {"queue": 96, "splits": 4},
@@ -685,7 +686,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(METHODS, "trains each method twice", kept=("moco", "byol", "clusters")))
+@pytest.mark.parametrize("name", some_slow(METHODS, "trains each method twice", kept=("moco",)))
 def test_every_method_goes_on_to_the_last_bit(
     name: MethodName, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -700,11 +701,13 @@ def test_every_method_goes_on_to_the_last_bit(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"accumulate": 2},
-        {"views": 3},
+        pytest.param({"accumulate": 2}, marks=TWICE),
+        pytest.param({"views": 3}, marks=TWICE),
         {"method": "moco", "views": 3, "accumulate": 2, "moco": {"queue": 96, "splits": 4}},
-        {"augmentation": {"preset": "photos"}, "channels": 3},
-        {"method": "dino", "accumulate": 2, "dino": {"local_views": 3, "local_side": 6, "frozen": 0.5}},
+        pytest.param({"augmentation": {"preset": "photos"}, "channels": 3}, marks=TWICE),
+        pytest.param(
+            {"method": "dino", "accumulate": 2, "dino": {"local_views": 3, "local_side": 6, "frozen": 0.5}}, marks=TWICE
+        ),
     ],
     ids=["accumulated", "three views", "both with MoCo", "all augmentations", "local views with DINO"],
 )
@@ -719,8 +722,8 @@ def test_views_and_accumulation_go_on_to_the_last_bit(
     "changes",
     [
         {"ema": 0.9, "frozen": ["0", "1"], "backbone_rate": 0.5, "layer_decay": 0.5, "decay_norms": False},
-        {"optimizer": "lars", "learning_rate": 0.1},
-        {"optimizer": "sgd", "nesterov": True, "momentum": 0.8},
+        pytest.param({"optimizer": "lars", "learning_rate": 0.1}, marks=TWICE),
+        pytest.param({"optimizer": "sgd", "nesterov": True, "momentum": 0.8}, marks=TWICE),
     ],
     ids=["average and layers", "LARS", "Nesterov"],
 )
@@ -774,6 +777,7 @@ def test_pixels_are_normalised_as_the_weights_want(recipe: Recipe, tmp_path: Pat
     assert found(changed(recipe, mean=(0.4,), std=(0.3,))) == pytest.approx([0.4, 0.3])
 
 
+@pytest.mark.slow("trains a network of 32x32 pixels twice")
 def test_a_backbone_with_dropout_goes_on_to_the_last_bit(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1224,6 +1228,7 @@ def test_a_run_that_goes_wrong_is_refused_in_one_sentence(refused: Refused) -> N
     assert "lower learning_rate or raise temperature" in refused("digits[:640]", *wild, "--set", "epochs=3")
 
 
+@pytest.mark.slow("trains for an epoch")
 def test_a_last_step_that_goes_wrong_makes_no_model(recipe: Recipe, tmp_path: Path) -> None:
     """The loss is computed before the step, but the weights after it would be exported."""
     recipe = changed(recipe, learning_rate=1e30, warmup=0, epochs=1)
@@ -1446,6 +1451,7 @@ def test_the_command_refuses_to_go_on_with_another_method(unfinished: Path, refu
     )
 
 
+@pytest.mark.slow("runs the command on a copy of a run")
 def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint_whole(
     unfinished: Path, tiny_recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ def test_the_sheet_holds_every_query_in_its_place(page: str, evaluation: Evaluat
         np.testing.assert_array_equal(sheet[8 * row :, 8 * column :][:8, :8], expected)
 
 
+@pytest.mark.slow("draws a report of large pictures")
 def test_pictures_of_large_encoders_are_shrunk(evaluation: Evaluation, tmp_path: Path) -> None:
     def enlarged(rows: Rows) -> Rows:
         assert rows.pixels is not None
@@ -122,6 +123,7 @@ def test_pictures_of_large_encoders_are_shrunk(evaluation: Evaluation, tmp_path:
     assert sheet.size == (5 * 48, 4 * 48)
 
 
+@pytest.mark.slow("computes t-SNE twice")
 def test_t_sne_keeps_classes_together_and_repeats(evaluation: Evaluation) -> None:
     rows, labels = evaluation.queries.embeddings, evaluation.queries.labels
     places = scatter(rows)

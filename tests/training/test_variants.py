@@ -156,6 +156,7 @@ def test_what_cannot_be_rounded_is_not_written(tmp_path: Path, capsys: pytest.Ca
     assert "refused" in card.facts["quality"]["model.fp16.onnx"]
 
 
+@pytest.mark.slow("exports and rounds a network")
 def test_one_picture_is_enough_to_calibrate_with() -> None:
     graph = onnx.load_from_string(to_int8(to_onnx(outlying(1.0), SIDE), random_pixels(1)))
     assert any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
@@ -167,6 +168,7 @@ def run(tiny_model: Path) -> Path:
     return tiny_model.with_name("tiny.run")
 
 
+@pytest.mark.slow("exports an encoder")
 def test_a_run_is_exported_anew_as_it_was(run: Path, tmp_path: Path) -> None:
     before = sorted(run.iterdir())
     export_run(run, tmp_path / "again" / "tiny", tmp_path)
@@ -217,6 +219,7 @@ def test_runs_that_cannot_be_exported(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow("exports two networks")
 def test_a_graph_that_has_no_embedding_for_a_picture_does_not_belong() -> None:
     """Black pixels leave only the biases: without them the embedding is 0."""
     exact, bare = outlying(1.0), outlying(1.0)

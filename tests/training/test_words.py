@@ -150,6 +150,7 @@ def test_the_folder_is_within_the_contract_and_the_card_tells_the_text_tower(wor
         assert 0.6 < recalls[0] <= recalls[1] <= recalls[2] <= 1
 
 
+@pytest.mark.slow("exports an encoder once more")
 def test_a_checkpoint_exports_the_same_encoder(words: Path, tmp_path: Path) -> None:
     export_run(run_folder(words), tmp_path / "again", tmp_path)
     for file in ("tokenizer.json", "text_config.json", "text.onnx"):
@@ -178,6 +179,7 @@ def test_the_backbone_of_a_run_with_words_begins_another_run(words: Path) -> Non
 # Locked-image tuning
 
 
+@pytest.mark.slow("trains and exports a text tower")
 def test_a_locked_encoder_stays_as_it_is_and_gets_words(locked: Path, tiny_model: Path) -> None:
     before, after = card_of(tiny_model), card_of(locked)
     for file in ("model.onnx", "preprocessor_config.json"):
@@ -194,6 +196,7 @@ def test_a_locked_encoder_stays_as_it_is_and_gets_words(locked: Path, tiny_model
     assert report["zero_shot"]["accuracy"] > 0.7
 
 
+@pytest.mark.slow("trains and exports a text tower")
 def test_each_picture_is_encoded_once(
     recipe: Recipe, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +288,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, object], message
         changed(recipe, **changes)
 
 
+@pytest.mark.slow("trains and exports another encoder")
 def test_pictures_without_a_caption_are_counted_and_left_out(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

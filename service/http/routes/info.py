@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from service import metrics
+from service import __version__, commit, metrics
 from service.errors import LookalikeError
 from service.gallery import Gallery
 from service.http import schemas
@@ -26,8 +26,8 @@ PAGE = Path(__file__).parents[2] / "page"
 _PAGE = (PAGE / "index.html").read_text()
 _NO_STORE = (PAGE / "no_store.html").read_text()
 VERSIONS = {
-    name: importlib.metadata.version(name) for name in ("lookalike", "bentoml", "pillow", "fastapi", "apsw")
-} | {
+    "lookalike": __version__,
+    **{name: importlib.metadata.version(name) for name in ("bentoml", "pillow", "fastapi", "apsw")},
     "onnxruntime": onnxruntime.__version__,
     "faiss": faiss.__version__,
 }
@@ -112,6 +112,7 @@ def _info(gallery: Gallery) -> dict[str, Any]:
             if name.startswith("max_") or name.endswith("_timeout_s")
         },
         "versions": VERSIONS,
+        "commit": commit(),
     }
 
 

@@ -20,6 +20,7 @@ export async function openAbout({ place, title }) {
     ["Runs on", `${info.provider}, ${info.variant}`],
     ["Takes", info.queries.join(", ")],
     ["Versions", Object.entries(info.versions).map(([name, version]) => `${name} ${version}`).join(", ")],
+    ...factsOfBuild(info.commit),
   ];
   for (const [term, value] of shown) facts.append(make("dt", {}, term), make("dd", {}, value));
   place.append(
@@ -38,6 +39,11 @@ export async function openAbout({ place, title }) {
     make("h2", {}, "Theme"),
     makeThemes(),
   );
+}
+
+/** What an image tells of itself. @param {string | null} commit @returns {[string, string][]} */
+function factsOfBuild(commit) {
+  return commit ? [["Commit", commit]] : [];
 }
 
 /** What the encoder's card tells. @param {import("../api.js").Info["card"]} card @returns {[string, string][]} */

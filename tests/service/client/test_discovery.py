@@ -181,6 +181,7 @@ def test_options_that_a_service_decides_are_refused(store: Path, pictures: Path)
 # The lock ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow("starts a service to kill it")
 def test_a_service_that_was_killed_is_not_found_and_its_lock_is_free(tmp_path: Path) -> None:
     with killed(tmp_path) as (address, kill):
         store = tmp_path / "store"
@@ -237,6 +238,7 @@ def test_urls_and_keys_come_from_options_and_the_environment(monkeypatch: pytest
         find_service(None, None, None)
 
 
+@pytest.mark.slow("follows a folder twice, once with a service")
 def test_a_served_store_follows_a_folder_as_a_free_one_does(tmp_path: Path) -> None:
     pictures, away = tmp_path / "pictures", tmp_path / "store"
     pictures.mkdir()

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from service.encoding.card import Preprocessing, fingerprint, read_card, suits
+from service.encoding.card import (
+    PREPROCESSOR_FILE,
+    TEXT_FILES,
+    VARIANTS,
+    Preprocessing,
+    fingerprint,
+    read_card,
+    suits,
+)
 from service.errors import InvalidModel
-from tests.conftest import MODEL
+from tests.conftest import MODEL, ROOT
 
 
 @pytest.fixture
@@ -42,15 +50,40 @@ def test_a_folder_that_is_missing(tmp_path: Path) -> None:
         read_card(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["model.onnx", "preprocessor_config.json"])
-def test_a_changed_byte_is_found(model: Path, file: str) -> None:
+# All files that an encoder can have: the one of MNIST has half precision, the one of digits reads words.
+FILES = [
+    (encoder, file)
+    for encoder in ("mnist", "digits")
+    for file in sorted(json.loads((ROOT / "models" / encoder / "card.json").read_text())["sha256"])
+]
+
+
+def test_every_file_of_an_encoder_is_among_them() -> None:
+    assert {file for _, file in FILES} == {*VARIANTS.values(), *TEXT_FILES, PREPROCESSOR_FILE}
+
+
+@pytest.mark.parametrize(("encoder", "file"), FILES)
+@pytest.mark.parametrize("place", [0, 0.5, 1])
+def test_a_changed_byte_is_found(encoder: str, file: str, place: float, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ROOT / "models" / encoder, tmp_path / "model"))
     data = bytearray((model / file).read_bytes())
-    if file == "model.onnx":
-        data[len(data) // 2] ^= 1
-    else:
-        data += b" "
+    expected = hashlib.sha256(data).hexdigest()
+    data[round(place * (len(data) - 1))] ^= 1
+    found = hashlib.sha256(data).hexdigest()
     (model / file).write_bytes(data)
-    with pytest.raises(InvalidModel, match=rf"{file}: damaged: sha256 is \w+…, card\.json says"):
+    with pytest.raises(InvalidModel) as error:
+        read_card(model)
+    says = f"{model / file}: damaged: sha256 is {found[:12]}…, card.json says {expected[:12]}…"
+    assert str(error.value) == says
+
+
+@pytest.mark.parametrize("file", ["model.onnx", PREPROCESSOR_FILE, *TEXT_FILES])
+def test_a_file_without_a_checksum_is_refused(file: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ROOT / "models" / "digits", tmp_path / "model"))
+    card = json.loads((model / "card.json").read_text())
+    del card["sha256"][file]
+    (model / "card.json").write_text(json.dumps(card))
+    with pytest.raises(InvalidModel, match=rf"{file}: card\.json has the sha256 of other files, but not of this one"):
         read_card(model)
 
 

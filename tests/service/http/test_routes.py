@@ -1,6 +1,7 @@
 """HTTP through the real BentoML app: requests and their answers."""
 
 import base64
+import importlib.metadata
 import json
 import struct
 import zlib
@@ -167,7 +168,13 @@ def test_info(client: TestClient, encoder: Encoder) -> None:
         "mean": None,
         "std": None,
     }
-    assert info["versions"]["lookalike"] == "0.1.0"
+    assert info["versions"]["lookalike"] == importlib.metadata.version("lookalike")
+    assert info["commit"] is None
+
+
+def test_info_of_an_image_tells_its_commit(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOKALIKE_COMMIT", "0123abc")
+    assert client.get("/info").json()["commit"] == "0123abc"
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/", "/docs", "/openapi.json", "/page/styles/page.css"])

@@ -298,6 +298,7 @@ def test_ctrl_c_keeps_what_is_embedded(tmp_path: Path, data_root: Path) -> None:
     assert pandas.read_parquet(out)["id"].tolist() == [f"mnist/train/{n:05d}" for n in range(6000)]
 
 
+@pytest.mark.slow("starts the command again and again")
 def test_a_list_of_paths_on_stdin(tmp_path: Path) -> None:
     folder, lookalike = tmp_path / "photos", Path(sys.executable).with_name("lookalike")
     folder.mkdir()

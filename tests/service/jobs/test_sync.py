@@ -341,6 +341,7 @@ def _sequence(shelf: Shelf) -> int:
         return reader.sequence()
 
 
+@pytest.mark.slow("starts the command again and again")
 def test_the_command_prints_counts_lists_and_exit_codes(shelf: Shelf) -> None:
     for n in range(3):
         shelf.write(f"{n}.png", n)

@@ -71,6 +71,7 @@ def test_each_change_of_a_folder_arrives_and_metadata_stay(shelf: Shelf) -> None
         assert set(told) == {"zero.png", "1.png", "3.png", "4.png", "5.png", "new/deep/one.png"}
 
 
+@pytest.mark.slow("waits for changes of a folder")
 def test_a_file_that_grows_is_waited_for_and_a_bad_one_is_tried_once(shelf: Shelf) -> None:
     with following(shelf) as done:
         data = encoded(scene(600, 400, seed=20), "BMP")
@@ -91,6 +92,7 @@ def test_a_file_that_grows_is_waited_for_and_a_bad_one_is_tried_once(shelf: Shel
         assert [len(one.changes.account.failures) for one in done[told:]] == [0]
 
 
+@pytest.mark.slow("waits for changes of a folder")
 def test_a_folder_that_is_gone_for_a_while_loses_nothing(shelf: Shelf, capsys: pytest.CaptureFixture[str]) -> None:
     with following(shelf):
         away = shelf.pictures.with_name("away")

@@ -57,12 +57,14 @@ def test_the_new_encoder_is_the_old_one_and_what_numpy_learns(whitened: Path, di
     assert abs(float(np.median(after @ after.T))) < 0.05 < float(np.median(before @ before.T))
 
 
+@pytest.mark.slow("learns a whitening twice")
 def test_it_is_bit_stable(whitened: Path, digits: Source, tmp_path: Path) -> None:
     whiten(MODEL, digits, tmp_path / "for-digits", SETTINGS)
     for file in ("model.onnx", "card.json"):
         assert (tmp_path / "for-digits" / file).read_bytes() == (whitened / file).read_bytes()
 
 
+@pytest.mark.slow("learns a whitening twice")
 def test_an_earlier_whitening_is_replaced(whitened: Path, digits: Source, tmp_path: Path) -> None:
     whiten(whitened, digits, tmp_path / "for-digits", SETTINGS)
     assert (tmp_path / "for-digits" / "model.onnx").read_bytes() == (whitened / "model.onnx").read_bytes()

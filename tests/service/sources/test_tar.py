@@ -255,6 +255,7 @@ def test_many_threads_read_a_tar_at_once(tmp_path: Path) -> None:
         assert list(pool.map(source.read, range(200))) == [data for _, data in files]
 
 
+@pytest.mark.slow("writes and lists an archive of many pictures")
 def test_a_tar_of_many_pictures_holds_little(tmp_path: Path) -> None:
     tarred(tmp_path / "set.tar", [(f"class_{n % 300:016}/picture_{n:010}.jpg", b"a") for n in range(MANY)])
     held, source = held_bytes(lambda: open_source(str(tmp_path / "set.tar")))

@@ -144,6 +144,7 @@ def test_zips_that_are_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path / "locked.zip"))
 
 
+@pytest.mark.slow("writes and lists an archive of many pictures")
 def test_a_zip_of_many_pictures_holds_little(tmp_path: Path) -> None:
     zipped(tmp_path / "set.zip", [(f"class_{n % 300:016}/picture_{n:010}.jpg", b"") for n in range(MANY)])
     held, source = held_bytes(lambda: open_source(str(tmp_path / "set.zip")))

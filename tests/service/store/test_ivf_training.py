@@ -154,6 +154,7 @@ def test_what_is_added_replaced_and_removed_is_seen_at_once(tmp_path: Path) -> N
     store.close()
 
 
+@pytest.mark.slow("trains an index several times")
 def test_it_is_made_anew_when_the_store_has_grown_or_shrunk(tmp_path: Path) -> None:
     store = EmbeddedStore(tmp_path, card(), D, exact_limit=1000)
     fill(store, VECTORS[:1000])
@@ -202,6 +203,7 @@ def noise(count: int) -> FloatArray:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
+@pytest.mark.slow("trains an index several times")
 def test_what_cannot_be_approximated_is_looked_at_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     vectors = noise(1500)
     store = EmbeddedStore(tmp_path, card(), 512, exact_limit=1000)
