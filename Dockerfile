@@ -71,8 +71,8 @@ server.request('GET', '/readyz'); sys.exit(server.getresponse().status != 200)"]
 ENTRYPOINT ["tini", "--", "lookalike"]
 CMD ["serve"]
 
-ARG VERSION=unknown
-ARG COMMIT=unknown
+ARG VERSION=
+ARG COMMIT=
 ENV LOOKALIKE_COMMIT=$COMMIT
 LABEL org.opencontainers.image.title="Lookalike" \
       org.opencontainers.image.description="Similarity search over your pictures, over HTTP." \

@@ -15,8 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service import __version__
 from tests.conftest import ROOT, encoded
-from tests.deploy.containers import IMAGE, Container, ask, build, container, find_tool, readable, run_once, volume
+from tests.deploy.containers import (
+    COMMIT,
+    IMAGE,
+    Container,
+    ask,
+    build,
+    container,
+    find_tool,
+    readable,
+    run_once,
+    volume,
+)
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(900)]
 
@@ -78,8 +90,11 @@ def test_it_is_small_and_labelled(tool: str) -> None:
     assert over <= _LIMIT_MB
     facts = json.loads(subprocess.run([tool, "image", "inspect", IMAGE], capture_output=True, check=True).stdout)[0]
     labels = facts["Config"]["Labels"]
-    for name in ("title", "description", "licenses", "version", "revision"):
+    for name in ("title", "description", "licenses"):
         assert labels[f"org.opencontainers.image.{name}"]
+    assert labels["org.opencontainers.image.version"] == __version__
+    assert labels["org.opencontainers.image.revision"] == COMMIT
+    assert run_once(tool, "--", "--version") == (0, f"lookalike {__version__} (commit {COMMIT})")
     assert facts["Config"]["User"] == f"{_USER}:{_USER}"
     assert list(facts["Config"]["Volumes"]) == ["/data"]
     assert list(facts["Config"]["ExposedPorts"]) == ["3000/tcp"]
@@ -124,7 +139,8 @@ def test_it_serves_without_rights(served: Container) -> None:
     assert ask(f"{served.url}/images/x", PICTURE, "PUT")[0] == 201
     hits = json.loads(ask(f"{served.url}/search?k=1", PICTURE)[1])["hits"]
     assert hits[0]["id"] == "x"
-    assert json.loads(ask(f"{served.url}/info")[1])["model"] == "photos"
+    info = json.loads(ask(f"{served.url}/info")[1])
+    assert (info["model"], info["version"], info["commit"]) == ("photos", __version__, COMMIT)
     assert served.execute("id", "-u").strip() == str(_USER)
     for pid in served.processes():
         status = dict(
