@@ -41,7 +41,7 @@ def find_devices(name: str) -> list[Device]:
     """Return every GPU that CUDA shows, or the CPU.
 
     Args:
-        name: "cpu", "cuda", or "auto" for CUDA if this onnxruntime has it and there is a GPU; a warning if there is none.
+        name: "cpu", "cuda", or "auto": CUDA if this onnxruntime has it and there is a GPU; without a GPU it warns.
 
     Raises:
         InvalidModel: "cuda", and this onnxruntime has no CUDA, or there is no GPU.
