@@ -156,10 +156,10 @@ def run_once(tool: str, *arguments: str) -> tuple[int, str]:
 
 
 @contextmanager
-def volume(tool: str, *options: str) -> Iterator[str]:
-    """Make a volume with these options, and remove it when the block ends."""
+def volume(tool: str) -> Iterator[str]:
+    """Make a volume, and remove it when the block ends."""
     name = f"lookalike-test-{os.urandom(4).hex()}"
-    subprocess.run([tool, "volume", "create", *options, name], capture_output=True, check=True)
+    subprocess.run([tool, "volume", "create", name], capture_output=True, check=True)
     try:
         yield name
     finally:
