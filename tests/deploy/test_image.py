@@ -282,7 +282,7 @@ def test_memory_stays_below_its_limit_under_large_pictures(tool: str, tmp_path: 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MB that belongs to the user of the image."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size=64m,uid={_USER},gid={_USER}", "tmpfs", tmp_path]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=64m,uid={_USER},gid={_USER}", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("THE IMAGE WAS NOT TESTED ON A FULL DISK: no tmpfs can be mounted here")
     yield tmp_path
