@@ -29,7 +29,8 @@ COPY pyproject.toml lookalike.py ./
 COPY service service
 COPY deploy/image deploy/image
 # The code lies in /app, and the environment finds it there. The same bytes come out of every build: bytecode with hashes
-# in place of times, and no note of uv's on the time of the wheel. A strict umask on the build machine may hide files from the serving user.
+# in place of times, and no note of uv's on the time of the wheel. A strict umask on the build machine may hide files
+# from the serving user.
 RUN tools/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation . \
     && tools/bin/uv pip install --no-cache --python /opt/lookalike --target /app --no-deps lookalike-*.whl \
     && rm /app/lookalike-*.dist-info/uv_cache.json && sed -i /uv_cache.json/d /app/lookalike-*.dist-info/RECORD \
