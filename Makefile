@@ -9,6 +9,10 @@ IMAGES ?= digits
 PHOTOS := .lookalike/models/photos
 MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/digits)
 
+# RUNTIME=openvino serves from an environment of its own, which has OpenVINO beside onnxruntime.
+RUNTIME ?=
+SERVING := .venv-serve$(if $(filter openvino,$(RUNTIME)),-openvino)
+
 # Of the image. Podman's own format holds no health check.
 ACCELERATOR ?= cpu
 EXTRAS  ?=
@@ -25,7 +29,7 @@ if-there = if command -v $(1) >/dev/null; then $(1) $(2); else echo "not checked
 MANIFESTS = $(shell find deploy/kubernetes -name '*.yaml' ! -name kustomization.yaml ! -name service-monitor.yaml)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-scale check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
+.PHONY: help serve test test-all test-scale test-openvino check survive proofs fuzz-api generated-client fuzz-pictures guards slow-clients kills \
         kills-http kills-embed power-loss disk-errors damaged-snapshots many-at-once wild bench-serve bench-search soak figures image image-test sbom \
         setup setup-serve lock clean
 
@@ -33,15 +37,15 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # The store's name contains a checksum of its pictures' path and its encoder, so a new encoder gets a new store.
-serve: setup-serve $(filter $(PHOTOS),$(MODEL)) ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST=
+serve: setup-serve $(filter $(PHOTOS),$(MODEL)) ## serve the demo gallery, or IMAGES=folder; MODEL= PORT= HOST= RUNTIME=openvino
 	@key=$$( (cat "$(MODEL)/model.onnx" "$(MODEL)/preprocessor_config.json"; realpath "$(IMAGES)") | cksum); \
 	store=".lookalike/$$(basename "$(IMAGES)")-$${key%% *}"; \
-	.venv-serve/bin/lookalike index "$(IMAGES)" --model "$(MODEL)" --store "$$store" || [ $$? = 1 ] || exit 2; \
-	exec .venv-serve/bin/lookalike serve --model "$(MODEL)" --store "$$store" --host "$(HOST)" --port "$(PORT)"
+	$(SERVING)/bin/lookalike index "$(IMAGES)" --model "$(MODEL)" --store "$$store" || [ $$? = 1 ] || exit 2; \
+	exec $(SERVING)/bin/lookalike serve --model "$(MODEL)" --store "$$store" --host "$(HOST)" --port "$(PORT)"
 
 $(PHOTOS): requirements/serve-cpu.txt service/encoding/pretrained.json | setup-serve
 	@rm -rf $@
-	.venv-serve/bin/lookalike import efficientnet-lite0 --out $@
+	$(SERVING)/bin/lookalike import efficientnet-lite0 --out $@
 
 # Each worker of pytest has one core, so the threads of FAISS, scikit-learn and torch would only wait for one another.
 test: export OMP_NUM_THREADS = 1
@@ -55,6 +59,9 @@ test-all: setup requirements/node_modules/.done ## run every test that this mach
 
 test-scale: .venv-scale/.done ## run the tests of the store on Milvus and of embedding on Ray
 	.venv-scale/bin/python -m pytest tests/scale tests/service/store/test_contract.py
+
+test-openvino: .venv-openvino/.done ## run the tests of encoders in OpenVINO
+	.venv-openvino/bin/python -m pytest tests/service/encoding/test_openvino.py
 
 check: setup requirements/node_modules/.done ## lint, types of Python and of the page, import rules, files for operators
 	.venv/bin/ruff check .
@@ -126,7 +133,7 @@ soak: setup ## measure memory, threads and descriptors in ten minutes of mixed l
 figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DATA names its folder
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200
 
-image: ## build the image with podman, docker or buildah; ACCELERATOR=gpu, EXTRAS=milvus
+image: ## build the image with podman, docker or buildah; ACCELERATOR=gpu or openvino, EXTRAS=milvus
 	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) $(foreach name,ACCELERATOR EXTRAS VERSION COMMIT, \
 	  --build-arg $(name)=$($(name))) -t lookalike:$(VERSION) -t lookalike .
 
@@ -136,17 +143,19 @@ image-test: setup ## build the image and test it as an operator runs it, with po
 sbom: image ## write the image's list of packages to sbom.cdx.json, as CycloneDX
 	$(BUILDER) run --rm --entrypoint cat lookalike /app/sbom.cdx.json > sbom.cdx.json
 
-setup-serve: .venv-serve/.done ## make .venv-serve: the serving set, without torch
+setup-serve: $(SERVING)/.done ## make .venv-serve: the serving set, without torch; RUNTIME=openvino
 setup: .venv/.done ## make .venv: training, serving and test tools
 
 .venv-serve/.done: requirements/serve-cpu.txt pyproject.toml
 .venv/.done: requirements/dev.txt pyproject.toml
 .venv-bench/.done: requirements/bench-search.txt pyproject.toml
 .venv-scale/.done: requirements/scale.txt pyproject.toml
+.venv-serve-openvino/.done: requirements/serve-openvino.txt pyproject.toml
+.venv-openvino/.done: requirements/openvino.txt pyproject.toml
 
 # One recipe makes every environment from its lock. The lock holds all dependencies, so the project itself is installed
 # without any. The recipe writes .done last, so make repeats a failed set-up.
-.venv-serve/.done .venv/.done .venv-bench/.done .venv-scale/.done:
+.venv-serve/.done .venv/.done .venv-bench/.done .venv-scale/.done .venv-serve-openvino/.done .venv-openvino/.done:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(@D)/bin/uv pip install --quiet --python $(@D) --require-hashes -r $<
@@ -159,11 +168,13 @@ requirements/node_modules/.done: requirements/package-lock.json | setup
 	@touch $@
 
 COMPILE = .venv-serve/bin/uv pip compile --python-version 3.11 --generate-hashes --no-header --quiet --upgrade
-lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no index address), and list the licences
+lock: .venv-serve/.done ## compile requirements/*.txt from pyproject.toml (hashes, no index address), and list the licences
 	for set in "serve-cpu --extra cpu --extra demo --group build" "serve-gpu --extra gpu --extra demo --group build" \
-	    "image-cpu --extra cpu" "image-gpu --extra gpu" "image-cpu-milvus --extra cpu --extra milvus" \
+	    "serve-openvino --extra cpu --extra openvino --extra demo --group build" \
+	    "image-cpu --extra cpu" "image-openvino --extra cpu --extra openvino" "image-gpu --extra gpu" "image-cpu-milvus --extra cpu --extra milvus" \
 	    "train --extra cpu --extra demo --extra train --group build" \
 	    "dev --extra cpu --extra demo --extra train --extra dev --group build" \
+	    "openvino --extra cpu --extra openvino --extra demo --extra train --extra dev --group build" \
 	    "scale --extra cpu --extra demo --extra milvus --extra ray --extra scale --group build" \
 	    "bench-search --extra cpu --extra demo --extra train --extra dev --extra bench-search --group build"; do \
 	  $(COMPILE) pyproject.toml $${set#* } -o requirements/$${set%% *}.txt || exit 2; \
@@ -173,4 +184,4 @@ lock: setup-serve ## compile requirements/*.txt from pyproject.toml (hashes, no 
 	.venv-serve/bin/python requirements/licences.py
 
 clean: ## remove the environments and the files that serving made
-	rm -rf .venv .venv-serve .venv-bench .venv-scale .lookalike
+	rm -rf .venv .venv-serve .venv-serve-openvino .venv-openvino .venv-bench .venv-scale .lookalike

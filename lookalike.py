@@ -272,8 +272,11 @@ def evaluate(
     image_key: ImageKey = None,
     data_root: DataRoot = Path("data"),
     variant: Annotated[
-        Literal["auto", "fp32", "fp16", "int8"], typer.Option(help="Of the encoder; the fastest if auto.")
+        Literal["auto", "fp32", "bf16", "fp16", "int8"], typer.Option(help="Of the encoder; the fastest if auto.")
     ] = "auto",
+    runtime: Annotated[
+        Literal["auto", "onnxruntime", "openvino"] | None, typer.Option(help="What runs it; the faster one if auto.")
+    ] = None,
     labels_as_text: Annotated[
         bool, typer.Option("--labels-as-text", help="Also name the queries by the words of their labels alone.")
     ] = False,
@@ -299,7 +302,10 @@ def evaluate(
 
         check_folder(report)
     as_text = (template or []) if labels_as_text else None
-    evaluation = run(model, bank, queries, data_root, variant, image_key, read_own_settings().limits, as_text)
+    settings = read_own_settings(runtime=runtime)
+    evaluation = run(
+        model, bank, queries, data_root, variant, image_key, settings.limits, as_text, runtime=settings.runtime
+    )
     account = evaluation.account
     if report is not None:
         write_report(report, evaluation)
@@ -630,7 +636,12 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen on.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the encoder: fp32, fp16, int8; the fastest if auto.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Of the encoder: fp32, bf16, fp16, int8; the fastest if auto.")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="What runs it: onnxruntime, openvino; the faster one if auto.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or auto for cuda where it works.")] = None,
     no_store: Annotated[bool | None, typer.Option("--no-store", help="Embed alone and keep nothing.")] = None,
     workers: Annotated[
@@ -650,6 +661,7 @@ def serve(
         host=host,
         port=port,
         variant=variant,
+        runtime=runtime,
         device=device,
         no_store=no_store,
         workers=workers,

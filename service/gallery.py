@@ -500,7 +500,7 @@ def open_gallery(settings: Settings) -> Gallery:
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
-    encoder = Encoder(read_card(find_model(settings)), settings.device, settings.variant)
+    encoder = _open_encoder(settings)
     store = None if settings.no_store else open_store(settings, encoder.card, encoder.dimension)
     gallery = Gallery(encoder, store, settings)
     if isinstance(store, EmbeddedStore) and not settings.read_only:
@@ -511,6 +511,11 @@ def open_gallery(settings: Settings) -> Gallery:
             gallery.close()
             raise
     return gallery
+
+
+def _open_encoder(settings: Settings) -> Encoder:
+    card, runtime, measured = read_card(find_model(settings)), settings.runtime, settings.measured
+    return Encoder(card, settings.device, settings.variant, runtime=runtime, measured=measured)
 
 
 def succeed(gallery: Gallery) -> Gallery:
@@ -527,9 +532,7 @@ def succeed(gallery: Gallery) -> Gallery:
     folder = current(settings.store)
     if folder == earlier.folder:
         raise InvalidStore(f"{settings.store}: no other generation counts than the one that is open")
-    encoder = Encoder(
-        read_card(find_model(settings.model_copy(update={"model": None}))), settings.device, settings.variant
-    )
+    encoder = _open_encoder(settings.model_copy(update={"model": None}))
     later = _open_folder(settings, encoder.card, encoder.dimension, folder)
     following = Gallery(encoder, later, settings)
     try:

@@ -98,7 +98,8 @@ def tell_encoder(model: str, variant: str, provider: str, lanes: int) -> None:
     """Report which encoder serves, in place of the one before.
 
     Args:
-        model, variant, provider: the encoder's name, its variant and the onnxruntime provider that runs it.
+        model, variant: the encoder's name and variant.
+        provider: what runs it, a provider of onnxruntime or "OpenVINO".
         lanes: how many devices run it.
     """
     _make()

@@ -85,9 +85,11 @@ def check(settings: Settings) -> tuple[Settings, str]:
     if notice:
         print(notice, file=sys.stderr)
     settings = settings.model_copy(update={"model": model})
-    encoder = Encoder(read_card(model), settings.device, settings.variant)
+    encoder = Encoder(read_card(model), settings.device, settings.variant, runtime=settings.runtime)
     if not settings.no_store:
         open_store(settings, encoder.card, encoder.dimension).close()
+    # The workers need not measure again, and all take the same.
+    settings = settings.model_copy(update={"measured": encoder.choice})
     return settings, _free_address(settings.host, settings.port)
 
 

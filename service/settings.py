@@ -40,7 +40,9 @@ class Settings(BaseModel):
         workers: processes that serve; more than one needs no_store or a Milvus server, because a store in a folder
             has one writer.
         device: "auto", "cpu" or "cuda".
-        variant: the encoder's variant: "fp32", "fp16" or "int8"; "auto" for the fastest here.
+        runtime: what runs the encoder: "onnxruntime", "openvino", or "auto" for the faster here.
+        variant: the encoder's variant: "fp32", "bf16", "fp16" or "int8"; "auto" for the fastest here.
+        measured: what `serve` measured as the fastest, for its workers (Encoder.choice); not for users.
         host, port: where the service listens.
         root_path: the path below which a proxy publishes the service, such as /lookalike.
         trust_forwarded_prefix: whether X-Forwarded-Prefix names that path, request by request; only for a service that
@@ -77,7 +79,9 @@ class Settings(BaseModel):
     no_store: bool = False
     workers: int = Field(default=1, ge=1, le=64)
     device: str = Field(default="auto", pattern="^(auto|cpu|cuda)$")
-    variant: str = Field(default="auto", pattern="^(auto|fp32|fp16|int8)$")
+    runtime: str = Field(default="auto", pattern="^(auto|onnxruntime|openvino)$")
+    variant: str = Field(default="auto", pattern="^(auto|fp32|bf16|fp16|int8)$")
+    measured: str = Field(default="", pattern="^([0-9a-f]{64}:(onnxruntime|openvino):(fp32|bf16|fp16|int8))?$")
     host: Annotated[str, BeforeValidator(_without_brackets)] = "127.0.0.1"
     port: int = Field(default=3000, ge=1, le=65535)
     root_path: Annotated[str, BeforeValidator(_with_slash)] = Field(default="", pattern=f"^{PREFIX}$")

@@ -166,6 +166,7 @@ def evaluate(
     image_key: str | None = None,
     limits: Limits = OWN_FILES,
     as_text: Sequence[str] | None = None,
+    runtime: str = "auto",
 ) -> Evaluation:
     """Measure an encoder: classify each query by its nearest bank pictures, and examine the embeddings' distribution.
 
@@ -180,6 +181,7 @@ def evaluate(
         image_key: as in open_source, for both sides.
         limits: of a picture.
         as_text: name the queries by the words of their labels, too, in these templates; empty for those of the encoder.
+        runtime: "onnxruntime", "openvino", or "auto" for the faster one here.
 
     Raises:
         InvalidModel, InvalidSource: no such encoder, variant or source; no labels or one alone; fewer than 20 bank
@@ -198,7 +200,7 @@ def evaluate(
     made = {side.variant for side in sides if isinstance(side, Embeddings)}
     encoder = None
     if any(isinstance(side, Source) for side in sides):
-        encoder = Encoder(card, variant=variant)
+        encoder = Encoder(card, variant=variant, runtime=runtime)
         made.add(encoder.variant)
     classes = sorted({label for side in sides for label in _names(side)})
     bank, queries = (_rows(side, classes, card, encoder, limits) for side in sides)
@@ -212,7 +214,7 @@ def evaluate(
         "bank": _counts(bank, accounts[0]),
         "queries": _counts(queries, accounts[1]) | {"in_bank": len(overlap)},
         "figures": ours.figures,
-        "baselines": _baselines(card, encoder.variant if encoder else "fp32", bank, queries, overlap),
+        "baselines": _baselines(card, encoder, bank, queries, overlap),
     }
     if as_text is not None:
         report["zero_shot"] = labels_as_text(card, queries.embeddings, queries.labels, classes, as_text)
@@ -252,7 +254,9 @@ def measure(
     return Measured(rounded, found.positions[:, :HEADLINE_K], found.scores[:, :HEADLINE_K], predicted)
 
 
-def _baselines(card: Card, variant: str, bank: Rows, queries: Rows, overlap: Overlap) -> dict[str, Any] | None:
+def _baselines(
+    card: Card, encoder: Encoder | None, bank: Rows, queries: Rows, overlap: Overlap
+) -> dict[str, Any] | None:
     """Return the figures of raw pixels, of the encoder without its whitening, if any, and of the untrained encoder.
 
     None unless both sides are pictures.
@@ -266,7 +270,8 @@ def _baselines(card: Card, variant: str, bank: Rows, queries: Rows, overlap: Ove
     bare = without_whitening(card)
     others = {"random_encoder": Encoder(replace(bare, model=randomised(bare)), variant="fp32")}
     if bare.fingerprint != card.fingerprint:
-        others = {"without_whitening": Encoder(bare, variant=variant)} | others
+        as_served = {} if encoder is None else {"variant": encoder.variant, "runtime": encoder.runtime}
+        others = {"without_whitening": Encoder(bare, **as_served)} | others
     figures = {"raw_pixels": raw}
     for name, other in others.items():
         rows = [embed_pixels(other, pixels, name) for pixels in (bank.pixels, queries.pixels)]

@@ -1,26 +1,21 @@
-"""Pixels → unit embeddings: choose an encoder's variant, warm it up, check it, and encode."""
+"""Pixels → unit embeddings: open an encoder, warm it up, check it, and encode."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from service import FloatArray, PixelArray
-from service.encoding.card import MODEL_FILE, Card
-from service.encoding.runtimes import VERSION, Device, Graph, find_devices, worth_trying
+from service.encoding.card import Card
+from service.encoding.choice import Choice, check_asked, choose
+from service.encoding.onnxruntime_graph import VERSION, OnnxruntimeGraph, find_devices
+from service.encoding.runtimes import Device, Graph
 from service.errors import InvalidModel
 
-# Noise pictures in the batch that measures and compares variants. No variant was calibrated for noise, so the cosine to
-# model.onnx may be lower than for real pictures.
-_CANARIES = 8
-_LEAST_CANARY_COSINE = 0.9
 # Cosine of model.onnx here to model.onnx on the exporting machine, whose kernels round differently.
 _LEAST_KNOWN_COSINE = 0.999
 # Cosine of a graph to its own result when it was opened.
 _LEAST_OWN_COSINE = 0.9999
-# A variant must save a tenth of model.onnx's time to be worth its difference.
-_GAIN = 0.9
 
 
 class Encoder:
@@ -33,41 +28,50 @@ class Encoder:
     Attributes:
         card: the facts, the fingerprint among them; without the bytes of the graphs, of which the sessions have copies.
         dimension: D.
-        variant: the card's graph that runs; "fp32" is model.onnx itself.
+        variant: the arithmetic that runs: a graph of the card, of which "fp32" is model.onnx itself, or "bf16" for
+            model.onnx in bfloat16.
+        runtime: "onnxruntime" or "openvino".
         lanes: `encode` on each device. One thread at a time may call a lane; several lanes run together.
         max_batch: the most pictures that a lane takes at once.
     """
 
-    def __init__(self, card: Card, device: str = "auto", variant: str = "fp32", threads: int | None = None) -> None:
-        """Open the graph, or the fastest of its variants, and warm it up.
+    def __init__(
+        self,
+        card: Card,
+        device: str = "auto",
+        variant: str = "fp32",
+        threads: int | None = None,
+        runtime: str = "onnxruntime",
+        measured: str = "",
+    ) -> None:
+        """Open the graph, or the fastest of its variants and runtimes, and warm it up.
 
         Args:
             card: the verified model folder.
             device: "cpu", "cuda", or "auto" for CUDA where onnxruntime can use it, else CPU.
-            variant: a name in VARIANTS, or "auto" for the fastest here, as measured now.
+            variant: a name in VARIANTS, "bf16", or "auto" for the fastest here, as measured now.
             threads: of a graph on a CPU; as many as it may keep busy if None.
+            runtime: "onnxruntime", "openvino", or "auto" for the faster, as measured now.
+            measured: what `choice` was in another process of this machine, in place of a measurement; without effect if
+                that was another encoder.
 
         Raises:
             InvalidModel: a graph outside the contract, a variant that the card lacks or that is another encoder,
-                or "cuda" if CUDA cannot be used.
+                or "cuda", OpenVINO or "bf16" if they cannot be used.
         """
-        if variant not in ("auto", "fp32", *card.variants):
-            raise InvalidModel(f"{card.folder}: has no variant {variant}; it has {', '.join(('fp32', *card.variants))}")
+        fingerprint, _, known = measured.partition(":")
+        asked = Choice(*known.split(":")) if fingerprint == card.fingerprint else Choice(runtime, variant)
+        check_asked(card, asked, device)
         self.card = replace(card, model=b"", variants={})
-        devices = find_devices(device)
-        self.variant, graph = "fp32", Graph(card, "fp32", card.model, devices[0], threads)
+        devices = [Device("cpu")] if asked.runtime == "openvino" else find_devices(device)
+        model = OnnxruntimeGraph(card, "fp32", card.model, devices[0], threads)
         self._canary = canary(card.preprocessing.height, card.preprocessing.width)
-        self.dimension = self._check_canary(card, graph)
-        tried = {
-            name: model
-            for name, model in card.variants.items()
-            if variant == name or (variant == "auto" and worth_trying(name, graph.kind))
-        }
-        if tried:
-            graph = self._choose(card, graph, tried, variant == "auto", devices[0], threads)
+        self.dimension = self._check_canary(card, model)
+        graph = choose(card, model, asked, devices[0], threads)
+        self.runtime, self.variant = graph.runtime, graph.variant
         content = card.variants.get(self.variant, card.model)
         more = devices[1:] if graph.kind == "cuda" else []
-        self._graphs = [graph, *(Graph(card, self.variant, content, one) for one in more)]
+        self._graphs: list[Graph] = [graph, *(OnnxruntimeGraph(card, self.variant, content, one) for one in more)]
         for lane in self._graphs:
             lane.warm_buckets(self._canary)
         self._known = graph.warm_up(self._canary[None])[0]
@@ -89,28 +93,15 @@ class Encoder:
             )
         return dimension
 
-    def _choose(
-        self, card: Card, model: Graph, tried: dict[str, bytes], fastest: bool, device: Device, threads: int | None
-    ) -> Graph:
-        """Open the variants tried; return the fastest of them and `model`, or the one variant that was asked for."""
-        shape = (_CANARIES, card.preprocessing.height, card.preprocessing.width, 3)
-        canaries = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        expected = model.warm_up(canaries)
-        chosen, least = model, _GAIN * model.seconds(canaries) if fastest else math.inf
-        for name, content in tried.items():
-            graph = Graph(card, name, content, device, threads)
-            embeddings = graph.warm_up(canaries)
-            if embeddings.shape != expected.shape or (expected * embeddings).sum(1).min() < _LEAST_CANARY_COSINE:
-                raise InvalidModel(f"{graph.path}: is another encoder than {MODEL_FILE}")
-            seconds = graph.seconds(canaries) if fastest else 0.0
-            if seconds < least:
-                self.variant, chosen, least = name, graph, seconds
-        return chosen
-
     @property
     def provider(self) -> str:
-        """The onnxruntime provider that really runs it."""
+        """What really runs it: a provider of onnxruntime, or "OpenVINO"."""
         return self._graphs[0].provider
+
+    @property
+    def choice(self) -> str:
+        """The encoder and what runs it here, "FINGERPRINT:RUNTIME:VARIANT", for `measured` of another process."""
+        return f"{self.card.fingerprint}:{self.runtime}:{self.variant}"
 
     def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
         """Embed a batch of pixels, on the first lane.

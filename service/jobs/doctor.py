@@ -16,6 +16,7 @@ from service import cores, release
 from service.encoder_choice import choose_model
 from service.encoding.card import Card, read_card
 from service.encoding.encoder import Encoder, canary
+from service.encoding.openvino_graph import is_installed
 from service.encoding.text import open_text_tower
 from service.errors import LookalikeError
 from service.settings import Settings
@@ -31,6 +32,7 @@ _PACKAGES = (
     "numpy",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "faiss-cpu",
     "apsw",
     "pyarrow",
@@ -40,7 +42,7 @@ _PACKAGES = (
     "timm",
 )
 # Instructions that decide how fast an encoder is on a CPU.
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "i8mm")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "i8mm")
 _PICTURES = 16
 
 
@@ -94,11 +96,12 @@ def _machine(settings: Settings) -> Iterator[Line]:
     folder = next(part for part in (settings.store.absolute(), *settings.store.absolute().parents) if part.is_dir())
     disk = shutil.disk_usage(folder)
     yield Line("disk", f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free where the store is", disk.free < 1e9)
-    yield Line("runtimes", ", ".join(ort.get_available_providers()))
+    openvino = ["OpenVINO"] if is_installed() else []
+    yield Line("runtimes", ", ".join([*ort.get_available_providers(), *openvino]))
 
 
 def _encoder(card: Card, settings: Settings) -> Iterator[Line]:
-    encoder = Encoder(card, settings.device, settings.variant)
+    encoder = Encoder(card, settings.device, settings.variant, runtime=settings.runtime)
     yield Line("encoder", f"{card.name}, {encoder.dimension} numbers a picture, fingerprint {card.fingerprint[:12]}…")
     pixels = [canary(card.preprocessing.height, card.preprocessing.width)] * _PICTURES
     start = time.perf_counter()
@@ -106,7 +109,8 @@ def _encoder(card: Card, settings: Settings) -> Iterator[Line]:
         encoder.lanes[0](pixels[first : first + encoder.max_batch])
     rate = _PICTURES / (time.perf_counter() - start)
     variants = ", ".join(("fp32", *card.variants))
-    yield Line("encoder", f"all files as its card says; {encoder.variant} of {variants} runs, {rate:.0f} pictures/s")
+    yield Line("encoder", f"all files as its card says, {variants}")
+    yield Line("encoder", f"{encoder.variant} by {encoder.provider} runs, {rate:.0f} pictures/s")
     if open_text_tower(card, encoder.dimension) is not None:
         yield Line("encoder", "reads words")
 

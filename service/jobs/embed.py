@@ -113,7 +113,7 @@ def embed_source(
         InvalidSource: the source's other columns cannot be read.
         KeyboardInterrupt: after all that is embedded was written.
     """
-    encoder = Encoder(read_card(model), settings.device, settings.variant)
+    encoder = Encoder(read_card(model), settings.device, settings.variant, runtime=settings.runtime)
     description = Description(source, [EMBEDDING, *MEASURED.names], npy)
     account = Account.of(source)
     account.notes += description.notes

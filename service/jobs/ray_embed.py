@@ -105,7 +105,7 @@ def on_ray(origin: Origin) -> Engine:
             compute=ActorPoolStrategy(size=actors),
             num_gpus=1 if gpus else 0,
             num_cpus=max(1, cpus // gpus) if gpus else 1,
-            fn_constructor_args=(origin, content, encoder.variant, settings, bool(gpus)),
+            fn_constructor_args=(origin, content, encoder.variant, encoder.runtime, settings, bool(gpus)),
         )
         try:
             for batch in found.iter_batches(batch_size=_ROWS, batch_format="pyarrow"):
@@ -119,7 +119,7 @@ def on_ray(origin: Origin) -> Engine:
 class _Worker:
     """An actor: a source, an encoder, and the local engine."""
 
-    def __init__(self, origin: Origin, content: Any, variant: str, settings: Settings, gpu: bool) -> None:
+    def __init__(self, origin: Origin, content: Any, variant: str, runtime: str, settings: Settings, gpu: bool) -> None:
         import ray
 
         self._folder = tempfile.TemporaryDirectory(prefix="lookalike-")
@@ -128,7 +128,7 @@ class _Worker:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         card = read_card(Path(self._folder.name))
-        self._encoder = Encoder(card, "cuda" if gpu else "cpu", variant, None if gpu else 1)
+        self._encoder = Encoder(card, "cuda" if gpu else "cpu", variant, None if gpu else 1, runtime)
         self._origin, self._settings = origin, settings
         self._source: Source | None = None
 

@@ -34,7 +34,7 @@ def reindex(model: Path, settings: Settings) -> int:
     """
     home = settings.store
     source, folder = written(home), following(home)
-    encoder = Encoder(read_card(model), settings.device, settings.variant)
+    encoder = Encoder(read_card(model), settings.device, settings.variant, runtime=settings.runtime)
     with closing(CatalogReader(source)) as earlier:
         if earlier.meta["fingerprint"] == encoder.card.fingerprint:
             hint = "" if source == current(home) else "; `lookalike store rollback` takes back the last reindex"

@@ -14,6 +14,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from service import __version__, commit, metrics
+from service.encoding.openvino_graph import is_installed
 from service.errors import LookalikeError
 from service.gallery import Gallery
 from service.http import schemas
@@ -29,6 +30,7 @@ VERSIONS = {
     "lookalike": __version__,
     **{name: importlib.metadata.version(name) for name in ("bentoml", "pillow", "fastapi", "apsw")},
     "onnxruntime": onnxruntime.__version__,
+    **({"openvino": importlib.metadata.version("openvino")} if is_installed() else {}),
     "faiss": faiss.__version__,
 }
 # Of the encoder's card: how it came about, how good it was at its export, and who may use it.
