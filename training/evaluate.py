@@ -270,8 +270,8 @@ def _baselines(
     bare = without_whitening(card)
     others = {"random_encoder": Encoder(replace(bare, model=randomised(bare)), variant="fp32")}
     if bare.fingerprint != card.fingerprint:
-        as_served = {} if encoder is None else {"variant": encoder.variant, "runtime": encoder.runtime}
-        others = {"without_whitening": Encoder(bare, **as_served)} | others
+        variant, runtime = ("fp32", "onnxruntime") if encoder is None else (encoder.variant, encoder.runtime)
+        others = {"without_whitening": Encoder(bare, variant=variant, runtime=runtime)} | others
     figures = {"raw_pixels": raw}
     for name, other in others.items():
         rows = [embed_pixels(other, pixels, name) for pixels in (bank.pixels, queries.pixels)]

@@ -18,6 +18,7 @@ from service import FloatArray
 from service.encoding.batcher import Batcher
 from service.encoding.card import Card, Output, Preprocessing, read_card
 from service.encoding.encoder import Encoder, canary
+from service.encoding.onnxruntime_graph import OnnxruntimeGraph
 from service.errors import InvalidModel, NoEmbedding
 from tests.conftest import MODEL, ROOT
 
@@ -221,15 +222,13 @@ def test_a_probe_notices_a_graph_that_has_changed_or_is_gone() -> None:
     encoder = Encoder(card(flat_graph()), "cpu")
     assert np.allclose(encoder.probe(), encoder.encode(canary(SIDE)[None])[0], atol=1e-6)
     factors = np.linspace(0.5, 1.5, 3 * SIDE * SIDE)
-    encoder._graphs[0]._session = Encoder(card(scaled_graph(factors)), "cpu")._graphs[0]._session
-    encoder._graphs[0]._type, encoder._graphs[0]._input, encoder._graphs[0]._output = (
-        np.uint8,
-        "pixels",
-        Output("embedding"),
-    )
+    graph, other = encoder._graphs[0], Encoder(card(scaled_graph(factors)), "cpu")._graphs[0]
+    assert isinstance(graph, OnnxruntimeGraph)
+    assert isinstance(other, OnnxruntimeGraph)
+    graph._session, graph._type, graph._input, graph._output = other._session, np.uint8, "pixels", Output("embedding")
     with pytest.raises(InvalidModel, match="another embedding than at the start"):
         encoder.probe()
-    del encoder._graphs[0]._session
+    del graph._session
     with pytest.raises(InvalidModel, match="inference failed"):
         encoder.probe()
 
