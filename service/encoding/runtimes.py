@@ -18,7 +18,6 @@ LARGEST_BATCH = {"cpu": 16, "cuda": 64}
 _LEAST_BATCH, _CPU_BATCH_PIXELS = 4, 4 * 224 * 224
 
 _NO_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "failed to grow", "cublas_status_alloc_failed")
-_MEASURED_S = 0.3
 # The sizes of batches that a GPU runs.
 _BUCKETS = [2**power for power in range(LARGEST_BATCH["cuda"].bit_length())]
 
@@ -133,13 +132,10 @@ class Graph(ABC):
             raise InvalidModel(f"{self.path}: {error}") from error
 
     def seconds(self, pixels: PixelArray) -> float:
-        """Return the shortest time of 2 to 10 runs, about 0.3 s in all."""
-        taken: list[float] = []
-        while len(taken) < 2 or (len(taken) < 10 and sum(taken) < _MEASURED_S):
-            start = time.perf_counter()
-            self.run(pixels)
-            taken.append(time.perf_counter() - start)
-        return min(taken)
+        """Return how long one run takes."""
+        start = time.perf_counter()
+        self.run(pixels)
+        return time.perf_counter() - start
 
     def _prepare(self, batch: PixelArray) -> PixelArray | FloatArray:
         if self._type == np.uint8:

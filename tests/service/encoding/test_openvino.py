@@ -102,9 +102,10 @@ def paced(monkeypatch: pytest.MonkeyPatch, fastest: str) -> list[Choice]:
     timed: list[Choice] = []
 
     def seconds(graph: Graph, pixels: PixelArray) -> float:
-        graph.run(pixels)
-        timed.append(Choice(graph.runtime, graph.variant))
-        return 0.1 if timed[-1] == Choice("openvino", fastest) else 1.0
+        one = Choice(graph.runtime, graph.variant)
+        if one not in timed:
+            timed.append(one)
+        return 0.1 if one == Choice("openvino", fastest) else 1.0
 
     monkeypatch.setattr(Graph, "seconds", seconds)
     return timed
@@ -115,7 +116,7 @@ def test_the_faster_one_is_taken(photos: Card, monkeypatch: pytest.MonkeyPatch) 
         timed = paced(monkeypatch, fastest)
         encoder = Encoder(photos, "cpu", "auto", runtime="auto")
         assert (encoder.runtime, encoder.variant) == ("openvino", fastest)
-        assert timed[0] == Choice("onnxruntime", "fp32")
+        assert Choice("onnxruntime", "fp32") in timed
     timed = paced(monkeypatch, "none")
     slower = Encoder(photos, "cpu", "auto", runtime="auto")
     assert (slower.runtime, slower.provider, slower.variant) == ("onnxruntime", "CPUExecutionProvider", "fp32")
@@ -166,7 +167,7 @@ def test_what_bfloat16_breaks_is_never_taken(monkeypatch: pytest.MonkeyPatch, ca
     timed = paced(monkeypatch, "bf16")
     with caplog.at_level(logging.INFO, "bentoml.lookalike"):
         assert Encoder(broken, "cpu", "auto", runtime="auto").variant == "fp32"
-    assert timed == [Choice("onnxruntime", "fp32"), Choice("openvino", "fp32")]
+    assert set(timed) == {Choice("onnxruntime", "fp32"), Choice("openvino", "fp32")}
     (line,) = [one.getMessage() for one in caplog.records]
     assert re.search(r"OpenVINO in bf16 gives other embeddings than onnxruntime: cosine .*it is not used", line)
     with pytest.raises(InvalidModel, match="OpenVINO in bf16 gives other embeddings"):
