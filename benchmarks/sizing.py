@@ -2,9 +2,10 @@
 
     python -m benchmarks.sizing
 
-Memory is the PSS of all processes of the service, and processor time is theirs, too. Other work on the machine makes
-threads wait for each other, and some of that is processor time: the least of several turns is printed. Items have
-clustered vectors, 200 around each centre in 64 of the dimensions, and neither pictures nor metadata.
+Memory is the PSS of all processes of the service. That of items is the anonymous part alone: the rest is pages of the
+catalog, which the kernel drops when memory is short. Processor time is that of all processes, too. Other work on the
+machine makes threads wait for each other, and some of that is processor time: the least of several turns is printed.
+Items have clustered vectors, 200 around each centre in 64 of the dimensions, and neither pictures nor metadata.
 """
 
 import json
@@ -39,7 +40,7 @@ _PER_CENTRE, _INNER, _NOISE = 200, 64, 0.6
 # Items a commit, as in `lookalike store import`.
 _GROUP = 1000
 _EVERY_S, _SETTLED_S = 0.5, 3
-_TURNS = 3
+_TURNS, _FEW = 3, 1000
 
 R = TypeVar("R")
 
@@ -61,10 +62,14 @@ class Kind(NamedTuple):
 
 
 class Load(NamedTuple):
-    """A service's memory in MB after its start and at its largest under load, and the least processor ms a request."""
+    """A service's memory in MB after its start and at its largest under load, and the least processor ms a request.
+
+    `anonymous_mb` is what of its memory under load belongs to no file.
+    """
 
     start_mb: float
     most_mb: float
+    anonymous_mb: float
     request_ms: float
 
 
@@ -129,22 +134,24 @@ def _print_encoders(encoders: dict[str, Path], seconds: float) -> None:
 
 def _print_stores(kinds: Sequence[Kind], count: int, seconds: float) -> None:
     print(f"\n{count:,} items, POST /search by a vector, k = {_K}, by {_SEARCHERS} clients. ", end="")
-    print("Memory is without that of an empty store:\n")
+    print("Memory is without that of 1,000 items:\n")
     print(
         "| dimensions, on disk | a search scans | MB a million | MB a million on disk | processor ms a search ", end=""
     )
     print("| processor s to build | MB while building |\n|---|---|---:|---:|---:|---:|---:|")
-    empty: dict[Path, float] = {}
+    few: dict[Path, float] = {}
     for kind in kinds:
         requests, limit = _searches(kind, count), count if kind.scanned == "all" else count // 2
         with TemporaryDirectory() as made:
-            if kind.model not in empty:
-                empty[kind.model] = _measure(kind.model, Path(made) / "empty", requests, _SEARCHERS, seconds).most_mb
+            # A store of a few items shows what does not grow with them.
+            if kind.model not in few:
+                _apart(_fill, kind, _FEW, _FEW, Path(made) / "few")
+                few[kind.model] = _measure(kind.model, Path(made) / "few", requests, _SEARCHERS, 1).anonymous_mb
             store = Path(made) / "store"
             built_s, peak = _apart(_fill, kind, count, limit, store)
             disk = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
             found = _measure(kind.model, store, requests, _SEARCHERS, seconds, limit)
-        memory_mb = (found.most_mb - empty[kind.model]) / count * 1e6
+        memory_mb = (found.anonymous_mb - few[kind.model]) / (count - _FEW) * 1e6
         print(
             f"| {kind.dimension:,}, {kind.vector_type} | {kind.scanned} | {memory_mb:.0f} | {disk / count:.0f} ", end=""
         )
@@ -218,7 +225,8 @@ def _measure(
                     raise RuntimeError(f"not every request was answered with 200: {result}")
                 # The last request of each client is answered after the turn, and load.run waits for it.
                 times.append((_processor_s(service) - before) / (result.good + clients))
-    return Load(start / 1e6, max(most) / 1e6, 1000 * min(times))
+        anonymous = _memory(service, "Pss_Anon")
+    return Load(start / 1e6, max(most) / 1e6, anonymous / 1e6, 1000 * min(times))
 
 
 @contextmanager
@@ -251,8 +259,11 @@ def _watched(service: psutil.Process) -> Iterator[list[int]]:
         thread.join()
 
 
-def _memory(service: psutil.Process) -> int:
-    return sum(process.memory_full_info().pss for process in (service, *service.children(recursive=True)))
+def _memory(service: psutil.Process, field: str = "Pss") -> int:
+    """Return the sum of a field of the kernel's smaps_rollup, in bytes."""
+    processes = (service, *service.children(recursive=True))
+    texts = [Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes]
+    return sum(int(text.split(f"{field}:")[1].split()[0]) * 1024 for text in texts)
 
 
 def _processor_s(service: psutil.Process) -> float:
