@@ -29,9 +29,11 @@ COPY pyproject.toml lookalike.py ./
 COPY service service
 COPY deploy/image deploy/image
 # The code lies in /app, and the environment finds it there. The same bytes come out of every build: bytecode with hashes
-# in place of times. A strict umask on the build machine may hide files from the serving user.
+# in place of times, and no note of uv's on the time of the wheel. A strict umask on the build machine may hide files
+# from the serving user.
 RUN tools/bin/pip wheel --no-cache-dir --no-deps --no-build-isolation . \
     && tools/bin/uv pip install --no-cache --python /opt/lookalike --target /app --no-deps lookalike-*.whl \
+    && rm /app/lookalike-*.dist-info/uv_cache.json && sed -i /uv_cache.json/d /app/lookalike-*.dist-info/RECORD \
     && echo /app > "$(echo /opt/lookalike/lib/python3*/site-packages)/lookalike.pth" \
     && cp packages.cdx.json /app/sbom.cdx.json \
     && /app/bin/lookalike import efficientnet-lite0 --out /app/.lookalike/models/photos \
@@ -71,8 +73,8 @@ server.request('GET', '/readyz'); sys.exit(server.getresponse().status != 200)"]
 ENTRYPOINT ["tini", "--", "lookalike"]
 CMD ["serve"]
 
-ARG VERSION=unknown
-ARG COMMIT=unknown
+ARG VERSION=
+ARG COMMIT=
 ENV LOOKALIKE_COMMIT=$COMMIT
 LABEL org.opencontainers.image.title="Lookalike" \
       org.opencontainers.image.description="Similarity search over your pictures, over HTTP." \

@@ -46,10 +46,10 @@ def licence(package: str) -> str:
     if package in _TOLD_ELSEWHERE:
         return _TOLD_ELSEWHERE[package]
     about = distribution(package).metadata
-    if expression := about.get("License-Expression"):
-        return expression
+    if "License-Expression" in about:
+        return str(about["License-Expression"])
     classifiers = [line.split(" :: ")[-1] for line in about.get_all("Classifier", []) if line.startswith("License :: ")]
-    names = classifiers or (about.get("License") or "unknown").splitlines()[:1]
+    names = classifiers or (about.get_all("License") or ["unknown"])[0].splitlines()[:1]
     return " AND ".join(sorted(_NAMES.get(name, name) for name in names))
 
 

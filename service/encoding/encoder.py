@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Encoder:
     `image_embeds`, else the only 2-D output.
 
     Attributes:
-        card: the facts, the fingerprint among them.
+        card: the facts, the fingerprint among them; without the bytes of the graphs, of which the sessions have copies.
         dimension: D.
         variant: the card's graph that runs; "fp32" is model.onnx itself.
         lanes: `encode` on each device. One thread at a time may call a lane; several lanes run together.
@@ -52,18 +53,18 @@ class Encoder:
         """
         if variant not in ("auto", "fp32", *card.variants):
             raise InvalidModel(f"{card.folder}: has no variant {variant}; it has {', '.join(('fp32', *card.variants))}")
-        self.card = card
+        self.card = replace(card, model=b"", variants={})
         devices = find_devices(device)
         self.variant, graph = "fp32", Graph(card, "fp32", card.model, devices[0], threads)
         self._canary = canary(card.preprocessing.height, card.preprocessing.width)
-        self.dimension = self._check_canary(graph)
+        self.dimension = self._check_canary(card, graph)
         tried = {
             name: model
             for name, model in card.variants.items()
             if variant == name or (variant == "auto" and worth_trying(name, graph.kind))
         }
         if tried:
-            graph = self._choose(graph, tried, variant == "auto", devices[0], threads)
+            graph = self._choose(card, graph, tried, variant == "auto", devices[0], threads)
         content = card.variants.get(self.variant, card.model)
         more = devices[1:] if graph.kind == "cuda" else []
         self._graphs = [graph, *(Graph(card, self.variant, content, one) for one in more)]
@@ -73,9 +74,8 @@ class Encoder:
         self.lanes: list[Callable[[Sequence[PixelArray]], FloatArray]] = [lane.encode for lane in self._graphs]
         self.max_batch = graph.max_batch
 
-    def _check_canary(self, graph: Graph) -> int:
+    def _check_canary(self, card: Card, graph: Graph) -> int:
         """Compare the canary's embedding with the card; return its dimension, which the graph may leave symbolic."""
-        card = self.card
         embedding = graph.warm_up(self._canary[None])[0]
         dimension = len(embedding)
         if card.facts.get("dimension", dimension) != dimension:
@@ -90,15 +90,15 @@ class Encoder:
         return dimension
 
     def _choose(
-        self, model: Graph, tried: dict[str, bytes], fastest: bool, device: Device, threads: int | None
+        self, card: Card, model: Graph, tried: dict[str, bytes], fastest: bool, device: Device, threads: int | None
     ) -> Graph:
         """Open the variants tried; return the fastest of them and `model`, or the one variant that was asked for."""
-        shape = (_CANARIES, self.card.preprocessing.height, self.card.preprocessing.width, 3)
+        shape = (_CANARIES, card.preprocessing.height, card.preprocessing.width, 3)
         canaries = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         expected = model.warm_up(canaries)
         chosen, least = model, _GAIN * model.seconds(canaries) if fastest else math.inf
         for name, content in tried.items():
-            graph = Graph(self.card, name, content, device, threads)
+            graph = Graph(card, name, content, device, threads)
             embeddings = graph.warm_up(canaries)
             if embeddings.shape != expected.shape or (expected * embeddings).sum(1).min() < _LEAST_CANARY_COSINE:
                 raise InvalidModel(f"{graph.path}: is another encoder than {MODEL_FILE}")

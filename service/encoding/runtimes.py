@@ -1,6 +1,7 @@
 """Run one ONNX graph in onnxruntime, on a CPU or a GPU: pixels → unit embeddings."""
 
 import ctypes
+import logging
 import time
 from collections.abc import Sequence
 from platform import machine
@@ -13,6 +14,7 @@ from service import FloatArray, PixelArray, cores, metrics
 from service.encoding.card import OUTPUTS, VARIANTS, Card, Output, choose_output
 from service.errors import InvalidModel, NoEmbedding, OutOfMemory
 
+log = logging.getLogger("bentoml.lookalike")
 VERSION: str = ort.__version__
 # Larger batches are no faster per picture on a CPU, and every caller in them waits longer. 4 pictures of 224 × 224
 # are as fast each there as 16, and their activations need 150 MB less.
@@ -39,17 +41,24 @@ def find_devices(name: str) -> list[Device]:
     """Return every GPU that CUDA shows, or the CPU.
 
     Args:
-        name: "cpu", "cuda", or "auto" for CUDA if this onnxruntime has it.
+        name: "cpu", "cuda", or "auto": CUDA if this onnxruntime has it and there is a GPU; without a GPU it warns.
 
     Raises:
-        InvalidModel: "cuda", and this onnxruntime has no CUDA.
+        InvalidModel: "cuda", and this onnxruntime has no CUDA, or there is no GPU.
     """
     if name == "cpu" or _PROVIDERS["cuda"] not in ort.get_available_providers():
         if name == "cuda":
             raise InvalidModel(f"device cuda was asked for, but this onnxruntime has {ort.get_available_providers()}")
         return [Device("cpu")]
+    # onnxruntime would try, print a page of errors, and take the CPU.
+    gpus = _count_gpus()
+    if not gpus:
+        if name == "cuda":
+            raise InvalidModel("device cuda was asked for, but CUDA finds no GPU here")
+        log.warning("CUDA finds no GPU here: the encoder runs on the CPU")
+        return [Device("cpu")]
     ort.preload_dlls()
-    return [Device("cuda", number, name == "cuda") for number in range(max(1, _count_gpus()))]
+    return [Device("cuda", number, name == "cuda") for number in range(gpus)]
 
 
 def _count_gpus() -> int:

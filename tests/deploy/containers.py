@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from service import __version__
 from tests.conftest import ROOT
 from tests.ports import free_port
 
 IMAGE = "localhost/lookalike-test"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _BASE = "docker.io/library/python:3.11-slim"
 _READY_S = 60
 
@@ -41,11 +43,12 @@ def find_tool() -> str:
 
 
 def build(tool: str, image: str = IMAGE, *options: str) -> None:
-    """Build the image of the checkout."""
+    """Build the image of the checkout, as `make image` does."""
     # Podman's own format holds no HEALTHCHECK.
     form = ["--format", "docker"] if tool == "podman" else []
+    told = ["--build-arg", f"VERSION={__version__}", "--build-arg", f"COMMIT={COMMIT}"]
     done = subprocess.run(
-        [tool, "build", *form, *options, "-t", image, "."], cwd=ROOT, capture_output=True, text=True, check=False
+        [tool, "build", *form, *told, *options, "-t", image, "."], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
