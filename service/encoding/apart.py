@@ -89,6 +89,7 @@ def decode_apart(data: bytes, budget: Budget, **arguments: Any) -> Image.Image:
     """
     child = _idle.pop() if _idle else _start_and_tell()
     watch = threading.Timer(_LEAST_PATIENCE_S + _PATIENCE * budget.seconds, child.kill)
+    watch.daemon = True
     watch.start()
     try:
         answer, pixels = _ask(child, data, {"budget": budget, "arguments": arguments, "bytes": len(data)})
