@@ -138,7 +138,7 @@ image: ## build the image with podman, docker or buildah; ACCELERATOR=gpu or ope
 	  --build-arg $(name)=$($(name))) -t lookalike:$(VERSION) -t lookalike .
 
 image-test: setup ## build the image and test it as an operator runs it, with podman or docker; LONG=1 builds it twice
-	$(if $(LONG),LOOKALIKE_TWO_BUILDS=1) .venv/bin/python -m pytest -m proof -s tests/deploy/test_image.py
+	$(if $(LONG),LOOKALIKE_TWO_BUILDS=1) .venv/bin/python -m pytest -m proof -s tests/deploy/test_image.py tests/deploy/test_bento_image.py
 
 sbom: image ## write the image's list of packages to sbom.cdx.json, as CycloneDX
 	$(BUILDER) run --rm --entrypoint cat lookalike /app/sbom.cdx.json > sbom.cdx.json

@@ -28,7 +28,8 @@ from service.sources import open_source
 from service.store import NewItem
 from service.store.embedded import EmbeddedStore
 
-MODEL = Path(__file__).parent.parent / "models" / "mnist"
+# It has D dimensions.
+MODEL = Path(__file__).parent.parent / "models" / "cifar10"
 QUERIES = 1000
 # Selectivities in percent.
 FILTERS = (1, 50)

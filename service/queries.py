@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service import FloatArray
 from service.errors import InvalidQuery
@@ -37,7 +39,7 @@ class VectorQuery:
         numbers: D finite numbers of any length, not all 0.
     """
 
-    numbers: Sequence[float]
+    numbers: Sequence[float] | NDArray[Any]
 
     def unit(self, dimension: int) -> FloatArray:
         """Return the vector scaled to L2 norm 1, (D,) float32.
@@ -49,7 +51,7 @@ class VectorQuery:
             InvalidQuery: wrong D, NaN, infinity or only zeros.
         """
         try:
-            vector = np.asarray(self.numbers, np.float64)
+            vector = np.array(self.numbers, np.float64)
         except OverflowError as error:
             raise InvalidQuery("vector: a number is too large") from error
         if vector.shape != (dimension,):

@@ -463,7 +463,7 @@ def test_a_shell_completes_the_verbs() -> None:
 def test_doctor_checks_machine_encoder_and_store(store: Path, tmp_path: Path) -> None:
     done = run("doctor", "--store", store)
     assert done.returncode == 0, done.stdout
-    about = ["versions", "python", "processor", "memory", "disk", "runtimes", "setting", "encoder", "store"]
+    about = ["versions", "python", "processor", "memory", "disk", "runtimes", "pictures", "setting", "encoder", "store"]
     assert list(dict.fromkeys(line.split()[1] for line in done.stdout.splitlines())) == about
     assert "200 items of the encoder mnist" in done.stdout
     assert str(store.parent) not in done.stdout

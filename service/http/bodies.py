@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import json
+import math
 import re
 from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass, field
@@ -11,7 +12,10 @@ from functools import partial
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
 
+import numpy as np
 from fastapi import Request
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
@@ -89,6 +93,34 @@ async def read_one_picture(
     if len(images) != 1:
         raise InvalidRequest(f"expected one picture, got {len(images)}")
     return images[0], fields
+
+
+async def read_vectors(request: Request, settings: Settings) -> NDArray[Any]:
+    """Read a body that is a NumPy file of vectors, (Q, D) float32 or float64.
+
+    Raises:
+        InvalidRequest: it is none, its shape is another one, or its data are cut short.
+        TooLarge: more vectors than a request may have queries.
+    """
+    data = await read_body(request, settings.max_request_bytes)
+    wanted = "expected a NumPy file (.npy, version 1 or 2) of float32 or float64 (Q, D)"
+    file = io.BytesIO(data)
+    # np.load would allocate what a header promises.
+    try:
+        version = npy.read_magic(file)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, by_columns, dtype = read_header(file)
+    # The header is a Python literal, whose parser raises more than ValueError.
+    except Exception as error:
+        raise InvalidRequest(f"{wanted}, got other bytes") from error
+    if dtype.kind != "f" or dtype.itemsize not in (4, 8) or len(shape) != 2 or not all(shape):
+        raise InvalidRequest(f"{wanted}, got {dtype} {shape}")
+    if shape[0] > settings.max_queries:
+        raise TooLarge(f"expected at most {settings.max_queries} vectors, got {shape[0]}")
+    content = data[file.tell() :]
+    if len(content) != dtype.itemsize * math.prod(shape):
+        raise InvalidRequest(f"{wanted}; its header announces {shape}, and {len(content)} bytes follow")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def check_count(images: int, settings: Settings) -> None:

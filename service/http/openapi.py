@@ -18,6 +18,7 @@ from service.store.filters import json_schemas
 _PREFIX = "#/components/schemas/"
 
 PICTURE_TYPES = (*(f"image/{format.lower()}" for format in FORMATS), "application/octet-stream")
+NPY = "application/x-npy"
 
 _DOT = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
@@ -175,6 +176,11 @@ def json_body(*models: type[BaseModel]) -> dict[str, Any]:
     examples = {model.__name__: {"value": _BODIES[model]} for model in models}
     schema = choices[0] if len(choices) == 1 else {"oneOf": choices}
     return {"application/json": {"schema": schema, "examples": examples}}
+
+
+def vectors_body() -> dict[str, Any]:
+    """Return the content of a body that is a NumPy file of vectors."""
+    return {NPY: {"schema": {"type": "string", "format": "binary", "description": "(Q, D) float32 or float64."}}}
 
 
 def picture_body(several: bool = False, metadata: str = "", raw: bool = True, sources: bool = False) -> dict[str, Any]:

@@ -309,6 +309,13 @@ class Results(BaseModel):
     results: list[Hits]
 
 
+class Arrays(BaseModel):
+    """The hits of each of several vectors, best first: the ids, and the score of each."""
+
+    ids: list[list[str]]
+    scores: list[list[float]]
+
+
 class ListedItem(ItemAnswer):
     """An item, and what `include` names: digest is the sha256 of its picture, source where that came from."""
 

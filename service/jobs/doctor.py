@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from service import cores, release
 from service.encoder_choice import choose_model
+from service.encoding.apart import why_no_sandbox
 from service.encoding.card import Card, read_card
 from service.encoding.encoder import Encoder, canary
 from service.encoding.openvino_graph import is_installed
@@ -98,6 +99,9 @@ def _machine(settings: Settings) -> Iterator[Line]:
     yield Line("disk", f"{disk.free / 1e9:.1f} of {disk.total / 1e9:.1f} GB free where the store is", disk.free < 1e9)
     openvino = ["OpenVINO"] if is_installed() else []
     yield Line("runtimes", ", ".join([*ort.get_available_providers(), *openvino]))
+    why = why_no_sandbox()
+    kept = "in a sandbox" if why is None else f"without a sandbox: {why}"
+    yield Line("pictures", f"TIFF, AVIF and HEIF are decoded {kept}", problem=why is not None)
 
 
 def _encoder(card: Card, settings: Settings) -> Iterator[Line]:

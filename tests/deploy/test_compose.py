@@ -138,3 +138,13 @@ def test_the_example_with_keys_is_accepted(tmp_path: Path) -> None:
     environment = together["services"]["lookalike"]["environment"]
     assert environment == {"LOOKALIKE_METRICS_PUBLIC": "true", "LOOKALIKE_API_KEYS_FILE": "/run/secrets/keys"}
     assert together["services"]["lookalike"]["secrets"] == [{"source": "keys"}]
+
+
+def test_the_images_are_built_from_arguments_and_locks_that_exist() -> None:
+    declared = set(re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(), re.M))
+    for name, service in SERVICES.items():
+        if "build" in service:
+            told = service["build"]["args"]
+            assert set(told) <= declared, name
+            lock = "-".join(["image", told["ACCELERATOR"], *([told["EXTRAS"]] if "EXTRAS" in told else [])])
+            assert (ROOT / "requirements" / f"{lock}.txt").is_file(), name

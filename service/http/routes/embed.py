@@ -11,15 +11,13 @@ from service import FloatArray
 from service.errors import each
 from service.http import openai, schemas
 from service.http.bodies import check_count, check_text_count, content_type, picture_of, read_pictures
-from service.http.openapi import BODY, WORK, answers, body, json_body, picture_body
+from service.http.openapi import BODY, NPY, WORK, answers, body, json_body, picture_body
 from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import Fingerprint
 from service.http.routes.state import NumPyJsonResponse, check_content_type, check_fingerprint, gallery_of, slots_of
 from service.http.routes.strict import StrictRoute
 from service.http.schemas import EmbedTextsBody, EncodingFormat, read_json
 from service.queries import PictureQuery, TextQuery
-
-_NPY = "application/x-npy"
 
 direct = APIRouter(route_class=DirectRoute, tags=["embeddings"])
 router = APIRouter(route_class=StrictRoute, tags=["embeddings"])
@@ -29,7 +27,7 @@ router = APIRouter(route_class=StrictRoute, tags=["embeddings"])
     "/embed",
     openapi_extra=body(picture_body(several=True) | json_body(schemas.EmbedBody, schemas.EmbedTextsBody)),
     responses=answers(
-        schemas.Embeddings, *WORK, *BODY, 409, 422, more={_NPY: {"schema": {"type": "string", "format": "binary"}}}
+        schemas.Embeddings, *WORK, *BODY, 409, 422, more={NPY: {"schema": {"type": "string", "format": "binary"}}}
     ),
 )
 async def embed(
@@ -55,10 +53,10 @@ async def embed(
     check_fingerprint(gallery, fingerprint)
 
     embeddings = await _embed(request, inputs)
-    if _NPY in request.headers.get("accept", ""):
+    if NPY in request.headers.get("accept", ""):
         buffer = io.BytesIO()
         np.save(buffer, embeddings)
-        return Response(buffer.getvalue(), media_type=_NPY)
+        return Response(buffer.getvalue(), media_type=NPY)
     return NumPyJsonResponse(
         {
             "model": gallery.card.name,

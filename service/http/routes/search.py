@@ -11,8 +11,15 @@ from fastapi import APIRouter, Request, Response
 from service.errors import TooLarge
 from service.gallery import Gallery, Search
 from service.http import schemas
-from service.http.bodies import check_count, check_text_count, content_type, parse_json_object, read_one_picture
-from service.http.openapi import BODY, WORK, answers, body, json_body, picture_body
+from service.http.bodies import (
+    check_count,
+    check_text_count,
+    content_type,
+    parse_json_object,
+    read_one_picture,
+    read_vectors,
+)
+from service.http.openapi import BODY, NPY, WORK, answers, body, json_body, picture_body, vectors_body
 from service.http.query_bodies import (
     DEFAULT_K,
     Included,
@@ -28,7 +35,7 @@ from service.http.routes.direct import DirectRoute
 from service.http.routes.parameters import FilterText, Fingerprint, Include, K, Prefix, Threshold
 from service.http.routes.state import NumPyJsonResponse, check_fingerprint, slots_of, stored_gallery_of
 from service.http.schemas import included, read_json
-from service.queries import ItemQuery, PictureQuery, Query, TextQuery, simple_queries
+from service.queries import ItemQuery, PictureQuery, Query, TextQuery, VectorQuery, simple_queries
 from service.store import Hit
 from service.store.filters import EVERY, Filter, begins, both, parse_filter
 
@@ -88,9 +95,11 @@ _OPTIONS = {field.name for field in fields(SearchOptions)}
 @direct.post(
     "/search",
     openapi_extra=body(
-        picture_body() | json_body(SearchById, SearchByImage, SearchByText, SearchByVector, SearchByAll, SearchMany)
+        picture_body()
+        | vectors_body()
+        | json_body(SearchById, SearchByImage, SearchByText, SearchByVector, SearchByAll, SearchMany)
     ),
-    responses=answers((schemas.Hits, schemas.Results), *WORK, *BODY, 404, 409, 422),
+    responses=answers((schemas.Hits, schemas.Results, schemas.Arrays), *WORK, *BODY, 404, 409, 422),
 )
 async def search(
     request: Request,
@@ -103,20 +112,23 @@ async def search(
 ) -> Response:
     """Find the k items most like a picture, a text, a vector, an item or a weighted sum; items asked with are left out.
 
-    JSON may hold several `queries`; their answer is `results`. The URL may give `threshold`, `filter`, `prefix`,
-    `include`, `fingerprint` and, for a single query, `k`; a JSON body that gives one of them, too, wins.
+    JSON may hold several `queries`; their answer is `results`. A NumPy file (`application/x-npy`) holds several vectors
+    and is answered with `ids` and `scores` alone. The URL may give `threshold`, `filter`, `prefix`, `include`,
+    `fingerprint` and, for a single query or a NumPy file, `k`; a JSON body that gives one of them, too, wins.
     """
     gallery = stored_gallery_of(request)
     settings = gallery.settings
     where = None if filter is None else parse_filter(parse_json_object(filter, "filter"))
     options = SearchOptions(k, threshold, where, prefix, include, fingerprint)
-    several = False
-    if content_type(request) == "application/json":
+    several, kind = False, content_type(request)
+    if kind == "application/json":
         asked = await read_json(request, settings, schemas.SEARCH)
         options = SearchOptions.merged(options, asked)
         several = isinstance(asked, SearchMany)
         members = asked.queries if isinstance(asked, SearchMany) else [asked]
         queries: list[Query] = [member.query(settings) for member in members]
+    elif kind == NPY:
+        queries = [VectorQuery(numbers) for numbers in await read_vectors(request, settings)]
     else:
         queries = [PictureQuery((await read_one_picture(request, settings))[0])]
     check_fingerprint(gallery, options.fingerprint)
@@ -128,6 +140,9 @@ async def search(
 
     def find() -> Response:
         found = searching.find(options.k, options.threshold, options.where)
+        if kind == NPY:
+            ids, scores = ([[getattr(hit, name) for hit in hits] for hits in found] for name in ("id", "score"))
+            return NumPyJsonResponse({"ids": ids, "scores": scores})
         results: list[dict[str, Any]] = [
             {"hits": [_shown(gallery, hit, options.include) for hit in hits]} for hits in found
         ]

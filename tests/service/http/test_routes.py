@@ -2,6 +2,7 @@
 
 import base64
 import importlib.metadata
+import io
 import json
 import struct
 import zlib
@@ -423,3 +424,56 @@ def test_the_ztxt_bomb_and_other_chunks_are_harmless(client: TestClient) -> None
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"\0" * 50_000_000, 9))
     head, tail = PICTURE[:33], PICTURE[33:]
     assert client.post("/embed", content=head + bomb + tail, headers=PNG).status_code in (200, 422)
+
+
+def npy(array: np.ndarray[Any, Any], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["float32", "float64", ">f4", "columns", "version 2"])
+def test_vectors_as_a_numpy_file_find_what_json_finds(client: TestClient, form: str) -> None:
+    random = np.random.default_rng(0).normal(size=(5, client.get("/info").json()["dimension"]))
+    vectors = np.asfortranarray(random) if form == "columns" else random.astype(form if form[0] in "f>" else "f4")
+    body = npy(vectors, version=(2, 0) if form == "version 2" else None)
+    where = {"filter": '{"label": {"$in": ["1", "2", "3"]}}', "k": "3"}
+    answer = client.post("/search", content=body, params=where, headers={"content-type": "application/x-npy"})
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    queries = [{"vector": vector.astype(float).tolist()} for vector in vectors]
+    options = {"filter": json.loads(where["filter"]), "k": 3}
+    expected = [
+        result["hits"] for result in client.post("/search", json={"queries": queries} | options).json()["results"]
+    ]
+    assert found["ids"] == [[hit["id"] for hit in hits] for hits in expected]
+    assert found["scores"] == [[hit["score"] for hit in hits] for hits in expected]
+    assert len(found["ids"]) == 5
+    assert len(found["ids"][0]) == 3
+
+
+def test_a_numpy_file_of_anything_else_is_refused(client: TestClient) -> None:
+    good = np.ones((2, client.get("/info").json()["dimension"]), "f4")
+    wrong = {
+        b"": "got other bytes",
+        b"\x93NUMPY": "got other bytes",
+        npy(good)[:-1]: "bytes follow",
+        npy(good) + b"x": "bytes follow",
+        npy(good[0]): "got float32 (",
+        npy(good[:0]): "got float32 (0, ",
+        npy(good.astype(int)): "got int64",
+        npy(good.astype("f2")): "got float16",
+        npy(good).replace(b"(2, ", b"(9, "): "bytes follow",
+        npy(good).replace(b"'fortran_order'", b"'fortran_other'"): "got other bytes",
+        npy(np.array([[{}]]), allow_pickle=True): "got object",
+        npy(np.ones((2, 3), "f4")): "numbers, got 3",
+        npy(np.zeros_like(good)): "got only zeros",
+        npy(np.full_like(good, np.nan)): "NaN or infinity",
+    }
+    for body, says in wrong.items():
+        answer = client.post("/search", content=body, headers={"content-type": "application/x-npy"})
+        assert (answer.status_code, says in answer.text) == (400, True), (body[:100], answer.text)
+    many = client.post("/search", content=npy(np.ones((65, 9), "f4")), headers={"content-type": "application/x-npy"})
+    assert (many.status_code, many.json()["detail"]) == (413, "expected at most 64 vectors, got 65")
+    k = client.post("/search?k=101", content=npy(good), headers={"content-type": "application/x-npy"})
+    assert (k.status_code, k.json()["detail"]) == (400, "k: expected a whole number from 1 to 100, got 101")
