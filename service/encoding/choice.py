@@ -84,23 +84,23 @@ def canaries(height: int, width: int) -> PixelArray:
     Each has coarse and fine colours, whose amplitude falls with the frequency as in photographs, and a bright figure
     with a sharp edge. Half of them are in grey, and a quarter has a black background, as drawings have.
     """
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     y, x = np.indices((height, width))
     made = []
     for number in range(_CANARIES):
         picture = np.zeros((height, width, 3))
         for cells in (2, 4, 8, 16):
-            grid = random.normal(0, 70 / cells**0.7, (cells, cells, 3))
+            grid = generator.normal(0, 70 / cells**0.7, (cells, cells, 3))
             picture += grid[y * cells // height, x * cells // width]
         picture += 128
         if number % 2:
             picture = picture.mean(2, keepdims=True).repeat(3, 2)
         if number % 4 == 3:
             picture[:] = 0
-        top, left, size = random.uniform(0.2, 0.8), random.uniform(0.2, 0.8), random.uniform(0.15, 0.35)
+        top, left, size = generator.uniform(0.2, 0.8), generator.uniform(0.2, 0.8), generator.uniform(0.15, 0.35)
         distance = np.hypot(y / height - top, x / width - left)
         figure = (distance < size) & (distance > size / 2)
-        picture[figure] = random.uniform(150, 255, 1 if number % 2 else 3)
+        picture[figure] = generator.uniform(150, 255, 1 if number % 2 else 3)
         made.append(picture.clip(0, 255))
     return np.stack(made).astype(np.uint8)
 
