@@ -91,6 +91,7 @@ _OF_TEXTS: tuple[type[BaseModel], ...] = (
 _ANSWERS: dict[type[BaseModel], Any] = {
     schemas.Hits: {"hits": [_HIT]},
     schemas.Results: {"results": [{"hits": [_HIT]}]},
+    schemas.Arrays: {"ids": [["digits/00634", "digits/00011"]], "scores": [[0.9897, 0.95]]},
     schemas.Embeddings: {"model": "digits", "fingerprint": _FINGERPRINT, "dimension": 2, "embeddings": [[0.6, -0.8]]},
     schemas.Classified: {
         "model": "clip",
