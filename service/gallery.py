@@ -515,7 +515,9 @@ def open_gallery(settings: Settings) -> Gallery:
 
 def _open_encoder(settings: Settings) -> Encoder:
     card, runtime, measured = read_card(find_model(settings)), settings.runtime, settings.measured
-    return Encoder(card, settings.device, settings.variant, runtime=runtime, measured=measured)
+    encoder = Encoder(card, settings.device, settings.variant, runtime=runtime, measured=measured)
+    encoder.drop_files()
+    return encoder
 
 
 def succeed(gallery: Gallery) -> Gallery:

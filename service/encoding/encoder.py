@@ -26,7 +26,7 @@ class Encoder:
     `image_embeds`, else the only 2-D output.
 
     Attributes:
-        card: the facts, the fingerprint among them; without the bytes of the graphs, of which the sessions have copies.
+        card: the facts, the fingerprint among them.
         dimension: D.
         variant: the arithmetic that runs: a graph of the card, of which "fp32" is model.onnx itself, or "bf16" for
             model.onnx in bfloat16.
@@ -62,7 +62,7 @@ class Encoder:
         fingerprint, _, known = measured.partition(":")
         asked = Choice(*known.split(":")) if fingerprint == card.fingerprint else Choice(runtime, variant)
         check_asked(card, asked, device)
-        self.card = replace(card, model=b"", variants={})
+        self.card = card
         devices = [Device("cpu")] if asked.runtime == "openvino" else find_devices(device)
         model = OnnxruntimeGraph(card, "fp32", card.model, devices[0], threads)
         self._canary = canary(card.preprocessing.height, card.preprocessing.width)
@@ -118,6 +118,10 @@ class Encoder:
             NoEmbedding: a row of its output is zero or not finite.
         """
         return self._graphs[0].encode(pixels)
+
+    def drop_files(self) -> None:
+        """Drop the bytes of the graphs, of which the sessions have copies. For a service: it writes no encoder."""
+        self.card = replace(self.card, model=b"", variants={})
 
     def probe(self) -> FloatArray:
         """Return the embedding (D,) of the canary picture, after computing it on every lane.
