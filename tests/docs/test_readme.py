@@ -98,6 +98,7 @@ def test_the_commands_answer_what_the_readme_says(port: int, tmp_path: Path, bro
     assert (ran["python"], ran["js"]) == (2, 1)
 
 
+@pytest.mark.slow("embeds ten thousand digits")
 def test_the_figures_of_the_shipped_encoder(data_root: Path) -> None:
     """The evaluate commands print the table that the README shows, and it is at least as good as promised."""
     (block,) = [block for block in BLOCKS if block.mark == "mnist"]

@@ -134,6 +134,7 @@ def test_digits_are_scikit_learns() -> None:
     assert np.asarray(Image.open(io.BytesIO(source.entry(0).data))).tolist()[0] == [0, 0, 80, 207, 143, 16, 0, 0]
 
 
+@pytest.mark.slow("reads seventy thousand digits")
 def test_mnist_is_read_to_the_byte(data_root: Path) -> None:
     source = open_source("mnist/train[:10]", data_root)
     assert source.labels == ["5", "0", "4", "1", "9", "2", "1", "3", "1", "4"]
