@@ -13,7 +13,7 @@ MODEL  ?= $(if $(filter-out digits digits[% mnist/%,$(IMAGES)),$(PHOTOS),models/
 RUNTIME ?=
 SERVING := .venv-serve$(if $(filter openvino,$(RUNTIME)),-openvino)
 
-# Of the image. Podman's own format holds no health check.
+# Of the image. Podman's own format holds no health check, and its cache takes layers of another commit.
 ACCELERATOR ?= cpu
 EXTRAS  ?=
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' service/__init__.py)
@@ -134,7 +134,7 @@ figures: setup ## measure the shipped encoder on all of MNIST; LOOKALIKE_TEST_DA
 	LOOKALIKE_FIGURES=1 .venv/bin/python -m pytest tests/docs/test_readme.py -k figures --timeout 1200
 
 image: ## build the image with podman, docker or buildah; ACCELERATOR=gpu or openvino, EXTRAS=milvus
-	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker) $(foreach name,ACCELERATOR EXTRAS VERSION COMMIT, \
+	$(BUILDER) build $(if $(filter docker,$(BUILDER)),,--format docker --layers=false) $(foreach name,ACCELERATOR EXTRAS VERSION COMMIT, \
 	  --build-arg $(name)=$($(name))) -t lookalike:$(VERSION) -t lookalike .
 
 image-test: setup ## build the image and test it as an operator runs it, with podman or docker; LONG=1 builds it twice

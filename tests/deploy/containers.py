@@ -44,8 +44,8 @@ def find_tool() -> str:
 
 def build(tool: str, image: str = IMAGE, *options: str) -> None:
     """Build the image of the checkout, as `make image` does."""
-    # Podman's own format holds no HEALTHCHECK.
-    form = ["--format", "docker"] if tool == "podman" else []
+    # Podman's own format holds no HEALTHCHECK, and its cache takes layers of other arguments, such as the commit.
+    form = ["--format", "docker", "--layers=false"] if tool == "podman" else []
     told = ["--build-arg", f"VERSION={__version__}", "--build-arg", f"COMMIT={COMMIT}"]
     done = subprocess.run(
         [tool, "build", *form, *told, *options, "-t", image, "."], cwd=ROOT, capture_output=True, text=True, check=False

@@ -140,7 +140,7 @@ def test_it_serves_without_rights(served: Container) -> None:
     hits = json.loads(ask(f"{served.url}/search?k=1", PICTURE)[1])["hits"]
     assert hits[0]["id"] == "x"
     info = json.loads(ask(f"{served.url}/info")[1])
-    assert (info["model"], info["version"], info["commit"]) == ("photos", __version__, COMMIT)
+    assert (info["model"], info["versions"]["lookalike"], info["commit"]) == ("photos", __version__, COMMIT)
     assert served.execute("id", "-u").strip() == str(_USER)
     for pid in served.processes():
         status = dict(
