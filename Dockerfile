@@ -6,7 +6,7 @@
 # Serve with an encoder of your own, which must be the store's:
 #   docker run … -v "$PWD/models/mine:/model:ro" -e LOOKALIKE_MODEL=/model lookalike
 # `make image` builds it with the labels of its version. ACCELERATOR=gpu takes CUDA from wheels; run it with --gpus all.
-# EXTRAS=milvus adds what a store on Milvus needs.
+# ACCELERATOR=openvino adds OpenVINO, EXTRAS=milvus what a store on Milvus needs.
 ARG ACCELERATOR=cpu
 ARG EXTRAS=
 
@@ -46,7 +46,8 @@ FROM python:3.11-slim
 COPY --from=build /usr/bin/tini-static /usr/local/bin/tini
 # Python's image comes without the bytecode of its library, and nobody could write it later. Lines in place of useradd,
 # which notes the day.
-RUN pip uninstall --yes --quiet --root-user-action=ignore pip setuptools wheel; rm -rf /usr/local/lib/python3*/ensurepip /root/.cache \
+RUN pip uninstall --yes --quiet --root-user-action=ignore pip setuptools wheel \
+    && rm -rf /usr/local/lib/python3*/ensurepip /root/.cache \
     && PYTHONHASHSEED=0 python -m compileall -q --invalidation-mode unchecked-hash -x '/(test|tests|idlelib|lib2to3|tkinter|turtledemo|pydoc_data)/' /usr/local/lib/python3* \
     && echo 'lookalike:x:65532:65532::/tmp:/usr/sbin/nologin' >> /etc/passwd \
     && echo 'lookalike:x:65532:' >> /etc/group \
