@@ -89,8 +89,12 @@ def make_service(settings: Settings) -> bentoml.Service:
         def close(self) -> None:
             self._worker.close()
 
+    @cache
+    def owner() -> ASGIApp:
+        return own_every_path(Lookalike.app())
+
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
-        await own_every_path(Lookalike.app())(scope, receive, send)
+        await owner()(scope, receive, send)
 
     return bentoml.asgi_app(mounted, path="/")(
         bentoml.service(
