@@ -76,6 +76,8 @@ def our_pace(pixels: PixelArray, steps: int, precision: str) -> float:
     source = from_arrays("pictures", pixels, ["picture"] * len(pixels), "pictures")
     content = read_recipe("small-photos-simclr").model_dump() | {
         "backbone": "small-cnn",
+        "side": _SIDE,
+        "view_side": None,
         "batch_size": _BATCH,
         "precision": precision,
         "projection": (512, 128),

@@ -563,11 +563,11 @@ def make_views(
 ) -> Tensor:
     """Return normalised random views (V, N, C, S, S) float32 of uint8 pixels (N, C, S, S); mean and std are (C, 1, 1).
 
-    Local views are (L, N, C, s, s), as the recipe's table `dino` says. On a GPU the views lie in channels_last, the
-    layout that its convolutions read without a conversion.
+    Views have the recipe's view_side if it names one. Local views are (L, N, C, s, s), as the recipe's table `dino`
+    says. On a GPU the views lie in channels_last, the layout that its convolutions read without a conversion.
     """
     pictures = pixels.float() / 255  # (N, C, S, S)
-    number, side, areas = recipe.views, recipe.side, None
+    number, side, areas = recipe.views, recipe.view_side or recipe.side, None
     if local:
         number, side, areas = recipe.dino.local_views, recipe.local_side, recipe.dino.local_area
     if pixels.device.type == "cuda":

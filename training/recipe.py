@@ -309,6 +309,8 @@ class Recipe(_Section):
         side: S in pixels.
         shortest_edge: of a picture after resizing, before the crop of S; None for S. The exported encoder does the
             same.
+        view_side: side of the views in pixels, at most S; None for S. Random crops show things larger than whole
+            pictures do, so smaller views cost less and are nearer to what the encoder will see.
         channels: 1 trains on luminance alone, 3 on RGB.
         mean, std: subtracted from pixels in 0..1, and divided by, for each channel. None takes those that the
             backbone's weights were trained with, and for random weights those of the pictures.
@@ -340,6 +342,7 @@ class Recipe(_Section):
     frozen_statistics: bool = False
     side: Annotated[int, Field(ge=8, le=512)]
     shortest_edge: Annotated[int, Field(ge=8, le=1024)] | None = None
+    view_side: Annotated[int, Field(ge=8, le=512)] | None = None
     channels: Literal[1, 3]
     mean: tuple[float, ...] | None = None
     std: tuple[_Positive, ...] | None = None
@@ -412,6 +415,8 @@ class Recipe(_Section):
     def _check_pixels(self) -> Self:
         if self.shortest_edge and self.shortest_edge < self.side:
             raise ValueError(f"shortest_edge: expected {self.side} or more, the side, not {self.shortest_edge}")
+        if self.view_side and self.view_side > self.side:
+            raise ValueError(f"view_side: expected {self.side} or less, the side, not {self.view_side}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std: expected both or neither")
         if self.mean and self.std and not len(self.mean) == len(self.std) == self.channels:

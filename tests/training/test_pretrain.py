@@ -337,6 +337,33 @@ def test_dino_gets_local_views_of_each_picture_at_their_own_side(
         assert not any(torch.equal(batch.local[i], batch.local[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+class NotingViews(SimCLR):
+    """SimCLR that records its views."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.noted: list[Tensor] = []
+
+    def step(self, batch: Batch) -> Step:
+        self.noted.append(batch.views)
+        return super().step(batch)
+
+
+def test_views_have_the_side_that_the_recipe_names(recipe: Recipe, prepared: Prepared, tmp_path: Path) -> None:
+    recipe = changed(recipe, side=16, view_side=8, views=3, augmentation=Augmentation().model_dump())
+    source = open_source("digits[:320]")
+    material = prepared(source, recipe)
+    method = NotingViews(recipe, build_backbone("small-cnn", 1, 16), len(source))
+    train(method, material, Identity("digits", recipe), tmp_path)
+    assert {view.shape for view in method.noted} == {(3, 64, 1, 8, 8)}
+    pixels, _ = material.canvas.take(material.trained)  # (n, 1, 16, 16): the encoder keeps its own side
+    # No change but the side: each pixel of a view is the mean of four of the picture.
+    halved = pixels.numpy().reshape(-1, 8, 2, 8, 2).mean((2, 4)) / 255
+    expected = (halved - float(material.mean)) / float(material.std)  # (n, 8, 8)
+    for view in method.noted[0][0]:
+        assert np.abs(expected - view.numpy()).max((1, 2)).min() < 1e-4
+
+
 @pytest.mark.parametrize(("method", "local_views"), [("dino", 0), ("simclr", 6)])
 def test_no_local_views_are_made_where_none_are_wanted(
     method: str, local_views: int, recipe: Recipe, prepared: Prepared
