@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from benchmarks.load import form, raw
@@ -18,7 +20,9 @@ from service.encoding.card import VARIANTS, read_card
 from tests.ports import free_port
 
 _BIN = Path(sys.executable).parent
-_UVICORN = f"{_BIN}/uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "
+_UVICORN = (
+    f"{sys.executable} -m uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,17 @@ def running(
         for process in psutil.wait_procs(tree, timeout=2)[1]:
             process.kill()
         server.wait()
+
+
+def processor_s(pid: int) -> npt.NDArray[np.float64]:
+    """Return the processor time so far of a process and all below it: (2,), main threads and all others."""
+    root = psutil.Process(pid)
+    times = np.zeros(2)
+    for one in (root, *root.children(recursive=True)):
+        for thread in one.threads():
+            # The event loop runs in the main thread, whose id is that of its process.
+            times[int(thread.id != one.pid)] += thread.user_time + thread.system_time
+    return times
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, patience_s: float) -> None:
