@@ -10,6 +10,7 @@ from benchmarks.photos import photos
 from service.encoding.card import CARD_FILE, square_preprocessing
 from service.encoding.images import decode_pixels
 from service.encoding.limits import Limits
+from service.encoding.pretrained import default_encoder
 from service.encoding.variants import Pictures
 from training.backbones import build_backbone
 from training.encoder import Encoder
@@ -28,13 +29,15 @@ def build(name: str, work: Path, variants: Sequence[str] = ("fp16", "int8")) -> 
     """Return the model folder of an encoder; run the project's export if it is missing.
 
     Args:
-        name: "tiny", our small CNN for 32 pixels, cheap beside decoding; or "resnet18" or "resnet50", torchvision's
-            for 224.
+        name: "photos", the default encoder, with its own weights; "tiny", our small CNN for 32 pixels, cheap beside
+            decoding; "resnet18" or "resnet50", torchvision's for 224.
         work: the parent folder.
         variants: to make beside model.onnx.
 
     Half of 64 crops of the benchmark's photographs calibrate the variants, the other half measures them.
     """
+    if name == "photos":
+        return default_encoder().absolute()
     folder = work / name
     if (folder / CARD_FILE).exists():
         return folder

@@ -136,12 +136,9 @@ def _serving(plan: Plan, name: str, work: Path) -> None:
     from service.encoding.encoder import Encoder
     from service.encoding.images import decode_pixels
     from service.encoding.limits import Limits
-    from service.encoding.pretrained import default_encoder
 
-    made = (
-        default_encoder() if name == "photos" else build(name, work, [plan.variant] if plan.variant != "fp32" else [])
-    )
-    folder, card, files = made.absolute(), read_card(made), photos()
+    folder = build(name, work, [plan.variant] if plan.variant != "fp32" else [])
+    card, files = read_card(folder), photos()
     called = f"{_CALLED[name]}, {plan.variant}, batch {plan.batch}"
     pixels = np.stack([decode_pixels(file, card.preprocessing, Limits()) for file in files])
     pixels = np.resize(pixels, (plan.batch, *pixels.shape[1:]))

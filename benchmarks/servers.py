@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,9 +45,18 @@ class Server:
 
 
 _raw = partial(raw, "/embed")
-OURS = Server("Lookalike, `lookalike serve`", f"{_BIN}/lookalike serve --port {{port}}", "/readyz", _raw)
+_SERVE = f"{_BIN}/lookalike serve --port {{port}}"
+_ONNXRUNTIME = {"LOOKALIKE_RUNTIME": "onnxruntime"}
+OURS = Server("Lookalike, `lookalike serve`", _SERVE, "/readyz", _raw, _ONNXRUNTIME)
+# Runtime and variant by measurement, on this processor and on one whose OpenVINO may use fewer instructions.
+_MEASURED = {"LOOKALIKE_RUNTIME": "auto", "LOOKALIKE_VARIANT": "auto"}
+MEASURED = Server("Lookalike, runtime by measurement", _SERVE, "/readyz", _raw, _MEASURED)
+WITHOUT_AMX = tuple(
+    replace(MEASURED, name=f"{MEASURED.name}, {called}", environment=_MEASURED | {"ONEDNN_MAX_CPU_ISA": most})
+    for called, most in (("no AMX", "AVX512_CORE_VNNI"), ("AVX2", "AVX2"))
+)
 _FASTAPI = _UVICORN + "benchmarks.peers.fastapi_pool:app"
-BARE = Server("Lookalike, bare uvicorn", _UVICORN + "benchmarks.bare:guarded", "/info", _raw)
+BARE = Server("Lookalike, bare uvicorn", _UVICORN + "benchmarks.bare:guarded", "/info", _raw, _ONNXRUNTIME)
 PEERS = (
     Server("plain FastAPI, thread pool", _FASTAPI, "/health", _raw),
     Server(

@@ -34,6 +34,7 @@ from service.errors import (
 from service.file_facts import FileFacts
 from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
+from service.kept_choice import keep_choice, open_encoder
 from service.originals import read_source
 from service.previews import PreviewCache
 from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery, begin_sum
@@ -500,8 +501,10 @@ def open_gallery(settings: Settings) -> Gallery:
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
-    encoder = _open_encoder(settings)
+    encoder = open_encoder(settings, read_card(find_model(settings)))
     store = None if settings.no_store else open_store(settings, encoder.card, encoder.dimension)
+    keep_choice(settings, encoder)
+    encoder.drop_files()
     gallery = Gallery(encoder, store, settings)
     if isinstance(store, EmbeddedStore) and not settings.read_only:
         try:
@@ -511,13 +514,6 @@ def open_gallery(settings: Settings) -> Gallery:
             gallery.close()
             raise
     return gallery
-
-
-def _open_encoder(settings: Settings) -> Encoder:
-    card, runtime, measured = read_card(find_model(settings)), settings.runtime, settings.measured
-    encoder = Encoder(card, settings.device, settings.variant, runtime=runtime, measured=measured)
-    encoder.drop_files()
-    return encoder
 
 
 def succeed(gallery: Gallery) -> Gallery:
@@ -534,7 +530,8 @@ def succeed(gallery: Gallery) -> Gallery:
     folder = current(settings.store)
     if folder == earlier.folder:
         raise InvalidStore(f"{settings.store}: no other generation counts than the one that is open")
-    encoder = _open_encoder(settings.model_copy(update={"model": None}))
+    encoder = open_encoder(settings, read_card(find_model(settings.model_copy(update={"model": None}))))
+    encoder.drop_files()
     later = _open_folder(settings, encoder.card, encoder.dimension, folder)
     following = Gallery(encoder, later, settings)
     try:
