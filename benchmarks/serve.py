@@ -26,7 +26,7 @@ from benchmarks import limits, load
 from benchmarks.encoders import build
 from benchmarks.machine import describe
 from benchmarks.photos import photos
-from benchmarks.servers import BARE, BF16, MEASURED, OURS, PEERS, TUNED, WITHOUT_AMX, Server, serving
+from benchmarks.servers import BARE, MEASURED, OURS, PEERS, TUNED, WITHOUT_AMX, Server, serving
 from service.encoding import openvino_graph
 
 _PICTURES_PER_FORM = 32
@@ -34,11 +34,14 @@ _PICTURES_PER_FORM = 32
 _SHARE = 0.7
 # A second of warm-up and three of measurement lie within 5 s after the overload.
 _RECOVERY_S = 4.0
+# Without an int8 file, so that runtimes are compared and nothing else.
+_PLAIN = "resnet18-plain"
 _ENCODERS = {
     "tiny": ("tiny", "fp32"),
     "resnet18": ("resnet18", "fp32"),
     "resnet18-int8": ("resnet18", "int8"),
     "photos": ("photos", "fp32"),
+    _PLAIN: ("resnet18", "fp32"),
 }
 
 
@@ -240,11 +243,11 @@ def _overload(figures: Figures) -> list[Line]:
 
 def _runtimes(figures: Figures) -> list[Line]:
     lines = []
-    for key in _NEAR:
-        ours, own = (figures.median(one, "per_s") for one in (key, key._replace(server=OURS.name)))
-        peer, theirs = figures.best_peer(key.encoder)
+    for encoder in _REAL:
+        ours, own = (figures.median(Key(encoder, server.name, "c=16"), "per_s") for server in (MEASURED, OURS))
+        peer, theirs = figures.best_peer(encoder)
         lines += [
-            _line(f"{key.encoder}, {key.server}, c = 16, req/s", ours, theirs, 1.8, f"best peer: {peer}"),
+            _line(f"{encoder}, runtime by measurement, c = 16, req/s", ours, theirs, 1.8, f"best peer: {peer}"),
             Line("the same beside our own onnxruntime", f"{ours:.0f}", f"{own:.0f}", f"{ours / own:.2f}", "", None),
         ]
     return lines
@@ -279,9 +282,7 @@ def _keys(encoder: str, servers: Sequence[Server], *shapes: str) -> list[Key]:
 
 
 # The encoders whose inference is nearly all of a request.
-_REAL = ("photos", "resnet18")
-# The default encoder has no int8 file, so bfloat16 is what is measured to be the fastest.
-_NEAR = [*_keys("photos", (MEASURED,), "c=16"), *_keys("resnet18", (MEASURED, BF16), "c=16")]
+_REAL = ("photos", _PLAIN)
 ROWS = {
     "tiny": Row(_keys("tiny", (*_OURS_AND_PEERS, TUNED), "c=16"), _tiny),
     "bare": Row([*_keys("tiny", (OURS, BARE), "c=16"), _TINY1], _bare),
@@ -291,7 +292,7 @@ ROWS = {
     "forms": Row(_keys("tiny", (OURS,), "c=1", "c=16", "forms c=1", "forms c=4"), _forms),
     "overload": Row(_keys("tiny", (OURS,), "c=1", "c=16", "c=256", "c=1 after"), _overload),
     "runtimes": Row(
-        [*_NEAR, *(key for one in _REAL for key in _keys(one, (OURS, *PEERS), "c=16"))], _runtimes, False, True
+        [key for one in _REAL for key in _keys(one, (MEASURED, OURS, *PEERS), "c=16")], _runtimes, False, True
     ),
     "without-amx": Row(
         [key for one in _REAL for key in _keys(one, (OURS, *WITHOUT_AMX), "c=16")], _without_amx, False, True
@@ -344,11 +345,12 @@ def _measure(rows: list[Row], seconds: float, turns: int, work: Path) -> Figures
     figures = Figures()
     for turn in range(turns):
         for encoder in encoders:
-            folder, variant = build(_ENCODERS[encoder][0], work), _ENCODERS[encoder][1]
+            name, variant = _ENCODERS[encoder]
+            folder = build(name, work / encoder, ()) if encoder == _PLAIN else build(name, work)
             if any(row.limits and any(key.encoder == encoder for key in row.needs) for row in rows):
                 _measure_limits(figures, encoder, folder, variant, pictures, min(seconds, 3))
             # Our server runs first and last alternately; its first result sets the open loop's rate.
-            for server in (OURS, MEASURED, BF16, *WITHOUT_AMX, BARE, *PEERS, TUNED)[:: -1 if turn % 2 else 1]:
+            for server in (OURS, MEASURED, *WITHOUT_AMX, BARE, *PEERS, TUNED)[:: -1 if turn % 2 else 1]:
                 shapes = [name for name in _SHAPES if Key(encoder, server.name, name) in needs]
                 if not shapes:
                     continue
@@ -413,7 +415,7 @@ def _print_figures(figures: Figures) -> None:
     """Print servers by encoders, limits by encoders, and all measurements."""
     encoders = list(dict.fromkeys(key.encoder for key in figures.results))
     print(f"| 16 connections | {' | '.join(encoders)} |\n|---|{'---|' * len(encoders)}")
-    for server in (*PEERS, TUNED, BARE, OURS, MEASURED, BF16, *WITHOUT_AMX):
+    for server in (*PEERS, TUNED, BARE, OURS, MEASURED, *WITHOUT_AMX):
         cells = [figures.cell(Key(encoder, server.name, "c=16")) for encoder in encoders]
         if any(cells):
             print(f"| {server.name} | {' | '.join(cells)} |")

@@ -51,8 +51,6 @@ OURS = Server("Lookalike, `lookalike serve`", _SERVE, "/readyz", _raw, _ONNXRUNT
 # Runtime and variant by measurement, on this processor and on one whose OpenVINO may use fewer instructions.
 _MEASURED = {"LOOKALIKE_RUNTIME": "auto", "LOOKALIKE_VARIANT": "auto"}
 MEASURED = Server("Lookalike, runtime by measurement", _SERVE, "/readyz", _raw, _MEASURED)
-_BF16 = {"LOOKALIKE_RUNTIME": "openvino", "LOOKALIKE_VARIANT": "bf16"}
-BF16 = Server("Lookalike, OpenVINO bf16", _SERVE, "/readyz", _raw, _BF16)
 WITHOUT_AMX = tuple(
     replace(MEASURED, name=f"{MEASURED.name}, {called}", environment=_MEASURED | {"ONEDNN_MAX_CPU_ISA": most})
     for called, most in (("no AMX", "AVX512_CORE_VNNI"), ("AVX2", "AVX2"))
