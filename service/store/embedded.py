@@ -99,7 +99,7 @@ class EmbeddedStore:
             self._filters = FilterCache(self._reader)
             self._summaries = Summaries(self._reader, self._filters)
             loaded = load_index(self.folder, self._reader, self._read_only)
-            self._live = LiveIndex(self._reader, loaded.index, loaded.sequence)
+            self._live = LiveIndex(self._reader, loaded.index, loaded.sequence, loaded.map)
 
             def apply(changes: list[Change], sequence: int) -> None:
                 self._live.apply(changes, sequence)
@@ -107,7 +107,7 @@ class EmbeddedStore:
 
             self._commits = Commits(self._writer, apply, self._live.catch_up)
             self._maintenance = Maintenance(
-                self.folder, self._reader, self._commits, self._live, loaded.unsaved, exact_limit
+                self.folder, self._reader, self._commits, self._live, self._filters, loaded.unsaved, exact_limit
             )
             if self._read_only:
                 self._commits.refuse(ReadOnlyStore("the store was opened read-only; send changes to its writer"))

@@ -28,9 +28,10 @@ _CODE_ERROR = 0.02
 _EXACT_EXTRA = 24
 # A filter that matches so few keys needs no index: the catalog reads their vectors at once.
 _FEW_KEYS = 256
-# A filtered search of an approximate index scans at least so many matching codes. Up to so many are copied into an
-# index of their own.
+# A filtered search of an approximate index scans at least so many matching codes.
 MIN_FILTERED_SCAN = 10_000
+# Up to so many matching codes are copied into an index of their own, which takes half a second at most.
+_MAX_COPIED = 65_536
 # The largest difference of two cosines. In place of an unknown `reach` it rules out no list.
 _MAX_REACH = 2.0
 
@@ -84,6 +85,12 @@ class AllowedKeys:
         few = self.count <= _FEW_KEYS
         self.keys: IntArray | None = self.every if few else None
         self.placement: _Placement | None = None
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the index of these keys alone, if they have one."""
+        copies = None if self.placement is None else self.placement.copies
+        return 0 if copies is None else int(copies.code_size * self.count)
 
     @property
     def every(self) -> IntArray:
@@ -280,7 +287,7 @@ class FaissIndex:
             ends = np.cumsum([0, *sizes])
             counts = np.diff(np.concatenate([[0], np.cumsum(good, dtype=np.int64)])[ends])
             copies = None
-            if counts.sum() <= MIN_FILTERED_SCAN:
+            if counts.sum() <= _MAX_COPIED:
                 copies = self._empty_lists(len(sizes))
                 for number in np.flatnonzero(counts).tolist():
                     own = good[ends[number] : ends[number + 1]]
@@ -419,9 +426,11 @@ def checked(vectors: FloatArray, dimension: int) -> FloatArray:
     """
     if vectors.ndim != 2 or vectors.shape[1] != dimension:
         raise InvalidQuery(f"expected vectors of {dimension} numbers, got shape {vectors.shape}")
-    if not np.isfinite(vectors).all():
+    # A number that is not finite makes the square so, too.
+    squares = np.vecdot(vectors, vectors)
+    if not np.isfinite(squares).all():
         raise InvalidQuery("a vector holds a number that is not finite")
-    if np.abs(np.linalg.norm(vectors, axis=1) - 1).max(initial=0) > 1e-3:
+    if (np.abs(squares - 1) > 2e-3).any():
         raise InvalidQuery("a vector is not of length 1")
     return np.ascontiguousarray(vectors, np.float32)
 
