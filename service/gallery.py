@@ -36,7 +36,17 @@ from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
 from service.originals import read_source
 from service.previews import PreviewCache
-from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery, begin_sum
+from service.queries import (
+    BegunQuery,
+    ItemQuery,
+    PictureQuery,
+    Query,
+    SumQuery,
+    TextQuery,
+    VectorQuery,
+    begin_sum,
+    unit_vectors,
+)
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
 from service.store.embedded import EmbeddedStore
@@ -409,6 +419,7 @@ class Search:
             NoTextTower, TooLarge: as `Gallery.embed_text_soon`.
         """
         self._gallery = gallery
+        self._vectors = unit_vectors(queries, gallery.encoder.dimension)
         self._begun = each("query", queries, self._begin)
 
     @property
@@ -432,10 +443,12 @@ class Search:
         if not 1 <= k <= most:
             got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
             raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
-        vectors = each("query", self._begun, lambda query: query.vector())
+        vectors = self._vectors
+        if vectors is None:
+            vectors = np.stack(each("query", self._begun, lambda query: query.vector()))
         # An item is its own best hit: one more is asked for, so that k are left without it.
         excludes = max(len(query.excluded_ids) for query in self._begun)
-        found = self._gallery.store.search(np.stack(vectors), k + excludes, where)
+        found = self._gallery.store.search(vectors, k + excludes, where)
         return [
             [hit for hit in hits if hit.score >= threshold and hit.id not in query.excluded_ids][:k]
             for query, hits in zip(self._begun, found, strict=True)
