@@ -28,6 +28,8 @@ from service.store.snapshot import SNAPSHOT
 from service.store.summaries import Summaries
 
 _MAX_ATTEMPTS = 50
+# An exact index scans so many codes in about a millisecond.
+_FEW_TO_SCAN = 20_000
 
 
 class EmbeddedStore:
@@ -253,6 +255,12 @@ class EmbeddedStore:
     def sequence(self) -> int:
         """See Store.sequence."""
         return self._reader.sequence()
+
+    @property
+    def quick(self) -> bool:
+        """Whether a search with one query and no filter takes about a millisecond. A reader may have to catch up."""
+        index = self._live.index
+        return not self._read_only and (index.partition is not None or len(index) <= _FEW_TO_SCAN)
 
     @property
     def writable(self) -> bool:
