@@ -24,14 +24,14 @@ _MAX_LISTS = 65_536
 _ROUNDING = 2**-11 * 1.01 + 1e-5
 # The error of a cosine of two vectors from 8-bit codes is below this.
 _CODE_ERROR = 0.02
+# From so many vectors on it is faster to add to one list of an exact index after the other.
+_MANY_TO_ADD = 512
 # The exact index proposes at first so many candidates beyond k.
 _EXACT_EXTRA = 24
 # A filter that matches so few keys needs no index: the catalog reads their vectors at once.
 _FEW_KEYS = 256
 # A filtered search of an approximate index scans at least so many matching codes.
 MIN_FILTERED_SCAN = 10_000
-# Up to so many matching codes are copied into an index of their own, which takes half a second at most.
-_MAX_COPIED = 65_536
 # The largest difference of two cosines. In place of an unknown `reach` it rules out no list.
 _MAX_REACH = 2.0
 
@@ -62,11 +62,10 @@ class Partition:
 
 
 class _Placement(NamedTuple):
-    """Where allowed keys lie in an index: their number in each list (L,), and an index of them alone if few."""
+    """Where allowed keys lie in an index: their number in each list (L,)."""
 
     of: "FaissIndex"
     counts: IntArray
-    copies: Any
 
 
 class AllowedKeys:
@@ -76,6 +75,7 @@ class AllowedKeys:
         bits: (M,) uint8, a bit for each key from 0 on, the lowest bit of a byte first.
         count: number of keys.
         keys: (count,) in order, if they are so few that each is a candidate; else None.
+        alone: an exact index of these keys alone, where LiveIndex has made one.
         placement: where they lie in the index that was searched last.
     """
 
@@ -84,13 +84,8 @@ class AllowedKeys:
         self.count = int(np.bitwise_count(bits).sum())
         few = self.count <= _FEW_KEYS
         self.keys: IntArray | None = self.every if few else None
+        self.alone: FaissIndex | None = None
         self.placement: _Placement | None = None
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of the index of these keys alone, if they have one."""
-        copies = None if self.placement is None else self.placement.copies
-        return 0 if copies is None else int(copies.code_size * self.count)
 
     @property
     def every(self) -> IntArray:
@@ -141,6 +136,11 @@ class FaissIndex:
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of all codes and keys in memory."""
+        return len(self) * (int(self._index.code_size) + 8)
+
     def assign(self, keys: IntArray, vectors: FloatArray) -> IntArray:
         """Return the list (N,) that each vector belongs into. Searches may run meanwhile. Cost: O(N · L · D)."""
         if self.partition is None:
@@ -152,7 +152,15 @@ class FaissIndex:
 
     def add(self, keys: IntArray, vectors: FloatArray, lists: IntArray) -> None:
         """Add vectors (N, D) under keys (N,) that are not in the index, into the lists that `assign` returned."""
-        if len(keys):
+        if self.partition is None and len(keys) >= _MANY_TO_ADD:
+            vectors = np.ascontiguousarray(vectors, np.float32)
+            for number in range(_EXACT_LISTS):
+                some = np.flatnonzero(lists == number)
+                own, codes = keys[some].astype(np.int64), self._index.sq.compute_codes(vectors[some])
+                if len(some):
+                    self._lists.add_entries(number, len(some), faiss.swig_ptr(own), faiss.swig_ptr(codes))
+            self._index.ntotal += len(keys)
+        elif len(keys):
             vectors = np.ascontiguousarray(vectors, np.float32)
             keys, lists = np.ascontiguousarray(keys, np.int64), np.ascontiguousarray(lists, np.int64)
             pointers = (faiss.swig_ptr(vectors), faiss.swig_ptr(keys), faiss.swig_ptr(lists))
@@ -249,21 +257,24 @@ class FaissIndex:
         """Return the candidates of an approximate index among allowed keys."""
         assert self.partition is not None
         placement, wanted = self._placement(allowed), min(self.partition.oversampling * k, allowed.count)
-        # einsum computes a single query without BLAS' threads, which wait for each other: 8 ms on a busy machine.
-        near = np.einsum("nd,ld->nl", queries, self.partition.centroids, optimize=len(queries) > 1)
+        # vecdot computes a single query without BLAS' threads, which wait for each other: 8 ms on a busy machine.
+        centroids = self.partition.centroids
+        near = np.vecdot(centroids, queries) if len(queries) == 1 else queries @ centroids.T
+        near = near.reshape(len(queries), -1)
         order = np.argsort(-near, axis=1)
         near, counts = np.take_along_axis(near, order, 1), placement.counts[order]
         any_there, before = counts > 0, np.cumsum(counts, axis=1) - counts
 
-        index, selector = placement.copies, None
-        if index is None:
-            index, selector = self._index, faiss.IDSelectorBitmap(allowed.bits)  # type: ignore[call-arg, arg-type]
+        selector: Any = faiss.IDSelectorBitmap(allowed.bits)  # type: ignore[call-arg, arg-type]
 
         def scan(chosen: Any) -> tuple[FloatArray, IntArray]:
             """Return scores and keys of the best in chosen lists (N, L)."""
+            if len(queries) == 1:
+                used = np.flatnonzero(chosen)[None]
+                return _scan(self._index, queries, wanted, order[:, used[0]], near[:, used[0]], selector)
             used = np.argsort(~chosen, axis=1, kind="stable")[:, : max(int(chosen.sum(1).max()), 1)]
             lists = np.take_along_axis(np.where(chosen, order, -1), used, 1)
-            return _scan(index, queries, wanted, lists, np.take_along_axis(near, used, 1), selector)
+            return _scan(self._index, queries, wanted, lists, np.take_along_axis(near, used, 1), selector)
 
         usual = 2 * self.partition.nprobe * len(self) // len(placement.counts)
         scores, keys = scan(any_there & (before < usual))
@@ -286,15 +297,7 @@ class FaissIndex:
             good[known] = allowed.bits[ids[known] >> 3] >> (ids[known] & 7).astype(np.uint8) & 1
             ends = np.cumsum([0, *sizes])
             counts = np.diff(np.concatenate([[0], np.cumsum(good, dtype=np.int64)])[ends])
-            copies = None
-            if counts.sum() <= _MAX_COPIED:
-                copies = self._empty_lists(len(sizes))
-                for number in np.flatnonzero(counts).tolist():
-                    own = good[ends[number] : ends[number + 1]]
-                    keys = self._ids(number, sizes[number])[own]
-                    rows = self._codes(number, sizes[number]).reshape(sizes[number], -1)[own]
-                    copies.invlists.add_entries(number, len(keys), faiss.swig_ptr(keys), faiss.swig_ptr(rows))
-            allowed.placement = _Placement(self, counts, copies)
+            allowed.placement = _Placement(self, counts)
         return allowed.placement
 
     def _ids(self, number: int, size: int) -> IntArray:

@@ -12,9 +12,8 @@ from service.store.columns import Columns
 from service.store.faiss_index import AllowedKeys
 from service.store.filters import Filter
 
-# Each filter costs a bit for each key, and copies of codes.
-_MAX_FILTERS = 32
-_MAX_COPIED_BYTES = 1 << 26
+# Each filter costs a bit for each key, and an index of its own if it matches few.
+_MAX_FILTERS, _MAX_ALONE_BYTES = 32, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class FilterCache:
             known = Match(latest, AllowedKeys(_changed(known.keys.bits, changed, matching)))
         with self._lock:
             self._known[where] = known
-            while len(self._known) > _MAX_FILTERS or (len(self._known) > 1 and self._copied() > _MAX_COPIED_BYTES):
+            while len(self._known) > _MAX_FILTERS or (len(self._known) > 1 and self._alone() > _MAX_ALONE_BYTES):
                 del self._known[next(iter(self._known))]
         return known
 
-    def _copied(self) -> int:
-        """Return the bytes of all copies of codes."""
-        return sum(match.keys.copied_bytes for match in self._known.values())
+    def _alone(self) -> int:
+        """Return the bytes of the indexes that filters have of their own."""
+        return sum(match.keys.alone.code_bytes for match in self._known.values() if match.keys.alone is not None)
 
 
 def _changed(bits: Any, off: IntArray, on: IntArray) -> Any:

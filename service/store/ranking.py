@@ -39,7 +39,9 @@ def find_hits(
         match = None if where is None else filters.get(where)
         if match is not None and match.sequence > live.sequence:
             return None
-        candidates = live.index.candidates(queries, k, None if match is None else match.keys)
+        candidates = live.candidates(queries, k, None if match is None else match.keys)
+        if candidates is None:
+            return None
         lengths = np.asarray([len(own) for own in candidates])
         keys = np.concatenate(candidates)
         vectors = live.vectors(keys)

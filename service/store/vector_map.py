@@ -150,7 +150,7 @@ class VectorMap:
 
     def _checksums(self, keys: IntArray, words: Words) -> Words:
         """Return the checksums (N,) of rows, which belong to their keys. A row of zeros has another one than 0."""
-        sums: Words = (words * self._factors).sum(1, dtype=np.uint64) + (keys.astype(np.uint64) + np.uint64(1)) * _SEED
+        sums: Words = np.vecdot(words, self._factors) + (keys.astype(np.uint64) + np.uint64(1)) * _SEED
         return sums
 
 
