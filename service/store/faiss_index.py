@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from service import FloatArray, IntArray
 from service.errors import InvalidQuery
@@ -32,6 +33,9 @@ _EXACT_EXTRA = 24
 _FEW_KEYS = 256
 # A filtered search of an approximate index scans at least so many matching codes.
 MIN_FILTERED_SCAN = 10_000
+# Up to so many matching keys have an exact index of their own: in the lists they may lie so far apart that a scan takes
+# longer. It takes 0.1 s to make.
+_MOST_ALONE, _AT_ONCE = 32_768, 2048
 # The largest difference of two cosines. In place of an unknown `reach` it rules out no list.
 _MAX_REACH = 2.0
 
@@ -62,10 +66,11 @@ class Partition:
 
 
 class _Placement(NamedTuple):
-    """Where allowed keys lie in an index: their number in each list (L,)."""
+    """Where allowed keys lie in an index: their number in each list (L,), and an exact index of them alone if few."""
 
     of: "FaissIndex"
     counts: IntArray
+    alone: "FaissIndex | None"
 
 
 class AllowedKeys:
@@ -75,7 +80,6 @@ class AllowedKeys:
         bits: (M,) uint8, a bit for each key from 0 on, the lowest bit of a byte first.
         count: number of keys.
         keys: (count,) in order, if they are so few that each is a candidate; else None.
-        alone: an exact index of these keys alone, where LiveIndex has made one.
         placement: where they lie in the index that was searched last.
     """
 
@@ -84,8 +88,13 @@ class AllowedKeys:
         self.count = int(np.bitwise_count(bits).sum())
         few = self.count <= _FEW_KEYS
         self.keys: IntArray | None = self.every if few else None
-        self.alone: FaissIndex | None = None
         self.placement: _Placement | None = None
+
+    @property
+    def alone_bytes(self) -> int:
+        """Bytes of the index of these keys alone, if they have one."""
+        alone = None if self.placement is None else self.placement.alone
+        return 0 if alone is None else len(alone) * (int(alone._index.code_size) + 8)
 
     @property
     def every(self) -> IntArray:
@@ -135,11 +144,6 @@ class FaissIndex:
 
     def __len__(self) -> int:
         return int(self._index.ntotal)
-
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of all codes and keys in memory."""
-        return len(self) * (int(self._index.code_size) + 8)
 
     def assign(self, keys: IntArray, vectors: FloatArray) -> IntArray:
         """Return the list (N,) that each vector belongs into. Searches may run meanwhile. Cost: O(N · L · D)."""
@@ -257,6 +261,8 @@ class FaissIndex:
         """Return the candidates of an approximate index among allowed keys."""
         assert self.partition is not None
         placement, wanted = self._placement(allowed), min(self.partition.oversampling * k, allowed.count)
+        if placement.alone is not None:
+            return placement.alone.candidates(queries, wanted)
         # vecdot computes a single query without BLAS' threads, which wait for each other: 8 ms on a busy machine.
         centroids = self.partition.centroids
         near = np.vecdot(centroids, queries) if len(queries) == 1 else queries @ centroids.T
@@ -297,8 +303,35 @@ class FaissIndex:
             good[known] = allowed.bits[ids[known] >> 3] >> (ids[known] & 7).astype(np.uint8) & 1
             ends = np.cumsum([0, *sizes])
             counts = np.diff(np.concatenate([[0], np.cumsum(good, dtype=np.int64)])[ends])
-            allowed.placement = _Placement(self, counts)
+            alone = self._alone(good, sizes, counts) if counts.sum() <= _MOST_ALONE else None
+            allowed.placement = _Placement(self, counts, alone)
         return allowed.placement
+
+    def _alone(self, good: NDArray[np.bool_], sizes: list[int], counts: IntArray) -> "FaissIndex":
+        """Return an exact index of members, of their vectors as the codes have them.
+
+        Args:
+            good: (N,) whether it is to have a member, list after list.
+            sizes: of the lists.
+            counts: (L,) members of each list that it is to have.
+        """
+        assert self.partition is not None
+        alone, ends = FaissIndex(self.dimension), np.cumsum([0, *sizes]).tolist()
+        members = np.flatnonzero(good)
+        starts = np.searchsorted(members, ends).tolist()
+        with_some = np.flatnonzero(counts)
+        # Some lists at a time, because their vectors fit into the processor's cache.
+        for numbers in np.array_split(with_some, len(members) // _AT_ONCE + 1):
+            keys, codes = [], []
+            for number in numbers.tolist():
+                own, size = members[starts[number] : starts[number + 1]] - ends[number], sizes[number]
+                keys.append(self._ids(number, size)[own])
+                codes.append(self._codes(number, size).reshape(size, -1)[own])
+            if keys:
+                vectors: FloatArray = self._index.sq.decode(np.concatenate(codes))
+                vectors += np.repeat(self.partition.centroids[numbers], counts[numbers], axis=0)
+                alone.add(some := np.concatenate(keys), vectors, alone.assign(some, vectors))
+        return alone
 
     def _ids(self, number: int, size: int) -> IntArray:
         if not size:

@@ -67,7 +67,7 @@ class FilterCache:
 
     def _alone(self) -> int:
         """Return the bytes of the indexes that filters have of their own."""
-        return sum(match.keys.alone.code_bytes for match in self._known.values() if match.keys.alone is not None)
+        return sum(match.keys.alone_bytes for match in self._known.values())
 
 
 def _changed(bits: Any, off: IntArray, on: IntArray) -> Any:

@@ -5,13 +5,9 @@ import numpy as np
 from service import FloatArray, IntArray
 from service.store.catalog import Change
 from service.store.catalog_reader import CatalogReader
-from service.store.faiss_index import AllowedKeys, FaissIndex
+from service.store.faiss_index import FaissIndex
 from service.store.rwlock import ReadersWriterLock
 from service.store.vector_map import VectorMap
-
-# The scan of so many codes takes about a millisecond, and their index 0.1 s.
-_MOST_ALONE = 32_768
-_AT_ONCE = 4096
 
 
 class LiveIndex:
@@ -29,29 +25,6 @@ class LiveIndex:
         self._reader = reader
         self.lock = ReadersWriterLock()
         self.index, self.map, self.sequence = index, map, sequence
-
-    def candidates(self, queries: FloatArray, k: int, allowed: AllowedKeys | None) -> list[IntArray] | None:
-        """Return for each query the keys of candidates for its k nearest vectors, as FaissIndex.candidates.
-
-        Some keys of a large index get an exact index of their own: they may lie in so many lists that the scan of these
-        takes longer. The caller holds the lock for reading.
-
-        Returns:
-            The candidates. None if the vector of an allowed key changed in the catalog and not yet in the index.
-        """
-        few = allowed is not None and allowed.keys is None and allowed.count <= _MOST_ALONE
-        if allowed is None or not few or self.index.partition is None:
-            return self.index.candidates(queries, k, allowed)
-        if allowed.alone is None:
-            alone, keys = FaissIndex(self.index.dimension), allowed.every
-            for start in range(0, len(keys), _AT_ONCE):
-                some = keys[start : start + _AT_ONCE]
-                vectors = self.vectors(some)
-                if vectors is None:
-                    return None
-                alone.add(some, vectors, alone.assign(some, vectors))
-            allowed.alone = alone
-        return allowed.alone.candidates(queries, k)
 
     def vectors(self, keys: IntArray) -> FloatArray | None:
         """Return the vectors (N, D) of keys (N,) of the index; the caller holds the lock for reading.

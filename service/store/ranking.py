@@ -39,9 +39,7 @@ def find_hits(
         match = None if where is None else filters.get(where)
         if match is not None and match.sequence > live.sequence:
             return None
-        candidates = live.candidates(queries, k, None if match is None else match.keys)
-        if candidates is None:
-            return None
+        candidates = live.index.candidates(queries, k, None if match is None else match.keys)
         lengths = np.asarray([len(own) for own in candidates])
         keys = np.concatenate(candidates)
         vectors = live.vectors(keys)
