@@ -1,6 +1,6 @@
 """Load thousands of damaged snapshots and maps: the store makes them anew or answers correctly, and never crashes.
 
-Half of the snapshots have a wrong checksum. The other half get a correct checksum, as an attacker would give them, so their
+Half of the snapshots have a wrong checksum. The other half get a correct one, as an attacker would give them, so their
 content is really parsed. `mutant(whole, other, number)` returns the same bytes on every run, so the number in a
 message reproduces the file.
 """
