@@ -2,9 +2,8 @@
 
 from starlette.types import Receive, Scope, Send
 
-from service.app import own_every_path
 from service.http.guard import Guard
-from service.http.routes import create_app
+from service.http.routes import create_app, own_every_path
 from service.settings import Settings
 from service.worker import open_service
 

@@ -32,7 +32,7 @@ from service.store.embedded import EmbeddedStore
 MODEL = Path(__file__).parent.parent / "models" / "cifar10"
 QUERIES = 1000
 # Selectivities in percent.
-FILTERS = (1, 50)
+FILTERS = (1, 2, 3, 50)
 _PER_CENTRE = 200
 # The length of the noise, relative to the centres' length of 1.
 _NOISE = 0.6
@@ -112,8 +112,10 @@ class Collection:
             np.save(self.folder / f"truth-{percent}.npy", ids)
 
     def open(self) -> EmbeddedStore:
-        """Open the store."""
-        return EmbeddedStore(self.store, read_card(MODEL), D, exact_limit=self.exact_limit)
+        """Open the store, and do its background work."""
+        store = EmbeddedStore(self.store, read_card(MODEL), D, exact_limit=self.exact_limit)
+        store.settle()
+        return store
 
     def fill(self) -> dict[str, float]:
         """Fill the store, unless it exists; return vectors/s, seconds and peak bytes."""

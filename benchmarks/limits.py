@@ -20,8 +20,8 @@ _BATCH = 16
 _AHEAD = 3 * _BATCH
 
 
-def decoding(model: Path, photos: list[bytes], seconds: float) -> float:
-    """Return pictures/s that two threads decode and resize as the service does."""
+def decoding(model: Path, photos: list[bytes], seconds: float, threads: int = _THREADS) -> float:
+    """Return pictures/s that threads of this process decode and resize as the service does."""
     card = read_card(model)
 
     def decode_on(photos: list[bytes]) -> int:
@@ -33,8 +33,8 @@ def decoding(model: Path, photos: list[bytes], seconds: float) -> float:
                 break
         return count
 
-    with ThreadPoolExecutor(_THREADS) as threads:
-        return sum(threads.map(decode_on, [photos] * _THREADS)) / seconds
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(decode_on, [photos] * threads)) / seconds
 
 
 def inference(model: Path, variant: str, batch: int, seconds: float) -> float:

@@ -36,6 +36,8 @@ _MANY = 64
 # Searches per second during changes, far below the store's capacity.
 _RATE = 100
 _QUIET_S, _PEER_S, _MOST_S = 20, 20, 160
+# A service reads the columns of the metadata in its first seconds, beside its requests.
+_SETTLING_S = 6
 # As many pictures a commit as in POST /images.
 _PER_COMMIT = 32
 _REMOVERS = 8
@@ -191,7 +193,7 @@ def _engine(collection: Collection, peers: list[Peer], what: str) -> list[Row]:
     if collection.count >= 100_000:
         rows += [Row(f"p50 of a query, {what}", took, bar="≤ 1 ms", kept=took <= 1, unit=" ms")]
     for name, other in times.items():
-        bar, kept = ("≤ FAISS + 0.4 ms", took <= other + 0.4) if name == Faiss.name else ("", None)
+        bar, kept = ("≤ 2.5 ×", took <= 2.5 * other) if name == Faiss.name else ("", None)
         rows += [Row(f"p50 of a query, {what}", took, name, other, bar, kept, " ms")]
     return rows
 
@@ -219,9 +221,15 @@ def _filtered(collection: Collection) -> list[Row]:
             what = f"p50, filter that matches {percent} %"
             rows += [
                 Row(f"recall@10, filter that matches {percent} %", recall, bar="≥ 0.99", kept=recall >= 0.99),
-                Row(what, took, "ours, no filter", plain, "≤ 5 ×", took <= 5 * plain, " ms"),
+                Row(what, took, "ours, no filter", plain, "≤ 4 ×", took <= 4 * plain, " ms"),
                 *(Row(what, took, name, other, unit=" ms") for name, other in times.items()),
-                Row(f"first query with a filter that matches {percent} %, s", first),
+                Row(
+                    f"first query with a filter that matches {percent} %",
+                    first,
+                    bar="≤ 0.1 s",
+                    kept=first <= 0.1,
+                    unit=" s",
+                ),
             ]
     return rows
 
@@ -240,6 +248,7 @@ def _http(collection: Collection) -> list[Row]:
         np.save(buffer := io.BytesIO(), lot)
         files.append(buffer.getvalue())
     with _serving(collection) as port:
+        time.sleep(_SETTLING_S)
         client = http.client.HTTPConnection("127.0.0.1", port)
         one = _median([_post(client, asks[number % len(asks)]) for number in range(20 + _HTTP_CALLS * 5)][20:])
         calls = []
@@ -250,7 +259,7 @@ def _http(collection: Collection) -> list[Row]:
         client.close()
     ours, arrays, theirs = (_MANY / _median([each[which] for each in calls[10:]]) * 1000 for which in range(3))
     return [
-        Row("HTTP /search, c = 1, p50", one, "ours, engine", engine, "≤ engine + 1.5 ms", one <= engine + 1.5, " ms"),
+        Row("HTTP /search, c = 1, p50", one, "ours, engine", engine, "≤ 2.5 ×", one <= 2.5 * engine, " ms"),
         Row("HTTP /search, 64 in a call, queries/s", ours, "faiss", theirs),
         Row("the same as a NumPy file", arrays, "faiss", theirs, "≥ 0.5 ×", arrays >= 0.5 * theirs),
     ]

@@ -3,12 +3,14 @@
     python -m benchmarks.serve
 
 The servers run one after another under the load of benchmarks/load.py. Each figure is the median of the turns. Client
-and server share the machine.
+and server share the machine. The rows of runtimes need OpenVINO: .venv-openvino/bin/python -m benchmarks.serve.
 """
 
+import json
 import signal
 import statistics
 import sys
+import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +26,23 @@ from benchmarks import limits, load
 from benchmarks.encoders import build
 from benchmarks.machine import describe
 from benchmarks.photos import photos
-from benchmarks.servers import BARE, OURS, PEERS, TUNED, Server, serving
+from benchmarks.servers import BARE, MEASURED, OURS, PEERS, TUNED, WITHOUT_AMX, Server, serving
+from service.encoding import openvino_graph
 
 _PICTURES_PER_FORM = 32
 # The share of our own peak rate at which latencies are compared.
 _SHARE = 0.7
 # A second of warm-up and three of measurement lie within 5 s after the overload.
 _RECOVERY_S = 4.0
-_ENCODERS = {"tiny": ("tiny", "fp32"), "resnet18": ("resnet18", "fp32"), "resnet18-int8": ("resnet18", "int8")}
+# Without an int8 file, so that runtimes are compared and nothing else.
+_PLAIN = "resnet18-plain"
+_ENCODERS = {
+    "tiny": ("tiny", "fp32"),
+    "resnet18": ("resnet18", "fp32"),
+    "resnet18-int8": ("resnet18", "int8"),
+    "photos": ("photos", "fp32"),
+    _PLAIN: ("resnet18", "fp32"),
+}
 
 
 class Shape(NamedTuple):
@@ -82,18 +93,26 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A group of targets: the measurements they need and the function that judges them."""
+    """A group of targets: the measurements they need and the function that judges them.
+
+    Attributes:
+        limits: whether the machine's limits are measured beside them.
+        openvino: whether the row says something only where OpenVINO is installed.
+    """
 
     needs: Sequence[Key]
     judge: Callable[["Figures"], list[Line]]
+    limits: bool = True
+    openvino: bool = False
 
 
 class Figures:
-    """All measurements, one value a turn: results by Key, limits by encoder and name."""
+    """All measurements, one value a turn: results by Key, limits by encoder and name; and what ran, by Key."""
 
     def __init__(self) -> None:
         self.results: defaultdict[Key, list[load.Result]] = defaultdict(list)
         self.limits: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        self.ran: defaultdict[Key, list[str]] = defaultdict(list)
 
     def median(self, key: Key, what: str) -> float:
         """Return the median of a field of load.Result."""
@@ -222,6 +241,28 @@ def _overload(figures: Figures) -> list[Line]:
     ]
 
 
+def _runtimes(figures: Figures) -> list[Line]:
+    lines = []
+    for encoder in _REAL:
+        ours, own = (figures.median(Key(encoder, server.name, "c=16"), "per_s") for server in (MEASURED, OURS))
+        peer, theirs = figures.best_peer(encoder)
+        lines += [
+            _line(f"{encoder}, runtime by measurement, c = 16, req/s", ours, theirs, 1.8, f"best peer: {peer}"),
+            Line("the same beside our own onnxruntime", f"{ours:.0f}", f"{own:.0f}", f"{ours / own:.2f}", "", None),
+        ]
+    return lines
+
+
+def _without_amx(figures: Figures) -> list[Line]:
+    lines = []
+    for encoder in _REAL:
+        own = figures.median(Key(encoder, OURS.name, "c=16"), "per_s")
+        for server in WITHOUT_AMX:
+            ours = figures.median(Key(encoder, server.name, "c=16"), "per_s")
+            lines.append(_line(f"{encoder}, {server.name}, c = 16, req/s", ours, own, 1.0, "our own onnxruntime"))
+    return lines
+
+
 def _listed(answers: Counter[str]) -> str:
     return ", ".join(f"{status}: {count}" for status, count in answers.items())
 
@@ -240,6 +281,8 @@ def _keys(encoder: str, servers: Sequence[Server], *shapes: str) -> list[Key]:
     return [Key(encoder, server.name, shape) for server in servers for shape in shapes]
 
 
+# The encoders whose inference is nearly all of a request.
+_REAL = ("photos", _PLAIN)
 ROWS = {
     "tiny": Row(_keys("tiny", (*_OURS_AND_PEERS, TUNED), "c=16"), _tiny),
     "bare": Row([*_keys("tiny", (OURS, BARE), "c=16"), _TINY1], _bare),
@@ -248,6 +291,12 @@ ROWS = {
     "p99": Row([_TINY16, *_keys("tiny", _OURS_AND_PEERS, "open")], _p99),
     "forms": Row(_keys("tiny", (OURS,), "c=1", "c=16", "forms c=1", "forms c=4"), _forms),
     "overload": Row(_keys("tiny", (OURS,), "c=1", "c=16", "c=256", "c=1 after"), _overload),
+    "runtimes": Row(
+        [key for one in _REAL for key in _keys(one, (MEASURED, OURS, *PEERS), "c=16")], _runtimes, False, True
+    ),
+    "without-amx": Row(
+        [key for one in _REAL for key in _keys(one, (OURS, *WITHOUT_AMX), "c=16")], _without_amx, False, True
+    ),
 }
 
 
@@ -263,9 +312,12 @@ def main(
     """Print the tables; exit code 1 when a target is missed."""
     if unknown := set(only or ()) - ROWS.keys():
         raise typer.BadParameter(f"no such row: {', '.join(unknown)}", param_hint="--only")
+    there = [name for name, row in ROWS.items() if openvino_graph.is_installed() or not row.openvino]
+    if absent := set(only or ()) - set(there):
+        raise typer.BadParameter(f"{', '.join(absent)} needs OpenVINO: .venv-openvino has it", param_hint="--only")
     # SystemExit runs the context managers that end the servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    rows = [ROWS[name] for name in only or ROWS]
+    rows = [ROWS[name] for name in only or there]
     with _folder(work) as folder:
         figures = _measure(rows, seconds, turns, folder)
     _print_figures(figures)
@@ -293,10 +345,12 @@ def _measure(rows: list[Row], seconds: float, turns: int, work: Path) -> Figures
     figures = Figures()
     for turn in range(turns):
         for encoder in encoders:
-            folder, variant = build(_ENCODERS[encoder][0], work), _ENCODERS[encoder][1]
-            _measure_limits(figures, encoder, folder, variant, pictures, min(seconds, 3))
+            name, variant = _ENCODERS[encoder]
+            folder = build(name, work / encoder, ()) if encoder == _PLAIN else build(name, work)
+            if any(row.limits and any(key.encoder == encoder for key in row.needs) for row in rows):
+                _measure_limits(figures, encoder, folder, variant, pictures, min(seconds, 3))
             # Our server runs first and last alternately; its first result sets the open loop's rate.
-            for server in (OURS, BARE, *PEERS, TUNED)[:: -1 if turn % 2 else 1]:
+            for server in (OURS, MEASURED, *WITHOUT_AMX, BARE, *PEERS, TUNED)[:: -1 if turn % 2 else 1]:
                 shapes = [name for name in _SHAPES if Key(encoder, server.name, name) in needs]
                 if not shapes:
                     continue
@@ -308,6 +362,7 @@ def _measure(rows: list[Row], seconds: float, turns: int, work: Path) -> Figures
                         if not result.good:
                             raise RuntimeError(f"{server.name} embeds nothing: {result}")
                         figures.results[Key(encoder, server.name, name)].append(result)
+                        figures.ran[Key(encoder, server.name, name)].append(_runs(server, port))
                         print(f"turn {turn + 1}: {encoder}, {server.name}, {name}: {result}", file=sys.stderr)
     return figures
 
@@ -322,6 +377,15 @@ def _measure_limits(
         rate = limits.inference(model, variant, batch, seconds)
         figures.limits[encoder, f"onnxruntime alone, 2 threads, batch {batch}"].append(rate)
     figures.limits[encoder, "bare loop"].append(limits.bare_loop(model, variant, pictures, seconds))
+
+
+def _runs(server: Server, port: int) -> str:
+    """Return what runs the encoder of our own server, such as "OpenVINO bf16", or "" of another."""
+    if server in PEERS or server is TUNED:
+        return ""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/info") as answer:
+        info = json.load(answer)
+    return f"{info['provider'].removesuffix('ExecutionProvider')} {info['variant']}"
 
 
 def _requests(server: Server, pictures: list[bytes], shape: Shape, folder: Path) -> list[Path]:
@@ -349,19 +413,21 @@ def _ask(port: int, requests: list[Path], shape: Shape, seconds: float, rate: fl
 
 def _print_figures(figures: Figures) -> None:
     """Print servers by encoders, limits by encoders, and all measurements."""
-    encoders = list(dict.fromkeys(encoder for encoder, _ in figures.limits))
+    encoders = list(dict.fromkeys(key.encoder for key in figures.results))
     print(f"| 16 connections | {' | '.join(encoders)} |\n|---|{'---|' * len(encoders)}")
-    for server in (*PEERS, TUNED, BARE, OURS):
+    for server in (*PEERS, TUNED, BARE, OURS, MEASURED, *WITHOUT_AMX):
         cells = [figures.cell(Key(encoder, server.name, "c=16")) for encoder in encoders]
         if any(cells):
             print(f"| {server.name} | {' | '.join(cells)} |")
     for limit in dict.fromkeys(limit for _, limit in figures.limits):
-        print(f"| limit: {limit} | {' | '.join(figures.spread(one, limit) for one in encoders)} |")
-    print("\n| encoder | server | asked | req/s | p50, ms | p99, ms | answers | client, of a core |")
-    print("|---|---|---|---:|---:|---:|---|---:|")
+        cells = [figures.spread(one, limit) if (one, limit) in figures.limits else "" for one in encoders]
+        print(f"| limit: {limit} | {' | '.join(cells)} |")
+    print("\n| encoder | server | runs | asked | req/s | p50, ms | p99, ms | answers | client, of a core |")
+    print("|---|---|---|---|---:|---:|---:|---|---:|")
     for key in figures.results:
         per_s, p50, p99, share = (figures.median(key, what) for what in ("per_s", "p50_ms", "p99_ms", "client_share"))
-        print(f"| {key.encoder} | {key.server} | {key.shape} | {per_s:.1f} | {p50:.1f} | {p99:.1f} ", end="")
+        ran = ", ".join(dict.fromkeys(figures.ran[key]))
+        print(f"| {key.encoder} | {key.server} | {ran} | {key.shape} | {per_s:.1f} | {p50:.1f} | {p99:.1f} ", end="")
         print(f"| {_listed(figures.answers(key))} | {share:.2f} |")
     print()
 

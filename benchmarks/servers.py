@@ -7,10 +7,12 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 from benchmarks.load import form, raw
@@ -18,7 +20,9 @@ from service.encoding.card import VARIANTS, read_card
 from tests.ports import free_port
 
 _BIN = Path(sys.executable).parent
-_UVICORN = f"{_BIN}/uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "
+_UVICORN = (
+    f"{sys.executable} -m uvicorn --loop uvloop --http httptools --no-access-log --log-level warning --port {{port}} "
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,18 @@ class Server:
 
 
 _raw = partial(raw, "/embed")
-OURS = Server("Lookalike, `lookalike serve`", f"{_BIN}/lookalike serve --port {{port}}", "/readyz", _raw)
+_SERVE = f"{_BIN}/lookalike serve --port {{port}}"
+_ONNXRUNTIME = {"LOOKALIKE_RUNTIME": "onnxruntime"}
+OURS = Server("Lookalike, `lookalike serve`", _SERVE, "/readyz", _raw, _ONNXRUNTIME)
+# Runtime and variant by measurement, on this processor and on one whose OpenVINO may use fewer instructions.
+_MEASURED = {"LOOKALIKE_RUNTIME": "auto", "LOOKALIKE_VARIANT": "auto"}
+MEASURED = Server("Lookalike, runtime by measurement", _SERVE, "/readyz", _raw, _MEASURED)
+WITHOUT_AMX = tuple(
+    replace(MEASURED, name=f"{MEASURED.name}, {called}", environment=_MEASURED | {"ONEDNN_MAX_CPU_ISA": most})
+    for called, most in (("no AMX", "AVX512_CORE_VNNI"), ("AVX2", "AVX2"))
+)
 _FASTAPI = _UVICORN + "benchmarks.peers.fastapi_pool:app"
-BARE = Server("Lookalike, bare uvicorn", _UVICORN + "benchmarks.bare:guarded", "/info", _raw)
+BARE = Server("Lookalike, bare uvicorn", _UVICORN + "benchmarks.bare:guarded", "/info", _raw, _ONNXRUNTIME)
 PEERS = (
     Server("plain FastAPI, thread pool", _FASTAPI, "/health", _raw),
     Server(
@@ -125,6 +138,17 @@ def running(
         for process in psutil.wait_procs(tree, timeout=2)[1]:
             process.kill()
         server.wait()
+
+
+def processor_s(pid: int) -> npt.NDArray[np.float64]:
+    """Return the processor time so far of a process and all below it: (2,), main threads and all others."""
+    root = psutil.Process(pid)
+    times = np.zeros(2)
+    for one in (root, *root.children(recursive=True)):
+        for thread in one.threads():
+            # The event loop runs in the main thread, whose id is that of its process.
+            times[int(thread.id != one.pid)] += thread.user_time + thread.system_time
+    return times
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, patience_s: float) -> None:

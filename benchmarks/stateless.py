@@ -11,11 +11,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import psutil
 from PIL import Image
 
 from benchmarks import load
+from benchmarks.servers import processor_s
 from tests.serving import running
 
 _MODEL = "models/mnist"
@@ -46,9 +45,9 @@ def main() -> None:
                 with running(folder, *flags) as (server, address, _):
                     port = int(address.rpartition(":")[2])
                     load.run(port, [folder / "request"], chosen.connections, 2)
-                    before = _processor_s(server.pid)
+                    before = processor_s(server.pid)
                     result = load.run(port, [folder / "request"], chosen.connections, chosen.seconds, warm_up=0)
-                    loops, others = (_processor_s(server.pid) - before) / result.seconds
+                    loops, others = (processor_s(server.pid) - before) / result.seconds
                     own.append(result.per_s)
                     print(
                         f"turn {turn}, {workers} workers: {result.per_s:.0f} pictures/s, p99 {result.p99_ms:.0f} ms, "
@@ -58,17 +57,6 @@ def main() -> None:
                     )
         ratios = sorted(two / one for one, two in zip(rates[1], rates[2], strict=True))
         print(f"2 workers against 1: {ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-
-
-def _processor_s(pid: int) -> npt.NDArray[np.float64]:
-    """Return the processor time so far of a process and all below it: (2,), main threads and all others."""
-    root = psutil.Process(pid)
-    times = np.zeros(2)
-    for one in (root, *root.children(recursive=True)):
-        for thread in one.threads():
-            # The event loop runs in the main thread, whose id is that of its process.
-            times[int(thread.id != one.pid)] += thread.user_time + thread.system_time
-    return times
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Fronted(bentoml.Service):  # type: ignore[misc]
         """Return the app that BentoML's worker hands to uvicorn."""
         from service.http.guard import Guard
         from service.http.prefix import route_path
+        from service.http.routes import own_every_path
 
         theirs = super().to_asgi(is_main)
         ours = own_every_path(self.inner.app())
@@ -91,6 +92,8 @@ def make_service(settings: Settings) -> bentoml.Service:
 
     @cache
     def owner() -> ASGIApp:
+        from service.http.routes import own_every_path
+
         return own_every_path(Lookalike.app())
 
     async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,23 +109,6 @@ def make_service(settings: Settings) -> bentoml.Service:
             metrics={"enabled": False},
         )(Lookalike)
     )
-
-
-def own_every_path(app: ASGIApp) -> ASGIApp:
-    """Return an ASGI app that hands every path to `app` and notes which of its routes answered.
-
-    BentoML offers a Starlette app only the paths that the app knows and answers the others with pages of its own; it
-    offers a plain callable all of them. The scope loses BentoML's router, so that `app` sets its own route there.
-    """
-
-    async def owner(scope: Scope, receive: Receive, send: Send) -> None:
-        inner = {key: value for key, value in scope.items() if key != "router"}
-        try:
-            await app(inner, receive, send)
-        finally:
-            scope["state"]["route"] = getattr(inner.get("route"), "path_format", "other")
-
-    return owner
 
 
 logs.write_json_lines()

@@ -34,9 +34,20 @@ from service.errors import (
 from service.file_facts import FileFacts
 from service.generations import catch_up, replaced, switch, take_up
 from service.items import NewPicture
+from service.kept_choice import keep_choice, open_encoder
 from service.originals import read_source
 from service.previews import PreviewCache
-from service.queries import BegunQuery, ItemQuery, PictureQuery, Query, SumQuery, TextQuery, VectorQuery, begin_sum
+from service.queries import (
+    BegunQuery,
+    ItemQuery,
+    PictureQuery,
+    Query,
+    SumQuery,
+    TextQuery,
+    VectorQuery,
+    begin_sum,
+    unit_vectors,
+)
 from service.settings import Settings
 from service.store import Hit, Item, NewItem, Store
 from service.store.embedded import EmbeddedStore
@@ -409,12 +420,20 @@ class Search:
             NoTextTower, TooLarge: as `Gallery.embed_text_soon`.
         """
         self._gallery = gallery
-        self._begun = each("query", queries, self._begin)
+        self._count = len(queries)
+        self._vectors = unit_vectors(queries, gallery.encoder.dimension)
+        self._begun = [] if self._vectors is not None else each("query", queries, self._begin)
 
     @property
     def pending(self) -> list[Future[FloatArray]]:
         """The embeddings that the encoder computes."""
         return [embedding for query in self._begun for embedding in query.embeddings]
+
+    @property
+    def quick(self) -> bool:
+        """Whether `find` without a filter takes about a millisecond, and waits for nothing."""
+        store = self._gallery.store
+        return self._vectors is not None and self._count == 1 and isinstance(store, EmbeddedStore) and store.quick
 
     def find(self, k: int, threshold: float = -1, where: Filter | None = None) -> list[list[Hit]]:
         """Return for each query the k items most like it, best first. Blocks until all embeddings are computed.
@@ -428,17 +447,19 @@ class Search:
             InvalidQuery, ItemNotFound, and as `Gallery.read`. With several queries, the error names every bad one.
         """
         settings = self._gallery.settings
-        most = settings.max_k if len(self._begun) == 1 else settings.max_k_of_many
+        most = settings.max_k if self._count == 1 else settings.max_k_of_many
         if not 1 <= k <= most:
             got = f", got {k}" if abs(k) < _SHOWN_BELOW else ""
             raise InvalidQuery(f"k: expected a whole number from 1 to {most}{got}")
-        vectors = each("query", self._begun, lambda query: query.vector())
+        vectors = self._vectors
+        if vectors is None:
+            vectors = np.stack(each("query", self._begun, lambda query: query.vector()))
+        excluded = [query.excluded_ids for query in self._begun] or [frozenset[str]()] * self._count
         # An item is its own best hit: one more is asked for, so that k are left without it.
-        excludes = max(len(query.excluded_ids) for query in self._begun)
-        found = self._gallery.store.search(np.stack(vectors), k + excludes, where)
+        found = self._gallery.store.search(vectors, k + max(map(len, excluded)), where)
         return [
-            [hit for hit in hits if hit.score >= threshold and hit.id not in query.excluded_ids][:k]
-            for query, hits in zip(self._begun, found, strict=True)
+            [hit for hit in hits if hit.score >= threshold and hit.id not in ids][:k]
+            for ids, hits in zip(excluded, found, strict=True)
         ]
 
     def _begin(self, query: Query) -> BegunQuery:
@@ -500,8 +521,10 @@ def open_gallery(settings: Settings) -> Gallery:
     Raises:
         InvalidModel, InvalidStore, StoreMismatch.
     """
-    encoder = _open_encoder(settings)
+    encoder = open_encoder(settings, read_card(find_model(settings)))
     store = None if settings.no_store else open_store(settings, encoder.card, encoder.dimension)
+    keep_choice(settings, encoder)
+    encoder.drop_files()
     gallery = Gallery(encoder, store, settings)
     if isinstance(store, EmbeddedStore) and not settings.read_only:
         try:
@@ -511,13 +534,6 @@ def open_gallery(settings: Settings) -> Gallery:
             gallery.close()
             raise
     return gallery
-
-
-def _open_encoder(settings: Settings) -> Encoder:
-    card, runtime, measured = read_card(find_model(settings)), settings.runtime, settings.measured
-    encoder = Encoder(card, settings.device, settings.variant, runtime=runtime, measured=measured)
-    encoder.drop_files()
-    return encoder
 
 
 def succeed(gallery: Gallery) -> Gallery:
@@ -534,7 +550,8 @@ def succeed(gallery: Gallery) -> Gallery:
     folder = current(settings.store)
     if folder == earlier.folder:
         raise InvalidStore(f"{settings.store}: no other generation counts than the one that is open")
-    encoder = _open_encoder(settings.model_copy(update={"model": None}))
+    encoder = open_encoder(settings, read_card(find_model(settings.model_copy(update={"model": None}))))
+    encoder.drop_files()
     later = _open_folder(settings, encoder.card, encoder.dimension, folder)
     following = Gallery(encoder, later, settings)
     try:

@@ -56,14 +56,12 @@ class VectorQuery:
             raise InvalidQuery("vector: a number is too large") from error
         if vector.shape != (dimension,):
             raise InvalidQuery(f"vector: expected {dimension} numbers, got {vector.size}")
-        largest = float(np.abs(vector).max())
-        if not math.isfinite(largest):
-            raise InvalidQuery("vector: expected finite numbers, got NaN or infinity")
-        if not largest:
+        unit = unit_rows(vector[None])
+        if unit is None and np.isfinite(vector).all():
             raise InvalidQuery("vector: expected a direction, got only zeros")
-        # Dividing by the largest number first keeps the squares of 1e308 and of 1e-308 inside the range of a double.
-        vector /= largest
-        return np.asarray(vector / math.sqrt(vector @ vector), np.float32)
+        if unit is None:
+            raise InvalidQuery("vector: expected finite numbers, got NaN or infinity")
+        return np.asarray(unit[0])
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,32 @@ class TextQuery:
     """
 
     text: str
+
+
+def unit_rows(rows: NDArray[np.float64]) -> FloatArray | None:
+    """Return rows (N, D) scaled to L2 norm 1; None if one has a number that is not finite, or only zeros."""
+    largest = np.abs(rows).max(1, keepdims=True)
+    if not (np.isfinite(largest) & (largest > 0)).all():
+        return None
+    # Dividing by the largest number first keeps the squares of 1e308 and of 1e-308 inside the range of a double.
+    scaled = rows / largest
+    return np.asarray(scaled / np.sqrt(np.vecdot(scaled, scaled))[:, None], np.float32)
+
+
+def unit_vectors(queries: Sequence["Query"], dimension: int) -> FloatArray | None:
+    """Return the vectors (N, D) of queries by vector, as their `unit` does, all at once.
+
+    None if one of them is of another kind, or raises an error there.
+    """
+    numbers = [query.numbers for query in queries if isinstance(query, VectorQuery)]
+    if len(numbers) < len(queries):
+        return None
+    try:
+        rows = np.array(numbers, np.float64)
+    # A number is too large, or they are not as many in each.
+    except (OverflowError, ValueError):
+        return None
+    return unit_rows(rows) if rows.shape == (len(queries), dimension) else None
 
 
 SimpleQuery = PictureQuery | TextQuery | VectorQuery | ItemQuery

@@ -9,11 +9,11 @@ from typing import NoReturn
 
 from service.encoder_choice import choose_model
 from service.encoding.card import read_card
-from service.encoding.encoder import Encoder
 from service.errors import InvalidOutput, InvalidRequest
 from service.gallery import follow_reindex, open_store
 from service.http.keys import read_keys
 from service.jobs.open_page import open_page_later
+from service.kept_choice import keep_choice, open_encoder
 from service.settings import Settings
 from service.store.milvus_address import parse_address
 
@@ -85,9 +85,10 @@ def check(settings: Settings) -> tuple[Settings, str]:
     if notice:
         print(notice, file=sys.stderr)
     settings = settings.model_copy(update={"model": model})
-    encoder = Encoder(read_card(model), settings.device, settings.variant, runtime=settings.runtime)
+    encoder = open_encoder(settings, read_card(model))
     if not settings.no_store:
         open_store(settings, encoder.card, encoder.dimension).close()
+        keep_choice(settings, encoder)
     # The workers need not measure again, and all take the same.
     settings = settings.model_copy(update={"measured": encoder.choice})
     return settings, _free_address(settings.host, settings.port)

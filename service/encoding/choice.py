@@ -57,8 +57,10 @@ def check_asked(card: Card, asked: Choice, device: str) -> None:
         raise InvalidModel("variant bf16 was asked for, but this processor has no instructions for bfloat16")
 
 
-def choose(card: Card, model: OnnxruntimeGraph, asked: Choice, device: Device, threads: int | None) -> Graph:
-    """Return the fastest graph whose embeddings are near enough to those of model.onnx in float32.
+def choose(
+    card: Card, model: OnnxruntimeGraph, asked: Choice, device: Device, threads: int | None
+) -> tuple[Graph, bool]:
+    """Return the fastest graph whose embeddings are near enough to model.onnx's, and whether several were tried.
 
     A graph in OpenVINO must give each canary an embedding of cosine 0.99 or more to that of the same file in
     onnxruntime. How near a file of the card is to model.onnx, the card has measured.
@@ -113,10 +115,10 @@ class _Trial:
         self._files = {"fp32": model}
         self._canaries = canaries(card.preprocessing.height, card.preprocessing.width)
 
-    def choose(self) -> Graph:
+    def choose(self) -> tuple[Graph, bool]:
         wanted = [one for one in self._possible() if self._asked.variant in ("auto", one.variant)]
         if wanted == [Choice("onnxruntime", "fp32")]:
-            return self._files["fp32"]
+            return self._files["fp32"], False
         chosen, refused = None, ""
         for one in wanted:
             try:
@@ -129,7 +131,7 @@ class _Trial:
                 chosen = graph
         if chosen is None:
             raise InvalidModel(refused)
-        return chosen
+        return chosen, len(wanted) > 1
 
     def _possible(self) -> list[Choice]:
         """Return all that may be the fastest here or was asked for by name, from exact to less exact."""

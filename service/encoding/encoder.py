@@ -31,6 +31,7 @@ class Encoder:
         variant: the arithmetic that runs: a graph of the card, of which "fp32" is model.onnx itself, or "bf16" for
             model.onnx in bfloat16.
         runtime: "onnxruntime" or "openvino".
+        compared: whether several runtimes or variants were tried when it was opened, to choose the fastest.
         lanes: `encode` on each device. One thread at a time may call a lane; several lanes run together.
         max_batch: the most pictures that a lane takes at once.
     """
@@ -67,7 +68,7 @@ class Encoder:
         model = OnnxruntimeGraph(card, "fp32", card.model, devices[0], threads)
         self._canary = canary(card.preprocessing.height, card.preprocessing.width)
         self.dimension = self._check_canary(card, model)
-        graph = choose(card, model, asked, devices[0], threads)
+        graph, self.compared = choose(card, model, asked, devices[0], threads)
         self.runtime, self.variant = graph.runtime, graph.variant
         content = card.variants.get(self.variant, card.model)
         more = devices[1:] if graph.kind == "cuda" else []

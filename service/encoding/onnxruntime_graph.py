@@ -33,7 +33,7 @@ def find_devices(name: str) -> list[Device]:
             raise InvalidModel(f"device cuda was asked for, but this onnxruntime has {ort.get_available_providers()}")
         return [Device("cpu")]
     # onnxruntime would try, print a page of errors, and take the CPU.
-    gpus = _count_gpus()
+    gpus = cuda_gpus()
     if not gpus:
         if name == "cuda":
             raise InvalidModel("device cuda was asked for, but CUDA finds no GPU here")
@@ -43,7 +43,10 @@ def find_devices(name: str) -> list[Device]:
     return [Device("cuda", number, name == "cuda") for number in range(gpus)]
 
 
-def _count_gpus() -> int:
+def cuda_gpus() -> int:
+    """Return how many GPUs this onnxruntime can use by CUDA."""
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
+        return 0
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -23,14 +23,17 @@ _UNWATCHED_S = 0.02
 class Slots:
     """The slots of a service. A request takes one when its body is complete, so a slow upload occupies none.
 
+    Attributes:
+        count: number of requests at work.
+
     Written by hand and not on anyio's limiter and task groups: see docs/decisions/0022.
     """
 
     def __init__(self, max_waiting: int, timeout_s: float) -> None:
         self._max_waiting, self._timeout_s = max_waiting, timeout_s
         self._threads = ThreadPoolExecutor(_THREADS, "work")
-        self._count = 0
-        self._counting = threading.Lock()
+        self.count = 0
+        self.counting = threading.Lock()
 
     def place(self, receive: Receive | None = None) -> "Place":
         """Return a slot that a request occupies during an `async with` block.
@@ -59,17 +62,17 @@ class Slots:
 
     def enter(self) -> None:
         """Occupy a slot. Raises Busy if none is free."""
-        with self._counting:
-            if self._count >= self._max_waiting:
-                raise Busy(f"{self._count} requests are waiting already; try again in a second")
-            self._count += 1
+        with self.counting:
+            if self.count >= self._max_waiting:
+                raise Busy(f"{self.count} requests are waiting already; try again in a second")
+            self.count += 1
         metrics.requests_at_work.inc()
 
     def leave(self, _: "Future[Any] | None" = None) -> None:
         """Free a slot."""
         metrics.requests_at_work.dec()
-        with self._counting:
-            self._count -= 1
+        with self.counting:
+            self.count -= 1
 
 
 class Place:
@@ -105,6 +108,11 @@ class Place:
                 self._slots.leave()
             else:
                 self._work.add_done_callback(self._slots.leave)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other request has a slot."""
+        return self._slots.count == 1
 
     async def run(self, work: Callable[[], R]) -> R:
         """Run a blocking function on a worker thread and return its result."""

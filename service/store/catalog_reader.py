@@ -96,6 +96,7 @@ class CatalogReader:
         path: the catalog's file.
         connections: to the file, for other queries.
         meta: facts about the store when it was opened: schema, fingerprint, dimension, vector_type, model …
+        vector_shape: dimension D and dtype of a vector in the file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,9 +111,10 @@ class CatalogReader:
         self.meta = checked_meta(self.path, read_meta(folder))
         self.connections = Connections(self.path)
         self._facts = facts_of(self.meta["schema"])
-        self._dtype = np.dtype(VECTOR_TYPES[self.meta["vector_type"]])
+        self._dtype: np.dtype[Any] = np.dtype(VECTOR_TYPES[self.meta["vector_type"]])
         self._dimension = int(self.meta["dimension"])
         self._vector_bytes = self._dtype.itemsize * self._dimension
+        self.vector_shape = self._dimension, self._dtype
 
     # Items -------------------------------------------------------------------------------------------
 
@@ -330,10 +332,10 @@ class CatalogReader:
         rows = self._rows_at("key, vector, checksum", "vectors", keys, sequence)
         return None if rows is None else self._checked(rows)[1]
 
-    def items_at(self, keys: IntArray, sequence: int) -> dict[int, tuple[str, str]] | None:
+    def items_at(self, keys: IntArray, sequence: int) -> list[tuple[str, str]] | None:
         """Return the ids of keys and their metadata as JSON, or None if one changed after a sequence number."""
-        rows = self._rows_at("key, id, metadata", "items", keys, sequence)
-        return None if rows is None else {key: (id, metadata) for key, id, metadata, _ in rows}
+        rows = self._rows_at("id, metadata, NULL", "items", keys, sequence)
+        return None if rows is None else [(id, metadata) for id, metadata, *_ in rows]
 
     def _rows_at(self, columns: str, table: str, keys: IntArray, sequence: int) -> list[Any] | None:
         """Return three columns and the sequence number of keys, in their order, or None as the methods above."""

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 import numpy as np
@@ -15,6 +16,7 @@ from service.store.catalog import FILE, VECTOR_TYPES
 from service.store.catalog_reader import CatalogReader
 from service.store.faiss_index import FaissIndex
 from service.store.snapshot import SNAPSHOT, DamagedSnapshot
+from service.store.vector_map import VECTORS, VectorMap
 
 _MAX_SQLITE_PROBLEMS = 20
 
@@ -95,6 +97,7 @@ def _index(folder: Path) -> Iterator[str]:
                 if not index.holds(keys[same], vectors[same]):
                     yield f"{SNAPSHOT}: holds other vectors than {FILE}; remove it, the index is rebuilt without it"
                     return
+            yield from _map(folder / VECTORS, facts, catalog)
         finally:
             catalog.close()
     except FileNotFoundError:
@@ -104,3 +107,16 @@ def _index(folder: Path) -> Iterator[str]:
         return
     except (DamagedSnapshot, ValueError, KeyError, OSError) as error:
         yield f"{SNAPSHOT}: {error}; the index is rebuilt without it"
+
+
+def _map(path: Path, facts: dict[str, Any], catalog: CatalogReader) -> Iterator[str]:
+    """Compare the map of vectors with the catalog, if the snapshot names it."""
+    try:
+        map = VectorMap(path, str(facts.get("map")), *catalog.vector_shape, read_only=True)
+    # A store without it, or with another, writes it anew.
+    except (OSError, ValueError):
+        return
+    wrong = {key for keys, vectors in catalog.vectors() for key in keys[~map.holds(keys, vectors)].tolist()}
+    # A service may have changed some meanwhile, and those that changed after the snapshot are written again.
+    if wrong - set(catalog.changed(int(facts["sequence"])).tolist()):
+        yield f"{VECTORS}: holds other vectors than {FILE}; remove it, it is written anew"

@@ -28,6 +28,8 @@ from service.store.snapshot import SNAPSHOT
 from service.store.summaries import Summaries
 
 _MAX_ATTEMPTS = 50
+# An exact index scans so many codes in about a millisecond.
+_FEW_TO_SCAN = 20_000
 
 
 class EmbeddedStore:
@@ -99,7 +101,7 @@ class EmbeddedStore:
             self._filters = FilterCache(self._reader)
             self._summaries = Summaries(self._reader, self._filters)
             loaded = load_index(self.folder, self._reader, self._read_only)
-            self._live = LiveIndex(self._reader, loaded.index, loaded.sequence)
+            self._live = LiveIndex(self._reader, loaded.index, loaded.sequence, loaded.map)
 
             def apply(changes: list[Change], sequence: int) -> None:
                 self._live.apply(changes, sequence)
@@ -107,7 +109,7 @@ class EmbeddedStore:
 
             self._commits = Commits(self._writer, apply, self._live.catch_up)
             self._maintenance = Maintenance(
-                self.folder, self._reader, self._commits, self._live, loaded.unsaved, exact_limit
+                self.folder, self._reader, self._commits, self._live, self._filters, loaded.unsaved, exact_limit
             )
             if self._read_only:
                 self._commits.refuse(ReadOnlyStore("the store was opened read-only; send changes to its writer"))
@@ -253,6 +255,12 @@ class EmbeddedStore:
     def sequence(self) -> int:
         """See Store.sequence."""
         return self._reader.sequence()
+
+    @property
+    def quick(self) -> bool:
+        """Whether a search with one query and no filter takes about a millisecond. A reader may have to catch up."""
+        index = self._live.index
+        return not self._read_only and (index.partition is not None or len(index) <= _FEW_TO_SCAN)
 
     @property
     def writable(self) -> bool:

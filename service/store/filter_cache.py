@@ -8,11 +8,12 @@ import numpy as np
 
 from service import IntArray
 from service.store.catalog_reader import CatalogReader
+from service.store.columns import Columns
 from service.store.faiss_index import AllowedKeys
 from service.store.filters import Filter
 
-# Each filter costs a bit for each key, and up to 3 MB for copies of codes.
-_MAX_FILTERS = 32
+# Each filter costs a bit for each key, and an index of its own if it matches few.
+_MAX_FILTERS, _MAX_ALONE_BYTES = 32, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,15 @@ class Match:
 
 
 class FilterCache:
-    """Results of filters, brought up to date when they are used again. Calls may come from any thread."""
+    """Results of filters, brought up to date when they are used again. Calls may come from any thread.
+
+    Attributes:
+        columns: answer new filters sooner; None until they were read, or if the store is small.
+    """
 
     def __init__(self, reader: CatalogReader) -> None:
         self._reader = reader
+        self.columns: Columns | None = None
         # Ordered from the least to the most recently used filter.
         self._known: dict[Filter, Match] = {}
         self._lock = threading.Lock()
@@ -40,10 +46,14 @@ class FilterCache:
     def get(self, where: Filter) -> Match:
         """Return which items match a filter now.
 
-        Cost: reads the metadata of all items the first time, later that of the items which changed.
+        Cost: reads the metadata of all items the first time, unless columns know the filter's fields; later that of the
+        items which changed.
         """
         with self._lock:
             known = self._known.pop(where, None)
+        columns = self.columns
+        if known is None and columns is not None and (found := columns.matching(where, self._reader)) is not None:
+            known = Match(columns.sequence, AllowedKeys.of(found))
         latest, changed, matching = self._reader.matching(where, -1 if known is None else known.sequence)
         if known is None:
             known = Match(latest, AllowedKeys.of(matching))
@@ -51,9 +61,13 @@ class FilterCache:
             known = Match(latest, AllowedKeys(_changed(known.keys.bits, changed, matching)))
         with self._lock:
             self._known[where] = known
-            while len(self._known) > _MAX_FILTERS:
+            while len(self._known) > _MAX_FILTERS or (len(self._known) > 1 and self._alone() > _MAX_ALONE_BYTES):
                 del self._known[next(iter(self._known))]
         return known
+
+    def _alone(self) -> int:
+        """Return the bytes of the indexes that filters have of their own."""
+        return sum(match.keys.alone_bytes for match in self._known.values())
 
 
 def _changed(bits: Any, off: IntArray, on: IntArray) -> Any:

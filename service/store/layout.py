@@ -17,6 +17,7 @@ from service.errors import InvalidStore
 from service.files import sync, temporary_path, write_file
 from service.store.catalog import FILE
 from service.store.snapshot import SNAPSHOT
+from service.store.vector_map import VECTORS
 
 _LOCK = "LOCK"
 _CURRENT = "CURRENT"
@@ -72,8 +73,9 @@ def remove(home: Path, folder: Path) -> int:
     Raises:
         InvalidStore: a file cannot be removed.
     """
-    owned = (FILE, f"{FILE}-wal", f"{FILE}-shm", SNAPSHOT, temporary_path(Path(SNAPSHOT)).name)
-    paths = [folder / name for name in owned if (folder / name).exists()]
+    copies = [folder / name for name in (SNAPSHOT, VECTORS)]
+    owned = [*(folder / f"{FILE}{ending}" for ending in ("", "-wal", "-shm")), *copies, *map(temporary_path, copies)]
+    paths = [path for path in owned if path.exists()]
     size = sum(path.stat().st_size for path in paths)
     try:
         for path in paths:

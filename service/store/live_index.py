@@ -1,4 +1,4 @@
-"""The index that searches use, kept in step with the catalog."""
+"""The index that searches use and the map of its vectors, kept in step with the catalog."""
 
 import numpy as np
 
@@ -7,6 +7,7 @@ from service.store.catalog import Change
 from service.store.catalog_reader import CatalogReader
 from service.store.faiss_index import FaissIndex
 from service.store.rwlock import ReadersWriterLock
+from service.store.vector_map import VectorMap
 
 
 class LiveIndex:
@@ -15,14 +16,27 @@ class LiveIndex:
     Attributes:
         lock: searches hold it for reading; each method here that changes the index holds it for writing.
         index: the index.
-        sequence: number of the last change that the index holds.
+        map: the vectors of the index; None where searches read them from the catalog.
+        sequence: number of the last change that the index and the map hold.
     """
 
-    def __init__(self, reader: CatalogReader, index: FaissIndex, sequence: int) -> None:
-        """Take an index that holds all changes of the catalog up to a sequence number."""
+    def __init__(self, reader: CatalogReader, index: FaissIndex, sequence: int, map: VectorMap | None) -> None:
+        """Take an index, and a map, that hold all changes of the catalog up to a sequence number."""
         self._reader = reader
         self.lock = ReadersWriterLock()
-        self.index, self.sequence = index, sequence
+        self.index, self.map, self.sequence = index, map, sequence
+
+    def vectors(self, keys: IntArray) -> FloatArray | None:
+        """Return the vectors (N, D) of keys (N,) of the index; the caller holds the lock for reading.
+
+        Returns:
+            The vectors. None if one of them changed in the catalog and not yet in the index.
+
+        Raises:
+            InvalidStore: a vector in the catalog does not match its checksum.
+        """
+        vectors = None if self.map is None else self.map.read(keys)
+        return self._reader.vectors_at(keys, self.sequence) if vectors is None else vectors
 
     def apply(self, changes: list[Change], sequence: int) -> None:
         """Make the changes of a commit, the last of which has this sequence number.
@@ -41,6 +55,8 @@ class LiveIndex:
         with self.lock.writing():
             self.index.remove(old_keys, old_lists)
             self.index.add(keys, vectors, lists)
+            if self.map is not None:
+                self.map.write(keys, vectors)
             self.sequence = sequence
 
     def catch_up(self) -> None:
@@ -49,12 +65,17 @@ class LiveIndex:
         No commit may be under way: the caller ensures it.
         """
         with self.lock.writing():
-            self.sequence = replay(self._reader, self.index, self.sequence)
+            self.sequence = replay(self._reader, self.index, self.sequence, self.map)
 
     def replace(self, index: FaissIndex, sequence: int) -> None:
         """Let searches use another index, which holds all changes up to a sequence number."""
         with self.lock.writing():
             self.index, self.sequence = index, sequence
+
+    def replace_map(self, map: VectorMap) -> None:
+        """Let searches use another map, which holds all changes that the index holds."""
+        with self.lock.writing():
+            self.map = map
 
     def _assigned(self, pairs: list[tuple[int, FloatArray]]) -> tuple[IntArray, FloatArray, IntArray]:
         """Return keys (N,), vectors (N, D) and the lists (N,) that they belong into."""
@@ -65,8 +86,8 @@ class LiveIndex:
         return keys, vectors, self.index.assign(keys, vectors)
 
 
-def replay(reader: CatalogReader, index: FaissIndex, since: int) -> int:
-    """Make the catalog's changes after a sequence number in an index that nothing else uses.
+def replay(reader: CatalogReader, index: FaissIndex, since: int, map: VectorMap | None = None) -> int:
+    """Make the catalog's changes after a sequence number in an index, and a map, that nothing else uses.
 
     Returns:
         The sequence number of the last change.
@@ -76,4 +97,6 @@ def replay(reader: CatalogReader, index: FaissIndex, since: int) -> int:
     index.drop(changed)
     for keys, vectors in reader.vectors(changed):
         index.add(keys, vectors, index.assign(keys, vectors))
+        if map is not None:
+            map.write(keys, vectors)
     return latest

@@ -1,4 +1,6 @@
-"""Maintenance of the index: load it when a store opens, rebuild it when the store has outgrown it, save snapshots.
+"""Maintenance: load the index when a store opens, rebuild it when the store has outgrown it, save snapshots of it.
+
+For large stores it also writes the map of all vectors, and reads the columns of metadata that answer new filters.
 
 A snapshot only saves time: if it cannot be used, the index is rebuilt from the catalog.
 """
@@ -14,18 +16,26 @@ from pathlib import Path
 import numpy as np
 
 from service.errors import InvalidStore
+from service.files import replace_file
 from service.store import snapshot
 from service.store.catalog_reader import CatalogReader
+from service.store.columns import Columns
 from service.store.commits import Commits
 from service.store.faiss_index import FaissIndex
+from service.store.filter_cache import FilterCache
 from service.store.ivf_training import train
 from service.store.live_index import LiveIndex, replay
 from service.store.snapshot import SNAPSHOT, DamagedSnapshot
+from service.store.vector_map import VECTORS, VectorMap
 
 log = logging.getLogger("bentoml.lookalike")
 
 # A snapshot is due after so many changes, or after a fifth of the store if that is more.
 _CHANGES_PER_SNAPSHOT = 50_000
+# Fewer vectors lie in SQLite's own cache.
+_MANY_VECTORS = 10_000
+# Of fewer items SQLite reads the metadata in a tenth of a second. Columns are read again after a fifth has changed.
+_MANY_ITEMS = 200_000
 # So many random and so many last codes of a snapshot are checked: checking all would read every vector.
 _SAMPLED_CODES = 64
 _QUIET_S, _MAX_WAIT_S = 1, 30
@@ -34,9 +44,10 @@ _NICENESS = 10
 
 @dataclass(frozen=True)
 class Loaded:
-    """An index, the last change that it holds, and the number of changes that no snapshot has."""
+    """An index, the map of its vectors, the last change that they hold, and the number of changes no snapshot has."""
 
     index: FaissIndex
+    map: VectorMap | None
     sequence: int
     unsaved: int
 
@@ -53,7 +64,7 @@ def load_index(folder: Path, reader: CatalogReader, read_only: bool) -> Loaded:
     """
     path = folder / SNAPSHOT
     try:
-        return _from_snapshot(path, reader)
+        return _from_snapshot(path, reader, read_only)
     except FileNotFoundError:
         reason = "there is no snapshot of it"
     except (DamagedSnapshot, ValueError) as error:
@@ -71,10 +82,10 @@ def load_index(folder: Path, reader: CatalogReader, read_only: bool) -> Loaded:
     # The process that writes the store may have committed changes meanwhile.
     if read_only:
         sequence = replay(reader, index, sequence)
-    return Loaded(index, sequence, unsaved)
+    return Loaded(index, None, sequence, unsaved)
 
 
-def _from_snapshot(path: Path, reader: CatalogReader) -> Loaded:
+def _from_snapshot(path: Path, reader: CatalogReader, read_only: bool) -> Loaded:
     """Return the index from a snapshot. Raises DamagedSnapshot, ValueError, OSError for one that cannot be used."""
     facts, arrays = snapshot.read(path)
     if facts.get("fingerprint") != reader.meta["fingerprint"]:
@@ -85,15 +96,28 @@ def _from_snapshot(path: Path, reader: CatalogReader) -> Loaded:
     index = FaissIndex.of_arrays(int(reader.meta["dimension"]), facts, arrays)
     # Frees the memory of the arrays before the changes are replayed.
     del arrays
-    sequence = replay(reader, index, saved)
+    # The process that writes the store may be ahead of a reader, whose searches are as of one moment.
+    map = None if read_only else _open_map(path.with_name(VECTORS), facts.get("map"), reader)
+    sequence = replay(reader, index, saved, map)
     keys = reader.keys()
     if not np.array_equal(index.keys(), keys):
         raise DamagedSnapshot("it holds other items than the catalog")
     sampled = np.random.default_rng().permutation(keys[:-_SAMPLED_CODES])[:_SAMPLED_CODES]
     sampled = np.concatenate([sampled, keys[-_SAMPLED_CODES:]])
-    if not all(index.holds(*chunk) for chunk in reader.vectors(sampled)):
-        raise DamagedSnapshot("it holds other vectors than the catalog")
-    return Loaded(index, sequence, sequence - saved)
+    for some, vectors in reader.vectors(sampled):
+        if not index.holds(some, vectors):
+            raise DamagedSnapshot("it holds other vectors than the catalog")
+        if map is not None and not map.holds(some, vectors).all():
+            map = None
+    return Loaded(index, map, sequence, sequence - saved)
+
+
+def _open_map(path: Path, tag: object, reader: CatalogReader) -> VectorMap | None:
+    """Return the map that a snapshot names by its tag, or None if it is not there."""
+    try:
+        return VectorMap(path, tag, *reader.vector_shape) if isinstance(tag, str) else None
+    except (OSError, ValueError):
+        return None
 
 
 def _delete(path: Path) -> None:
@@ -116,7 +140,14 @@ class Maintenance:
     """Rebuilds the index and saves snapshots of it in a thread of low priority, while searches and changes go on."""
 
     def __init__(
-        self, folder: Path, reader: CatalogReader, commits: Commits, live: LiveIndex, unsaved: int, exact_limit: int
+        self,
+        folder: Path,
+        reader: CatalogReader,
+        commits: Commits,
+        live: LiveIndex,
+        filters: FilterCache,
+        unsaved: int,
+        exact_limit: int,
     ) -> None:
         """Maintain an index, in the background after `start`.
 
@@ -125,14 +156,17 @@ class Maintenance:
             reader: has all vectors.
             commits: are paused for moments.
             live: the index.
+            filters: get the columns.
             unsaved: number of changes that no snapshot has.
             exact_limit: number of vectors up to which the index is exact.
         """
         self._path = folder / SNAPSHOT
-        self._reader, self._commits, self._live = reader, commits, live
+        self._reader, self._commits, self._live, self._filters = reader, commits, live, filters
         self._unsaved, self._exact_limit = unsaved, exact_limit
         # Up to this number of vectors an approximate index need not be tried again.
         self._futile = 0
+        # Up to this sequence number the map need not be tried again.
+        self._map_futile = 0
         self._changed_at = 0.0
         self._due, self._settling = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="index maintenance", daemon=True)
@@ -140,7 +174,7 @@ class Maintenance:
 
     def start(self) -> None:
         """Start the thread."""
-        if self._outgrown() or self.snapshot_due:
+        if self._outgrown() or self._map_due() or self.snapshot_due or self._columns_due():
             self._due.set()
         self._thread.start()
 
@@ -148,11 +182,11 @@ class Maintenance:
         """Take note of committed changes that the index holds."""
         self._unsaved += changes
         self._changed_at = time.monotonic()
-        if self._outgrown() or self.snapshot_due:
+        if self._outgrown() or self._map_due() or self.snapshot_due or self._columns_due():
             self._due.set()
 
     def settle(self) -> None:
-        """Rebuild the index and save a snapshot if they are due, in this thread.
+        """Rebuild the index, write the map, save a snapshot and read columns if they are due, in this thread.
 
         Raises:
             InvalidStore: the catalog cannot be read.
@@ -160,8 +194,12 @@ class Maintenance:
         with self._settling:
             if self._outgrown():
                 self.rebuild()
+            if self._map_due():
+                self.write_map()
             if self.snapshot_due:
                 self.save()
+            if self._columns_due():
+                self._filters.columns = Columns.read(self._reader, lambda: self.closing)
 
     def rebuild(self) -> None:
         """Build an index of the kind that the store's size asks for, and let searches use it.
@@ -199,6 +237,33 @@ class Maintenance:
             )
         self._unsaved = max(self._unsaved, self._snapshot_after())
 
+    def write_map(self) -> None:
+        """Write the map of all vectors anew, and let searches use it.
+
+        Searches and changes go on; changes wait at the end while the last of them are written.
+        """
+        path = self._path.with_name(VECTORS)
+        sequence = self._reader.sequence()
+        try:
+            # Searches read the earlier file until it is replaced.
+            with replace_file(path) as temporary:
+                new = VectorMap.create(temporary, *self._reader.vector_shape)
+                for keys, vectors in self._reader.vectors():
+                    new.write(keys, vectors)
+                    if self.closing or not new.usable:
+                        raise InterruptedError("it was not finished")
+            new.path = path
+            with self._commits.paused():
+                for keys, vectors in self._reader.vectors(self._reader.changed(sequence)):
+                    new.write(keys, vectors)
+                self._live.replace_map(new)
+        except OSError as error:
+            if not self.closing:
+                log.warning("%s cannot be written: %s; searches read the catalog", path, error.strerror or error)
+            self._map_futile = self._live.sequence + _CHANGES_PER_SNAPSHOT
+            return
+        self._unsaved = max(self._unsaved, self._snapshot_after())
+
     def save(self) -> None:
         """Save a snapshot. Changes wait while it is written, not while it is synced; searches go on."""
         saved = 0
@@ -206,8 +271,13 @@ class Maintenance:
             with self._commits.paused():
                 facts, sections = self._live.index.sections()
                 facts |= {"fingerprint": self._reader.meta["fingerprint"], "sequence": self._live.sequence}
+                map = self._live.map
+                facts |= {"map": map.tag} if map is not None and map.usable else {}
                 temporary = snapshot.write(self._path, facts, sections)
                 saved, self._unsaved = self._unsaved, 0
+            # The snapshot says that the map has all that it has.
+            if map is not None:
+                map.sync()
             snapshot.publish(temporary, self._path)
         # Only a warning: the catalog has everything.
         except OSError as error:
@@ -235,6 +305,18 @@ class Maintenance:
         if partition is None:
             return count > max(self._exact_limit, self._futile)
         return not partition.count // 2 <= count <= partition.count * 2
+
+    def _map_due(self) -> bool:
+        """Whether the store is large enough for a map of its vectors, and has none that is any good."""
+        count, map = len(self._live.index), self._live.map
+        if count < _MANY_VECTORS or self._live.sequence < self._map_futile:
+            return False
+        return map is None or not map.usable or map.bloated(count)
+
+    def _columns_due(self) -> bool:
+        """Whether the store is so large that a filter takes long, and no columns are there or they are too old."""
+        count, columns = len(self._live.index), self._filters.columns
+        return count > _MANY_ITEMS and (columns is None or self._live.sequence - columns.sequence > count // 5)
 
     def _snapshot_after(self) -> int:
         """Return the number of changes after which a snapshot is due."""

@@ -77,7 +77,8 @@ def ranked(queries: FloatArray, found: list[list[Any]], k: int) -> list[list[Hit
     candidates = [sorted({rows[hit["entity"]["id"]] for hit in own}) for own in found]
     lengths = np.asarray([len(own) for own in candidates])
     places = np.asarray([row for own in candidates for row in own], np.int64)
-    best, scores = best_of(queries, lengths, vectors, places, k)
+    best, scores = best_of(queries, lengths, vectors[places], places, k)
+    best = places[best]
     shown = {row: json.dumps(order[row]["metadata"], ensure_ascii=False) for row in np.unique(best).tolist()}
     hits = [Hit(order[row]["id"], score, shown[row]) for row, score in zip(best.tolist(), scores.tolist(), strict=True)]
     ends = np.cumsum(np.minimum(lengths, k)).tolist()

@@ -1,9 +1,8 @@
 """From candidates to hits: exact scores, ties, and the best of each query."""
 
-from itertools import islice
+from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from service import FloatArray, IntArray
 from service.store import Hit
@@ -15,8 +14,6 @@ from service.store.live_index import LiveIndex
 # Their intermediate results fit into the processor's cache.
 _PAIRS_AT_ONCE = 256
 
-DoubleArray = NDArray[np.float64]
-
 
 def find_hits(
     live: LiveIndex, reader: CatalogReader, filters: FilterCache, queries: FloatArray, k: int, where: Filter | None
@@ -24,8 +21,8 @@ def find_hits(
     """Return the k best hits of each query, best first, all as of one moment.
 
     Args:
-        live: proposes candidates.
-        reader: has their vectors, which decide.
+        live: proposes candidates, and has their vectors, which decide.
+        reader: has ids and metadata.
         filters: knows which items match a filter.
         queries: (N, D), finite rows of L2 norm 1.
         k: 1 or more. Fewer hits come back if fewer items match.
@@ -44,21 +41,21 @@ def find_hits(
             return None
         candidates = live.index.candidates(queries, k, None if match is None else match.keys)
         lengths = np.asarray([len(own) for own in candidates])
-        keys, places = np.unique(np.concatenate(candidates), return_inverse=True)
-        vectors = reader.vectors_at(keys, live.sequence)
+        keys = np.concatenate(candidates)
+        vectors = live.vectors(keys)
         if vectors is None:
             return None
-        best, scores = best_of(queries, lengths, vectors, places, k)
-        shown = reader.items_at(keys[np.unique(best)], live.sequence)
+        best, scores = best_of(queries, lengths, vectors, keys, k)
+        shown = reader.items_at(keys[best], live.sequence)
         if shown is None:
             return None
-    found = zip(keys[best].tolist(), scores.tolist(), strict=True)
-    hits = iter([Hit(id, score, metadata) for key, score in found for id, metadata in (shown[key],)])
-    return [list(islice(hits, count)) for count in np.minimum(lengths, k).tolist()]
+    hits = [Hit(id, score, text) for (id, text), score in zip(shown, scores.tolist(), strict=True)]
+    ends = np.cumsum(np.minimum(lengths, k)).tolist()
+    return [hits[start:end] for start, end in pairwise([0, *ends])]
 
 
 def best_of(
-    queries: FloatArray, lengths: IntArray, vectors: FloatArray, places: IntArray, k: int
+    queries: FloatArray, lengths: IntArray, vectors: FloatArray, order: IntArray, k: int
 ) -> tuple[IntArray, FloatArray]:
     """Return the best k of each query's own candidates, query after query.
 
@@ -70,27 +67,27 @@ def best_of(
     Args:
         queries: (N, D).
         lengths: (N,) numbers of candidates.
-        vectors: (M, D) of all candidates, without repetition.
-        places: rows of `vectors` that are candidates, query after query.
+        vectors: (M, D) of the candidates, query after query.
+        order: (M,) numbers by which candidates of equal scores are ordered.
         k: 1 or more.
 
     Returns:
-        places: rows of `vectors`, best first; equal scores stand in the order of rows.
+        rows: of `vectors`, best first.
         scores: float32 cosines in [−1, 1].
     """
-    exact, owners = _unit(queries), np.repeat(np.arange(len(queries)), lengths)
-    scores = np.empty(len(places), np.float32)
-    for start in range(0, len(places), _PAIRS_AT_ONCE):
+    asked = queries.astype(np.float64)
+    norms = np.sqrt(np.vecdot(asked, asked))
+    owners = np.repeat(np.arange(len(queries)), lengths)
+    scores = np.empty(len(vectors), np.float32)
+    for start in range(0, len(vectors), _PAIRS_AT_ONCE):
         part = slice(start, start + _PAIRS_AT_ONCE)
-        scores[part] = (_unit(vectors[places[part]]) * exact[owners[part]]).sum(1)
+        rows, own = vectors[part].astype(np.float64), owners[part]
+        scores[part] = np.vecdot(rows, asked[own]) / (np.sqrt(np.vecdot(rows, rows)) * norms[own])
     scores = np.clip(scores, -1, 1)
-    order = np.lexsort((places, -scores, owners))
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    best = order[rank < k]
-    return places[best], scores[best]
-
-
-def _unit(rows: FloatArray) -> DoubleArray:
-    """Return rows (N, D) in float64, each divided by its length there."""
-    exact = rows.astype(np.float64)
-    return np.asarray(exact / np.sqrt((exact * exact).sum(1, keepdims=True)))
+    if len(queries) == 1:
+        best = np.lexsort((order, -scores))[:k]
+    else:
+        ranked = np.lexsort((order, -scores, owners))
+        rank = np.arange(len(ranked)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        best = ranked[rank < k]
+    return best, scores[best]

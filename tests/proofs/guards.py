@@ -119,6 +119,13 @@ REMOVALS: list[Removal] = [
     refusal("it holds other items than the catalog", _SNAPSHOT),
     refusal("it holds other vectors than the catalog", _SNAPSHOT),
     code(
+        "read",
+        "(rows[:, 0] == self._checksums(keys, rows[:, 1:])).all()",
+        "True",
+        "test_a_row_that_was_never_written_is_missing",
+    ),
+    code("_from_snapshot", "not map.holds(some, vectors).all()", "False", "test_a_map_that_cannot_be_used"),
+    code(
         "EmbeddedStore",
         "checked(np.stack([item.embedding for item in items]), self._dimension)",
         "None",

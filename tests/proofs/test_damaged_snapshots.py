@@ -1,6 +1,6 @@
-"""Load thousands of damaged snapshots: the store rebuilds the index or answers correctly, and never crashes.
+"""Load thousands of damaged snapshots and maps: the store makes them anew or answers correctly, and never crashes.
 
-Half of them have a wrong checksum. The other half get a correct checksum, as an attacker would give them, so their
+Half of the snapshots have a wrong checksum. The other half get a correct one, as an attacker would give them, so their
 content is really parsed. `mutant(whole, other, number)` returns the same bytes on every run, so the number in a
 message reproduces the file.
 """
@@ -21,12 +21,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 
+from service.store import maintenance
 from service.store.catalog import FILE
 from service.store.embedded import EmbeddedStore
 from service.store.faiss_index import FaissIndex, Partition
 from service.store.snapshot import SNAPSHOT
+from service.store.vector_map import VECTORS as VECTORS_FILE
 from tests.proofs.child import in_child
-from tests.proofs.truth import SEEDS, VECTORS, D, Kept, State, after, do, held, new_item, opened
+from tests.proofs.truth import SEEDS, VECTORS, D, Kept, State, after, assert_finds, do, held, new_item, opened
 
 pytestmark = pytest.mark.proof
 
@@ -36,6 +38,8 @@ FILES_PER_CHILD = 25
 # Loading a snapshot of COUNT items compares every code with the catalog; of LARGE items it compares a sample.
 COUNT, LARGE = 100, 1500
 LISTS = 8
+# Bytes of a row of the map: checksum and vector.
+ROW = 8 + 4 * D
 KINDS = ["bits", "cut", "swap", "zeros", "foreign", "splice", "numbers", "header"]
 
 
@@ -65,6 +69,50 @@ def test_damaged_snapshots(folder: Path) -> None:
     assert sum(outcomes.values()) == MUTATIONS // 3
     index = sum(count for name, count in outcomes.items() if name.startswith("mended, used") or "other" in name)
     assert index > 0.1 * MUTATIONS // 3, "hardly any damage reached the index"
+
+
+@pytest.mark.timeout(3600)
+def test_damaged_maps(tmp_path: Path) -> None:
+    assert in_child(lambda: _make(tmp_path, "map")) == 0
+    whole, told = (tmp_path / VECTORS_FILE).read_bytes(), tmp_path / "told"
+    outcomes = Counter[str]()
+    for first in range(0, MUTATIONS // 3, FILES_PER_CHILD):
+        numbers = range(first, min(first + FILES_PER_CHILD, MUTATIONS // 3))
+        told.write_text("")
+        status = in_child(partial(_load_maps, tmp_path, whole, numbers))
+        lines = told.read_text().splitlines()
+        if status != 0:
+            number = numbers[len(lines)]
+            pytest.fail(f"damaged map {number} ({damaged_map(whole, number)[1]}): ended with {status}")
+        outcomes.update(lines)
+    print("\nmaps: " + "".join(f"\n{count:5} {name}" for name, count in sorted(outcomes.items())))
+    assert {"not opened", "noticed later"} <= set(outcomes)
+
+
+def damaged_map(whole: bytes, number: int) -> tuple[bytes, str]:
+    """Return a damaged map and a description of the damage."""
+    chance = random.Random(number)
+    kind = ["bits", "cut", "swap", "zeros", "splice", "longer"][number % 6]
+    # What lies behind the last row is never read.
+    data = bytearray(whole[: 128 + (COUNT + 1) * ROW])
+    row = 128 + chance.randrange(COUNT + 1) * ROW
+    match kind:
+        case "bits":
+            for _ in range(chance.choice([1, 2, 20, 500])):
+                data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        case "cut":
+            del data[chance.choice([row, row + chance.randrange(ROW), chance.randrange(128)]) :]
+        case "swap":
+            to = 128 + chance.randrange(COUNT + 1) * ROW
+            data[row : row + ROW], data[to : to + ROW] = data[to : to + ROW], data[row : row + ROW]
+        case "zeros":
+            data[row : row + chance.choice([1, 8, ROW, 50 * ROW])] = b""
+            data = data.ljust(128 + (COUNT + 1) * ROW, b"\0")
+        case "splice":
+            data[row:row] = chance.randbytes(chance.choice([1, ROW]))
+        case "longer":
+            data += chance.randbytes(chance.choice([1, ROW, 1 << 20]))
+    return bytes(data), kind
 
 
 def mutant(whole: bytes, other: bytes, number: int) -> tuple[bytes, str]:
@@ -137,6 +185,8 @@ def _make(folder: Path, kind: str) -> None:
         store.add([new_item(id, *kept) for id, kept in state.items()])
         if kind == "approximate":
             store._live.index = _approximate(store)
+        if kind == "map":
+            store.settle()
         store.close()
     (folder / "another" / SNAPSHOT).rename(folder / "other")
 
@@ -165,6 +215,31 @@ def _load(folder: Path, whole: bytes, other: bytes, numbers: Iterable[int]) -> N
                 raise AssertionError(f"mutant {number} ({done})") from error
             assert outcome.startswith("rebuilt") or done.endswith("mended") or data == whole, f"{number} ({done})"
             told.write(f"{'mended' if done.endswith('mended') else 'as it came'}, {outcome}\n")
+
+
+def _load_maps(folder: Path, whole: bytes, numbers: Iterable[int]) -> None:
+    """Load damaged maps and write a line about each."""
+    vars(maintenance)["_SAMPLED_CODES"] = 1
+    for number in numbers:
+        data, kind = damaged_map(whole, number)
+        state = _contents(COUNT, 0)
+        with TemporaryDirectory() as copy, (folder / "told").open("a") as told:
+            for name in (FILE, SNAPSHOT):
+                shutil.copy(folder / name, copy)
+            (Path(copy) / VECTORS_FILE).write_bytes(data)
+            store = opened(Path(copy))
+            map = store._live.map
+            assert_finds(store, state, 7)
+            outcome = "not opened" if map is None else "harmless" if map.usable else "noticed later"
+            for change in (["put", {"p3": [1, 1], "new": [2, 2]}], ["remove", "p5"]):
+                do(store, change)
+                state = after(state, change)
+            assert_finds(store, state, 7)
+            store.settle()
+            assert store._live.map is not None, f"{number} ({kind})"
+            assert_finds(store, state, 7)
+            store.close()
+            told.write(f"{outcome}\n")
 
 
 def _loaded(folder: Path, number: int, state: State) -> str:

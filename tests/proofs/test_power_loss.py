@@ -4,6 +4,7 @@ import os
 import random
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import apsw
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from service.errors import InvalidStore
 from service.store.check import examine
 from service.store.snapshot import SNAPSHOT
-from tests.proofs.disk import Disk
+from service.store.vector_map import VECTORS, VectorMap
+from tests.proofs.disk import SECTOR, Disk
 from tests.proofs.truth import Change, State, after, do, held, opened, some_change, writer_of
 
 pytestmark = pytest.mark.proof
@@ -24,7 +26,9 @@ MOST_CHANGES_PER_CYCLE = 25
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("synchronous", ["FULL", "NORMAL", "OFF"])
-def test_power_loss(tmp_path: Path, synchronous: str) -> None:
+def test_power_loss(tmp_path: Path, synchronous: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A store is small here: the usual sample would compare all of its vectors when it is opened.
+    monkeypatch.setattr("service.store.maintenance._SAMPLED_CODES", 1)
     lost, cuts = 0, 0
     state: State | None = None
     folder = tmp_path
@@ -76,10 +80,12 @@ def _until_power_loss(
         found = disk.after_power_loss(chance)
         if (folder / SNAPSHOT).exists():
             found[SNAPSHOT] = (folder / SNAPSHOT).read_bytes()
+        if (folder / VECTORS).exists():
+            found[VECTORS] = platter.torn((folder / VECTORS).read_bytes(), chance)
         return found
 
     doubtful = None
-    with Disk(before) as disk:
+    with Disk(before) as disk, _Platter(folder / VECTORS) as platter:
         try:
             store = opened(folder)
         except InvalidStore:
@@ -102,6 +108,8 @@ def _until_power_loss(
             state, doubtful = after(state, doubtful), None
             if chance.random() < 0.1:
                 store._maintenance.save()
+            if chance.random() < 0.1:
+                store._maintenance.write_map()
         # SQLite itself ignores failures while closing.
         with suppress(apsw.Error):
             if chance.random() < 0.3:
@@ -111,6 +119,35 @@ def _until_power_loss(
         with suppress(apsw.Error):
             store.close()
         return found, state, doubtful, was_cut
+
+
+class _Platter:
+    """What of the map of vectors survives a power loss: all up to its last sync, and of later writes any sector."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._synced, self._sync = path, b"", VectorMap.sync
+
+    def __enter__(self) -> Self:
+        if self._path.exists():
+            self._synced = self._path.read_bytes()
+
+        def sync(map: VectorMap) -> None:
+            self._sync(map)
+            self._synced = map.path.read_bytes()
+
+        VectorMap.sync = sync  # type: ignore[method-assign, assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        VectorMap.sync = self._sync  # type: ignore[method-assign]
+
+    def torn(self, now: bytes, chance: random.Random) -> bytes:
+        """Return the content after a power loss; a file that was never synced may hold anything."""
+        found, share = bytearray(self._synced.ljust(len(now), b"\0")[: len(now)]), chance.choice([0.0, 0.5, 0.9, 1.0])
+        for at in range(0, len(now), SECTOR):
+            if chance.random() < share:
+                found[at : at + SECTOR] = now[at : at + SECTOR]
+        return bytes(found)
 
 
 def _reopened(folder: Path, chance: random.Random) -> State:

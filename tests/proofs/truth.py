@@ -14,7 +14,7 @@ import numpy as np
 from service import FloatArray
 from service.encoding.card import Card, Preprocessing
 from service.errors import InvalidRequest
-from service.store import NewItem, Store
+from service.store import NewItem, Store, maintenance
 from service.store.catalog import CatalogWriter
 from service.store.embedded import EmbeddedStore
 from service.store.filters import parse_filter
@@ -120,6 +120,9 @@ def held(store: Store) -> State:
         assert np.array_equal(embedding, ALL[kept.seed]), f"{item.id} has the embedding of another"
         assert store.thumbnail(item.id) == f"{item.id} {kept.seed}".encode()
     assert_finds(store, state, 7)
+    map = store._live.map if isinstance(store, EmbeddedStore) else None
+    if isinstance(store, EmbeddedStore) and map is not None and map.usable:
+        assert all(map.holds(*chunk).all() for chunk in store._reader.vectors()), "the map has other vectors"
     return state
 
 
@@ -143,7 +146,8 @@ def nearest(state: Mapping[str, Kept], query: FloatArray, k: int) -> list[tuple[
 
 
 def opened(folder: Path, **options: Any) -> EmbeddedStore:
-    """Open a store for items of this model."""
+    """Open a store for items of this model. It gets a map of its vectors, as a large one does."""
+    vars(maintenance)["_MANY_VECTORS"] = 1
     return EmbeddedStore(folder, encoder(), D, **options)
 
 

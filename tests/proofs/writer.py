@@ -24,12 +24,13 @@ import apsw
 
 from service import files
 from service.errors import InvalidStore
-from service.store import maintenance, snapshot
+from service.store import maintenance, snapshot, vector_map
 from service.store.catalog import FILE, CatalogWriter
 from service.store.catalog_reader import CatalogReader
 from service.store.embedded import EmbeddedStore
 from service.store.live_index import LiveIndex
 from service.store.maintenance import Maintenance
+from service.store.vector_map import VectorMap
 from tests.proofs.truth import State, after, do, new_item, opened, some_change, writer_of
 
 THREADS = 3
@@ -58,6 +59,10 @@ POINTS = [
     "while a snapshot is read",
     "before what came later is replayed",
     "while a store is made",
+    "before rows of the map are written",
+    "in the middle of rows of the map",
+    "after rows of the map were written",
+    "before the map is synced",
     "before the store is closed",
     "in the middle of a store that is closed",
     "after the store was closed",
@@ -153,6 +158,16 @@ def put_points() -> None:
     around(CatalogWriter, "close", behind="after the store was closed")
     around(LiveIndex, "apply", "after the commit, before the index", "after the index, before the answer")
     around(CatalogReader, "changed", "before what came later is replayed")
+    around(VectorMap, "write", "before rows of the map are written", "after rows of the map were written")
+    around(VectorMap, "sync", "before the map is synced")
+    write = vector_map._write
+
+    def torn(file: int, data: bytes, place: int) -> None:
+        write(file, data[: len(data) // 2], place)
+        at("in the middle of rows of the map")
+        write(file, data, place)
+
+    vector_map._write = torn
     around(snapshot, "_put", behind="in the middle of a snapshot")
     around(snapshot, "publish", "before a snapshot is published")
     around(snapshot, "_parse", "while a snapshot is read")

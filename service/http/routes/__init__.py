@@ -2,6 +2,7 @@
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.bands import Bands
 from service.grouping import Groupings
@@ -42,3 +43,20 @@ def create_app() -> FastAPI:
     openapi.describe(app)
     problems.add_handlers(app)
     return app
+
+
+def own_every_path(app: ASGIApp) -> ASGIApp:
+    """Return an ASGI app that hands every path to `app` and notes which of its routes answered.
+
+    BentoML offers a Starlette app only the paths that the app knows and answers the others with pages of its own; it
+    offers a plain callable all of them. The scope loses BentoML's router, so that `app` sets its own route there.
+    """
+
+    async def owner(scope: Scope, receive: Receive, send: Send) -> None:
+        inner = {key: value for key, value in scope.items() if key != "router"}
+        try:
+            await app(inner, receive, send)
+        finally:
+            scope["state"]["route"] = getattr(inner.get("route"), "path_format", "other")
+
+    return owner
