@@ -6,6 +6,7 @@ which embeds pictures with the new encoder and stores them, as `Gallery.add_many
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from service.store.layout import current, generation, generations, lock, remove
 Add = Callable[[Sequence[NewPicture[bytes]]], list[Outcome[bool]]]
 
 _ITEMS_AT_ONCE = 64
+# A build that took over the last changes in so short a time is near enough to the store.
+_NEAR_S = 1.0
 # Facts about the store that a later generation takes over: the prefixes of its sources (see jobs/naming.py), and the
 # folders whose files are its pictures (see originals.py).
 _INHERITED = ("prefixes", "folders")
@@ -74,7 +77,7 @@ class Removed(NamedTuple):
 
 
 def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, done: Callable[[int], object]) -> None:
-    """Fill a new generation until it has every item of the earlier one, and index it.
+    """Fill a new generation until it has every item of the earlier one, save changes of the last second, and index it.
 
     A build that was interrupted resumes where it stopped.
 
@@ -95,9 +98,14 @@ def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, do
         _remove_strangers(store, earlier)
         store.note({_REPLACED: f"{earlier.meta.get(_REPLACED, '')} {earlier.meta['fingerprint']}".strip()})
     lineage.save(store)
-    while lineage.caught_up_to < earlier.sequence():
+    took_s = _NEAR_S
+    # A service that changes faster than this follows would keep it here for ever. The rest is taken over while changes
+    # wait, when the service takes the new generation up.
+    while lineage.caught_up_to < earlier.sequence() and took_s >= _NEAR_S:
+        start = time.monotonic()
         lineage = replace(lineage, caught_up_to=follow(store, earlier, lineage.caught_up_to, add, done))
         lineage.save(store)
+        took_s = time.monotonic() - start
     store.settle()
 
 

@@ -82,7 +82,11 @@ def test_a_filtered_search_finds_as_much(folder: Path, third: int) -> None:
 
 # Of the hundred vectors in each of sixty clusters, fifty or six match the filter.
 @pytest.mark.parametrize("step", [2, 16])
-def test_lists_that_cannot_hold_the_nearest_are_passed_over(folder: Path, step: int) -> None:
+def test_lists_that_cannot_hold_the_nearest_are_passed_over(
+    folder: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if more matched than get an index of their own.
+    monkeypatch.setattr("service.store.faiss_index._MOST_ALONE", 0)
     facts, arrays = snapshot.read(folder / SNAPSHOT)
     queries, keys = clustered(50, seed=5), np.arange(1, len(VECTORS) + 1, step)
     among = AllowedKeys.of(keys)
@@ -101,6 +105,24 @@ def test_lists_that_cannot_hold_the_nearest_are_passed_over(folder: Path, step: 
     assert found[0] < found[1] == found[2] > 0.99
 
 
+def test_few_that_match_have_an_index_of_their_own(folder: Path) -> None:
+    facts, arrays = snapshot.read(folder / SNAPSHOT)
+    index = FaissIndex.of_arrays(D, facts | {"probes": 1}, arrays)
+    # Of each cluster six, so the ten nearest lie in several; then 300 of one part of the keys, and none.
+    for keys in (np.arange(1, len(VECTORS) + 1, 16), np.arange(1000, 1300), np.arange(10**6, 10**6 + 300)):
+        among, queries = AllowedKeys.of(keys), clustered(50, seed=5)
+        there = keys[keys <= len(VECTORS)]
+        true = there[np.argsort(-(queries @ VECTORS[there - 1].T), axis=1)[:, :10]]
+        candidates = index.candidates(queries, 10, among)
+        assert among.placement is not None and among.placement.alone is not None
+        assert len(among.placement.alone) == len(there)
+        assert np.isin(np.concatenate(candidates), there).all()
+        assert (
+            np.mean([np.isin(row, own).mean() for row, own in zip(true, candidates, strict=True) if len(row)] or 1)
+            > 0.99
+        )
+
+
 @pytest.mark.parametrize("reach", [None, "1", float("nan"), 3.0, -3.0])
 def test_without_a_reach_that_can_be_no_list_is_passed_over(folder: Path, reach: object) -> None:
     facts, arrays = snapshot.read(folder / SNAPSHOT)
@@ -109,6 +131,8 @@ def test_without_a_reach_that_can_be_no_list_is_passed_over(folder: Path, reach:
 
 
 def test_a_filtered_search_looks_at_as_many_as_its_recall_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if more matched than get an index of their own.
+    monkeypatch.setattr("service.store.faiss_index._MOST_ALONE", 0)
     # The measurement doubles the number of candidates from this one on.
     monkeypatch.setattr("service.store.ivf_training.MIN_FILTERED_SCAN", 25)
     rows, queries, keys = clustered(6000, 0, 300, 0.3), clustered(300, 6, 300, 0.3), np.arange(6000)
