@@ -33,7 +33,7 @@ class Slots:
         self._max_waiting, self._timeout_s = max_waiting, timeout_s
         self._threads = ThreadPoolExecutor(_THREADS, "work")
         self.count = 0
-        self.counting = threading.Lock()
+        self._counting = threading.Lock()
 
     def place(self, receive: Receive | None = None) -> "Place":
         """Return a slot that a request occupies during an `async with` block.
@@ -62,7 +62,7 @@ class Slots:
 
     def enter(self) -> None:
         """Occupy a slot. Raises Busy if none is free."""
-        with self.counting:
+        with self._counting:
             if self.count >= self._max_waiting:
                 raise Busy(f"{self.count} requests are waiting already; try again in a second")
             self.count += 1
@@ -71,7 +71,7 @@ class Slots:
     def leave(self, _: "Future[Any] | None" = None) -> None:
         """Free a slot."""
         metrics.requests_at_work.dec()
-        with self.counting:
+        with self._counting:
             self.count -= 1
 
 

@@ -93,7 +93,8 @@ class AllowedKeys:
     @property
     def alone_bytes(self) -> int:
         """Bytes of the index of these keys alone, if they have one."""
-        alone = None if self.placement is None else self.placement.alone
+        placement = self.placement
+        alone = None if placement is None else placement.alone
         return 0 if alone is None else len(alone) * (int(alone._index.code_size) + 8)
 
     @property
@@ -295,7 +296,9 @@ class FaissIndex:
 
     def _placement(self, allowed: AllowedKeys) -> _Placement:
         """Return where allowed keys lie, found out at their first use. Cost: reads all keys of the index."""
-        if allowed.placement is None or allowed.placement.of is not self:
+        # Another thread may take it away to save memory.
+        placement = allowed.placement
+        if placement is None or placement.of is not self:
             sizes = [self._lists.list_size(number) for number in range(self._lists.nlist)]
             ids = np.concatenate([self._ids(number, size) for number, size in enumerate(sizes)])
             known = ids >> 3 < len(allowed.bits)
@@ -304,8 +307,8 @@ class FaissIndex:
             ends = np.cumsum([0, *sizes])
             counts = np.diff(np.concatenate([[0], np.cumsum(good, dtype=np.int64)])[ends])
             alone = self._alone(good, sizes, counts) if counts.sum() <= _MOST_ALONE else None
-            allowed.placement = _Placement(self, counts, alone)
-        return allowed.placement
+            placement = allowed.placement = _Placement(self, counts, alone)
+        return placement
 
     def _alone(self, good: NDArray[np.bool_], sizes: list[int], counts: IntArray) -> "FaissIndex":
         """Return an exact index of members, of their vectors as the codes have them.

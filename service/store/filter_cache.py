@@ -61,13 +61,15 @@ class FilterCache:
             known = Match(latest, AllowedKeys(_changed(known.keys.bits, changed, matching)))
         with self._lock:
             self._known[where] = known
-            while len(self._known) > _MAX_FILTERS or (len(self._known) > 1 and self._alone() > _MAX_ALONE_BYTES):
+            while len(self._known) > _MAX_FILTERS:
                 del self._known[next(iter(self._known))]
+            # The filters that were used last keep the indexes of their own.
+            left = _MAX_ALONE_BYTES
+            for match in reversed(self._known.values()):
+                left -= match.keys.alone_bytes
+                if left < 0 and match.keys.alone_bytes and match is not known:
+                    match.keys.placement = None
         return known
-
-    def _alone(self) -> int:
-        """Return the bytes of the indexes that filters have of their own."""
-        return sum(match.keys.alone_bytes for match in self._known.values())
 
 
 def _changed(bits: Any, off: IntArray, on: IntArray) -> Any:

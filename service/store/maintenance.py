@@ -271,8 +271,8 @@ class Maintenance:
             with self._commits.paused():
                 facts, sections = self._live.index.sections()
                 facts |= {"fingerprint": self._reader.meta["fingerprint"], "sequence": self._live.sequence}
-                map = self._live.map
-                facts |= {"map": map.tag} if map is not None and map.usable else {}
+                map = self._live.map if self._live.map is not None and self._live.map.usable else None
+                facts |= {"map": map.tag} if map is not None else {}
                 temporary = snapshot.write(self._path, facts, sections)
                 saved, self._unsaved = self._unsaved, 0
             # The snapshot says that the map has all that it has.

@@ -41,6 +41,8 @@ from service.store.filters import EVERY, Filter, begins, both, parse_filter
 
 # Of `include`, what the index does not know of a hit.
 _OF_ITEM = {"file", "digest", "source"}
+# A search for more hits takes longer than a change of threads.
+_MOST_QUICK = 100
 
 direct = APIRouter(route_class=DirectRoute, tags=["search"])
 
@@ -155,7 +157,8 @@ async def search(
         searching = Search(gallery, queries)
         await place.wait(searching.pending)
         # Two handovers between threads take as long as such a search. While it runs here, no other request waits.
-        if place.alone and searching.quick and options.where is None and _OF_ITEM.isdisjoint(options.include):
+        plain = options.where is None and options.k <= _MOST_QUICK and set(options.include) <= {"metadata"}
+        if plain and place.alone and searching.quick:
             return find()
         return await place.run(find)
 

@@ -38,6 +38,8 @@ def slots_of(client: TestClient) -> Slots:
         ({"filter": {"label": "7"}}, 0, True),
         ({"prefix": "a"}, 0, True),
         ({"include": ["source"]}, 0, True),
+        ({"include": ["embedding"]}, 0, True),
+        ({"k": 101}, 0, True),
         ({"queries": 2}, 0, True),
     ],
 )
