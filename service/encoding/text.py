@@ -223,9 +223,9 @@ class TextEncoder:
         """Start the thread that runs the tower."""
         self.tower = tower
         batch = tower.fixed_batch or _LARGEST_BATCH
-        self._batcher = Batcher([tower.encode], batch, metrics.texts_waiting, metrics.text_batch_size)
         self._kept: OrderedDict[str, FloatArray] = OrderedDict()
         self._keeping = threading.Lock()
+        self._batcher = Batcher([self._encode], batch, metrics.texts_waiting, metrics.text_batch_size)
 
     def embed_soon(self, text: str) -> "Future[FloatArray]":
         """Begin to embed a text, without blocking.
@@ -245,7 +245,6 @@ class TextEncoder:
         if kept is not None:
             future.set_result(kept)
         else:
-            future.add_done_callback(lambda done: self._keep(text, done))
             self._batcher.submit(text, future)
         return future
 
@@ -253,13 +252,14 @@ class TextEncoder:
         """Embed all texts that wait, then end the thread."""
         self._batcher.close()
 
-    def _keep(self, text: str, done: "Future[FloatArray]") -> None:
-        if done.cancelled() or done.exception() is not None:
-            return
+    def _encode(self, texts: Sequence[str]) -> FloatArray:
+        """Embed a batch and keep its embeddings, before any caller of it goes on."""
+        embeddings = self.tower.encode(texts)
         with self._keeping:
-            self._kept[text] = done.result()
-            if len(self._kept) > _KEPT:
+            self._kept.update(zip(texts, embeddings, strict=True))
+            while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
+        return embeddings
 
 
 def open_text_tower(card: Card, dimension: int) -> TextTower | None:
