@@ -9,6 +9,7 @@ from typing import Any
 
 import apsw
 import numpy as np
+import orjson
 
 from service import FloatArray, IntArray
 from service.errors import InvalidStore, PageNotFound
@@ -29,6 +30,8 @@ from service.store.catalog import (
 from service.store.filters import Filter
 
 _ROWS_AT_ONCE = 8192
+# SQLite's longest text is 1 GB, which is a few MB of metadata for each of these.
+_ITEMS_AT_ONCE = 256
 # The orders by a fact about files, and its column.
 _OF_FILES = {"date": "date", "size": "size_bytes"}
 # Of SQLite's whole numbers.
@@ -329,23 +332,33 @@ class CatalogReader:
         Raises:
             InvalidStore: a vector does not match its checksum.
         """
-        rows = self._rows_at("key, vector, checksum", "vectors", keys, sequence)
-        return None if rows is None else self._checked(rows)[1]
-
-    def items_at(self, keys: IntArray, sequence: int) -> list[tuple[str, str]] | None:
-        """Return the ids of keys and their metadata as JSON, or None if one changed after a sequence number."""
-        rows = self._rows_at("id, metadata, NULL", "items", keys, sequence)
-        return None if rows is None else [(id, metadata) for id, metadata, *_ in rows]
-
-    def _rows_at(self, columns: str, table: str, keys: IntArray, sequence: int) -> list[Any] | None:
-        """Return three columns and the sequence number of keys, in their order, or None as the methods above."""
         # apsw.carray refuses an empty array.
         if not len(keys):
-            return []
-        query = _OF_KEYS.format(columns=f"{columns}, sequence", table=table)
+            return np.empty((0, self._dimension), np.float32)
+        query = _OF_KEYS.format(columns="key, vector, checksum, sequence", table="vectors")
         with self.connections.borrow(mapped=True) as database:
             rows: list[Any] = database.execute(query, (apsw.carray(keys),)).fetchall()
-        return None if len(rows) < len(keys) or max(row[3] for row in rows) > sequence else rows
+        if len(rows) < len(keys) or max(row[3] for row in rows) > sequence:
+            return None
+        return self._checked(rows)[1]
+
+    def items_at(self, keys: IntArray, sequence: int) -> tuple[list[str], list[str]] | None:
+        """Return the ids of keys, and their metadata as JSON, or None if one changed after a sequence number."""
+        # One row of two arrays in place of a row for each item: Python's part is a third of the time of many.
+        columns = "count(*), max(sequence), json_group_array(id), json_group_array(metadata)"
+        query = _OF_KEYS.format(columns=columns, table="items")
+        all_ids: list[str] = []
+        all_metadata: list[str] = []
+        with self.connections.borrow(mapped=True) as database:
+            for start in range(0, len(keys), _ITEMS_AT_ONCE):
+                some = keys[start : start + _ITEMS_AT_ONCE]
+                row: Any = database.execute(query, (apsw.carray(some),)).fetchall()[0]
+                count, latest, ids, metadata = row
+                if count < len(some) or latest > sequence:
+                    return None
+                all_ids += orjson.loads(ids)
+                all_metadata += orjson.loads(metadata)
+        return all_ids, all_metadata
 
     # All vectors -------------------------------------------------------------------------------------
 

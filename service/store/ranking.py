@@ -49,7 +49,8 @@ def find_hits(
         shown = reader.items_at(keys[best], live.sequence)
         if shown is None:
             return None
-    hits = [Hit(id, score, text) for (id, text), score in zip(shown, scores.tolist(), strict=True)]
+    ids, metadata = shown
+    hits = list(map(Hit, ids, scores.tolist(), metadata))
     ends = np.cumsum(np.minimum(lengths, k)).tolist()
     return [hits[start:end] for start, end in pairwise([0, *ends])]
 
@@ -84,10 +85,12 @@ def best_of(
         rows, own = vectors[part].astype(np.float64), owners[part]
         scores[part] = np.vecdot(rows, asked[own]) / (np.sqrt(np.vecdot(rows, rows)) * norms[own])
     scores = np.clip(scores, -1, 1)
-    if len(queries) == 1:
-        best = np.lexsort((order, -scores))[:k]
-    else:
-        ranked = np.lexsort((order, -scores, owners))
-        rank = np.arange(len(ranked)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        best = ranked[rank < k]
+    # One row for each query: to sort many short rows is faster than to sort all pairs by query as well.
+    starts = np.cumsum(lengths) - lengths
+    columns = np.arange(len(scores)) - starts[owners]
+    shape = len(queries), int(lengths.max(initial=0))
+    worst_last, ties = np.full(shape, np.inf, np.float32), np.zeros(shape, np.int64)
+    worst_last[owners, columns], ties[owners, columns] = -scores, order
+    ranked = np.lexsort((ties, worst_last), axis=1)[:, :k]
+    best = (ranked + starts[:, None])[ranked < lengths[:, None]]
     return best, scores[best]
