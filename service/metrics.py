@@ -100,7 +100,7 @@ def tell_encoder(model: str, variant: str, provider: str, lanes: int) -> None:
     Args:
         model, variant: the encoder's name and variant.
         provider: what runs it, a provider of onnxruntime or "OpenVINO".
-        lanes: how many devices run it.
+        lanes: how many batches run at a time.
     """
     _make()
     _encoder.clear()
@@ -171,7 +171,7 @@ def _make() -> None:
         )
         _encoder = Gauge(
             "lookalike_encoder_lanes",
-            "Devices that run the encoder, and which encoder on what.",
+            "Batches that run at a time, and which encoder on what.",
             ["model", "variant", "provider"],
             multiprocess_mode="livesum",
         )

@@ -32,7 +32,8 @@ class Encoder:
             model.onnx in bfloat16.
         runtime: "onnxruntime" or "openvino".
         compared: whether several runtimes or variants were tried when it was opened, to choose the fastest.
-        lanes: `encode` on each device. One thread at a time may call a lane; several lanes run together.
+        lanes: `encode` for each batch that runs at a time, on one device or several. One thread at a time may call a
+            lane; several lanes run together.
         max_batch: the most pictures that a lane takes at once.
     """
 
@@ -73,10 +74,12 @@ class Encoder:
         content = card.variants.get(self.variant, card.model)
         more = devices[1:] if graph.kind == "cuda" else []
         self._graphs: list[Graph] = [graph, *(OnnxruntimeGraph(card, self.variant, content, one) for one in more)]
-        for lane in self._graphs:
-            lane.warm_buckets(self._canary)
+        for one in self._graphs:
+            one.warm_buckets(self._canary)
         self._known = graph.warm_up(self._canary[None])[0]
-        self.lanes: list[Callable[[Sequence[PixelArray]], FloatArray]] = [lane.encode for lane in self._graphs]
+        self.lanes: list[Callable[[Sequence[PixelArray]], FloatArray]] = [
+            one.encode for one in self._graphs for _ in range(one.lanes)
+        ]
         self.max_batch = graph.max_batch
 
     def _check_canary(self, card: Card, graph: Graph) -> int:
@@ -125,15 +128,15 @@ class Encoder:
         self.card = replace(self.card, model=b"", variants={})
 
     def probe(self) -> FloatArray:
-        """Return the embedding (D,) of the canary picture, after computing it on every lane.
+        """Return the embedding (D,) of the canary picture, after computing it on every device.
 
         Raises:
-            InvalidModel: a lane fails, or gives another embedding than when it was opened.
+            InvalidModel: a device fails, or gives another embedding than when it was opened.
         """
-        for lane in self._graphs:
-            embedding: FloatArray = lane.warm_up(self._canary[None])[0]
+        for one in self._graphs:
+            embedding: FloatArray = one.warm_up(self._canary[None])[0]
             if not _alike(embedding, self._known, _LEAST_OWN_COSINE):
-                raise InvalidModel(f"{lane.path}: the canary picture has another embedding than at the start")
+                raise InvalidModel(f"{one.path}: the canary picture has another embedding than at the start")
         return embedding
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from functools import cache
 from importlib.util import find_spec
-from threading import Lock
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from service.encoding.runtimes import Graph, reason
 from service.errors import InvalidModel
 
 if TYPE_CHECKING:
-    from openvino import Core
+    from openvino import Core, InferRequest
 
 
 def is_installed() -> bool:
@@ -85,30 +85,36 @@ class OpenvinoGraph(Graph):
         self._input, self._type, self._output = like._input, like._type, like._output
         self.fixed_batch = like.fixed_batch
         self._limit_batch()
+        # Threads of one batch wait for each other at each operation, and under load decoders take one of them away. Two
+        # batches of half the threads each wait less.
+        self.lanes = min(2, threads or cores())
         settings = {
             "INFERENCE_PRECISION_HINT": "bf16" if variant == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": threads or cores(),
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": self.lanes,
             # Several workers of a service would pin their threads to the same cores.
             "ENABLE_CPU_PINNING": False,
         }
         try:
             compiled = _core().compile_model(_core().read_model(model), "CPU", settings)
-            self._request = compiled.create_infer_request()
+            # A request has one output tensor, which its next call overwrites.
+            self._requests: SimpleQueue[InferRequest] = SimpleQueue()
+            for _ in range(self.lanes):
+                self._requests.put(compiled.create_infer_request())
             self._port = compiled.output(self._output.name)
         # OpenVINO raises RuntimeError for most, and others for some.
         except Exception as error:
             raise InvalidModel(f"{self.path}: OpenVINO cannot load it: {reason(error)}") from error
-        self._lock = Lock()
 
     def _infer(self, batch: PixelArray | FloatArray) -> Any:
-        # A request has one output tensor, which the next call overwrites.
-        with self._lock:
-            self._request.infer({self._input: batch})
-            return np.array(self._request.get_tensor(self._port).data)
+        request = self._requests.get()
+        try:
+            request.infer({self._input: batch})
+            return np.array(request.get_tensor(self._port).data)
+        finally:
+            self._requests.put(request)
 
     def warm_buckets(self, pixels: PixelArray) -> None:
         """Run every size up to the largest: OpenVINO prepares kernels for each new shape, which takes 0.1 s."""
         for size in [self.max_batch] if self.fixed_batch else range(1, self.max_batch + 1):
-            self.warm_up(np.repeat(pixels[None], size, axis=0))
+            self._on_every_lane(self.warm_up, np.repeat(pixels[None], size, axis=0))

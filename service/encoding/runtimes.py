@@ -2,7 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,7 +32,7 @@ class Device(NamedTuple):
 
 
 class Graph(ABC):
-    """One ONNX graph, opened by a runtime in one arithmetic. One thread at a time may call it.
+    """One ONNX graph, opened by a runtime in one arithmetic.
 
     A subclass opens it, sets all attributes below, and computes its output.
 
@@ -43,6 +44,7 @@ class Graph(ABC):
         kind: the kind of device that really runs it, "cpu" or "cuda".
         fixed_batch: the only number of pictures that the graph takes, or None if it takes any.
         max_batch: the most pictures that are worth running together.
+        lanes: how many batches it runs at a time. A call beyond them waits.
     """
 
     runtime: ClassVar[str]
@@ -50,6 +52,7 @@ class Graph(ABC):
     kind: str
     fixed_batch: int | None
     max_batch: int
+    lanes: int = 1
     _input: str
     _type: type[Any]
     _output: Output
@@ -132,10 +135,18 @@ class Graph(ABC):
             raise InvalidModel(f"{self.path}: {error}") from error
 
     def seconds(self, pixels: PixelArray) -> float:
-        """Return how long one run takes."""
+        """Return the time that all lanes need for a batch each, divided by their number."""
         start = time.perf_counter()
-        self.run(pixels)
-        return time.perf_counter() - start
+        self._on_every_lane(self.run, pixels)
+        return (time.perf_counter() - start) / self.lanes
+
+    def _on_every_lane(self, work: Callable[[PixelArray], FloatArray], pixels: PixelArray) -> None:
+        """Call a method on all lanes at a time."""
+        with ThreadPoolExecutor(self.lanes) as threads:
+            others = [threads.submit(work, pixels) for _ in range(self.lanes - 1)]
+            work(pixels)
+            for other in others:
+                other.result()
 
     def _prepare(self, batch: PixelArray) -> PixelArray | FloatArray:
         if self._type == np.uint8:
