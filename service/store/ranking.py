@@ -85,12 +85,13 @@ def best_of(
         rows, own = vectors[part].astype(np.float64), owners[part]
         scores[part] = np.vecdot(rows, asked[own]) / (np.sqrt(np.vecdot(rows, rows)) * norms[own])
     scores = np.clip(scores, -1, 1)
-    # One row for each query: to sort many short rows is faster than to sort all pairs by query as well.
+    # A row for each query: many short rows are sorted sooner than all pairs by query and score. Places that a query
+    # does not need are behind all others.
     starts = np.cumsum(lengths) - lengths
     columns = np.arange(len(scores)) - starts[owners]
     shape = len(queries), int(lengths.max(initial=0))
-    worst_last, ties = np.full(shape, np.inf, np.float32), np.zeros(shape, np.int64)
-    worst_last[owners, columns], ties[owners, columns] = -scores, order
-    ranked = np.lexsort((ties, worst_last), axis=1)[:, :k]
+    negated, ties = np.full(shape, np.inf, np.float32), np.zeros(shape, np.int64)
+    negated[owners, columns], ties[owners, columns] = -scores, order
+    ranked = np.lexsort((ties, negated), axis=1)[:, :k]
     best = (ranked + starts[:, None])[ranked < lengths[:, None]]
     return best, scores[best]
