@@ -44,7 +44,7 @@ def main(
     methods: Annotated[str, typer.Option(help="Which, with commas; all if left out.")] = "",
 ) -> None:
     """Print the table."""
-    shared = ["epochs=1", "batch_size=256", "warmup=20"]
+    shared = ["epochs=1", "batch_size=256", "views=2", "ema=0", "warmup=20"]
     # Digits have no words for clip to learn from.
     able = [name for name, method in METHODS.items() if not method.needs_captions]
     chosen = methods.split(",") if methods else able
