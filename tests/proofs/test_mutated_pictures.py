@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -40,6 +41,7 @@ pytestmark = pytest.mark.proof
 # 20,000 in the long form.
 MUTATIONS = int(os.environ.get("LOOKALIKE_MUTATIONS", "2000"))
 SEED = 0
+# Of processor time, where a picture takes longer by the clock.
 LONGEST_S = 2.0
 # Growth of the resident memory in the second half of the run.
 MOST_GROWTH_BYTES = 50_000_000
@@ -521,14 +523,26 @@ def test_mutated_pictures_get_an_answer(client: TestClient, tmp_path: Path) -> N
 
 
 def _embed(client: TestClient, data: bytes) -> tuple[float, httpx2.Response]:
-    """Send a picture; retry once after a slow answer, in case another program had the processor."""
-    for _ in range(2):
-        begun = time.perf_counter()
+    """Send a picture. Return how long it took, or the processor time of a second try if it took too long."""
+    begun = time.perf_counter()
+    answer = client.post("/embed", content=data)
+    seconds = time.perf_counter() - begun
+    if seconds > LONGEST_S:
+        # Other programs may have had the processor.
+        begun = _processor_seconds()
         answer = client.post("/embed", content=data)
-        seconds = time.perf_counter() - begun
-        if seconds <= LONGEST_S:
-            break
+        seconds = _processor_seconds() - begun
     return seconds, answer
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of this process and of its children, dead or alive."""
+    own = psutil.Process()
+    seconds = sum(own.cpu_times()[:4])
+    for child in own.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            seconds += sum(child.cpu_times()[:4])
+    return float(seconds)
 
 
 def _resident() -> int:
