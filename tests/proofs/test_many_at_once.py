@@ -190,10 +190,12 @@ class Crowd:
 
     def settle(self, _: int) -> None:
         """Save a snapshot or rebuild the index."""
-        if self.chances.one.random() < 0.5:
-            self.store._maintenance.save()
-        else:
-            self.store._maintenance.rebuild()
+        # The store's own thread may be at it.
+        with self.store._maintenance._settling:
+            if self.chances.one.random() < 0.5:
+                self.store._maintenance.save()
+            else:
+                self.store._maintenance.rebuild()
         self.done["indexes and snapshots"] += 1
         self.ending.wait(0.2)
 
@@ -244,9 +246,10 @@ class Machine(RuleBasedStateMachine):
 
     @rule(save=st.booleans())
     def make_index(self, save: bool) -> None:
-        self.store._maintenance.rebuild()
-        if save:
-            self.store._maintenance.save()
+        with self.store._maintenance._settling:
+            self.store._maintenance.rebuild()
+            if save:
+                self.store._maintenance.save()
 
     @rule()
     def reopen(self) -> None:

@@ -106,10 +106,12 @@ def _until_power_loss(
             if found is not None:
                 break
             state, doubtful = after(state, doubtful), None
-            if chance.random() < 0.1:
-                store._maintenance.save()
-            if chance.random() < 0.1:
-                store._maintenance.write_map()
+            # The store's own thread may be at it.
+            with store._maintenance._settling:
+                if chance.random() < 0.1:
+                    store._maintenance.save()
+                if chance.random() < 0.1:
+                    store._maintenance.write_map()
         # SQLite itself ignores failures while closing.
         with suppress(apsw.Error):
             if chance.random() < 0.3:
