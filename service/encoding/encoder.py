@@ -108,7 +108,7 @@ class Encoder:
         return f"{self.card.fingerprint}:{self.runtime}:{self.variant}"
 
     def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
-        """Embed a batch of pixels, on the first lane.
+        """Embed a batch of pixels, on the first device.
 
         Args:
             pixels: N arrays (height, width, 3) uint8, or one (N, height, width, 3).

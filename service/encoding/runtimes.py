@@ -44,7 +44,7 @@ class Graph(ABC):
         kind: the kind of device that really runs it, "cpu" or "cuda".
         fixed_batch: the only number of pictures that the graph takes, or None if it takes any.
         max_batch: the most pictures that are worth running together.
-        lanes: how many batches it runs at a time. A call beyond them waits.
+        lanes: how many batches are worth running at a time.
     """
 
     runtime: ClassVar[str]

@@ -113,6 +113,14 @@ def test_fewer_hits_when_fewer_are_stored(store: Store) -> None:
     assert store.search(np.empty((0, D), np.float32), 3) == []
 
 
+def test_hits_have_ids_and_metadata_of_any_characters(store: Store) -> None:
+    ids = ['a"b', "a\\b", "a'b", "<&>", "é", "\u2028", "\U0001f600", "{}", "null"]
+    metadata = {"text": 'q"\\\u2028\n', "large": 2**70, "none": None}
+    store.add([item(id, vector, **metadata, same=id) for id, vector in zip(ids, unit(len(ids), D), strict=True)])
+    found = {hit.id: hit.metadata for hit in store.search(unit(1, D, seed=1), len(ids))[0]}
+    assert found == {id: metadata | {"same": id} for id in ids}
+
+
 def test_what_was_added_is_there_after_reopening_and_what_was_removed_is_not(open_store: Open) -> None:
     vectors = unit(4, D)
     store = open_store()
