@@ -4,6 +4,7 @@ Milvus proposes candidates; scores and order are ours, as in the embedded store.
 NotOfThisStore: docs/operations.md lists it.
 """
 
+import json
 import threading
 import time
 from collections import Counter
@@ -16,7 +17,6 @@ from typing import Any
 
 import grpc
 import numpy as np
-import orjson
 from pymilvus import DataType, MilvusException
 
 from service import FloatArray
@@ -287,7 +287,7 @@ class MilvusStore:
         size = 0
         for row in rows:
             # pymilvus takes several times as long to write JSON as to check what is written.
-            written = {name: orjson.dumps(row[name]).decode() for name in _JSON if name in row}
+            written = {name: json.dumps(row[name], ensure_ascii=False) for name in _JSON if name in row}
             own = 4 * self._dimension + sum(map(len, written.values())) + (TERM_LENGTH + 2) * len(row["terms"])
             if batch and (len(batch) == _MOST_ROWS or size + own > _MOST_BYTES):
                 self._client.upsert(self.address.collection, batch, timeout=_WRITE_S, **options)
