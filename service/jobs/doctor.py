@@ -6,6 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from pydantic import SecretStr
 from service import cores, release
 from service.encoder_choice import choose_model
 from service.encoding.apart import why_no_sandbox
+from service.encoding.batcher import Batcher
 from service.encoding.card import Card, read_card
 from service.encoding.encoder import Encoder, canary
 from service.encoding.openvino_graph import is_installed
@@ -109,8 +111,10 @@ def _encoder(card: Card, settings: Settings) -> Iterator[Line]:
     yield Line("encoder", f"{card.name}, {encoder.dimension} numbers a picture, fingerprint {card.fingerprint[:12]}…")
     pixels = [canary(card.preprocessing.height, card.preprocessing.width)] * _PICTURES
     start = time.perf_counter()
-    for first in range(0, _PICTURES, encoder.max_batch):
-        encoder.lanes[0](pixels[first : first + encoder.max_batch])
+    with closing(Batcher(encoder.lanes, encoder.max_batch)) as batcher:
+        for outcome in batcher.embed(pixels):
+            if isinstance(outcome, LookalikeError):
+                raise outcome
     rate = _PICTURES / (time.perf_counter() - start)
     variants = ", ".join(("fp32", *card.variants))
     yield Line("encoder", f"all files as its card says, {variants}")

@@ -344,7 +344,7 @@ class CatalogReader:
 
     def items_at(self, keys: IntArray, sequence: int) -> tuple[list[str], list[str]] | None:
         """Return the ids of keys, and their metadata as JSON, or None if one changed after a sequence number."""
-        # One row of two arrays in place of a row for each item: Python's part is a third of the time of many.
+        # One row of two arrays: of many rows, to make their Python objects takes a third of the time.
         columns = "count(*), max(sequence), json_group_array(id), json_group_array(metadata)"
         query = _OF_KEYS.format(columns=columns, table="items")
         all_ids: list[str] = []
