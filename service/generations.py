@@ -77,7 +77,7 @@ class Removed(NamedTuple):
 
 
 def build(store: EmbeddedStore, earlier: CatalogReader, home: Path, add: Add, done: Callable[[int], object]) -> None:
-    """Fill a new generation until it has every item of the earlier one, save changes of the last second, and index it.
+    """Fill a new generation with all items of the earlier one but the changes of the last second, and index it.
 
     A build that was interrupted resumes where it stopped.
 
