@@ -75,7 +75,7 @@ class Encoder:
         more = devices[1:] if graph.kind == "cuda" else []
         self._graphs: list[Graph] = [graph, *(OnnxruntimeGraph(card, self.variant, content, one) for one in more)]
         for one in self._graphs:
-            one.warm_buckets(self._canary)
+            one.warm_sizes(self._canary)
         self._known = graph.warm_up(self._canary[None])[0]
         self.lanes: list[Callable[[Sequence[PixelArray]], FloatArray]] = [
             one.encode for one in self._graphs for _ in range(one.lanes)

@@ -237,7 +237,9 @@ def to_pixels(picture: Image.Image, preprocessing: Preprocessing) -> PixelArray:
         needed = f"{target[0]}x{target[1]}" if target[0] != target[1] else target[0]
         raise TooLarge(f"the picture is {width}x{height}, smaller than the {needed} pixels the encoder needs")
     box = (left * across, top * down, (left + target[0]) * across, (top + target[1]) * down)
-    return np.asarray(picture.resize(target, Image.Resampling(preprocessing.resample), box=box))
+    pixels = np.asarray(picture.resize(target, Image.Resampling(preprocessing.resample), box=box))
+    # In memory each channel is a plane, as graphs take it: here on many threads, there on the one that runs batches.
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)).transpose(1, 2, 0)
 
 
 def _offset(margin: int, floors: bool) -> int:

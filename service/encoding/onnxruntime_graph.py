@@ -86,23 +86,31 @@ class OnnxruntimeGraph(Graph):
                 "cudnn_conv_algo_search": "HEURISTIC",
                 "arena_extend_strategy": "kSameAsRequested",
             }
-        try:
-            # Loaded from the verified bytes, so a graph that refers to data in other files fails.
-            self._session = ort.InferenceSession(model, options, providers=[(_PROVIDERS[device.kind], settings)])
-        # onnxruntime raises a class of its own for every status.
-        except Exception as error:
-            raise InvalidModel(f"{self.path}: onnxruntime cannot load it: {reason(error)}") from error
+
+        def load() -> ort.InferenceSession:
+            try:
+                # Loaded from the verified bytes, so a graph that refers to data in other files fails.
+                return ort.InferenceSession(model, options, providers=[(_PROVIDERS[device.kind], settings)])
+            # onnxruntime raises a class of its own for every status.
+            except Exception as error:
+                raise InvalidModel(f"{self.path}: onnxruntime cannot load it: {reason(error)}") from error
+
+        self._session = load()
         self.provider = self._session.get_providers()[0]
         # onnxruntime falls back to the CPU silently.
         if device.required and self.provider != _PROVIDERS[device.kind]:
             raise InvalidModel(f"device {device.kind} was asked for, but onnxruntime runs on {self.provider}")
         self.kind = device.kind if self.provider == _PROVIDERS[device.kind] else "cpu"
-        self._input, self._type, self.fixed_batch = self._image_input()
-        self._limit_batch()
+        self._input, self._type, fixed = self._image_input()
+        self._limit_batch(fixed)
         self._output = self._embedding_output(card.output)
+        # CUDA's convolutions are planned anew whenever the size of the batch changes, which takes seconds: a session
+        # sees one size.
+        self._sessions = {size: load() for size in self.sizes[1:]}
 
     def _infer(self, batch: PixelArray | FloatArray) -> Any:
-        (raw,) = self._session.run([self._output.name], {self._input: batch})
+        session = self._sessions.get(len(batch), self._session)
+        (raw,) = session.run([self._output.name], {self._input: batch})
         return raw
 
     def _image_input(self) -> tuple[str, type[Any], int | None]:

@@ -83,8 +83,7 @@ class OpenvinoGraph(Graph):
         """
         super().__init__(card, variant)
         self._input, self._type, self._output = like._input, like._type, like._output
-        self.fixed_batch = like.fixed_batch
-        self._limit_batch()
+        self.sizes, self.max_batch = like.sizes, like.max_batch
         # Threads of one batch wait for each other at each operation, and under load decoders take one of them away. Two
         # batches of half the threads each wait less.
         self.lanes = min(2, threads or cores())
@@ -114,7 +113,7 @@ class OpenvinoGraph(Graph):
         finally:
             self._requests.put(request)
 
-    def warm_buckets(self, pixels: PixelArray) -> None:
+    def warm_sizes(self, pixels: PixelArray) -> None:
         """Run every size up to the largest: OpenVINO prepares kernels for each new shape, which takes 0.1 s."""
-        for size in [self.max_batch] if self.fixed_batch else range(1, self.max_batch + 1):
+        for size in self.sizes or range(1, self.max_batch + 1):
             self._on_every_lane(self.warm_up, np.repeat(pixels[None], size, axis=0))

@@ -20,7 +20,7 @@ _LEAST_BATCH, _CPU_BATCH_PIXELS = 4, 4 * 224 * 224
 
 _NO_MEMORY = ("out of memory", "failed to allocate", "bad_alloc", "failed to grow", "cublas_status_alloc_failed")
 # The sizes of batches that a GPU runs.
-_BUCKETS = [2**power for power in range(LARGEST_BATCH["cuda"].bit_length())]
+_GPU_SIZES = (1, 8, LARGEST_BATCH["cuda"])
 
 
 class Device(NamedTuple):
@@ -42,15 +42,16 @@ class Graph(ABC):
         path: its file, for messages.
         provider: what really runs it: a provider of onnxruntime, or "OpenVINO".
         kind: the kind of device that really runs it, "cpu" or "cuda".
-        fixed_batch: the only number of pictures that the graph takes, or None if it takes any.
-        max_batch: the most pictures that are worth running together.
+        sizes: the numbers of pictures that it runs together, rising; none if it runs any number. Smaller batches are
+            filled up.
+        max_batch: the most pictures that are worth running together; the last of `sizes` if it has any.
         lanes: how many batches are worth running at a time.
     """
 
     runtime: ClassVar[str]
     provider: str
     kind: str
-    fixed_batch: int | None
+    sizes: tuple[int, ...]
     max_batch: int
     lanes: int = 1
     _input: str
@@ -68,64 +69,64 @@ class Graph(ABC):
     def _infer(self, batch: PixelArray | FloatArray) -> Any:
         """Return the graph's output for its input (N, 3, height, width), as an array that stays as it is."""
 
-    def _limit_batch(self) -> None:
-        """Set max_batch, from fixed_batch and kind."""
-        self.max_batch = self.fixed_batch or LARGEST_BATCH[self.kind]
-        if self.kind == "cpu" and not self.fixed_batch:
-            fitting = _CPU_BATCH_PIXELS // (self._preprocessing.height * self._preprocessing.width)
-            self.max_batch = min(self.max_batch, max(_LEAST_BATCH, fitting))
+    def _limit_batch(self, fixed: int | None) -> None:
+        """Set sizes and max_batch, from kind and the only number of pictures that the graph takes, if it has one."""
+        if fixed:
+            self.sizes = (fixed,)
+        elif self.kind == "cuda":
+            self.sizes = _GPU_SIZES
+        else:
+            self.sizes = ()
+        fitting = max(_LEAST_BATCH, _CPU_BATCH_PIXELS // (self._preprocessing.height * self._preprocessing.width))
+        self.max_batch = self.sizes[-1] if self.sizes else min(LARGEST_BATCH["cpu"], fitting)
 
     def encode(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
         """Embed a batch of pixels. See Encoder.encode."""
         with metrics.inference_seconds.time():
-            count = len(pixels)
-            return self.run(np.asarray(self._padded(pixels)))[:count]
+            return self.run(pixels)
 
-    def run(self, pixels: PixelArray) -> FloatArray:
-        """Embed pixels (N, height, width, 3) in batches of the size that the graph fixes, or else in one.
+    def run(self, pixels: Sequence[PixelArray] | PixelArray) -> FloatArray:
+        """Embed pixels, in batches of the sizes that it runs, or else in one.
 
         Raises as Encoder.encode.
         """
-        size = self.fixed_batch or len(pixels)
-        if len(pixels) == size:
-            return self._run(pixels)
-        parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        filled = [np.concatenate([part, part[-1:].repeat(size - len(part), 0)]) for part in parts]
-        return np.concatenate([self._run(part) for part in filled])[: len(pixels)]
+        if not self.sizes:
+            return self._run(pixels, len(pixels))
+        parts = [pixels[start : start + self.max_batch] for start in range(0, len(pixels), self.max_batch)]
+        return np.concatenate(
+            [self._run(part, next(size for size in self.sizes if size >= len(part))) for part in parts]
+        )
 
-    def _run(self, pixels: PixelArray) -> FloatArray:
-        batch = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    def _run(self, pixels: Sequence[PixelArray] | PixelArray, size: int) -> FloatArray:
+        batch = np.empty((size, 3, self._preprocessing.height, self._preprocessing.width), np.uint8)
+        for planes, one in zip(batch, pixels, strict=False):
+            planes[:] = one.transpose(2, 0, 1)
+        batch[len(pixels) :] = batch[len(pixels) - 1]
         try:
             raw = self._infer(self._prepare(batch))
         # Each runtime raises classes of its own.
         except Exception as error:
             if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
-                raise OutOfMemory(f"{self._name}: no memory for a batch of {len(batch)} pictures") from error
+                raise OutOfMemory(f"{self._name}: no memory for a batch of {size} pictures") from error
             raise InvalidModel(f"{self._name}: inference failed: {reason(error)}") from error
         embeddings = _pool(np.asarray(raw, np.float32), self._output.pooling)
-        if embeddings.ndim != 2 or len(embeddings) != len(batch):
+        if embeddings.ndim != 2 or len(embeddings) != size:
             pooled = f" after pooling by {self._output.pooling}" if self._output.pooling else ""
             raise InvalidModel(f"{self._name}: output {self._output.name} is {embeddings.shape}{pooled}, not (N, D)")
+        embeddings = embeddings[: len(pixels)]
         norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
             raise NoEmbedding(f"the encoder {self._name} gives this picture no embedding: zero or not finite")
         return np.asarray(embeddings / norms, np.float32)
 
-    def warm_buckets(self, pixels: PixelArray) -> None:
-        """Run every batch size that `encode` pads to: a new shape costs a GPU time, and a CPU memory.
+    def warm_sizes(self, pixels: PixelArray) -> None:
+        """Run every size of batch that will be served: a new one costs a GPU time, and a CPU memory.
 
         Args:
             pixels: (height, width, 3) of one picture.
         """
-        for size in [self.max_batch] if self.fixed_batch or self.kind == "cpu" else _BUCKETS:
+        for size in self.sizes or [self.max_batch]:
             self.warm_up(np.repeat(pixels[None], size, axis=0))
-
-    def _padded(self, pixels: Sequence[PixelArray] | PixelArray) -> Sequence[PixelArray] | PixelArray:
-        """Pad a batch to a size that was warmed up; a CPU runs any size equally well, and `run` fills a fixed one."""
-        if self.kind == "cpu" or self.fixed_batch:
-            return pixels
-        size = next((bucket for bucket in _BUCKETS if bucket >= len(pixels)), len(pixels))
-        return [*pixels, *[pixels[-1]] * (size - len(pixels))]
 
     def warm_up(self, pixels: PixelArray) -> FloatArray:
         """Run as `run`; raise InvalidModel instead of NoEmbedding and OutOfMemory."""

@@ -19,6 +19,7 @@ from service.encoding.batcher import Batcher
 from service.encoding.card import Card, Output, Preprocessing, read_card
 from service.encoding.encoder import Encoder, canary
 from service.encoding.onnxruntime_graph import OnnxruntimeGraph
+from service.encoding.runtimes import Device
 from service.errors import InvalidModel, NoEmbedding
 from tests.conftest import MODEL, ROOT
 
@@ -139,6 +140,26 @@ def test_a_batch_equals_one_by_one(encoder: Encoder) -> None:
     assert batch.dtype == np.float32
     assert np.abs(batch - singles).max() < 1e-5
     assert np.allclose(np.linalg.norm(batch, axis=1), 1, atol=1e-6)
+
+
+def test_batches_are_filled_up_to_the_sizes_that_a_graph_runs() -> None:
+    one = card(flat_graph(TensorProto.UINT8, "pixels", ("embedding",)))
+    graph, ran = OnnxruntimeGraph(one, "fp32", one.model, Device("cpu")), []
+    infer = graph._infer
+
+    def noted(batch: Any) -> Any:
+        ran.append(len(batch))
+        return infer(batch)
+
+    graph._infer = noted  # type: ignore[method-assign]
+    pixels = np.random.default_rng(0).integers(1, 256, (11, SIDE, SIDE, 3), dtype=np.uint8)
+    expected = graph.run(pixels)
+    # As a GPU has them; here the graph runs on the CPU.
+    graph.sizes, graph.max_batch = (1, 4, 8), 8
+    for count, sizes in ((1, [1]), (2, [4]), (4, [4]), (5, [8]), (11, [8, 4])):
+        ran.clear()
+        assert np.array_equal(graph.run(list(pixels[:count])), expected[:count])
+        assert ran == sizes
 
 
 def scaled_graph(factors: "np.ndarray[Any, Any]", slow: int = 0) -> bytes:
