@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from service import FloatArray, IntArray
 from service.errors import InvalidQuery
@@ -158,12 +157,11 @@ class FaissIndex:
     def add(self, keys: IntArray, vectors: FloatArray, lists: IntArray) -> None:
         """Add vectors (N, D) under keys (N,) that are not in the index, into the lists that `assign` returned."""
         if self.partition is None and len(keys) >= _MANY_TO_ADD:
-            vectors = np.ascontiguousarray(vectors, np.float32)
-            for number in range(_EXACT_LISTS):
+            codes = self._index.sq.compute_codes(np.ascontiguousarray(vectors, np.float32))
+            for number in np.unique(lists).tolist():
                 some = np.flatnonzero(lists == number)
-                own, codes = keys[some].astype(np.int64), self._index.sq.compute_codes(vectors[some])
-                if len(some):
-                    self._lists.add_entries(number, len(some), faiss.swig_ptr(own), faiss.swig_ptr(codes))
+                own, wanted = keys[some].astype(np.int64), codes[some]
+                self._lists.add_entries(number, len(some), faiss.swig_ptr(own), faiss.swig_ptr(wanted))
             self._index.ntotal += len(keys)
         elif len(keys):
             vectors = np.ascontiguousarray(vectors, np.float32)
@@ -306,34 +304,36 @@ class FaissIndex:
             good[known] = allowed.bits[ids[known] >> 3] >> (ids[known] & 7).astype(np.uint8) & 1
             ends = np.cumsum([0, *sizes])
             counts = np.diff(np.concatenate([[0], np.cumsum(good, dtype=np.int64)])[ends])
-            alone = self._alone(good, sizes, counts) if counts.sum() <= _MOST_ALONE else None
+            alone = self._alone(np.flatnonzero(good), ids[good], sizes, counts) if counts.sum() <= _MOST_ALONE else None
             placement = allowed.placement = _Placement(self, counts, alone)
         return placement
 
-    def _alone(self, good: NDArray[np.bool_], sizes: list[int], counts: IntArray) -> "FaissIndex":
+    def _alone(self, places: IntArray, keys: IntArray, sizes: list[int], counts: IntArray) -> "FaissIndex":
         """Return an exact index of members, of their vectors as the codes have them.
 
         Args:
-            good: (N,) whether it is to have a member, list after list.
+            places: (N,) of the members, counted through all lists.
+            keys: (N,) of the members.
             sizes: of the lists.
-            counts: (L,) members of each list that it is to have.
+            counts: (L,) members of each list.
         """
         assert self.partition is not None
         alone, ends = FaissIndex(self.dimension), np.cumsum([0, *sizes]).tolist()
-        members = np.flatnonzero(good)
-        starts = np.searchsorted(members, ends).tolist()
-        with_some = np.flatnonzero(counts)
+        starts = np.concatenate([[0], np.cumsum(counts)])
         # Some lists at a time, because their vectors fit into the processor's cache.
-        for numbers in np.array_split(with_some, len(members) // _AT_ONCE + 1):
-            keys, codes = [], []
-            for number in numbers.tolist():
-                own, size = members[starts[number] : starts[number + 1]] - ends[number], sizes[number]
-                keys.append(self._ids(number, size)[own])
-                codes.append(self._codes(number, size).reshape(size, -1)[own])
-            if keys:
-                vectors: FloatArray = self._index.sq.decode(np.concatenate(codes))
-                vectors += np.repeat(self.partition.centroids[numbers], counts[numbers], axis=0)
-                alone.add(some := np.concatenate(keys), vectors, alone.assign(some, vectors))
+        for numbers in np.array_split(np.flatnonzero(counts), len(keys) // _AT_ONCE + 1):
+            if not len(numbers):
+                continue
+            codes = [
+                self._codes(number, sizes[number]).reshape(sizes[number], -1)[places[start:stop] - ends[number]]
+                for number, start, stop in zip(
+                    numbers.tolist(), starts[numbers].tolist(), starts[numbers + 1].tolist(), strict=True
+                )
+            ]
+            vectors: FloatArray = self._index.sq.decode(np.concatenate(codes))
+            vectors += np.repeat(self.partition.centroids[numbers], counts[numbers], axis=0)
+            own = keys[starts[numbers[0]] : starts[numbers[-1] + 1]]
+            alone.add(own, vectors, alone.assign(own, vectors))
         return alone
 
     def _ids(self, number: int, size: int) -> IntArray:
