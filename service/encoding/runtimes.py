@@ -99,10 +99,10 @@ class Graph(ABC):
 
     def _run(self, pixels: Sequence[PixelArray] | PixelArray, size: int) -> FloatArray:
         batch = np.empty((size, 3, self._preprocessing.height, self._preprocessing.width), np.uint8)
-        for planes, one in zip(batch, pixels, strict=False):
-            planes[:] = one.transpose(2, 0, 1)
-        batch[len(pixels) :] = batch[len(pixels) - 1]
         try:
+            # It takes no other shape or type.
+            np.stack([one.transpose(2, 0, 1) for one in pixels], out=batch[: len(pixels)])
+            batch[len(pixels) :] = batch[len(pixels) - 1]
             raw = self._infer(self._prepare(batch))
         # Each runtime raises classes of its own.
         except Exception as error:

@@ -162,6 +162,13 @@ def test_batches_are_filled_up_to_the_sizes_that_a_graph_runs() -> None:
         assert ran == sizes
 
 
+@pytest.mark.parametrize("pixels", [PIXELS[:, :1, :1], PIXELS[:, 1:], PIXELS.astype(np.float32)])
+def test_pixels_of_another_shape_or_type_are_refused(pixels: Any) -> None:
+    encoder = Encoder(card(flat_graph(TensorProto.UINT8, "pixels", ("embedding",))), device="cpu")
+    with pytest.raises(InvalidModel, match="inference failed"):
+        encoder.encode(pixels)
+
+
 def scaled_graph(factors: "np.ndarray[Any, Any]", slow: int = 0) -> bytes:
     """An encoder whose embedding is its input times factors, after so many useless products of matrices."""
     size = 3 * SIDE * SIDE
